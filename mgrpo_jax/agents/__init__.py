@@ -1,0 +1,1 @@
+"""Arrow 2: agents, their protocols and their tools."""

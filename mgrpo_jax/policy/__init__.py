@@ -1,0 +1,1 @@
+"""A policy: a configuration, a pytree of parameters, pure functions."""

@@ -1,0 +1,1 @@
+"""Arrow 2: tokens from a policy, batched continuously."""

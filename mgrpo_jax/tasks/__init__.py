@@ -1,0 +1,1 @@
+"""Arrow 1: questions over real documents."""

@@ -1,0 +1,1 @@
+"""Tiny policies, scripted agents and a small corpus for tests."""
