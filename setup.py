@@ -33,7 +33,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["mgrpo_jax", "mgrpo_jax.*"]),
-    package_data={"mgrpo_jax": ["report/*.html", "report/*.css", "report/*.js"]},
+    package_data={"mgrpo_jax": ["report/*.html", "report/*.css"]},
     install_requires=[
         "absl-py>=2.1",
         "bm25s>=0.2.12",
