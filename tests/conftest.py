@@ -4,14 +4,18 @@ import os
 import pathlib
 import tempfile
 
+# Read by XLA when its backend starts, which importing jax does not do yet.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}"
 
-import jax
 
-jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_debug_nans", True)
-CACHE = pathlib.Path(tempfile.gettempdir()) / "mgrpo_jax_test_cache"
-jax.config.update("jax_compilation_cache_dir", str(CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+def pytest_configure():
+  """Sets jax's switches before any test module is imported."""
+  import jax
+
+  jax.config.update("jax_numpy_rank_promotion", "raise")
+  jax.config.update("jax_debug_nans", True)
+  cache = pathlib.Path(tempfile.gettempdir()) / "mgrpo_jax_test_cache"
+  jax.config.update("jax_compilation_cache_dir", str(cache))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
