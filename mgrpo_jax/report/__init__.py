@@ -1,0 +1,1 @@
+"""What a run shows: progress line, rollout records, curves and the report."""

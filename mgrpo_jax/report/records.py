@@ -1,0 +1,386 @@
+"""Rollout records: every token a team produced, one file per step.
+
+`rollouts/step_000123.jsonl.gz` holds one JSON object per `RolloutGroup`, in
+ASCII, written whole or not at all. The objects have the shape of
+`GroupRecord` below and need nothing of this package to be read. Reading is
+tolerant: a record that is damaged is named, skipped and counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import math
+import os
+import pathlib
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypedDict, cast
+
+import numpy as np
+
+from mgrpo_jax.types import NO_PARENT, RolloutGroup, Status, Task, Trajectory
+
+FORMAT = 1
+LOGPROB_DECIMALS = 4
+_FILE_NAME = re.compile(r"step_(\d{6,})\.jsonl\.gz")
+_PARTIAL_SUFFIX = ".partial"
+_STATUSES = frozenset(status.name for status in Status)
+
+TokenRole = Literal["prompt", "sampled", "result"]
+Pieces = Callable[[str, Sequence[int]], Sequence[str]]
+
+
+class TrajectoryRecord(TypedDict):
+  """One agent call, T tokens of which S were sampled."""
+
+  rollout: int
+  role: str
+  call: int
+  parent: int  # position in the group's trajectories, -1 for a root
+  request: str
+  tokens: list[int]  # [T]
+  pieces: list[str]  # [T] text of each token
+  spans: list[tuple[TokenRole, int]]  # run lengths of token roles, sum T
+  logprobs: list[float]  # [S] nats, sampler's, rounded to 4 decimals
+  version_min: int
+  version_max: int
+  status: str  # name of a `Status`
+  turns: list[dict[str, str]]  # the fields of `Turn`
+  result_text: str
+  seconds: float
+  rewards: dict[str, float | None]  # components and "total"; empty if FAILED
+  advantage: float | None  # None where the update did not see the call
+
+
+class GroupRecord(TypedDict):
+  """The K rollouts of one task at one step."""
+
+  format: int
+  step: int
+  stage: str  # of the curriculum
+  task: dict[str, Any]  # the fields of `Task`
+  num_rollouts: int
+  trajectories: list[TrajectoryRecord]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepRecords:
+  """What could be read of one step's file.
+
+  Attributes:
+    groups: the records that are whole, in file order.
+    problems: one line for each record (or rest of file) that was skipped.
+  """
+
+  groups: tuple[GroupRecord, ...]
+  problems: tuple[str, ...]
+
+
+def step_path(directory: str | os.PathLike[str], step: int) -> pathlib.Path:
+  """Returns where the rollouts of a step are kept."""
+  if step < 0:
+    raise ValueError(f"step: {step}, allowed: 0 or more")
+  return pathlib.Path(directory) / f"step_{step:06d}.jsonl.gz"
+
+
+def list_steps(
+    directory: str | os.PathLike[str],
+) -> dict[int, pathlib.Path]:
+  """Returns the files of a rollout directory by step, ascending.
+
+  Args:
+    directory: a run's `rollouts` directory; may be absent.
+
+  Returns:
+    step -> path. Files with other names are left alone.
+  """
+  directory = pathlib.Path(directory)
+  if not directory.is_dir():
+    return {}
+  matches = [
+      (_FILE_NAME.fullmatch(path.name), path) for path in directory.iterdir()
+  ]
+  found = {int(match[1]): path for match, path in matches if match}
+  return dict(sorted(found.items()))
+
+
+def remove_after(directory: str | os.PathLike[str], step: int) -> int:
+  """Deletes the files of later steps and files that were never finished.
+
+  A resumed run calls this before its first step, so that the directory holds
+  exactly the steps the run still counts.
+
+  Args:
+    directory: a run's `rollouts` directory; may be absent.
+    step: the last step to keep.
+
+  Returns:
+    How many steps were deleted.
+  """
+  later = [path for n, path in list_steps(directory).items() if n > step]
+  for path in later:
+    path.unlink()
+  for path in pathlib.Path(directory).glob(f"step_*{_PARTIAL_SUFFIX}"):
+    path.unlink()
+  return len(later)
+
+
+def write_step(
+    directory: str | os.PathLike[str],
+    step: int,
+    groups: Sequence[RolloutGroup],
+    *,
+    rewards: Sequence[Sequence[Mapping[str, float]]],
+    advantages: Sequence[Sequence[float] | np.ndarray],
+    pieces: Pieces,
+    stage: str,
+) -> pathlib.Path:
+  """Writes the rollouts of one step, atomically.
+
+  Args:
+    directory: a run's `rollouts` directory; made if absent.
+    step: the optimizer step the rollouts were trained on.
+    groups: B groups; group b has M_b trajectories.
+    rewards: [B][M_b] components by name, and their weighted sum as `total`;
+      an empty mapping where a trajectory has no reward (FAILED).
+    advantages: [B][M_b], NaN where the update did not see the trajectory.
+    pieces: (role, token ids) -> the text of each token.
+    stage: name of the curriculum's stage.
+
+  Returns:
+    The path written.
+
+  Raises:
+    ValueError: lengths that do not match, naming the argument.
+  """
+  _check_lengths("rewards", [len(row) for row in rewards], groups)
+  _check_lengths("advantages", [len(row) for row in advantages], groups)
+  records = (
+      _group_record(group, scores, gains, pieces, step=step, stage=stage)
+      for group, scores, gains in zip(groups, rewards, advantages, strict=True)
+  )
+  path = step_path(directory, step)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  _write_atomically(path, records)
+  return path
+
+
+def read_step(path: str | os.PathLike[str]) -> StepRecords:
+  """Reads the rollouts of one step, skipping what is damaged.
+
+  Args:
+    path: a file written by `write_step`, whole or not.
+
+  Returns:
+    The whole records, and a line for each problem.
+
+  Raises:
+    OSError: the file cannot be opened.
+  """
+  path = pathlib.Path(path)
+  groups: list[GroupRecord] = []
+  problems: list[str] = []
+  number = 0
+  with path.open("rb") as raw:
+    lines = _decompressed_lines(raw)
+    while True:
+      try:
+        line = next(lines, None)
+      except (EOFError, OSError, zlib.error) as error:
+        problems.append(f"{path.name}: after record {number}: {error}")
+        break
+      if line is None:
+        break
+      number += 1
+      try:
+        groups.append(_checked(json.loads(line)))
+      except (ValueError, TypeError, KeyError, RecursionError) as error:
+        problems.append(f"{path.name}: record {number}: {_one_line(error)}")
+  return StepRecords(groups=tuple(groups), problems=tuple(problems))
+
+
+def token_roles(trajectory: TrajectoryRecord) -> list[TokenRole]:
+  """Expands the run lengths of a trajectory to one role per token, [T]."""
+  return [role for role, n in trajectory["spans"] for _ in range(n)]
+
+
+def _check_lengths(
+    name: str, lengths: list[int], groups: Sequence[RolloutGroup]
+) -> None:
+  """Raises ValueError unless there is one entry per trajectory."""
+  expected = [len(group.trajectories) for group in groups]
+  if lengths != expected:
+    raise ValueError(
+        f"{name}: {lengths} entries per group, expected {expected}"
+    )
+
+
+def _group_record(
+    group: RolloutGroup,
+    rewards: Sequence[Mapping[str, float]],
+    advantages: Sequence[float] | np.ndarray,
+    pieces: Pieces,
+    *,
+    step: int,
+    stage: str,
+) -> GroupRecord:
+  """Builds the JSON object of one group."""
+  return {
+      "format": FORMAT,
+      "step": step,
+      "stage": stage,
+      "task": _task_record(group.task),
+      "num_rollouts": group.num_rollouts,
+      "trajectories": [
+          _trajectory_record(trajectory, int(parent), reward, gain, pieces)
+          for trajectory, parent, reward, gain in zip(
+              group.trajectories, group.parent, rewards, advantages, strict=True
+          )
+      ],
+  }
+
+
+def _task_record(task: Task) -> dict[str, Any]:
+  """Builds the JSON object of a task."""
+  fields = {
+      field.name: getattr(task, field.name)
+      for field in dataclasses.fields(task)
+  }
+  fields["evidence"] = [dataclasses.asdict(hop) for hop in task.evidence]
+  fields["meta"] = dict(task.meta)
+  return fields
+
+
+def _trajectory_record(
+    trajectory: Trajectory,
+    parent: int,
+    rewards: Mapping[str, float],
+    advantage: float,
+    pieces: Pieces,
+) -> TrajectoryRecord:
+  """Builds the JSON object of one agent call."""
+  tokens = [int(token) for token in trajectory.tokens]
+  sampled = np.asarray(trajectory.loss_mask) > 0
+  logprobs = np.asarray(trajectory.sampler_logprobs, np.float64)[sampled]
+  return {
+      "rollout": trajectory.rollout,
+      "role": trajectory.role,
+      "call": trajectory.call,
+      "parent": parent,
+      "request": trajectory.request,
+      "tokens": tokens,
+      "pieces": list(pieces(trajectory.role, tokens)),
+      "spans": _spans(sampled),
+      "logprobs": np.round(logprobs, LOGPROB_DECIMALS).tolist(),
+      "version_min": int(trajectory.version_min),
+      "version_max": int(trajectory.version_max),
+      "status": Status(trajectory.status).name,
+      "turns": [dataclasses.asdict(turn) for turn in trajectory.turns],
+      "result_text": trajectory.result_text,
+      "seconds": round(float(trajectory.seconds), 3),
+      "rewards": {name: _finite(value) for name, value in rewards.items()},
+      "advantage": _finite(advantage),
+  }
+
+
+def _spans(sampled: np.ndarray) -> list[tuple[TokenRole, int]]:
+  """Run lengths of prompt, sampled and result tokens."""
+  if not sampled.size:
+    return []
+  borders = np.flatnonzero(np.diff(sampled)) + 1
+  starts = [0, *borders.tolist()]
+  ends = [*borders.tolist(), sampled.size]
+  spans: list[tuple[TokenRole, int]] = []
+  for start, end in zip(starts, ends, strict=True):
+    other: TokenRole = "result" if start else "prompt"
+    spans.append(("sampled" if sampled[start] else other, end - start))
+  return spans
+
+
+def _finite(value: float) -> float | None:
+  """Six decimals of a finite number, else None (JSON knows no NaN)."""
+  value = float(value)
+  return round(value, 6) if math.isfinite(value) else None
+
+
+def _plain(value: object) -> object:
+  """Turns NumPy values, which tasks may carry in `meta`, into JSON's."""
+  if isinstance(value, np.ndarray | np.generic):
+    return value.tolist()
+  raise TypeError(f"{type(value).__name__} cannot be recorded as JSON")
+
+
+def _write_atomically(
+    path: pathlib.Path, records: Iterable[GroupRecord]
+) -> None:
+  """Writes beside `path`, syncs, then renames, so readers see all or none."""
+  partial = path.with_name(path.name + _PARTIAL_SUFFIX)
+  try:
+    with partial.open("wb") as raw:
+      # No name and no time in the header: equal rollouts give equal bytes.
+      with gzip.GzipFile("", "wb", 6, raw, mtime=0) as stream:
+        for record in records:
+          line = json.dumps(record, default=_plain, separators=(",", ":"))
+          stream.write(line.encode("ascii") + b"\n")
+      raw.flush()
+      os.fsync(raw.fileno())
+    os.replace(partial, path)
+  except BaseException:
+    partial.unlink(missing_ok=True)
+    raise
+
+
+def _decompressed_lines(raw: Any) -> Iterator[bytes]:
+  """Yields complete lines; raises where the compressed stream is damaged."""
+  with gzip.GzipFile(fileobj=raw, mode="rb") as stream:
+    yield from stream
+
+
+def _checked(record: Any) -> GroupRecord:
+  """Returns the record if it has the promised shape, else raises."""
+  if not isinstance(record, dict) or record.get("format") != FORMAT:
+    raise ValueError(f"not a rollout record of format {FORMAT}")
+  missing = sorted(GroupRecord.__required_keys__ - record.keys())
+  if missing:
+    raise ValueError(f"missing {', '.join(missing)}")
+  if not isinstance(record["task"]["question"], str):
+    raise ValueError("task.question is not text")
+  for position, trajectory in enumerate(record["trajectories"]):
+    problem = _trajectory_problem(trajectory, position, record["num_rollouts"])
+    if problem:
+      raise ValueError(f"trajectory {position}: {problem}")
+  return cast(GroupRecord, record)
+
+
+def _trajectory_problem(
+    trajectory: Any, position: int, num_rollouts: int
+) -> str:
+  """Says what is wrong with a trajectory's record; empty if nothing is."""
+  if not isinstance(trajectory, dict):
+    return f"a {type(trajectory).__name__}, not an object"
+  missing = sorted(TrajectoryRecord.__required_keys__ - trajectory.keys())
+  if missing:
+    return f"missing {', '.join(missing)}"
+  length = len(trajectory["tokens"])
+  if len(trajectory["pieces"]) != length:
+    return f"{len(trajectory['pieces'])} pieces for {length} tokens"
+  if sum(n for _, n in trajectory["spans"]) != length:
+    return f"spans do not cover {length} tokens"
+  sampled = sum(n for role, n in trajectory["spans"] if role == "sampled")
+  if len(trajectory["logprobs"]) != sampled:
+    return f"{len(trajectory['logprobs'])} log-probs for {sampled} samples"
+  if not NO_PARENT <= trajectory["parent"] < position:
+    return f"parent {trajectory['parent']} is not an earlier trajectory"
+  if not 0 <= trajectory["rollout"] < num_rollouts:
+    return f"rollout {trajectory['rollout']} of {num_rollouts}"
+  if trajectory["status"] not in _STATUSES:
+    return f"status {trajectory['status']!r}"
+  return ""
+
+
+def _one_line(error: BaseException) -> str:
+  """An error's type and message, on one line."""
+  return f"{type(error).__name__}: {' '.join(str(error).split())}"
