@@ -1,0 +1,433 @@
+"""Text to token ids and back, with special tokens that text cannot produce.
+
+Two rules hold for every tokenizer here. `decode(encode(text)) == text`, so
+what an agent reads is what was written. And `encode` never yields a special
+token, whatever the text says: a web page that contains `<answer>` or
+`<|im_end|>` is spelled out in ordinary tokens. Structure enters a token stream
+only through `special_ids`, or through `encode_with_specials` for templates.
+"""
+
+import io
+import json
+import pathlib
+import re
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import sentencepiece
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+BPE_FILE = "tokenizer.json"
+BPE_CONFIG_FILE = "tokenizer_config.json"
+
+_PAD, _UNK, _EOS = "<pad>", "<unk>", "<eos>"
+_SPACE = "\u2581"  # how sentencepiece spells a space; text may hold it too
+_SPACE_BYTES = tuple(f"<0x{byte:02X}>" for byte in _SPACE.encode())
+_PROBE = "  two  spaces\n\n\ttab \u2581\u00e9\u2047 "
+_REPLACEMENT = "\ufffd"
+_MAX_LINE_BYTES = 1 << 24  # longer lines would be skipped without a word
+
+
+class Tokenizer(Protocol):
+  """What the rest of the package knows of a tokenizer.
+
+  Attributes:
+    vocab_size: number of ids, special ones included.
+    bos_id: what every sequence has to start with, None where nothing has to.
+    eos_id: what ends a text.
+    pad_id: fills unused places; may equal `eos_id`, so never mask by it.
+    special_ids: name to id of every token that text cannot produce.
+  """
+
+  vocab_size: int
+  bos_id: int | None
+  eos_id: int
+  pad_id: int
+  special_ids: Mapping[str, int]
+
+  def encode(self, text: str) -> list[int]:
+    """Spells a text in ordinary tokens, never in special ones.
+
+    Args:
+      text: any string; unpaired surrogates count as U+FFFD.
+
+    Returns:
+      Its token ids.
+    """
+    ...
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Turns token ids into text; special tokens appear as their names.
+
+    Args:
+      ids: token ids; byte sequences that are not UTF-8 become U+FFFD.
+
+    Returns:
+      The text.
+
+    Raises:
+      ValueError: where an id is not in the vocabulary.
+    """
+    ...
+
+  def token_text(self, token: int) -> str:
+    """Shows one token to a reader.
+
+    Args:
+      token: its id.
+
+    Returns:
+      Its text, or the name of its piece where it is only part of a character.
+    """
+    ...
+
+  def files(self) -> dict[str, bytes]:
+    """Gives the files that `load_tokenizer` reads.
+
+    Returns:
+      File name to content; the same bytes for the same tokenizer.
+    """
+    ...
+
+
+class SentencePieceTokenizer:
+  """A sentencepiece model whose control symbols are the special tokens."""
+
+  def __init__(self, model: bytes):
+    """Reads a serialised model.
+
+    Args:
+      model: the content of a `.model` file.
+
+    Raises:
+      ValueError: where the model cannot be read, has no padding or end token,
+        or changes text (normalisation, dummy prefix, no byte fallback).
+    """
+    self._model = bytes(model)
+    self._processor = _read_sentencepiece(self._model)
+    size = self._processor.vocab_size()
+    self.vocab_size: int = size
+    self.special_ids: Mapping[str, int] = types.MappingProxyType({
+        self._processor.id_to_piece(i): i
+        for i in range(size)
+        if self._processor.is_control(i) or self._processor.is_unknown(i)
+    })
+    self._special_names = {i: name for name, i in self.special_ids.items()}
+    bos = self._processor.bos_id()
+    self.bos_id: int | None = bos if bos >= 0 else None
+    self.eos_id: int = self._processor.eos_id()
+    self.pad_id: int = self._processor.pad_id()
+    if self.eos_id < 0 or self.pad_id < 0:
+      raise ValueError(
+          "sentencepiece model: needs an end and a padding token, has ids"
+          f" {self.eos_id} and {self.pad_id}"
+      )
+    self._space_ids = [self._processor.piece_to_id(p) for p in _SPACE_BYTES]
+    if self.decode(self.encode(_PROBE)) != _PROBE:
+      raise ValueError(
+          "sentencepiece model: changes text; train it with identity"
+          " normalisation, byte fallback and no dummy prefix"
+          " (train_sentencepiece does)"
+      )
+
+  def encode(self, text: str) -> list[int]:
+    """See `Tokenizer.encode`."""
+    first, *rest = _without_surrogates(text).split(_SPACE)
+    ids = self._processor.encode(first)
+    for part in rest:
+      ids += self._space_ids
+      ids += self._processor.encode(part)
+    return ids
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """See `Tokenizer.decode`."""
+    return _decode_runs(
+        ids, self._special_names, self.vocab_size, self._processor.decode
+    )
+
+  def token_text(self, token: int) -> str:
+    """See `Tokenizer.token_text`."""
+    text = self.decode([token])
+    piece = self._processor.id_to_piece(token)
+    return piece if _REPLACEMENT in text else text
+
+  def files(self) -> dict[str, bytes]:
+    """See `Tokenizer.files`."""
+    return {SENTENCEPIECE_FILE: self._model}
+
+
+class BPETokenizer:
+  """A tokenizer of the `tokenizers` library (SmolLM2, Llama 3, …).
+
+  Added tokens of the file are taken out of the library's tokenizer, so that
+  it cannot find them in text, and become the special tokens.
+  """
+
+  def __init__(self, definition: str, config: Mapping[str, Any]):
+    """Reads a definition.
+
+    Args:
+      definition: the content of a `tokenizer.json`.
+      config: what `tokenizer_config.json` says: `eos_token`, `bos_token` and
+        `pad_token` (names, or None), `add_bos_token`. Without a padding token
+        the end token pads.
+
+    Raises:
+      ValueError: where the package `tokenizers` is missing, the definition
+        cannot be read, an end token is missing, or a name is not a token.
+    """
+    self._definition, self._config = definition, dict(config)
+    fields = _read_json_object(definition, BPE_FILE)
+    added = {t["content"]: t["id"] for t in fields.get("added_tokens", ())}
+    self.special_ids: Mapping[str, int] = types.MappingProxyType(added)
+    self._special_names = {i: name for name, i in added.items()}
+    self._inner = _read_bpe(json.dumps(fields | {"added_tokens": []}))
+    _check_merges(fields, added)
+    largest = max([self._inner.get_vocab_size() - 1, *self._special_names])
+    self.vocab_size: int = largest + 1
+    eos = self._named("eos_token")
+    if eos is None:
+      raise ValueError(f"{BPE_CONFIG_FILE}: eos_token is missing")
+    pad = self._named("pad_token")
+    self.eos_id: int = eos
+    self.pad_id: int = eos if pad is None else pad
+    adds_bos = config.get(
+        "add_bos_token",
+        json.dumps(config.get("bos_token"))
+        in json.dumps(fields.get("post_processor")),
+    )
+    self.bos_id: int | None = self._named("bos_token") if adds_bos else None
+
+  def encode(self, text: str) -> list[int]:
+    """See `Tokenizer.encode`."""
+    return self._inner.encode(
+        _without_surrogates(text), add_special_tokens=False
+    ).ids
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """See `Tokenizer.decode`."""
+    return _decode_runs(
+        ids, self._special_names, self.vocab_size, self._decode_ordinary
+    )
+
+  def token_text(self, token: int) -> str:
+    """See `Tokenizer.token_text`."""
+    text = self.decode([token])
+    return self._inner.id_to_token(token) if _REPLACEMENT in text else text
+
+  def files(self) -> dict[str, bytes]:
+    """See `Tokenizer.files`."""
+    config = json.dumps(self._config, indent=2, sort_keys=True) + "\n"
+    return {
+        BPE_FILE: self._definition.encode(),
+        BPE_CONFIG_FILE: config.encode(),
+    }
+
+  def _decode_ordinary(self, ids: list[int]) -> str:
+    """Decodes ids none of which is special."""
+    return self._inner.decode(ids, skip_special_tokens=False)
+
+  def _named(self, key: str) -> int | None:
+    """Looks up the token that the config names under a key."""
+    name = self._config.get(key)
+    if isinstance(name, dict):  # the long form of transformers
+      name = name.get("content")
+    if name is None:
+      return None
+    if name not in self.special_ids:
+      raise ValueError(f"{BPE_CONFIG_FILE}: {key} {name!r} is no added token")
+    return self.special_ids[name]
+
+
+def train_sentencepiece(
+    lines: Iterable[str], *, vocab_size: int, special_tokens: Sequence[str]
+) -> bytes:
+  """Learns a unigram sentencepiece model that keeps text exactly.
+
+  Identity normalisation, no dummy prefix, digits apart, 256 byte tokens for
+  what has no piece. One thread, so the same lines give the same bytes.
+  Ids: `<pad>` 0, `<unk>` 1, `<eos>` 2, then `special_tokens` in order.
+
+  Args:
+    lines: the text to learn from.
+    vocab_size: number of ids, special and byte tokens included.
+    special_tokens: names of control symbols, at least two characters each.
+
+  Returns:
+    The serialised model, for `SentencePieceTokenizer`.
+
+  Raises:
+    ValueError: where a name is repeated, reserved or shorter than two
+      characters, or the lines do not allow a vocabulary of this size.
+  """
+  reserved = {_PAD, _UNK, _EOS, *(f"<0x{byte:02X}>" for byte in range(256))}
+  wrong = [
+      name
+      for i, name in enumerate(special_tokens)
+      if name in reserved or name in special_tokens[:i] or len(name) < 2
+  ]
+  if wrong:
+    raise ValueError(
+        f"special_tokens: {wrong} repeated, reserved or shorter than two"
+        " characters"
+    )
+  model = io.BytesIO()
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=map(_without_surrogates, lines),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        max_sentence_length=_MAX_LINE_BYTES,
+        pad_id=0,
+        unk_id=1,
+        eos_id=2,
+        bos_id=-1,
+        pad_piece=_PAD,
+        unk_piece=_UNK,
+        eos_piece=_EOS,
+        control_symbols=list(special_tokens),
+        num_threads=1,
+        minloglevel=2,
+    )
+  except (RuntimeError, OSError) as error:
+    raise ValueError(
+        f"vocab_size {vocab_size}: sentencepiece cannot learn it from these"
+        f" lines: {error}"
+    ) from error
+  return model.getvalue()
+
+
+def encode_with_specials(tokenizer: Tokenizer, text: str) -> list[int]:
+  """Encodes a trusted template, special tokens parsed.
+
+  Only for text that this program wrote itself: a chat template, a test. Text
+  from a task, a tool, a page or a model goes through `Tokenizer.encode`.
+
+  Args:
+    tokenizer: any tokenizer.
+    text: a template with names of special tokens in it, e.g. `<|im_start|>`.
+
+  Returns:
+    Token ids; every name of a special token, the longest first, is one id.
+  """
+  names = sorted(tokenizer.special_ids, key=len, reverse=True)
+  if not names:
+    return tokenizer.encode(text)
+  ids: list[int] = []
+  for part in re.split(f"({'|'.join(map(re.escape, names))})", text):
+    if part in tokenizer.special_ids:
+      ids.append(tokenizer.special_ids[part])
+    else:
+      ids += tokenizer.encode(part)
+  return ids
+
+
+def load_tokenizer(directory: pathlib.Path) -> Tokenizer | None:
+  """Reads the tokenizer that a directory holds.
+
+  Args:
+    directory: holds `tokenizer.model` (sentencepiece), or `tokenizer.json`
+      and `tokenizer_config.json`; ours writes one kind, and where a directory
+      of another origin holds both, `tokenizer.json` is read.
+
+  Returns:
+    The tokenizer; None where there is neither file.
+
+  Raises:
+    ValueError: where a file cannot be read or does not keep text exactly.
+  """
+  bpe, pieces = directory / BPE_FILE, directory / SENTENCEPIECE_FILE
+  if bpe.is_file():
+    config = directory / BPE_CONFIG_FILE
+    if not config.is_file():
+      raise ValueError(f"{directory}: has {BPE_FILE} but no {BPE_CONFIG_FILE}")
+    return BPETokenizer(
+        bpe.read_text("utf-8"),
+        _read_json_object(config.read_text("utf-8"), str(config)),
+    )
+  if pieces.is_file():
+    return SentencePieceTokenizer(pieces.read_bytes())
+  return None
+
+
+def _without_surrogates(text: str) -> str:
+  """Replaces unpaired surrogates, which no UTF-8 text can hold."""
+  if text.isascii():
+    return text
+  utf16 = text.encode("utf-16-le", "surrogatepass")
+  return utf16.decode("utf-16-le", "replace")
+
+
+def _decode_runs(
+    ids: Iterable[int],
+    special_names: Mapping[int, str],
+    vocab_size: int,
+    decode: Callable[[list[int]], str],
+) -> str:
+  """Decodes runs of ordinary ids, with the names of special ids between."""
+  parts: list[str] = []
+  run: list[int] = []
+  for token in map(int, ids):
+    if not 0 <= token < vocab_size:
+      raise ValueError(f"token id {token}: must be in [0, {vocab_size})")
+    if token in special_names:
+      parts += [decode(run), special_names[token]]
+      run = []
+    else:
+      run.append(token)
+  parts.append(decode(run))
+  return "".join(parts)
+
+
+def _read_sentencepiece(model: bytes) -> sentencepiece.SentencePieceProcessor:
+  """Parses a model; the library's error becomes a ValueError."""
+  processor = sentencepiece.SentencePieceProcessor()
+  try:
+    processor.LoadFromSerializedProto(model)
+  except RuntimeError as error:
+    raise ValueError(f"sentencepiece model: cannot be read: {error}") from error
+  return processor
+
+
+def _read_bpe(definition: str) -> Any:
+  """Builds the library's tokenizer; its errors become ValueErrors."""
+  try:
+    import tokenizers
+  except ImportError as error:
+    raise ValueError(
+        f"{BPE_FILE} needs the package tokenizers: pip install"
+        " 'mgrpo_jax[smollm2]'"
+    ) from error
+  try:
+    return tokenizers.Tokenizer.from_str(definition)
+  except Exception as error:  # the library raises bare Exceptions
+    raise ValueError(f"{BPE_FILE}: cannot be read: {error}") from error
+
+
+def _check_merges(fields: Mapping[str, Any], added: Mapping[str, int]) -> None:
+  """Refuses merges that would spell a special token out of text."""
+  merges = fields.get("model", {}).get("merges", ())
+  spelled = {
+      merge.replace(" ", "") if isinstance(merge, str) else "".join(merge)
+      for merge in merges
+  }
+  if wrong := sorted(spelled & set(added)):
+    raise ValueError(f"{BPE_FILE}: merges produce special tokens {wrong}")
+
+
+def _read_json_object(text: str, source: str) -> dict[str, Any]:
+  """Parses a JSON object; anything else is a ValueError naming the source."""
+  try:
+    fields = json.loads(text)
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{source}: not JSON: {error}") from error
+  if not isinstance(fields, dict):
+    raise ValueError(f"{source}: must be a JSON object")
+  return fields
