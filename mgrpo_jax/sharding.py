@@ -1,0 +1,184 @@
+"""Where arrays live: mesh axes, and one table from logical axes to them.
+
+Every parameter and activation names its dimensions logically; `RULES` alone
+knows which mesh axis, if any, a name is split over. Meshes have explicit axis
+types: a sharding is part of an array's type, and an operation whose result is
+ambiguous says it (`out`). Without a mesh all of this is the identity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+)
+from jaxtyping import Array
+
+MESH_AXES = ("data", "fsdp", "tensor", "expert")
+
+RULES: Mapping[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),  # rows, trajectories
+    "length": None,  # tokens of a row
+    "hidden": None,  # E of activations, and of weights while in use
+    "embed": "fsdp",  # E of weights and of optimizer state at rest
+    "norm": None,
+    "vocab": "tensor",
+    "kv_heads": "tensor",
+    "group": None,  # query heads that share a key head
+    "head_dim": None,
+    "mlp": "tensor",
+}
+
+
+def make_mesh(
+    *,
+    data: int,
+    fsdp: int,
+    tensor: int,
+    expert: int,
+    devices: Sequence[jax.Device],
+) -> Mesh:
+  """Arranges devices on the four axes, with explicit types.
+
+  Args:
+    data: replicas of the weights.
+    fsdp: pieces that weights and optimizer state are kept in.
+    tensor: pieces that heads, feed-forward and vocabulary are computed in.
+    expert: pieces that experts are computed in.
+    devices: as many as the product of the four.
+
+  Returns:
+    The mesh; enter it with `jax.set_mesh`.
+
+  Raises:
+    ValueError: if the sizes do not multiply to the number of devices.
+  """
+  sizes = (data, fsdp, tensor, expert)
+  if min(sizes) < 1 or math.prod(sizes) != len(devices):
+    named = dict(zip(MESH_AXES, sizes, strict=True))
+    raise ValueError(
+        f"mesh {named} must have positive sizes whose product is the number"
+        f" of devices, {len(devices)}"
+    )
+  return jax.make_mesh(
+      sizes, MESH_AXES, (AxisType.Explicit,) * 4, devices=devices
+  )
+
+
+def spec(*logical_axes: str) -> PartitionSpec:
+  """Looks logical axes up in `RULES`.
+
+  Args:
+    *logical_axes: a name for each dimension.
+
+  Returns:
+    The partition spec.
+  """
+  return PartitionSpec(*(RULES[axis] for axis in logical_axes))
+
+
+def out(*logical_axes: str) -> PartitionSpec | None:
+  """Gives the sharding of an operation's result under the current mesh.
+
+  Args:
+    *logical_axes: a name for each dimension of the result.
+
+  Returns:
+    A partition spec for `out_sharding`; None where no mesh is set.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return None
+  return spec(*logical_axes)
+
+
+def constrain(x: Array, *logical_axes: str) -> Array:
+  """Moves an array to the sharding its axes have under the current mesh.
+
+  Args:
+    x: any array.
+    *logical_axes: a name for each of its dimensions.
+
+  Returns:
+    The same values; x itself where no mesh is set.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.sharding.reshard(x, spec(*logical_axes))
+
+
+def params_shardings(specs: Any, mesh: Mesh | AbstractMesh) -> Any:
+  """Says where each parameter rests.
+
+  Args:
+    specs: pytree of `ParamSpec`, from `params.param_specs`.
+    mesh: with the axes of `MESH_AXES`.
+
+  Returns:
+    The same tree of `NamedSharding`. Optimizer state that mirrors the
+    parameters takes the same.
+
+  Raises:
+    ValueError: if a dimension is not a multiple of the devices it is split
+      over, naming the parameter.
+  """
+
+  def place(path: tuple[Any, ...], param: Any) -> NamedSharding:
+    name = jax.tree_util.keystr(path)
+    return _place(name, param.shape, param.logical_axes, mesh)
+
+  return jax.tree.map_with_path(place, specs)
+
+
+def batch_shardings(batch: Any, mesh: Mesh | AbstractMesh) -> Any:
+  """Splits every array of a batch by its leading dimension.
+
+  Args:
+    batch: pytree of arrays (or their shapes) led by rows or trajectories.
+    mesh: with the axes of `MESH_AXES`.
+
+  Returns:
+    The same tree of `NamedSharding`.
+
+  Raises:
+    ValueError: if a leading dimension is not a multiple of the devices it is
+      split over, naming the array.
+  """
+
+  def place(path: tuple[Any, ...], array: Any) -> NamedSharding:
+    axes = ("batch",) + ("length",) * (len(array.shape) - 1)
+    return _place(jax.tree_util.keystr(path), array.shape, axes, mesh)
+
+  return jax.tree.map_with_path(place, batch)
+
+
+def _place(
+    name: str,
+    shape: tuple[int, ...],
+    logical_axes: tuple[str, ...],
+    mesh: Mesh | AbstractMesh,
+) -> NamedSharding:
+  """Builds one sharding, checking that it divides the shape."""
+  sharding = NamedSharding(mesh, spec(*logical_axes))
+  for size, axis in zip(shape, logical_axes, strict=True):
+    pieces = _pieces(axis, mesh)
+    if size % pieces:
+      raise ValueError(
+          f"{name}: {axis}={size} must be a multiple of {pieces}, the product"
+          f" of mesh axes {RULES[axis]!r}"
+      )
+  return sharding
+
+
+def _pieces(logical_axis: str, mesh: Mesh | AbstractMesh) -> int:
+  """Counts the pieces that a logical axis is split into."""
+  axes = RULES[logical_axis]
+  names = (axes,) if isinstance(axes, str) else axes or ()
+  return math.prod(mesh.shape[name] for name in names)
