@@ -1,0 +1,216 @@
+"""Files of a run directory that exist whole or not at all.
+
+Everything small that a run leaves on the local disk (summary.json, pages,
+pictures, finished rollout files) is written through `write`: to a temporary
+file beside the target, flushed to the disk, then renamed over it. A reader, or
+a run started again after SIGKILL, sees the old contents or the new ones.
+Growing files (metrics.jsonl) are cut back to their last whole line with
+`trim_lines`. `exclusive` keeps a second run out of a run directory.
+
+Failures are `StorageError`s whose text is one line: what, where, why.
+"""
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+_count = itertools.count()
+
+
+class StorageError(OSError):
+  """Reading or writing failed; the text says what, where and why."""
+
+
+class CorruptError(StorageError):
+  """What was read is not what was written."""
+
+
+def reason(error: BaseException) -> str:
+  """Returns why a storage operation failed, in one line.
+
+  Args:
+    error: what the operation raised.
+
+  Returns:
+    The operating system's words where they are known, else the first line of
+    the error's text, at most 200 characters.
+  """
+  text = str(error)
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
+  for code in (errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS):
+    if os.strerror(code) in text:
+      return os.strerror(code)
+  lines = text.strip().splitlines()
+  return lines[0][:200] if lines else type(error).__name__
+
+
+def write(path: str | os.PathLike[str], data: bytes | str) -> None:
+  """Writes a file so that it is seen whole or not at all.
+
+  Missing parent directories are made. A SIGKILL may leave a temporary file
+  whose name starts with a dot and ends with `.partial`; `sweep` removes it.
+
+  Args:
+    path: the file; an existing one is replaced.
+    data: its contents; text is encoded as UTF-8.
+
+  Raises:
+    StorageError: the file cannot be written (disk full, no permission, …).
+  """
+  path = pathlib.Path(path)
+  name = f".{path.name}.{os.getpid()}.{next(_count)}.partial"
+  temporary = path.with_name(name)
+  payload = data.encode("utf-8") if isinstance(data, str) else data
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      with open(temporary, "wb") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+      os.replace(temporary, path)
+    except OSError:
+      temporary.unlink(missing_ok=True)
+      raise
+    _sync_directory(path.parent)
+  except OSError as error:
+    raise StorageError(f"cannot write {path}: {reason(error)}") from error
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+  """Writes a value as indented JSON, whole or not at all.
+
+  Args:
+    path: the file; an existing one is replaced.
+    value: anything JSON can hold; NaN and infinities are refused, because
+      other languages cannot read them.
+
+  Raises:
+    StorageError: the file cannot be written.
+    ValueError: the value is not JSON.
+  """
+  try:
+    text = json.dumps(value, indent=2, allow_nan=False)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"value for {path} is not JSON: {error}") from error
+  write(path, text + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+  """Reads a JSON file.
+
+  Args:
+    path: the file.
+
+  Returns:
+    Its value.
+
+  Raises:
+    StorageError: the file cannot be read.
+    CorruptError: it does not hold JSON.
+  """
+  try:
+    return json.loads(pathlib.Path(path).read_bytes())
+  except OSError as error:
+    raise StorageError(f"cannot read {path}: {reason(error)}") from error
+  except ValueError as error:
+    raise CorruptError(f"{path} is not JSON: {reason(error)}") from error
+
+
+def trim_lines(path: str | os.PathLike[str]) -> int:
+  """Cuts a half-written last line off a file that grows by lines.
+
+  Args:
+    path: the file; a missing one is left missing.
+
+  Returns:
+    How many bytes were cut off.
+
+  Raises:
+    StorageError: the file cannot be changed.
+  """
+  path = pathlib.Path(path)
+  try:
+    if not path.exists():
+      return 0
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+      os.truncate(path, whole)
+    return len(data) - whole
+  except OSError as error:
+    raise StorageError(f"cannot trim {path}: {reason(error)}") from error
+
+
+def sweep(directory: str | os.PathLike[str]) -> int:
+  """Removes the temporary files that killed writers left behind.
+
+  Call it only while no other process writes there.
+
+  Args:
+    directory: searched with everything below it.
+
+  Returns:
+    How many files were removed.
+
+  Raises:
+    StorageError: a file cannot be removed.
+  """
+  removed = 0
+  try:
+    for path in pathlib.Path(directory).rglob(".*.partial"):
+      path.unlink()
+      removed += 1
+  except OSError as error:
+    raise StorageError(f"cannot sweep {directory}: {reason(error)}") from error
+  return removed
+
+
+@contextlib.contextmanager
+def exclusive(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Holds a lock file, so that one process at a time uses a directory.
+
+  The lock belongs to the process: it is gone when the process is, also after
+  SIGKILL. The file itself stays.
+
+  Args:
+    path: the lock file, made where it is missing.
+
+  Yields:
+    Nothing; the lock is held inside the block.
+
+  Raises:
+    StorageError: another process holds it, or it cannot be made.
+  """
+  path = pathlib.Path(path)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+  except OSError as error:
+    raise StorageError(f"cannot lock {path}: {reason(error)}") from error
+  try:
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise StorageError(
+          f"{path.parent} is in use by another process (lock {path.name})"
+      ) from error
+    yield
+  finally:
+    os.close(descriptor)
+
+
+def _sync_directory(directory: pathlib.Path) -> None:
+  """Makes a rename durable."""
+  descriptor = os.open(directory, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)

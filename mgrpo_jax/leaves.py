@@ -1,0 +1,192 @@
+"""Pytrees as named arrays on the host, with digests.
+
+What weights and checkpoints have in common: a pytree is a set of named arrays
+(`layers/0/attention/query`), each known by shape, dtype and the sha256 of its
+bytes; a record is JSON that carries its own digest. Nothing here compiles:
+devices are left by copying and entered by `jax.device_put`.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mgrpo_jax.atomic import CorruptError
+
+
+def named(tree: Any) -> dict[str, Any]:
+  """Returns the leaves of a pytree by name.
+
+  Args:
+    tree: any pytree.
+
+  Returns:
+    Leaves by their path, keys joined with `/`, in the tree's order.
+
+  Raises:
+    ValueError: two leaves have the same name.
+  """
+  leaves: dict[str, Any] = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if name in leaves:
+      raise ValueError(f"tree: two leaves are named {name!r}")
+    leaves[name] = leaf
+  return leaves
+
+
+def to_host(tree: Any) -> dict[str, np.ndarray]:
+  """Copies a pytree's leaves to the host.
+
+  Typed PRNG keys become their uint32 words. The copies own their memory, so
+  buffers may be donated as soon as this returns.
+
+  Args:
+    tree: pytree of arrays.
+
+  Returns:
+    Arrays by name, C-contiguous.
+
+  Raises:
+    ValueError: a leaf is no array, or lives partly in other processes.
+  """
+  leaves = named(tree)
+  for name, leaf in leaves.items():
+    if not hasattr(leaf, "dtype"):
+      raise ValueError(f"leaf {name!r} is {type(leaf).__name__}, not an array")
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+      raise ValueError(
+          f"leaf {name!r} is spread over several processes; gather it first"
+      )
+    if is_key(leaf):
+      leaves[name] = jax.random.key_data(leaf)
+  fetched = jax.device_get(leaves)
+  return {
+      name: np.array(leaf, order="C", copy=True)
+      for name, leaf in fetched.items()
+  }
+
+
+def from_host(arrays: Mapping[str, np.ndarray], like: Any, *, what: str) -> Any:
+  """Rebuilds a pytree from named arrays.
+
+  Args:
+    arrays: what `to_host` returned; every leaf of `like` and no other.
+    like: pytree of `jax.Array`s or `jax.ShapeDtypeStruct`s. A leaf goes to
+      the sharding of its likeness where that has one, else to the default
+      device.
+    what: what is being read, for the error message.
+
+  Returns:
+    Pytree of `jax.Array`s with the structure of `like`.
+
+  Raises:
+    ValueError: names, shapes or dtypes differ from those of `like`.
+  """
+  wanted = named(like)
+  problems = [f"{name} is missing" for name in wanted if name not in arrays]
+  problems += [f"{name} is unknown" for name in arrays if name not in wanted]
+  for name in wanted.keys() & arrays.keys():
+    shape, dtype = _host_form(wanted[name])
+    found = arrays[name]
+    if (found.shape, found.dtype) != (shape, dtype):
+      problems.append(
+          f"{name} is {found.dtype}{list(found.shape)}, "
+          f"not {dtype}{list(shape)}"
+      )
+  if problems:
+    raise ValueError(
+        f"{what} does not fit this configuration: {_some(sorted(problems))}"
+    )
+  values = [_to_device(arrays[name], leaf) for name, leaf in wanted.items()]
+  return jax.tree.unflatten(jax.tree.structure(like), values)
+
+
+def is_key(leaf: Any) -> bool:
+  """Returns whether a leaf is an array of typed PRNG keys."""
+  dtype = getattr(leaf, "dtype", None)
+  return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def describe(array: np.ndarray) -> dict[str, Any]:
+  """Returns shape, dtype and sha256 of an array, as JSON can hold them."""
+  data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+  return {
+      "shape": list(array.shape),
+      "dtype": array.dtype.name,
+      "digest": hashlib.sha256(data.data).hexdigest(),
+  }
+
+
+def verify(arrays: Mapping[str, np.ndarray], described: Mapping) -> None:
+  """Checks arrays against their descriptions.
+
+  Args:
+    arrays: what was read, by name.
+    described: what `describe` said of them when they were written, by name.
+
+  Raises:
+    CorruptError: an array is missing, unexpected or different.
+  """
+  if arrays.keys() != described.keys():
+    names = sorted(arrays.keys() ^ described.keys())
+    raise CorruptError(f"arrays missing or unexpected: {_some(names)}")
+  bad = [n for n, array in arrays.items() if describe(array) != described[n]]
+  if bad:
+    raise CorruptError(f"digests differ: {_some(bad)}")
+
+
+def seal(body: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a record with its own sha256 under `digest`."""
+  return {**body, "digest": _digest(body)}
+
+
+def check_seal(record: Any) -> dict[str, Any]:
+  """Returns the body of a sealed record.
+
+  Args:
+    record: what `seal` returned, after a trip through JSON.
+
+  Returns:
+    The record without its digest.
+
+  Raises:
+    CorruptError: it is not what was sealed.
+  """
+  if not isinstance(record, dict) or "digest" not in record:
+    raise CorruptError("the record carries no digest")
+  body = {key: value for key, value in record.items() if key != "digest"}
+  if _digest(body) != record["digest"]:
+    raise CorruptError("the record's digest differs")
+  return body
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+  """Returns the sha256 of a record's canonical JSON."""
+  text = json.dumps(dict(body), sort_keys=True, separators=(",", ":"))
+  return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _host_form(leaf: Any) -> tuple[tuple[int, ...], np.dtype]:
+  """Returns the shape and dtype a leaf has on the host."""
+  if is_key(leaf):
+    leaf = jax.eval_shape(jax.random.key_data, leaf)
+  return tuple(leaf.shape), np.dtype(leaf.dtype)
+
+
+def _to_device(array: np.ndarray, like: Any) -> jax.Array:
+  """Puts an array where `like` lives; uncommitted where `like` is."""
+  if is_key(like):
+    implementation = jax.random.key_impl(like)
+    return jax.random.wrap_key_data(jax.device_put(array), impl=implementation)
+  committed = getattr(like, "committed", True)
+  return jax.device_put(array, like.sharding if committed else None)
+
+
+def _some(items: list[str]) -> str:
+  """Joins the first few of many names."""
+  more = f" and {len(items) - 4} more" if len(items) > 4 else ""
+  return ", ".join(items[:4]) + more

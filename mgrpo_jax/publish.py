@@ -1,0 +1,368 @@
+"""Stage 7: versions of a policy's weights, written and read.
+
+    policies/<policy>/v<N>/<parameter>/…       one zarr3 array each
+    policies/<policy>/v<N>/manifest.json       shapes, dtypes, digests
+    policies/<policy>/LATEST                   one pointer, written last
+    policies/<policy>/leases/v<N>/<holder>     keeps a version from deletion
+
+A version is visible whole or not at all: its manifest is written after its
+arrays, and the pointer after the manifest. Readers check every digest and
+never mix versions; where the newest is corrupt they fall back to the previous
+good one and say so. Each policy has one publisher at a time, the job that
+trains it.
+"""
+
+import dataclasses
+import json
+import logging
+import re
+import time
+from collections.abc import Iterator
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from mgrpo_jax import atomic
+from mgrpo_jax import leaves
+from mgrpo_jax.store import Store
+from mgrpo_jax.store import check_name
+from mgrpo_jax.types import PolicyVersion
+
+FORMAT = 1
+_ATTEMPTS = 5  # reads overtaken by the publisher's retention
+_NO_NUMBER = -1  # stands for LATEST itself among what was skipped
+_LOG = logging.getLogger(__name__)
+_VERSION = re.compile(r"v(\d+)/")
+
+
+class NoVersionError(LookupError):
+  """There is no (good) version to read; the text says of what and where."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights:
+  """Weights as they were read.
+
+  Attributes:
+    params: pytree of `jax.Array`s, shaped like what was asked for.
+    version: which version they are.
+    meta: what the publisher wrote beside them.
+    skipped: newer versions found corrupt, each with what is wrong, in the
+      order tried; empty where all is well.
+  """
+
+  params: Any
+  version: PolicyVersion
+  meta: Mapping[str, Any]
+  skipped: tuple[str, ...]
+
+
+def publish(
+    store: Store,
+    policy: str,
+    number: int,
+    params: Any,
+    *,
+    keep: int,
+    meta: Mapping[str, Any],
+) -> PolicyVersion:
+  """Writes a version of a policy's weights and points LATEST at it.
+
+  Publishing equal weights under the same number again writes nothing but the
+  pointer, so a run that resumes may repeat itself. Versions newer than
+  `number` belong to a past that a resumed run has left; retention removes them.
+
+  Args:
+    store: the bucket.
+    policy: the policy's name, one path segment.
+    number: version number, ≥ 0.
+    params: pytree of arrays.
+    keep: how many versions stay, ≥ 1; leased ones stay besides.
+    meta: JSON kept beside the weights (step, stage, …).
+
+  Returns:
+    The version.
+
+  Raises:
+    StorageError: the store cannot be written; LATEST is then as before.
+    ValueError: a name, number or count is out of range.
+  """
+  _check(policy, number)
+  if keep < 1:
+    raise ValueError(f"keep: {keep} must be at least 1")
+  arrays = leaves.to_host(params)
+  for name in arrays:
+    if name.split("/")[-1] == "manifest.json":
+      raise ValueError(f"params: a leaf may not be named {name!r}")
+  manifest = leaves.seal(
+      {
+          "format": FORMAT,
+          "policy": policy,
+          "number": number,
+          "meta": dict(meta),
+          "arrays": {name: leaves.describe(a) for name, a in arrays.items()},
+      }
+  )
+  path = _path(policy, number)
+  version = PolicyVersion(
+      policy=policy, number=number, path=path, digest=manifest["digest"]
+  )
+  if not _is_whole(store, version):
+    store.delete(f"{path}/manifest.json")
+    store.delete_prefix(path)
+    store.write_arrays(path, arrays)
+    store.put(f"{path}/manifest.json", json.dumps(manifest).encode())
+  pointer = {"number": number, "path": path, "digest": version.digest}
+  store.put(_pointer_key(policy), json.dumps(pointer).encode())
+  _retain(store, policy, number, keep)
+  return version
+
+
+def read(
+    store: Store,
+    policy: str,
+    number: int | Literal["latest"],
+    *,
+    like: Any,
+) -> Weights:
+  """Reads one version of a policy's weights, checked against its digests.
+
+  Args:
+    store: the bucket.
+    policy: the policy's name.
+    number: a version, or `latest`: the version LATEST points at or, where that
+      is corrupt, the newest good one before it.
+    like: pytree of arrays or `jax.ShapeDtypeStruct`s, as `policy.abstract`
+      gives; weights go to its shardings.
+
+  Returns:
+    The weights, all of one version.
+
+  Raises:
+    CorruptError: the version asked for by number is corrupt.
+    NoVersionError: there is no such version, or none is good.
+    StorageError: the store cannot be read.
+    ValueError: the weights do not fit `like`, or a name is out of range.
+  """
+  if number != "latest":
+    _check(policy, number)
+    return _read_number(store, policy, number, like)
+  _check(policy, 0)
+  skipped: dict[int, str] = {}
+  for _ in range(_ATTEMPTS):
+    pointer = store.get(_pointer_key(policy))
+    for candidate in _candidates(store, policy, pointer, skipped):
+      try:
+        weights = _read_number(store, policy, candidate, like)
+      except (NoVersionError, atomic.CorruptError) as error:
+        if store.get(_pointer_key(policy)) != pointer:
+          break  # retention overtook us: start from where LATEST points now
+        skipped[candidate] = str(error)
+        _LOG.warning("%s; trying the version before it", error)
+        continue
+      return dataclasses.replace(weights, skipped=tuple(skipped.values()))
+    else:
+      break
+  found = "; ".join(skipped.values()) or "versions vanish while being read"
+  raise NoVersionError(f"no good version of {policy} in {store.url}: {found}")
+
+
+def latest(store: Store, policy: str) -> int | None:
+  """Returns the number LATEST points at, None where nothing is published.
+
+  Args:
+    store: the bucket.
+    policy: the policy's name.
+
+  Returns:
+    The number.
+
+  Raises:
+    CorruptError: the pointer is corrupt.
+    StorageError: the store cannot be read.
+    ValueError: the name is out of range.
+  """
+  _check(policy, 0)
+  pointer = store.get(_pointer_key(policy))
+  return None if pointer is None else _pointed(store, policy, pointer)
+
+
+def versions(store: Store, policy: str) -> list[int]:
+  """Returns the numbers of all versions that have a manifest, ascending."""
+  root = f"policies/{check_name(policy, 'policy')}/"
+  keys = [key.removeprefix(root) for key in store.list(root.rstrip("/"))]
+  found = [_VERSION.match(k) for k in keys if k.endswith("/manifest.json")]
+  return sorted(int(match[1]) for match in found if match)
+
+
+def lease(
+    store: Store, policy: str, number: int, *, holder: str, seconds: float
+) -> None:
+  """Keeps a version from being deleted, for a time; call again to prolong.
+
+  Args:
+    store: the bucket.
+    policy: the policy's name.
+    number: the version.
+    holder: who wants it, one path segment.
+    seconds: for how long from now; infinity for good.
+
+  Raises:
+    NoVersionError: there is no such version.
+    StorageError: the store cannot be written.
+    ValueError: a name or number is out of range.
+  """
+  _check(policy, number)
+  until = json.dumps({"until": time.time() + seconds}).encode()
+  store.put(_lease_key(policy, number, holder), until)
+  if store.get(f"{_path(policy, number)}/manifest.json") is None:
+    release(store, policy, number, holder=holder)
+    raise NoVersionError(f"{policy} has no version {number} in {store.url}")
+
+
+def release(store: Store, policy: str, number: int, *, holder: str) -> None:
+  """Gives a lease back; one that does not exist is left so."""
+  _check(policy, number)
+  store.delete(_lease_key(policy, number, holder))
+
+
+def _read_number(store: Store, policy: str, number: int, like: Any) -> Weights:
+  """Reads one version; what changed while being read is read again."""
+  path = _path(policy, number)
+  error: atomic.CorruptError | None = None
+  before: bytes | None = None
+  for _ in range(_ATTEMPTS):
+    found = store.get(f"{path}/manifest.json")
+    if found is None:
+      raise NoVersionError(f"{policy} has no version {number} in {store.url}")
+    if found == before and error:
+      break  # it did not change while we read it: it is corrupt
+    before = found
+    try:
+      manifest = _parse(found, policy, number)
+      described = manifest["arrays"]
+      arrays = store.read_arrays(path, described)
+      leaves.verify(arrays, described)
+    except atomic.CorruptError as caught:
+      error = caught
+      continue
+    what = f"{store.url}/{path}"
+    return Weights(
+        params=leaves.from_host(arrays, like, what=what),
+        version=PolicyVersion(
+            policy=policy,
+            number=number,
+            path=path,
+            digest=json.loads(found)["digest"],
+        ),
+        meta=manifest["meta"],
+        skipped=(),
+    )
+  raise atomic.CorruptError(
+      f"version {number} of {policy} in {store.url} is corrupt: {error}"
+  ) from error
+
+
+def _parse(data: bytes, policy: str, number: int) -> dict[str, Any]:
+  """Returns a manifest that is what was written for this version."""
+  try:
+    manifest = leaves.check_seal(json.loads(data))
+  except ValueError as error:
+    raise atomic.CorruptError("the manifest is not JSON") from error
+  if (manifest["policy"], manifest["number"]) != (policy, number):
+    raise atomic.CorruptError("the manifest is another version's")
+  if manifest["format"] != FORMAT:
+    raise ValueError(f"format {manifest['format']} is not {FORMAT}")
+  return manifest
+
+
+def _pointed(store: Store, policy: str, pointer: bytes) -> int:
+  """Returns the number a pointer holds."""
+  try:
+    return int(json.loads(pointer)["number"])
+  except (ValueError, KeyError, TypeError) as error:
+    raise atomic.CorruptError(
+        f"pointer {store.url}/{_pointer_key(policy)} is corrupt"
+    ) from error
+
+
+def _candidates(
+    store: Store, policy: str, pointer: bytes | None, skipped: dict[int, str]
+) -> Iterator[int]:
+  """Yields versions to try, newest first; lists them only when needed."""
+  if pointer is None:
+    raise NoVersionError(f"nothing is published for {policy} in {store.url}")
+  try:
+    newest = _pointed(store, policy, pointer)
+    if newest not in skipped:
+      yield newest
+    older = [n for n in versions(store, policy) if n < newest]
+  except atomic.CorruptError as error:
+    _LOG.warning("%s; starting from the newest version", error)
+    skipped[_NO_NUMBER] = str(error)
+    older = versions(store, policy)
+  yield from (n for n in reversed(older) if n not in skipped)
+
+
+def _is_whole(store: Store, version: PolicyVersion) -> bool:
+  """Returns whether exactly this version already lies in the store."""
+  found = store.get(f"{version.path}/manifest.json")
+  if found is None:
+    return False
+  try:
+    described = _parse(found, version.policy, version.number)["arrays"]
+    if json.loads(found)["digest"] != version.digest:
+      return False
+    leaves.verify(store.read_arrays(version.path, described), described)
+  except atomic.CorruptError:
+    return False
+  return True
+
+
+def _retain(store: Store, policy: str, number: int, keep: int) -> None:
+  """Deletes what is neither among the newest, nor leased, nor pointed to."""
+  root = f"policies/{policy}"
+  keys = [key.removeprefix(f"{root}/") for key in store.list(root)]
+  present = {int(m[1]) for m in map(_VERSION.match, keys) if m}
+  past = sorted(n for n in present if n <= number)
+  kept = {number, *past[-keep:], *_leased(store, root, keys)}
+  for old in sorted(present - kept):
+    path = _path(policy, old)
+    store.delete(f"{path}/manifest.json")  # first, so that nobody starts on it
+    store.delete_prefix(path)
+
+
+def _leased(store: Store, root: str, keys: list[str]) -> set[int]:
+  """Returns the versions under a lease that has not run out."""
+  names = [f"{root}/{key}" for key in keys if key.startswith("leases/")]
+  leased = set()
+  for key, value in store.get_many(names).items():
+    number = int(key.removeprefix(f"{root}/leases/v").split("/")[0])
+    if value is None:
+      continue
+    if json.loads(value)["until"] > time.time():
+      leased.add(number)
+    else:
+      store.delete(key)
+  return leased
+
+
+def _check(policy: str, number: int) -> None:
+  """Raises ValueError unless a version can be called this."""
+  check_name(policy, "policy")
+  if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+    raise ValueError(f"number: {number!r} must be an integer of at least 0")
+
+
+def _path(policy: str, number: int) -> str:
+  """Returns where a version lies."""
+  return f"policies/{policy}/v{number}"
+
+
+def _pointer_key(policy: str) -> str:
+  """Returns where the pointer lies."""
+  return f"policies/{policy}/LATEST"
+
+
+def _lease_key(policy: str, number: int, holder: str) -> str:
+  """Returns where a lease lies."""
+  return f"policies/{policy}/leases/v{number}/{check_name(holder, 'holder')}"

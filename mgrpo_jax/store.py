@@ -1,0 +1,427 @@
+"""One bucket: small keys that change atomically, and zarr3 arrays.
+
+`open(url)` works on `file://`, `memory://`, `gs://` and `s3://` through
+TensorStore. A key is a relative path; its value is written whole or not at
+all. `swap` is compare-and-swap, on which leases and members build; S3 promises
+none, so there it is refused rather than imitated.
+
+Emulators on localhost are reached by naming their endpoint in the URL:
+
+    s3://bucket/runs/a?endpoint=http://localhost:9000
+    gs://bucket/runs/a?endpoint=http://localhost:4443
+
+TensorStore reads the GCS endpoint from the environment once, so one process
+talks to one GCS endpoint.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import re
+import urllib.parse
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import tensorstore as ts
+
+from mgrpo_jax import atomic
+
+SCHEMES = ("file", "memory", "gs", "s3")
+MAX_KEY_BYTES = 512
+MAX_CHUNK_BYTES = 64 << 20
+_GCS_ENDPOINT = "TENSORSTORE_GCS_HTTP_URL"
+_SEGMENT = re.compile(r"[A-Za-z0-9_@=+,-][A-Za-z0-9._@=+,-]*")
+_OUTSIDE = re.compile(  # failures that say nothing about what was stored
+    "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|"
+    "RESOURCE_EXHAUSTED|ABORTED|CANCELLED"
+)
+_LOCK = ".__lock"  # TensorStore's file driver keeps its locks there
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+  """A key as it was read.
+
+  Attributes:
+    key: the key.
+    value: its bytes; None where the key does not exist.
+    generation: opaque mark of this very state, for `Store.swap`.
+  """
+
+  key: str
+  value: bytes | None
+  generation: bytes
+
+
+class Store:
+  """A bucket, or a folder of one. Made by `open`.
+
+  Attributes:
+    url: where it is, without a trailing slash.
+    can_swap: whether compare-and-swap is available (not on S3).
+  """
+
+  def __init__(self, kvstore: ts.KvStore, *, url: str, can_swap: bool) -> None:
+    """Wraps an open TensorStore key-value store."""
+    self._kvstore = kvstore
+    self.url = url
+    self.can_swap = can_swap
+
+  def read(self, key: str) -> Record:
+    """Reads a key and the generation it is at.
+
+    Args:
+      key: relative path.
+
+    Returns:
+      The record; its value is None where the key does not exist.
+
+    Raises:
+      StorageError: the store cannot be read.
+      ValueError: the key is not a relative path.
+    """
+    check_key(key)
+    found = self._call("read", key, lambda: self._kvstore.read(key))
+    value = bytes(found.value) if found.state == "value" else None
+    return Record(key=key, value=value, generation=found.stamp.generation)
+
+  def get(self, key: str) -> bytes | None:
+    """Returns the value of a key, None where it does not exist."""
+    return self.read(key).value
+
+  def get_many(self, keys: Iterable[str]) -> dict[str, bytes | None]:
+    """Returns the values of several keys, read at the same time."""
+    names = [check_key(key) for key in keys]
+    reads = {key: self._kvstore.read(key) for key in names}
+    found = {k: self._call("read", k, lambda r=r: r) for k, r in reads.items()}
+    return {
+        key: bytes(read.value) if read.state == "value" else None
+        for key, read in found.items()
+    }
+
+  def put(self, key: str, value: bytes) -> None:
+    """Writes a key, whole or not at all.
+
+    Args:
+      key: relative path.
+      value: its new contents.
+
+    Raises:
+      StorageError: the store cannot be written.
+      ValueError: the key is not a relative path.
+    """
+    check_key(key)
+    self._call("write", key, lambda: self._kvstore.write(key, value))
+
+  def delete(self, key: str) -> None:
+    """Removes a key; one that does not exist is left so."""
+    check_key(key)
+    self._call("delete", key, lambda: self._kvstore.write(key, None))
+
+  def delete_prefix(self, prefix: str) -> None:
+    """Removes every key below a folder, `prefix` without trailing slash."""
+    check_key(prefix)
+    below = ts.KvStore.KeyRange(f"{prefix}/", f"{prefix}0")  # '0' follows '/'
+    self._call("delete", prefix, lambda: self._kvstore.delete_range(below))
+    if self.url.startswith("file://"):
+      _remove_folders(pathlib.Path(self._kvstore.path) / prefix)
+
+  def list(self, prefix: str = "") -> list[str]:
+    """Returns the keys below a folder.
+
+    Args:
+      prefix: folder without trailing slash; empty for everything.
+
+    Returns:
+      Whole keys, sorted.
+
+    Raises:
+      StorageError: the store cannot be read.
+      ValueError: the prefix is not a relative path.
+    """
+    everything = ts.KvStore.KeyRange()
+    below = everything
+    if prefix:
+      check_key(prefix)
+      below = ts.KvStore.KeyRange(f"{prefix}/", f"{prefix}0")
+    found = self._call("list", prefix, lambda: self._kvstore.list(below))
+    return sorted(key.decode("utf-8") for key in found)
+
+  def swap(self, record: Record, value: bytes | None) -> Record | None:
+    """Changes a key only if it is still as it was read (compare-and-swap).
+
+    Args:
+      record: what `read` returned.
+      value: new contents; None removes the key.
+
+    Returns:
+      The new record, or None where somebody else was faster.
+
+    Raises:
+      StorageError: the store cannot be written, or has no compare-and-swap.
+    """
+    if not self.can_swap:
+      raise atomic.StorageError(
+          f"cannot swap {self._where(record.key)}: S3 has no compare-and-swap"
+      )
+    write = functools.partial(
+        self._kvstore.write, record.key, value, if_equal=record.generation
+    )
+    stamp = self._call("write", record.key, write)
+    if not stamp.generation:
+      return None
+    return Record(key=record.key, value=value, generation=stamp.generation)
+
+  def write_arrays(self, prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes named arrays as zarr3, all at the same time.
+
+    Arrays appear one by one: write what makes them visible afterwards.
+
+    Args:
+      prefix: folder without trailing slash.
+      arrays: by name; array `a/b` lies in the folder `prefix/a/b`. They must
+        not change until this returns.
+
+    Raises:
+      StorageError: the store cannot be written.
+      ValueError: a name is not a relative path.
+    """
+    opened = {}
+    for name, array in arrays.items():
+      key = check_key(f"{prefix}/{name}")
+      opened[key] = (self._create(key, array), array)
+    writes = {}
+    for key, (future, array) in opened.items():
+      target = self._call("write", key, lambda f=future: f)
+      writes[key] = target.write(
+          array, can_reference_source_data_indefinitely=True
+      ).commit
+    for key, commit in writes.items():
+      self._call("write", key, lambda c=commit: c)
+
+  def read_arrays(
+      self, prefix: str, names: Iterable[str]
+  ) -> dict[str, np.ndarray]:
+    """Reads named zarr3 arrays, all at the same time.
+
+    Args:
+      prefix: folder without trailing slash.
+      names: as given to `write_arrays`.
+
+    Returns:
+      Arrays by name.
+
+    Raises:
+      CorruptError: an array is missing or cannot be decoded.
+      StorageError: the store cannot be read.
+      ValueError: a name is not a relative path.
+    """
+    keys = {name: check_key(f"{prefix}/{name}") for name in names}
+    opened = {name: self._open_array(key) for name, key in keys.items()}
+    reads = {
+        name: self._decode(keys[name], lambda f=future: f).read(order="C")
+        for name, future in opened.items()
+    }
+    return {
+        name: np.asarray(self._decode(keys[name], lambda f=future: f))
+        for name, future in reads.items()
+    }
+
+  def _create(self, key: str, array: np.ndarray) -> Any:
+    """Starts making a zarr3 array."""
+    return ts.open(
+        {
+            "driver": "zarr3",
+            "metadata": {"codecs": ["bytes"]},
+            "store_data_equal_to_fill_value": True,  # else -0.0 becomes 0.0
+        },
+        kvstore=self._kvstore / f"{key}/",
+        dtype=array.dtype,
+        shape=array.shape,
+        chunk_layout=ts.ChunkLayout(chunk_shape=_chunk_shape(array)),
+        create=True,
+        delete_existing=True,
+    )
+
+  def _open_array(self, key: str) -> Any:
+    """Starts opening a zarr3 array."""
+    spec = {"driver": "zarr3", "recheck_cached_data": "open"}
+    return ts.open(spec, kvstore=self._kvstore / f"{key}/", open=True)
+
+  def _decode(self, key: str, start: Callable[[], Any]) -> Any:
+    """Waits for a read of an array; what does not decode is corrupt."""
+    try:
+      return start().result()
+    except (OSError, ValueError, RuntimeError) as error:
+      outside = isinstance(error, OSError) or _OUTSIDE.match(str(error))
+      kind = atomic.StorageError if outside else atomic.CorruptError
+      raise kind(
+          f"cannot read {self._where(key)}: {atomic.reason(error)}"
+      ) from error
+
+  def _call(self, verb: str, key: str, start: Callable[[], Any]) -> Any:
+    """Waits for an operation, and says what failed where."""
+    try:
+      return start().result()
+    except (OSError, ValueError, RuntimeError) as error:
+      raise atomic.StorageError(
+          f"cannot {verb} {self._where(key)}: {atomic.reason(error)}"
+      ) from error
+
+  def _where(self, key: str) -> str:
+    """Returns the full address of a key."""
+    return f"{self.url}/{key}"
+
+
+def open(url: str) -> Store:  # noqa: A001
+  """Opens a bucket, or a folder of one.
+
+  Args:
+    url: `file:///absolute/folder`, `memory://name`, `gs://bucket/folder` or
+      `s3://bucket/folder`, the last two with `?endpoint=http://…` for an
+      emulator; S3 also takes `&region=…`.
+
+  Returns:
+    The store. Folders are made when something is written.
+
+  Raises:
+    StorageError: the address cannot be used.
+    ValueError: the URL is not one of these.
+  """
+  parts = urllib.parse.urlsplit(url)
+  options = dict(urllib.parse.parse_qsl(parts.query, strict_parsing=True))
+  allowed = {"gs": {"endpoint"}, "s3": {"endpoint", "region"}}
+  if parts.scheme not in SCHEMES or parts.fragment:
+    raise ValueError(f"url: {url!r} must start with one of {_schemes()}")
+  unknown = options.keys() - allowed.get(parts.scheme, set())
+  if unknown:
+    raise ValueError(f"url: unknown option {sorted(unknown)[0]!r} in {url!r}")
+  build = {"file": _file, "memory": _memory, "gs": _gcs, "s3": _s3}
+  spec, context = build[parts.scheme](parts, options)
+  try:
+    kvstore = ts.KvStore.open(spec, context=context).result()
+  except (OSError, ValueError, RuntimeError) as error:
+    raise atomic.StorageError(
+        f"cannot open {url}: {atomic.reason(error)}"
+    ) from error
+  plain = urllib.parse.unquote(url.split("?", 1)[0].rstrip("/"))
+  return Store(kvstore, url=plain, can_swap=parts.scheme != "s3")
+
+
+def open_folder(path: str | os.PathLike[str]) -> Store:
+  """Opens a folder of the local disk, absolute or relative."""
+  return open(pathlib.Path(path).absolute().as_uri())
+
+
+def check_key(key: str) -> str:
+  """Checks that a key stays inside its bucket.
+
+  Args:
+    key: segments of letters, digits and `._@=+,-` joined by `/`; none is empty
+      or starts with a dot, so `..` and absolute paths are impossible.
+
+  Returns:
+    The key.
+
+  Raises:
+    ValueError: it is not one.
+  """
+  good = (
+      isinstance(key, str)
+      and len(key) <= MAX_KEY_BYTES
+      and not any(part.endswith(_LOCK) for part in key.split("/"))
+      and all(_SEGMENT.fullmatch(part) for part in key.split("/"))
+  )
+  if not good:
+    raise ValueError(
+        f"key: {key!r} must be segments of letters, digits and ._@=+,- joined "
+        f"by '/', none starting with a dot, at most {MAX_KEY_BYTES} bytes"
+    )
+  return key
+
+
+def check_name(name: str, what: str) -> str:
+  """Checks that a name is one segment of a key; `what` names it in errors."""
+  if not isinstance(name, str) or "/" in name:
+    raise ValueError(f"{what}: {name!r} must not contain '/'")
+  try:
+    return check_key(name)
+  except ValueError as error:
+    raise ValueError(f"{what}: {error}") from error
+
+
+def _file(parts: Any, options: Mapping[str, str]) -> tuple[dict, ts.Context]:
+  """Returns the spec of a local folder."""
+  del options
+  path = urllib.parse.unquote(parts.path).rstrip("/")
+  if parts.netloc not in ("", "localhost") or not path.startswith("/"):
+    raise ValueError("url: file:// needs an absolute path, file:///folder")
+  return {"driver": "file", "path": f"{path}/"}, ts.Context()
+
+
+def _memory(parts: Any, options: Mapping[str, str]) -> tuple[dict, ts.Context]:
+  """Returns the spec of a bucket in memory, one per name and process."""
+  del options
+  path = f"{parts.netloc}{parts.path}".strip("/")
+  spec = {"driver": "memory", "path": f"{path}/" if path else ""}
+  return spec, _memory_context()
+
+
+@functools.cache
+def _memory_context() -> ts.Context:
+  """Returns the context in which this process keeps its memory buckets."""
+  return ts.Context()
+
+
+def _gcs(parts: Any, options: Mapping[str, str]) -> tuple[dict, ts.Context]:
+  """Returns the spec of a bucket on Google Cloud Storage."""
+  endpoint = options.get("endpoint")
+  if endpoint:
+    before = os.environ.setdefault(_GCS_ENDPOINT, endpoint)
+    if before != endpoint:
+      raise ValueError(
+          f"url: this process already uses the GCS endpoint {before}, not "
+          f"{endpoint}"
+      )
+  path = parts.path.strip("/")
+  spec = {"driver": "gcs", "bucket": parts.netloc}
+  return spec | {"path": f"{path}/" if path else ""}, ts.Context()
+
+
+def _s3(parts: Any, options: Mapping[str, str]) -> tuple[dict, ts.Context]:
+  """Returns the spec of a bucket on S3."""
+  path = parts.path.strip("/")
+  spec = {"driver": "s3", "bucket": parts.netloc}
+  spec["path"] = f"{path}/" if path else ""
+  if "endpoint" in options:
+    spec["endpoint"] = options["endpoint"]
+    spec["aws_region"] = options.get("region", "us-east-1")
+  elif "region" in options:
+    spec["aws_region"] = options["region"]
+  return spec, ts.Context()
+
+
+def _chunk_shape(array: np.ndarray) -> list[int]:
+  """Cuts the first dimension so that a chunk stays below its limit."""
+  shape = [max(1, size) for size in array.shape]
+  if array.nbytes > MAX_CHUNK_BYTES:
+    row = max(1, array.nbytes // shape[0])
+    shape[0] = max(1, MAX_CHUNK_BYTES // row)
+  return shape
+
+
+def _remove_folders(path: pathlib.Path) -> None:
+  """Removes folders that deleting their files left empty."""
+  for folder, _, _ in os.walk(path, topdown=False):
+    try:
+      os.rmdir(folder)
+    except OSError:
+      continue  # somebody writes there again
+
+
+def _schemes() -> str:
+  """Returns the schemes, for people."""
+  return ", ".join(f"{scheme}://" for scheme in SCHEMES)
