@@ -1,0 +1,275 @@
+"""The live progress line, and the table that a run ends with."""
+
+from __future__ import annotations
+
+import collections
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TextIO
+
+from mgrpo_jax.metrics import Accuracy
+
+SEPARATOR = " · "
+WINDOW = 32  # steps that the estimate of the time left looks back on
+_FALLBACK_WIDTH = 80
+_CLEAR = "\r\x1b[K"
+
+
+class Progress:
+  """Shows where a run stands, on one line.
+
+  On a terminal the line is rewritten in place and cut to its width. Anywhere
+  else (a file, a pipe) plain lines come at most every few seconds, and at the
+  first step, the last one, and where the stage changes.
+  """
+
+  def __init__(
+      self,
+      stream: TextIO,
+      *,
+      total_steps: int,
+      every_seconds: float,
+      split: str,
+      clock: Callable[[], float] = time.monotonic,
+  ):
+    """Starts the clock.
+
+    Args:
+      stream: where the line goes, such as sys.stderr.
+      total_steps: number of the run's last step.
+      every_seconds: least time between plain lines, seconds.
+      split: the held-out split whose accuracy is shown.
+      clock: seconds that never go backwards; another one in tests.
+    """
+    self._stream = stream
+    self._tty = stream.isatty()
+    self._total = total_steps
+    self._every = every_seconds
+    self._split = split
+    self._clock = clock
+    self._stage = ""
+    self._line = ""
+    self._shown: dict[str, float] = {}
+    self._pace = math.nan  # seconds a step
+    self._times: collections.deque[tuple[int, float]] = collections.deque(
+        maxlen=WINDOW + 1
+    )
+    self._next_plain = -math.inf
+
+  def update(self, step: int, stage: str, values: Mapping[str, float]) -> None:
+    """Shows a step.
+
+    Args:
+      step: the step just finished.
+      stage: name of the curriculum's stage.
+      values: metrics by name; those that are missing keep their last value
+        (accuracy is not measured at every step).
+    """
+    now = self._clock()
+    turned = stage != self._stage
+    if turned:
+      # Steps of another stage cost something else: measure anew.
+      self._times.clear()
+      self._shown = {
+          name: value
+          for name, value in self._shown.items()
+          if name.startswith("accuracy/")
+      }
+    self._stage = stage
+    self._shown.update(values)
+    self._times.append((step, now))
+    first_step, first_time = self._times[0]
+    if step > first_step:
+      self._pace = (now - first_time) / (step - first_step)
+    fields = progress_fields(
+        step=step,
+        total_steps=self._total,
+        stage=stage,
+        values=self._shown,
+        split=self._split,
+        seconds_left=self._pace * (self._total - step),
+    )
+    self._show(fields, now, force=turned or step >= self._total)
+
+  def note(self, text: str) -> None:
+    """Prints a line of its own above the progress line.
+
+    Args:
+      text: what to say.
+    """
+    if self._tty:
+      self._stream.write(f"{_CLEAR}{text}\n{self._line}")
+    else:
+      self._stream.write(f"{text}\n")
+    self._stream.flush()
+
+  def close(self) -> None:
+    """Leaves the last line standing; what is printed next starts below."""
+    if self._tty and self._line:
+      self._stream.write("\n")
+      self._stream.flush()
+    self._line = ""
+
+  def _show(
+      self, fields: Sequence[tuple[int, str]], now: float, *, force: bool
+  ) -> None:
+    """Rewrites the line, or prints a plain one when it is time."""
+    if self._tty:
+      # One column less than there are: a full line would wrap.
+      self._line = fit(fields, _width(self._stream) - 1)
+      self._stream.write(_CLEAR + self._line)
+    elif force or now >= self._next_plain:
+      self._next_plain = now + self._every
+      plain = _printable(SEPARATOR.join(text for _, text in fields))
+      self._stream.write(plain + "\n")
+    self._stream.flush()
+
+
+def progress_fields(
+    *,
+    step: int,
+    total_steps: int,
+    stage: str,
+    values: Mapping[str, float],
+    split: str,
+    seconds_left: float,
+) -> list[tuple[int, str]]:
+  """Chooses what the progress line says.
+
+  Args:
+    step: the step just finished.
+    total_steps: number of the last step.
+    stage: name of the curriculum's stage.
+    values: metrics by name; fields without a value are left out.
+    split: the held-out split whose accuracy is shown.
+    seconds_left: estimate, NaN where there is none yet.
+
+  Returns:
+    (importance, text) in the order of the line; 0 is most important.
+  """
+  fields = [(0, f"{stage} {step}/{total_steps}")]
+  rewards = _keyed(values, "reward")
+  if rewards:
+    shown = " ".join(f"{role} {value:.2f}" for role, value in rewards.items())
+    fields.append((1, f"reward {shown}"))
+  nlls = _keyed(values, "nll")
+  if nlls:
+    shown = " ".join(f"{name} {value:.3f}" for name, value in nlls.items())
+    fields.append((2, f"nll {shown}"))
+  if f"accuracy/{split}" in values:
+    fields.append((3, f"{split} accuracy {values[f'accuracy/{split}']:.3f}"))
+  speed = values.get("tokens_per_second/step")
+  if speed is not None:
+    fields.append((4, f"{speed:,.0f} tokens/s"))
+  gaps = _keyed(values, "logprob_gap_mean")
+  largest = _keyed(values, "logprob_gap_max")
+  if gaps and largest:
+    worst = f"{max(gaps.values()):.0e} max {max(largest.values()):.0e}"
+    fields.append((5, f"log-prob gap {worst}"))
+  if math.isfinite(seconds_left):
+    fields.append((2, f"{duration(seconds_left)} left"))
+  return fields
+
+
+def fit(fields: Sequence[tuple[int, str]], width: int) -> str:
+  """Joins fields, leaving out the least important ones until they fit.
+
+  Args:
+    fields: (importance, text); 0 is most important.
+    width: columns there are.
+
+  Returns:
+    A line of at most `width` characters, without control characters.
+  """
+  kept = [(rank, _printable(text)) for rank, text in fields]
+  while len(kept) > 1 and len(_joined(kept)) > width:
+    kept.remove(max(kept, key=lambda field: field[0]))
+  line = _joined(kept)
+  return line if len(line) <= width else (line[: width - 1] + "…")[:width]
+
+
+def duration(seconds: float) -> str:
+  """Writes a time span as people do.
+
+  Args:
+    seconds: finite, not negative.
+
+  Returns:
+    `42s`, `3m20s`, `2h05m` or `3d04h`.
+  """
+  minutes, rest = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  days, hours = divmod(hours, 24)
+  if days:
+    return f"{days}d{hours:02d}h"
+  if hours:
+    return f"{hours}h{minutes:02d}m"
+  return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def comparison(rows: Mapping[str, tuple[Accuracy, Accuracy]]) -> str:
+  """Lays out accuracies before and after training, with 95% intervals.
+
+  Args:
+    rows: name of the row (a split or a kind of question) -> (before, after).
+
+  Returns:
+    A table, one line per row under a header.
+  """
+  table = [("accuracy [95% interval]", "n", "before", "after", "change")]
+  for name, (before, after) in rows.items():
+    counts = {before.n, after.n}
+    table.append(
+        (
+            _printable(name),
+            "/".join(str(n) for n in sorted(counts)),
+            _with_interval(before),
+            _with_interval(after),
+            f"{after.share - before.share:+.3f}",
+        )
+    )
+  widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+  return "\n".join(
+      "  ".join(
+          cell.ljust(width) if i == 0 else cell.rjust(width)
+          for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+      )
+      for row in table
+  )
+
+
+def _with_interval(accuracy: Accuracy) -> str:
+  """An accuracy and its interval."""
+  low, high = accuracy.interval
+  return f"{accuracy.share:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _keyed(values: Mapping[str, float], family: str) -> dict[str, float]:
+  """The values of a metric by their key."""
+  prefix = family + "/"
+  return {
+      name.removeprefix(prefix): value
+      for name, value in values.items()
+      if name.startswith(prefix)
+  }
+
+
+def _joined(fields: Sequence[tuple[int, str]]) -> str:
+  """The texts of fields as a line."""
+  return SEPARATOR.join(text for _, text in fields)
+
+
+def _printable(text: str) -> str:
+  """Text without control characters, which could move the cursor."""
+  return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _width(stream: TextIO) -> int:
+  """Columns of the terminal, asked anew each time: windows are resized."""
+  try:
+    return os.get_terminal_size(stream.fileno()).columns or _FALLBACK_WIDTH
+  except OSError:
+    return shutil.get_terminal_size((_FALLBACK_WIDTH, 24)).columns
