@@ -108,11 +108,13 @@ class SentencePieceTokenizer:
     self._processor = _read_sentencepiece(self._model)
     size = self._processor.vocab_size()
     self.vocab_size: int = size
-    self.special_ids: Mapping[str, int] = types.MappingProxyType({
-        self._processor.id_to_piece(i): i
-        for i in range(size)
-        if self._processor.is_control(i) or self._processor.is_unknown(i)
-    })
+    self.special_ids: Mapping[str, int] = types.MappingProxyType(
+        {
+            self._processor.id_to_piece(i): i
+            for i in range(size)
+            if self._processor.is_control(i) or self._processor.is_unknown(i)
+        }
+    )
     self._special_names = {i: name for name, i in self.special_ids.items()}
     bos = self._processor.bos_id()
     self.bos_id: int | None = bos if bos >= 0 else None
@@ -161,7 +163,9 @@ class BPETokenizer:
   """A tokenizer of the `tokenizers` library (SmolLM2, Llama 3, …).
 
   Added tokens of the file are taken out of the library's tokenizer, so that
-  it cannot find them in text, and become the special tokens.
+  it cannot find them in text, and become the special tokens. A byte without a
+  token of its own is dropped, as transformers does; SmolLM2 lacks six control
+  characters and what only unassigned planes of Unicode need.
   """
 
   def __init__(self, definition: str, config: Mapping[str, Any]):
@@ -182,9 +186,8 @@ class BPETokenizer:
     added = {t["content"]: t["id"] for t in fields.get("added_tokens", ())}
     self.special_ids: Mapping[str, int] = types.MappingProxyType(added)
     self._special_names = {i: name for name, i in added.items()}
-    self._inner = _read_bpe(json.dumps(fields | {"added_tokens": []}))
-    _check_merges(fields, added)
-    largest = max([self._inner.get_vocab_size() - 1, *self._special_names])
+    self._inner = _read_bpe(fields, added)
+    largest = max([*self._inner.get_vocab().values(), *self._special_names])
     self.vocab_size: int = largest + 1
     eos = self._named("eos_token")
     if eos is None:
@@ -396,8 +399,8 @@ def _read_sentencepiece(model: bytes) -> sentencepiece.SentencePieceProcessor:
   return processor
 
 
-def _read_bpe(definition: str) -> Any:
-  """Builds the library's tokenizer; its errors become ValueErrors."""
+def _read_bpe(fields: dict[str, Any], added: Mapping[str, int]) -> Any:
+  """Builds the library's tokenizer, the added tokens taken out of it."""
   try:
     import tokenizers
   except ImportError as error:
@@ -405,21 +408,20 @@ def _read_bpe(definition: str) -> Any:
         f"{BPE_FILE} needs the package tokenizers: pip install"
         " 'mgrpo_jax[smollm2]'"
     ) from error
+  model = dict(fields.get("model", {}))
+  vocabulary = model.get("vocab")
+  if model.get("type") != "BPE" or not isinstance(vocabulary, dict):
+    raise ValueError(f"{BPE_FILE}: model.type must be 'BPE', with a vocab")
+  model["vocab"] = {t: i for t, i in vocabulary.items() if t not in added}
+  if model.get("unk_token") in added:
+    model["unk_token"] = None
+  ordinary = fields | {
+      "added_tokens": [], "post_processor": None, "model": model
+  }  # fmt: skip
   try:
-    return tokenizers.Tokenizer.from_str(definition)
+    return tokenizers.Tokenizer.from_str(json.dumps(ordinary))
   except Exception as error:  # the library raises bare Exceptions
     raise ValueError(f"{BPE_FILE}: cannot be read: {error}") from error
-
-
-def _check_merges(fields: Mapping[str, Any], added: Mapping[str, int]) -> None:
-  """Refuses merges that would spell a special token out of text."""
-  merges = fields.get("model", {}).get("merges", ())
-  spelled = {
-      merge.replace(" ", "") if isinstance(merge, str) else "".join(merge)
-      for merge in merges
-  }
-  if wrong := sorted(spelled & set(added)):
-    raise ValueError(f"{BPE_FILE}: merges produce special tokens {wrong}")
 
 
 def _read_json_object(text: str, source: str) -> dict[str, Any]:
