@@ -17,14 +17,11 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from mgrpo_jax import atomic
-from mgrpo_jax import leaves
-from mgrpo_jax.store import Store
-from mgrpo_jax.store import check_name
+from mgrpo_jax import atomic, leaves
+from mgrpo_jax.store import Store, check_name
 from mgrpo_jax.types import PolicyVersion
 
 FORMAT = 1

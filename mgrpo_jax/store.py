@@ -20,8 +20,8 @@ import os
 import pathlib
 import re
 import urllib.parse
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -38,7 +38,6 @@ _OUTSIDE = re.compile(  # failures that say nothing about what was stored
     "RESOURCE_EXHAUSTED|ABORTED|CANCELLED"
 )
 _LOCK = ".__lock"  # TensorStore's file driver keeps its locks there
-_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,9 +63,17 @@ class Store:
     can_swap: whether compare-and-swap is available (not on S3).
   """
 
-  def __init__(self, kvstore: ts.KvStore, *, url: str, can_swap: bool) -> None:
-    """Wraps an open TensorStore key-value store."""
+  def __init__(
+      self,
+      kvstore: ts.KvStore,
+      bulk: ts.KvStore,
+      *,
+      url: str,
+      can_swap: bool,
+  ) -> None:
+    """Wraps open key-value stores, one for small keys and one for arrays."""
     self._kvstore = kvstore
+    self._bulk = bulk
     self.url = url
     self.can_swap = can_swap
 
@@ -84,7 +91,7 @@ class Store:
       ValueError: the key is not a relative path.
     """
     check_key(key)
-    found = self._call("read", key, lambda: self._kvstore.read(key))
+    found = self._wait("read", key, self._kvstore.read(key))
     value = bytes(found.value) if found.state == "value" else None
     return Record(key=key, value=value, generation=found.stamp.generation)
 
@@ -94,9 +101,8 @@ class Store:
 
   def get_many(self, keys: Iterable[str]) -> dict[str, bytes | None]:
     """Returns the values of several keys, read at the same time."""
-    names = [check_key(key) for key in keys]
-    reads = {key: self._kvstore.read(key) for key in names}
-    found = {k: self._call("read", k, lambda r=r: r) for k, r in reads.items()}
+    reads = {key: self._kvstore.read(check_key(key)) for key in keys}
+    found = {k: self._wait("read", k, read) for k, read in reads.items()}
     return {
         key: bytes(read.value) if read.state == "value" else None
         for key, read in found.items()
@@ -114,18 +120,18 @@ class Store:
       ValueError: the key is not a relative path.
     """
     check_key(key)
-    self._call("write", key, lambda: self._kvstore.write(key, value))
+    self._wait("write", key, self._kvstore.write(key, value))
 
   def delete(self, key: str) -> None:
     """Removes a key; one that does not exist is left so."""
     check_key(key)
-    self._call("delete", key, lambda: self._kvstore.write(key, None))
+    self._wait("delete", key, self._kvstore.write(key, None))
 
   def delete_prefix(self, prefix: str) -> None:
     """Removes every key below a folder, `prefix` without trailing slash."""
     check_key(prefix)
     below = ts.KvStore.KeyRange(f"{prefix}/", f"{prefix}0")  # '0' follows '/'
-    self._call("delete", prefix, lambda: self._kvstore.delete_range(below))
+    self._wait("delete", prefix, self._bulk.delete_range(below))
     if self.url.startswith("file://"):
       _remove_folders(pathlib.Path(self._kvstore.path) / prefix)
 
@@ -147,7 +153,7 @@ class Store:
     if prefix:
       check_key(prefix)
       below = ts.KvStore.KeyRange(f"{prefix}/", f"{prefix}0")
-    found = self._call("list", prefix, lambda: self._kvstore.list(below))
+    found = self._wait("list", prefix, self._kvstore.list(below))
     return sorted(key.decode("utf-8") for key in found)
 
   def swap(self, record: Record, value: bytes | None) -> Record | None:
@@ -167,10 +173,8 @@ class Store:
       raise atomic.StorageError(
           f"cannot swap {self._where(record.key)}: S3 has no compare-and-swap"
       )
-    write = functools.partial(
-        self._kvstore.write, record.key, value, if_equal=record.generation
-    )
-    stamp = self._call("write", record.key, write)
+    write = self._kvstore.write(record.key, value, if_equal=record.generation)
+    stamp = self._wait("write", record.key, write)
     if not stamp.generation:
       return None
     return Record(key=record.key, value=value, generation=stamp.generation)
@@ -189,18 +193,16 @@ class Store:
       StorageError: the store cannot be written.
       ValueError: a name is not a relative path.
     """
-    opened = {}
-    for name, array in arrays.items():
-      key = check_key(f"{prefix}/{name}")
-      opened[key] = (self._create(key, array), array)
-    writes = {}
-    for key, (future, array) in opened.items():
-      target = self._call("write", key, lambda f=future: f)
-      writes[key] = target.write(
-          array, can_reference_source_data_indefinitely=True
-      ).commit
-    for key, commit in writes.items():
-      self._call("write", key, lambda c=commit: c)
+    keys = {name: check_key(f"{prefix}/{name}") for name in arrays}
+    opened = {n: self._create(keys[n], array) for n, array in arrays.items()}
+    writes = {
+        name: self._wait("write", keys[name], target).write(
+            arrays[name], can_reference_source_data_indefinitely=True
+        )
+        for name, target in opened.items()
+    }
+    for name, write in writes.items():
+      self._wait("write", keys[name], write.commit)
 
   def read_arrays(
       self, prefix: str, names: Iterable[str]
@@ -222,11 +224,11 @@ class Store:
     keys = {name: check_key(f"{prefix}/{name}") for name in names}
     opened = {name: self._open_array(key) for name, key in keys.items()}
     reads = {
-        name: self._decode(keys[name], lambda f=future: f).read(order="C")
+        name: self._decode(keys[name], future).read(order="C")
         for name, future in opened.items()
     }
     return {
-        name: np.asarray(self._decode(keys[name], lambda f=future: f))
+        name: np.asarray(self._decode(keys[name], future))
         for name, future in reads.items()
     }
 
@@ -238,7 +240,7 @@ class Store:
             "metadata": {"codecs": ["bytes"]},
             "store_data_equal_to_fill_value": True,  # else -0.0 becomes 0.0
         },
-        kvstore=self._kvstore / f"{key}/",
+        kvstore=self._bulk / f"{key}/",
         dtype=array.dtype,
         shape=array.shape,
         chunk_layout=ts.ChunkLayout(chunk_shape=_chunk_shape(array)),
@@ -249,12 +251,12 @@ class Store:
   def _open_array(self, key: str) -> Any:
     """Starts opening a zarr3 array."""
     spec = {"driver": "zarr3", "recheck_cached_data": "open"}
-    return ts.open(spec, kvstore=self._kvstore / f"{key}/", open=True)
+    return ts.open(spec, kvstore=self._bulk / f"{key}/", open=True)
 
-  def _decode(self, key: str, start: Callable[[], Any]) -> Any:
+  def _decode(self, key: str, future: ts.Future) -> Any:
     """Waits for a read of an array; what does not decode is corrupt."""
     try:
-      return start().result()
+      return future.result()
     except (OSError, ValueError, RuntimeError) as error:
       outside = isinstance(error, OSError) or _OUTSIDE.match(str(error))
       kind = atomic.StorageError if outside else atomic.CorruptError
@@ -262,10 +264,10 @@ class Store:
           f"cannot read {self._where(key)}: {atomic.reason(error)}"
       ) from error
 
-  def _call(self, verb: str, key: str, start: Callable[[], Any]) -> Any:
+  def _wait(self, verb: str, key: str, future: ts.Future) -> Any:
     """Waits for an operation, and says what failed where."""
     try:
-      return start().result()
+      return future.result()
     except (OSError, ValueError, RuntimeError) as error:
       raise atomic.StorageError(
           f"cannot {verb} {self._where(key)}: {atomic.reason(error)}"
@@ -276,7 +278,7 @@ class Store:
     return f"{self.url}/{key}"
 
 
-def open(url: str) -> Store:  # noqa: A001
+def open(url: str) -> Store:
   """Opens a bucket, or a folder of one.
 
   Args:
@@ -300,15 +302,20 @@ def open(url: str) -> Store:  # noqa: A001
   if unknown:
     raise ValueError(f"url: unknown option {sorted(unknown)[0]!r} in {url!r}")
   build = {"file": _file, "memory": _memory, "gs": _gcs, "s3": _s3}
-  spec, context = build[parts.scheme](parts, options)
+  spec = build[parts.scheme](parts, options)
+  context = _context()
+  # Arrays are not flushed one by one: readers check their digests, and sixty
+  # flushes take half a second on a busy disk.
+  quick = ts.Context({"file_io_sync": False}, context)
   try:
     kvstore = ts.KvStore.open(spec, context=context).result()
+    bulk = ts.KvStore.open(spec, context=quick).result()
   except (OSError, ValueError, RuntimeError) as error:
     raise atomic.StorageError(
         f"cannot open {url}: {atomic.reason(error)}"
     ) from error
   plain = urllib.parse.unquote(url.split("?", 1)[0].rstrip("/"))
-  return Store(kvstore, url=plain, can_swap=parts.scheme != "s3")
+  return Store(kvstore, bulk, url=plain, can_swap=parts.scheme != "s3")
 
 
 def open_folder(path: str | os.PathLike[str]) -> Store:
@@ -353,30 +360,28 @@ def check_name(name: str, what: str) -> str:
     raise ValueError(f"{what}: {error}") from error
 
 
-def _file(parts: Any, options: Mapping[str, str]) -> tuple[dict, ts.Context]:
+@functools.cache
+def _context() -> ts.Context:
+  """Returns this process's context, where buckets in memory live."""
+  return ts.Context()
+
+
+def _file(parts: Any, options: Mapping[str, str]) -> dict[str, Any]:
   """Returns the spec of a local folder."""
   del options
   path = urllib.parse.unquote(parts.path).rstrip("/")
   if parts.netloc not in ("", "localhost") or not path.startswith("/"):
     raise ValueError("url: file:// needs an absolute path, file:///folder")
-  return {"driver": "file", "path": f"{path}/"}, ts.Context()
+  return {"driver": "file", "path": f"{path}/"}
 
 
-def _memory(parts: Any, options: Mapping[str, str]) -> tuple[dict, ts.Context]:
+def _memory(parts: Any, options: Mapping[str, str]) -> dict[str, Any]:
   """Returns the spec of a bucket in memory, one per name and process."""
   del options
-  path = f"{parts.netloc}{parts.path}".strip("/")
-  spec = {"driver": "memory", "path": f"{path}/" if path else ""}
-  return spec, _memory_context()
+  return {"driver": "memory", "path": _folder(parts.netloc + parts.path)}
 
 
-@functools.cache
-def _memory_context() -> ts.Context:
-  """Returns the context in which this process keeps its memory buckets."""
-  return ts.Context()
-
-
-def _gcs(parts: Any, options: Mapping[str, str]) -> tuple[dict, ts.Context]:
+def _gcs(parts: Any, options: Mapping[str, str]) -> dict[str, Any]:
   """Returns the spec of a bucket on Google Cloud Storage."""
   endpoint = options.get("endpoint")
   if endpoint:
@@ -386,22 +391,25 @@ def _gcs(parts: Any, options: Mapping[str, str]) -> tuple[dict, ts.Context]:
           f"url: this process already uses the GCS endpoint {before}, not "
           f"{endpoint}"
       )
-  path = parts.path.strip("/")
-  spec = {"driver": "gcs", "bucket": parts.netloc}
-  return spec | {"path": f"{path}/" if path else ""}, ts.Context()
+  path = _folder(parts.path)
+  return {"driver": "gcs", "bucket": parts.netloc, "path": path}
 
 
-def _s3(parts: Any, options: Mapping[str, str]) -> tuple[dict, ts.Context]:
+def _s3(parts: Any, options: Mapping[str, str]) -> dict[str, Any]:
   """Returns the spec of a bucket on S3."""
-  path = parts.path.strip("/")
-  spec = {"driver": "s3", "bucket": parts.netloc}
-  spec["path"] = f"{path}/" if path else ""
+  path = _folder(parts.path)
+  spec = {"driver": "s3", "bucket": parts.netloc, "path": path}
   if "endpoint" in options:
-    spec["endpoint"] = options["endpoint"]
-    spec["aws_region"] = options.get("region", "us-east-1")
-  elif "region" in options:
+    spec |= {"endpoint": options["endpoint"], "aws_region": "us-east-1"}
+  if "region" in options:
     spec["aws_region"] = options["region"]
-  return spec, ts.Context()
+  return spec
+
+
+def _folder(path: str) -> str:
+  """Returns a path as TensorStore wants folders: `a/b/`, empty for the root."""
+  path = urllib.parse.unquote(path).strip("/")
+  return f"{path}/" if path else ""
 
 
 def _chunk_shape(array: np.ndarray) -> list[int]:
