@@ -1,0 +1,9 @@
+"""The two ways in which a tool can go wrong."""
+
+
+class ToolError(Exception):
+  """A tool cannot do what it was asked; its message is shown to the model."""
+
+
+class InfrastructureError(Exception):
+  """A machine, server or tool broke; the call is FAILED and tried again."""

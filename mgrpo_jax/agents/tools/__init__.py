@@ -1,0 +1,17 @@
+"""Tools: async functions with a JSON schema, a deadline and a size limit."""
+
+from mgrpo_jax.agents.tools.calculate import calculate
+from mgrpo_jax.agents.tools.search import SearchIndex, search
+from mgrpo_jax.agents.tools.tool import Memory, Observation, Tool, run_tool
+from mgrpo_jax.agents.tools.visit import visit
+
+__all__ = [
+    "Memory",
+    "Observation",
+    "SearchIndex",
+    "Tool",
+    "calculate",
+    "run_tool",
+    "search",
+    "visit",
+]

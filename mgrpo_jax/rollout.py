@@ -1,0 +1,146 @@
+"""K trees of agent calls per task."""
+
+import asyncio
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from mgrpo_jax.agents.call import call_with_retries, turn_seed
+from mgrpo_jax.agents.context import CallContext, Environment, Ledger
+from mgrpo_jax.types import NO_PARENT, RolloutGroup, Task, Trajectory
+
+T = TypeVar("T")
+
+
+async def run_group(
+    task: Task, *, environment: Environment, num_rollouts: int, seed: int
+) -> RolloutGroup:
+  """Executes the team K times on one task, all at once.
+
+  Args:
+    task: what the root is asked.
+    environment: team, actors, tools and limits.
+    num_rollouts: K.
+    seed: with the task's id and each turn's place in the group it
+      determines every random number, whatever else is running.
+
+  Returns:
+    All trajectories. Those of status FAILED, repeated in vain, are kept: a
+    rollout whose root is FAILED must be neither scored nor trained on.
+
+  Raises:
+    ValueError: `num_rollouts` is below 1.
+  """
+  if num_rollouts < 1:
+    raise ValueError(f"num_rollouts: is {num_rollouts}, must be >= 1")
+  rollouts = await _all(
+      _run_rollout(task, environment, rollout, seed)
+      for rollout in range(num_rollouts)
+  )
+  return group_of(task, rollouts, environment=environment)
+
+
+async def run_groups(
+    tasks: Sequence[Task],
+    *,
+    environment: Environment,
+    num_rollouts: int,
+    seed: int,
+    max_concurrent: int,
+) -> list[RolloutGroup]:
+  """Executes the team on many tasks.
+
+  A task that occurs again gets other seeds than at its first occurrence.
+
+  Args:
+    tasks: what the root is asked.
+    environment: team, actors, tools and limits.
+    num_rollouts: K, for each task.
+    seed: see `run_group`.
+    max_concurrent: tasks in progress at the same time.
+
+  Returns:
+    One group a task, in the order of the tasks.
+
+  Raises:
+    ValueError: `max_concurrent` is below 1.
+  """
+  if max_concurrent < 1:
+    raise ValueError(f"max_concurrent: is {max_concurrent}, must be >= 1")
+  gate = asyncio.Semaphore(max_concurrent)
+  ids = [task.id for task in tasks]
+
+  async def run(position: int) -> RolloutGroup:
+    repetition = ids[:position].count(ids[position])
+    own_seed = turn_seed(seed, repetition) if repetition else seed
+    async with gate:
+      return await run_group(
+          tasks[position],
+          environment=environment,
+          num_rollouts=num_rollouts,
+          seed=own_seed,
+      )
+
+  return await _all(run(position) for position in range(len(tasks)))
+
+
+def group_of(
+    task: Task,
+    rollouts: Sequence[Sequence[Trajectory]],
+    *,
+    environment: Environment,
+) -> RolloutGroup:
+  """Flattens the trees of a task.
+
+  Args:
+    task: the task.
+    rollouts: the trajectories of each rollout, callers first.
+    environment: for the order of the roles.
+
+  Returns:
+    The group, its integer arrays filled in.
+  """
+  flat = [trajectory for rollout in rollouts for trajectory in rollout]
+  starts = np.cumsum([0, *map(len, rollouts)])
+  parents = [
+      NO_PARENT if t.parent == NO_PARENT else int(starts[t.rollout]) + t.parent
+      for t in flat
+  ]
+  roles = [environment.team.index(t.role) for t in flat]
+  return RolloutGroup(
+      task=task,
+      num_rollouts=len(rollouts),
+      trajectories=tuple(flat),
+      rollout=np.asarray([t.rollout for t in flat], np.int32),
+      parent=np.asarray(parents, np.int32),
+      role=np.asarray(roles, np.int32),
+      call=np.asarray([t.call for t in flat], np.int32),
+  )
+
+
+async def _run_rollout(
+    task: Task, environment: Environment, rollout: int, seed: int
+) -> tuple[Trajectory, ...]:
+  """One execution of the team."""
+  context = CallContext(
+      environment=environment,
+      task_id=task.id,
+      rollout=rollout,
+      seed=seed,
+      ledger=Ledger(),
+      parent=NO_PARENT,
+  )
+  team = environment.team
+  await call_with_retries(team[team.root], task.question, context)
+  return context.ledger.trajectories()
+
+
+async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+  """Results in order; the first exception cancels the rest and is raised."""
+  try:
+    async with asyncio.TaskGroup() as group:
+      tasks = [group.create_task(one) for one in work]
+  except ExceptionGroup as errors:
+    raise errors.exceptions[0] from None
+  return [task.result() for task in tasks]
