@@ -173,15 +173,26 @@ def _digest(body: Mapping[str, Any]) -> str:
 def _host_form(leaf: Any) -> tuple[tuple[int, ...], np.dtype]:
   """Returns the shape and dtype a leaf has on the host."""
   if is_key(leaf):
-    leaf = jax.eval_shape(jax.random.key_data, leaf)
+    leaf, _ = _key_form(leaf)
   return tuple(leaf.shape), np.dtype(leaf.dtype)
+
+
+def _key_form(leaf: Any) -> tuple[jax.ShapeDtypeStruct, Any]:
+  """Returns the words behind typed keys, and what makes keys of words."""
+  kinds = []
+
+  def words(key: jax.Array) -> jax.Array:
+    kinds.append(jax.random.key_impl(key))
+    return jax.random.key_data(key)
+
+  return jax.eval_shape(words, leaf), kinds[0]
 
 
 def _to_device(array: np.ndarray, like: Any) -> jax.Array:
   """Puts an array where `like` lives; uncommitted where `like` is."""
   if is_key(like):
-    implementation = jax.random.key_impl(like)
-    return jax.random.wrap_key_data(jax.device_put(array), impl=implementation)
+    _, kind = _key_form(like)
+    return jax.random.wrap_key_data(jax.device_put(array), impl=kind)
   committed = getattr(like, "committed", True)
   return jax.device_put(array, like.sharding if committed else None)
 

@@ -1,0 +1,336 @@
+"""Checkpoints of a whole run: every policy's state and the host's.
+
+    checkpoints/<step>/arrays/   all arrays of all policies (orbax, OCDBT)
+    checkpoints/<step>/record/   host state, shapes, dtypes, digests (JSON)
+    checkpoints/<step>.corrupt   set aside when a run resumed past it
+
+A checkpoint appears by one rename: SIGKILL during a save leaves earlier ones
+as they were. Restoring checks every digest; a corrupt checkpoint is named and
+skipped for the previous good one, and set aside once that one has been read.
+Arrays go through the host as numpy, so neither way compiles anything.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+from mgrpo_jax import atomic, leaves
+from mgrpo_jax.store import check_name
+from mgrpo_jax.types import TrainState
+
+FORMAT = 1
+_LOG = logging.getLogger(__name__)
+_ORBAX = os.path.dirname(os.path.dirname(ocp.__file__))
+
+
+class CheckpointError(atomic.StorageError):
+  """A checkpoint cannot be written or none can be read; one line."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+  """A run as it was saved.
+
+  Attributes:
+    step: the step it was saved under.
+    states: by policy.
+    host: everything else (data position, random state, stage, counters).
+    skipped: newer checkpoints found corrupt, each with what is wrong, newest
+      first; empty where all is well.
+  """
+
+  step: int
+  states: dict[str, TrainState]
+  host: dict[str, Any]
+  skipped: tuple[str, ...]
+
+
+class Checkpoints:
+  """The checkpoints of one run directory; a context manager.
+
+  One process at a time may write (`atomic.exclusive`). Saving copies the
+  states to the host and returns; they are written in the background.
+  """
+
+  def __init__(
+      self, directory: str | os.PathLike[str], *, max_to_keep: int
+  ) -> None:
+    """Opens the directory, and makes it where it is missing.
+
+    What a killed save left behind is removed.
+
+    Args:
+      directory: where the checkpoints lie.
+      max_to_keep: how many stay, ≥ 1; older ones are deleted.
+
+    Raises:
+      CheckpointError: the directory cannot be made or read.
+      ValueError: `max_to_keep` is out of range.
+    """
+    if max_to_keep < 1:
+      raise ValueError(f"max_to_keep: {max_to_keep} must be at least 1")
+    _quieten()
+    self._directory = pathlib.Path(directory).absolute()
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=max_to_keep, create=True, cleanup_tmp_directories=True
+    )
+    try:
+      self._directory.mkdir(parents=True, exist_ok=True)
+      self._manager = ocp.CheckpointManager(
+          self._directory,
+          options=options,
+          item_handlers={
+              "arrays": ocp.PyTreeCheckpointHandler(),
+              "record": ocp.JsonCheckpointHandler(),
+          },
+      )
+    except (OSError, ValueError) as error:
+      raise CheckpointError(
+          f"cannot open checkpoints in {directory}: {atomic.reason(error)}"
+      ) from error
+
+  def __enter__(self) -> "Checkpoints":
+    """Returns itself."""
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    """Closes."""
+    self.close()
+
+  def steps(self) -> list[int]:
+    """Returns the steps that have a checkpoint, ascending."""
+    return sorted(self._manager.all_steps())
+
+  def save(
+      self,
+      step: int,
+      states: Mapping[str, TrainState],
+      host: Mapping[str, Any],
+  ) -> None:
+    """Starts saving a run; waits only for an earlier save and for the copies.
+
+    Args:
+      step: later than every checkpoint there is.
+      states: pytrees of arrays, by policy.
+      host: what JSON gives back unchanged: no tuples, numpy values or keys
+        that are not text.
+
+    Raises:
+      CheckpointError: this save, or the one before it, cannot be written.
+      ValueError: the step is not later, or the host state is not JSON.
+    """
+    newest = self._manager.latest_step()
+    if newest is not None and step <= newest:
+      raise ValueError(f"step: {step} must be later than checkpoint {newest}")
+    _check_host(host)
+    arrays = {
+        f"{check_name(policy, 'policy')}/{name}": array
+        for policy, state in states.items()
+        for name, array in leaves.to_host(state).items()
+    }
+    record = leaves.seal(
+        {
+            "format": FORMAT,
+            "step": step,
+            "policies": sorted(states),
+            "host": dict(host),
+            "arrays": {name: leaves.describe(a) for name, a in arrays.items()},
+        }
+    )
+    try:
+      self._manager.save(
+          step,
+          args=ocp.args.Composite(
+              arrays=ocp.args.PyTreeSave(arrays),
+              record=ocp.args.JsonSave(record),
+          ),
+          force=True,
+      )
+    except (OSError, ValueError, RuntimeError) as error:
+      raise self._write_error(step, error) from error
+
+  def wait(self) -> None:
+    """Waits until the last save is on the disk.
+
+    Raises:
+      CheckpointError: it cannot be written; earlier checkpoints are whole.
+    """
+    try:
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+    except (OSError, ValueError, RuntimeError) as error:
+      raise self._write_error(None, error) from error
+
+  def restore(self, like: Mapping[str, TrainState]) -> Checkpoint | None:
+    """Reads the newest good checkpoint.
+
+    Args:
+      like: states or their abstract shapes, by policy; arrays go to their
+        shardings.
+
+    Returns:
+      The run as it was saved, bit for bit; None where nothing was saved.
+
+    Raises:
+      CheckpointError: there are checkpoints, but none is good.
+      ValueError: a good checkpoint does not fit `like`.
+    """
+    skipped: dict[int, str] = {}
+    for step in reversed(self.steps()):
+      try:
+        record, arrays = self._read(step)
+      except atomic.CorruptError as error:
+        skipped[step] = f"checkpoint {step} in {self._directory}: {error}"
+        _LOG.warning("%s; trying the one before it", skipped[step])
+        continue
+      states = self._states(step, record, arrays, like)
+      self._set_aside(list(skipped))
+      return Checkpoint(
+          step=step,
+          states=states,
+          host=record["host"],
+          skipped=tuple(skipped.values()),
+      )
+    if skipped:
+      raise CheckpointError(
+          f"no good checkpoint in {self._directory}; remove it to start over: "
+          + "; ".join(skipped.values())
+      )
+    return None
+
+  def close(self) -> None:
+    """Waits for the last save and lets the directory go.
+
+    Raises:
+      CheckpointError: the last save cannot be written.
+    """
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
+
+  def _read(self, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Reads and verifies one checkpoint."""
+    try:
+      found = self._manager.restore(
+          step,
+          args=ocp.args.Composite(
+              arrays=ocp.args.PyTreeRestore(), record=ocp.args.JsonRestore()
+          ),
+      )
+    except PermissionError as error:
+      raise CheckpointError(
+          f"cannot read checkpoint {step} in {self._directory}: "
+          f"{atomic.reason(error)}"
+      ) from error
+    except (OSError, ValueError, KeyError) as error:
+      raise atomic.CorruptError(atomic.reason(error)) from error
+    record = leaves.check_seal(found["record"])
+    if record["format"] != FORMAT:
+      raise ValueError(
+          f"checkpoint {step}: format {record['format']} is not {FORMAT}"
+      )
+    if record["step"] != step:
+      raise atomic.CorruptError(f"it is that of step {record['step']}")
+    arrays = {name: np.asarray(a) for name, a in found["arrays"].items()}
+    leaves.verify(arrays, record["arrays"])
+    return record, arrays
+
+  def _states(
+      self,
+      step: int,
+      record: Mapping[str, Any],
+      arrays: Mapping[str, np.ndarray],
+      like: Mapping[str, TrainState],
+  ) -> dict[str, TrainState]:
+    """Rebuilds the states; they must be those of this configuration."""
+    what = f"checkpoint {step} in {self._directory}"
+    if record["policies"] != sorted(like):
+      raise ValueError(
+          f"{what} holds the policies {record['policies']}, not {sorted(like)}"
+      )
+    return {
+        policy: leaves.from_host(
+            {
+                name.removeprefix(f"{policy}/"): array
+                for name, array in arrays.items()
+                if name.startswith(f"{policy}/")
+            },
+            state,
+            what=f"{what}, policy {policy},",
+        )
+        for policy, state in like.items()
+    }
+
+  def _set_aside(self, steps: list[int]) -> None:
+    """Renames corrupt checkpoints, so that their steps can be saved again."""
+    for step in steps:
+      path = self._directory / str(step)
+      number = 0
+      while (target := _aside(path, number)).exists():
+        number += 1
+      try:
+        path.rename(target)
+      except OSError as error:
+        raise CheckpointError(
+            f"cannot set aside {path}: {atomic.reason(error)}"
+        ) from error
+    if steps:
+      self._manager.reload()
+
+  def _write_error(
+      self, step: int | None, error: BaseException
+  ) -> CheckpointError:
+    """Returns the error for a save that failed."""
+    which = "checkpoint" if step is None else f"checkpoint {step}"
+    return CheckpointError(
+        f"cannot write {which} to {self._directory}: {atomic.reason(error)}"
+    )
+
+
+def _aside(path: pathlib.Path, number: int) -> pathlib.Path:
+  """Returns the name of a corrupt checkpoint that was set aside."""
+  return path.with_name(f"{path.name}.corrupt" + (f".{number}" * (number > 0)))
+
+
+def _check_host(host: Mapping[str, Any]) -> None:
+  """Raises ValueError unless JSON gives the host state back unchanged."""
+  for key, value in host.items():
+    try:
+      same = json.loads(json.dumps({key: value})) == {key: value}
+    except (TypeError, ValueError) as error:
+      raise ValueError(f"host: {key!r} is not JSON: {error}") from error
+    if not same or _has_tuple(value):
+      raise ValueError(f"host: {key!r} comes back from JSON changed")
+
+
+def _has_tuple(value: Any) -> bool:
+  """Returns whether a tuple, which JSON turns into a list, is inside."""
+  if isinstance(value, dict):
+    return any(_has_tuple(item) for item in value.values())
+  if isinstance(value, list):
+    return any(_has_tuple(item) for item in value)
+  return isinstance(value, tuple)
+
+
+class _NotOrbax(logging.Filter):
+  """Drops what orbax says below ERROR; we report what matters ourselves."""
+
+  def filter(self, record: logging.LogRecord) -> bool:
+    """Returns whether to keep a record."""
+    inside = record.pathname.startswith(_ORBAX)
+    return record.levelno >= logging.ERROR or not inside
+
+
+def _quieten() -> None:
+  """Keeps orbax's log off the console."""
+  logger = logging.getLogger("absl")
+  if not any(isinstance(f, _NotOrbax) for f in logger.filters):
+    logger.addFilter(_NotOrbax())
