@@ -201,6 +201,7 @@ class TrainBatch:
   context_mask: jax.Array  # [M, L] float32, 1 on the other predicted tokens
   sampler_logprobs: jax.Array  # [M, L] float32, nats
   old_logprobs: jax.Array  # [M, L] float32, nats
+  ref_logprobs: jax.Array  # [M, L] float32, nats
   advantage: jax.Array  # [M] float32
   weight: jax.Array  # [M] float32
 

@@ -1,0 +1,163 @@
+"""Group-relative advantages.
+
+Each function compares every slot with its group and differs in what the group
+is, or in how the comparison is scaled. All act on aligned rewards [B, K, D]
+with the alignment's weights; the main agent has D = 1. A slot of weight 0, a
+group without spread and a group with fewer than two weighted members get 0.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from mgrpo_jax import numerics
+
+PER_TASK = (1, 2)  # axes of a group: all K·D slots of a task
+PER_CALL_INDEX = (1,)
+PER_BATCH = (0, 1, 2)
+
+
+def per_task(
+    rewards: Float[Array, "B K D"], weights: Float[Array, "B K D"]
+) -> Float[Array, "B K D"]:
+  """Standardises rewards over the aligned slots of a task.
+
+      A = (R - mean_w R) / std_w R,   group: all K·D slots of the task
+
+  M-GRPO, arXiv 2511.13288, Eq. 9–13. The standard deviation is the
+  population's.
+
+  Deviation: nothing is added to it; a group without spread gets zeros.
+
+  Args:
+    rewards: R, float32.
+    weights: w, float32, ≥ 0, from the alignment.
+
+  Returns:
+    A, float32.
+  """
+  return _standardised(rewards, weights, PER_TASK)
+
+
+def mean_only(
+    rewards: Float[Array, "B K D"], weights: Float[Array, "B K D"]
+) -> Float[Array, "B K D"]:
+  """Subtracts the task's mean reward and does not divide.
+
+      A = R - mean_w R
+
+  Dr. GRPO (Liu et al., arXiv 2503.20783): without the division, easy and hard
+  tasks weigh the same per unit of reward.
+
+  Args:
+    rewards: R, float32.
+    weights: w, float32, ≥ 0, from the alignment.
+
+  Returns:
+    A, float32, in units of reward.
+  """
+  deviation, spread, _ = _deviation(rewards, weights, PER_TASK)
+  return deviation * spread
+
+
+def leave_one_out(
+    rewards: Float[Array, "B K D"], weights: Float[Array, "B K D"]
+) -> Float[Array, "B K D"]:
+  """Compares each slot with the weighted mean of the other slots of its task.
+
+      A_i = R_i - Σ_{j≠i} w_j R_j / Σ_{j≠i} w_j
+
+  RLOO (Ahmadian et al., arXiv 2402.14740). Copies made by the alignment are
+  slots of their own: with `duplicate_or_drop` a call's copies stay in its
+  baseline.
+
+  Args:
+    rewards: R, float32.
+    weights: w, float32, ≥ 0, from the alignment.
+
+  Returns:
+    A, float32, in units of reward.
+  """
+  deviation, spread, spreads = _deviation(rewards, weights, PER_TASK)
+  total = jnp.sum(weights, axis=PER_TASK, keepdims=True)
+  others = jnp.where(spreads, total - weights, 0.0)
+  # R_i - mean of the others = (R_i - mean of all) · Σw / (Σw - w_i).
+  return numerics.divide(deviation * spread * total, others)
+
+
+def per_call_index(
+    rewards: Float[Array, "B K D"], weights: Float[Array, "B K D"]
+) -> Float[Array, "B K D"]:
+  """Standardises rewards over the K rollouts, each slot position by itself.
+
+      A = (R - mean_w R) / std_w R,   group: slot d of the task's K rollouts
+
+  Args:
+    rewards: R, float32.
+    weights: w, float32, ≥ 0, from the alignment.
+
+  Returns:
+    A, float32.
+  """
+  return _standardised(rewards, weights, PER_CALL_INDEX)
+
+
+def per_batch(
+    rewards: Float[Array, "B K D"], weights: Float[Array, "B K D"]
+) -> Float[Array, "B K D"]:
+  """Standardises rewards over all slots of all tasks.
+
+      A = (R - mean_w R) / std_w R,   group: the whole block of B tasks
+
+  What the public MrlX code does with its arrival-order blocks; for comparison.
+
+  Args:
+    rewards: R, float32.
+    weights: w, float32, ≥ 0, from the alignment.
+
+  Returns:
+    A, float32.
+  """
+  return _standardised(rewards, weights, PER_BATCH)
+
+
+def has_spread(
+    rewards: Float[Array, "B K D"], weights: Float[Array, "B K D"]
+) -> Bool[Array, " B"]:
+  """Says which tasks can teach something: their rewards differ.
+
+  Args:
+    rewards: float32.
+    weights: float32, ≥ 0, from the alignment.
+
+  Returns:
+    [B] bool.
+  """
+  return numerics.unit_scaled(rewards, weights, axis=PER_TASK)[2][:, 0, 0]
+
+
+def _deviation(
+    rewards: Array, weights: Array, axis: tuple[int, ...]
+) -> tuple[Array, Array, Array]:
+  """Computes (R - mean) / spread, the spread, and whether there is one."""
+  scaled, spread, spreads = numerics.unit_scaled(rewards, weights, axis=axis)
+  mean = _mean(scaled, weights, axis)
+  return numerics.masked(scaled - mean, weights), spread, spreads
+
+
+def _standardised(
+    rewards: Array, weights: Array, axis: tuple[int, ...]
+) -> Array:
+  """Divides the deviations by their population standard deviation."""
+  deviation, _, _ = _deviation(rewards, weights, axis)
+  variance = _mean(deviation**2, weights, axis)
+  return numerics.divide(deviation, jnp.sqrt(variance))
+
+
+def _mean(values: Array, weights: Array, axis: tuple[int, ...]) -> Array:
+  """Computes the weighted mean, keeping the reduced axes."""
+  total = jnp.sum(weights, axis=axis, keepdims=True)
+  return numerics.divide(
+      jnp.sum(values * weights, axis=axis, keepdims=True), total
+  )

@@ -1,0 +1,257 @@
+"""From aligned trajectories to micro-batches of one fixed shape, on the host.
+
+`fold` turns aligned slots into weighted trajectories, `count` takes the whole
+batch's denominators, `pack` lays the trajectories into rows. All NumPy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from mgrpo_jax import losses
+from mgrpo_jax.types import Alignment, TrainBatch, Trajectory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Credit:
+  """A trajectory and what it is to be trained with.
+
+  Attributes:
+    trajectory: the tokens.
+    advantage: of each of its sampled tokens.
+    weight: how often it counts, ≥ 0.
+  """
+
+  trajectory: Trajectory
+  advantage: float
+  weight: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchShape:
+  """The fixed shape of a micro-batch.
+
+  Attributes:
+    rows: N, packed rows, ≥ 1.
+    row_tokens: T, tokens of a row and at most of a trajectory, ≥ 2.
+    trajectories: M, most trajectories in the N rows, ≥ 1.
+
+  Raises:
+    ValueError: if a field is out of range, naming the field.
+  """
+
+  rows: int
+  row_tokens: int
+  trajectories: int
+
+  def __post_init__(self) -> None:
+    """Checks every field."""
+    least = {"rows": 1, "row_tokens": 2, "trajectories": 1}
+    for name, minimum in least.items():
+      if getattr(self, name) < minimum:
+        raise ValueError(
+            f"{name} must be >= {minimum}, got {getattr(self, name)}"
+        )
+
+
+def fold(
+    calls: Sequence[Sequence[Sequence[Trajectory]]],
+    alignment: Alignment,
+    advantages: Float[np.ndarray, "B K D"],
+) -> tuple[Credit, ...]:
+  """Gathers the aligned trajectories, copies folded into weights.
+
+  A trajectory that fills several slots with one advantage becomes one credit
+  with the sum of their weights: the same loss as training on the copies.
+
+  Args:
+    calls: [B][K][d] trajectories of the role, in the order that was aligned.
+    alignment: of these calls.
+    advantages: float32, one for each slot.
+
+  Returns:
+    Credits in order of task, rollout, slot; slots of weight 0 have none.
+  """
+  index = np.asarray(alignment.index)
+  weights = np.asarray(alignment.weight, np.float64)
+  gains = np.asarray(advantages)
+  folded: dict[tuple[int, int, int, float], float] = {}
+  for task, rollout, slot in np.argwhere(weights > 0).tolist():
+    place = (task, rollout, slot)
+    key = (task, rollout, int(index[place]), float(gains[place]))
+    folded[key] = folded.get(key, 0.0) + float(weights[place])
+  return tuple(
+      Credit(trajectory=calls[b][k][call], advantage=gain, weight=weight)
+      for (b, k, call, gain), weight in folded.items()
+  )
+
+
+def count(credits: Sequence[Credit]) -> losses.Totals:
+  """Computes the denominators of an optimizer batch.
+
+  Args:
+    credits: all of the batch, also those that are left out of the gradient
+      because their advantage is 0.
+
+  Returns:
+    Totals of NumPy scalars, float32.
+  """
+  weights = np.array([credit.weight for credit in credits], np.float64)
+  masks = [credit.trajectory.loss_mask > 0 for credit in credits]
+  sampled = np.array([mask.sum() for mask in masks], np.float64)
+  # The first token has no past and is never predicted.
+  others = np.array([(~mask[1:]).sum() for mask in masks], np.float64)
+  return losses.Totals(
+      trajectories=np.float32(weights.sum()),
+      tokens=np.float32(weights @ sampled),
+      context_tokens=np.float32(weights @ others),
+  )
+
+
+def pack(
+    credits: Sequence[Credit], *, shape: BatchShape
+) -> tuple[TrainBatch, ...]:
+  """Lays trajectories into rows, first fit by decreasing length.
+
+  Args:
+    credits: what to train on; the order does not change the update.
+    shape: of every micro-batch.
+
+  Returns:
+    As many micro-batches of NumPy arrays as it takes. Old and reference
+    log-probs are the sampler's until `score` replaces them.
+
+  Raises:
+    ValueError: if a trajectory does not fit a row, its arrays differ in
+      length, or its first token is to be trained on; names the trajectory.
+  """
+  for credit in credits:
+    _check_credit(credit, shape.row_tokens)
+  lengths = [len(credit.trajectory.tokens) for credit in credits]
+  places = _first_fit(lengths, shape)
+  num_batches = max((row for row, _ in places), default=-1) // shape.rows + 1
+  batches = [_empty_batch(shape) for _ in range(num_batches)]
+  used = [0] * num_batches
+  segments: dict[int, int] = {}
+  for credit, (row, offset) in zip(credits, places, strict=True):
+    number, row_in_batch = divmod(row, shape.rows)
+    segments[row] = segments.get(row, 0) + 1
+    _place(
+        batches[number],
+        credit,
+        entry=used[number],
+        row=row_in_batch,
+        offset=offset,
+        segment=segments[row],
+    )
+    used[number] += 1
+  return tuple(batches)
+
+
+def _check_credit(credit: Credit, row_tokens: int) -> None:
+  """Raises ValueError, naming the trajectory, unless it can be packed."""
+  one = credit.trajectory
+  name = f"task {one.task_id!r} rollout {one.rollout} {one.role} {one.call}"
+  length = len(one.tokens)
+  if not 1 <= length <= row_tokens:
+    raise ValueError(
+        f"trajectory of {name} has {length} tokens, allowed: 1 to row_tokens ="
+        f" {row_tokens}"
+    )
+  if not len(one.loss_mask) == len(one.sampler_logprobs) == length:
+    raise ValueError(
+        f"trajectory of {name} has {length} tokens, {len(one.loss_mask)} loss"
+        f" mask entries and {len(one.sampler_logprobs)} log-probs, allowed:"
+        " equal numbers"
+    )
+  if one.loss_mask[0] > 0:
+    raise ValueError(
+        f"trajectory of {name} has loss mask {one.loss_mask[0]} on its first"
+        " token, which nothing predicts, allowed: 0"
+    )
+  if not (math.isfinite(credit.advantage) and 0 <= credit.weight < math.inf):
+    raise ValueError(
+        f"trajectory of {name} has advantage {credit.advantage} and weight"
+        f" {credit.weight}, allowed: finite numbers, weight >= 0"
+    )
+
+
+def _first_fit(
+    lengths: Sequence[int], shape: BatchShape
+) -> list[tuple[int, int]]:
+  """Finds (row, offset) of each trajectory; row r is in batch r // N."""
+  num_batches = len(lengths)  # at most one for each trajectory
+  room = np.full(num_batches * shape.rows, shape.row_tokens)
+  entries = np.full(num_batches, shape.trajectories)
+  places = [(0, 0)] * len(lengths)
+  opened = 1
+  for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    end = min(opened + 1, num_batches)
+    fits = room[: end * shape.rows] >= lengths[number]
+    fits &= np.repeat(entries[:end] > 0, shape.rows)
+    row = int(np.argmax(fits))  # one fits: the last batch is empty
+    places[number] = (row, shape.row_tokens - int(room[row]))
+    room[row] -= lengths[number]
+    entries[row // shape.rows] -= 1
+    opened = max(opened, row // shape.rows + 1)
+  return places
+
+
+def _empty_batch(shape: BatchShape) -> TrainBatch:
+  """Makes a micro-batch of padding."""
+  rows = (shape.rows, shape.row_tokens)
+  entries = (shape.trajectories, shape.row_tokens)
+  each = (shape.trajectories,)
+  arrays: dict[str, Any] = {
+      "tokens": np.zeros(rows, np.int32),
+      "segment_ids": np.zeros(rows, np.int32),
+      "positions": np.zeros(rows, np.int32),
+      "row": np.zeros(each, np.int32),
+      "offset": np.zeros(each, np.int32),
+      "loss_mask": np.zeros(entries, np.float32),
+      "context_mask": np.zeros(entries, np.float32),
+      "sampler_logprobs": np.zeros(entries, np.float32),
+      "old_logprobs": np.zeros(entries, np.float32),
+      "ref_logprobs": np.zeros(entries, np.float32),
+      "advantage": np.zeros(each, np.float32),
+      "weight": np.zeros(each, np.float32),
+  }
+  return TrainBatch(**arrays)
+
+
+def _place(
+    batch: TrainBatch,
+    credit: Credit,
+    *,
+    entry: int,
+    row: int,
+    offset: int,
+    segment: int,
+) -> None:
+  """Writes a trajectory into the arrays of a micro-batch."""
+  trajectory = credit.trajectory
+  length = len(trajectory.tokens)
+  span = slice(offset, offset + length)
+  sampled = np.asarray(trajectory.loss_mask) > 0
+  batch.tokens[row, span] = trajectory.tokens
+  batch.segment_ids[row, span] = segment
+  batch.positions[row, span] = np.arange(length)
+  batch.row[entry] = row
+  batch.offset[entry] = offset
+  batch.loss_mask[entry, :length] = sampled
+  batch.context_mask[entry, 1:length] = ~sampled[1:]
+  logprobs = np.where(sampled, trajectory.sampler_logprobs, 0.0)
+  for target in (
+      batch.sampler_logprobs,
+      batch.old_logprobs,
+      batch.ref_logprobs,
+  ):
+    target[entry, :length] = logprobs
+  batch.advantage[entry] = credit.advantage
+  batch.weight[entry] = credit.weight
