@@ -251,7 +251,7 @@ def test_steps_are_listed_in_order_and_removed_after_a_resume(tmp_path):
     write(tmp_path, step, [make_group()])
   other = tmp_path / "notes.txt"
   other.write_text("kept")
-  torn = tmp_path / "step_000011.jsonl.gz.partial"
+  torn = tmp_path / ".step_000011.jsonl.gz.77.0.partial"
   torn.write_bytes(b"")
   assert list(records.list_steps(tmp_path)) == [2, 10, 1_000_000]
   assert records.remove_after(tmp_path, 2) == 2

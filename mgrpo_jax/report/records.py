@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import io
 import json
 import math
 import os
@@ -21,12 +22,12 @@ from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 
+from mgrpo_jax import atomic
 from mgrpo_jax.types import NO_PARENT, RolloutGroup, Status, Task, Trajectory
 
 FORMAT = 1
 LOGPROB_DECIMALS = 4
 _FILE_NAME = re.compile(r"step_(\d{6,})\.jsonl\.gz")
-_PARTIAL_SUFFIX = ".partial"
 _STATUSES = frozenset(status.name for status in Status)
 
 TokenRole = Literal["prompt", "sampled", "result"]
@@ -123,8 +124,7 @@ def remove_after(directory: str | os.PathLike[str], step: int) -> int:
   later = [path for n, path in list_steps(directory).items() if n > step]
   for path in later:
     path.unlink()
-  for path in pathlib.Path(directory).glob(f"step_*{_PARTIAL_SUFFIX}"):
-    path.unlink()
+  atomic.sweep(directory)
   return len(later)
 
 
@@ -155,6 +155,7 @@ def write_step(
 
   Raises:
     ValueError: lengths that do not match, naming the argument.
+    atomic.StorageError: the file cannot be written.
   """
   _check_lengths("rewards", [len(row) for row in rewards], groups)
   _check_lengths("advantages", [len(row) for row in advantages], groups)
@@ -163,8 +164,7 @@ def write_step(
       for group, scores, gains in zip(groups, rewards, advantages, strict=True)
   )
   path = step_path(directory, step)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  _write_atomically(path, records)
+  atomic.write(path, _compressed(records))
   return path
 
 
@@ -313,24 +313,15 @@ def _plain(value: object) -> object:
   raise TypeError(f"{type(value).__name__} cannot be recorded as JSON")
 
 
-def _write_atomically(
-    path: pathlib.Path, records: Iterable[GroupRecord]
-) -> None:
-  """Writes beside `path`, syncs, then renames, so readers see all or none."""
-  partial = path.with_name(path.name + _PARTIAL_SUFFIX)
-  try:
-    with partial.open("wb") as raw:
-      # No name and no time in the header: equal rollouts give equal bytes.
-      with gzip.GzipFile("", "wb", 6, raw, mtime=0) as stream:
-        for record in records:
-          line = json.dumps(record, default=_plain, separators=(",", ":"))
-          stream.write(line.encode("ascii") + b"\n")
-      raw.flush()
-      os.fsync(raw.fileno())
-    os.replace(partial, path)
-  except BaseException:
-    partial.unlink(missing_ok=True)
-    raise
+def _compressed(records: Iterable[GroupRecord]) -> bytes:
+  """Compresses records, one line each."""
+  buffer = io.BytesIO()
+  # No name and no time in the header: equal rollouts give equal bytes.
+  with gzip.GzipFile("", "wb", 6, buffer, mtime=0) as stream:
+    for record in records:
+      line = json.dumps(record, default=_plain, separators=(",", ":"))
+      stream.write(line.encode("ascii") + b"\n")
+  return buffer.getvalue()
 
 
 def _decompressed_lines(raw: Any) -> Iterator[bytes]:

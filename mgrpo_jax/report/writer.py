@@ -13,7 +13,7 @@ from typing import IO, Any, SupportsFloat
 from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import RecordWriter
 
-from mgrpo_jax import metrics
+from mgrpo_jax import atomic, metrics
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
@@ -125,12 +125,7 @@ def truncate_after(path: str | os.PathLike[str], step: int) -> int:
   after = "".join(_encode_row(row) + "\n" for row in rows).encode("ascii")
   if after == before:
     return 0
-  partial = path.with_name(path.name + ".partial")
-  with partial.open("wb") as stream:
-    stream.write(after)
-    stream.flush()
-    os.fsync(stream.fileno())
-  os.replace(partial, path)
+  atomic.write(path, after)
   return len(before.splitlines()) - len(rows)
 
 
