@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from mgrpo_jax import sharding
-
-BLOCK = 128  # query rows that share one score matrix
+BLOCK = 64  # queries that share one matrix of scores; changes speed, no value
+MASKED = -1e30  # a score that no real one comes near, and whose exp is 0
 
 
 def packed(
@@ -22,7 +21,8 @@ def packed(
       out[t] = Σ_s softmax_s(q[t] · k[s] / sqrt(D)) v[s],   s ≤ t, same segment
 
   A block of queries meets only the keys up to its own end, so nearly half of
-  the score matrix is never computed. Padding is segment 0: it attends to
+  the score matrix is never computed, and what is computed is computed again in
+  the backward pass instead of kept. Padding is segment 0: it attends to
   padding, and nothing else does.
 
   Args:
@@ -32,19 +32,32 @@ def packed(
     segment_ids: [N, T] int32.
 
   Returns:
-    Attended values, in the dtype of `value`; scores and softmax are float32.
+    Attended values, in the dtype of `value`; scores and softmax are float32
+    or wider.
   """
-  length = query.shape[1]
+  length, head_dim = query.shape[1], query.shape[-1]
+  # Heads before tokens: batched products then read contiguous matrices.
+  rows = jnp.transpose(query * head_dim**-0.5, (0, 2, 3, 1, 4))
+  keys = jnp.transpose(key, (0, 2, 1, 3))
+  values = jnp.transpose(value, (0, 2, 1, 3))
   blocks = []
   for start in range(0, length, BLOCK):
     stop = min(start + BLOCK, length)
-    mask = _mask(segment_ids, start, stop)
-    rows = query[:, start:stop]
-    blocks.append(_attend(rows, key[:, :stop], value[:, :stop], mask))
-  return jnp.concatenate(blocks, axis=1)
+    blocks.append(
+        _attend(
+            rows[:, :, :, start:stop],
+            keys[:, :, :stop],
+            values[:, :, :stop],
+            _visible(segment_ids, start, stop),
+        )
+    )
+  attended = jnp.concatenate(blocks, axis=3)
+  return jnp.transpose(attended, (0, 3, 1, 2, 4))
 
 
-def _mask(segment_ids: Int[Array, "N T"], start: int, stop: int) -> Array:
+def _visible(
+    segment_ids: Int[Array, "N T"], start: int, stop: int
+) -> Bool[Array, "N Q S"]:
   """Says which of the first `stop` keys queries start..stop see."""
   queries = segment_ids[:, start:stop, None]
   keys = segment_ids[:, None, :stop]
@@ -52,22 +65,27 @@ def _mask(segment_ids: Int[Array, "N T"], start: int, stop: int) -> Array:
   return (queries == keys) & causal[None]
 
 
-def _attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
-  """Attends to keys where mask [N, T, S] allows."""
-  heads = ("batch", "kv_heads", "group", "length", "length")
+@jax.checkpoint
+def _attend(
+    query: Float[Array, "N Hkv G Q D"],
+    key: Float[Array, "N Hkv S D"],
+    value: Float[Array, "N Hkv S D"],
+    visible: Bool[Array, "N Q S"],
+) -> Float[Array, "N Hkv G Q D"]:
+  """Attends to visible keys; every query sees at least itself."""
+  wide = jnp.promote_types(query.dtype, jnp.float32)
   scores = jnp.einsum(
-      "ntkgd,nskd->nkgts",
-      query * query.shape[-1] ** -0.5,
-      key,
-      preferred_element_type=jnp.float32,
-      out_sharding=sharding.out(*heads),
+      "nkgqd,nksd->nkgqs", query, key, preferred_element_type=wide
   )
-  weights = jax.nn.softmax(scores, axis=-1, where=mask[:, None, None])
-  return jnp.einsum(
-      "nkgts,nskd->ntkgd",
+  scores = jnp.where(visible[:, None, None], scores, MASKED)
+  highest = jnp.max(scores, axis=-1, keepdims=True)
+  weights = jnp.exp(scores - jax.lax.stop_gradient(highest))
+  # Dividing the result, not the weights: D numbers a query instead of S.
+  total = jnp.einsum(
+      "nkgqs,nksd->nkgqd",
       weights.astype(value.dtype),
       value,
-      out_sharding=sharding.out(
-          "batch", "length", "kv_heads", "group", "head_dim"
-      ),
+      preferred_element_type=wide,
   )
+  mean = total / jnp.sum(weights, axis=-1, keepdims=True)
+  return mean.astype(value.dtype)
