@@ -1,27 +1,27 @@
-"""Questions over the CIA World Factbook, with the documents that answer them.
+r"""Questions over the CIA World Factbook, with the documents that answer them.
 
     from mgrpo_jax.tasks import factbook
-    book = factbook.load(seed)        # Factbook, cached; a few seconds, no I/O
-    book.corpus.passages              # {id: Passage(id, page, title, text)}
-    book.corpus.pages                 # {id: Page(id, place, title, passages, links)}
-    book.corpus.page_text(page_id)    # a whole page as text
-    book.splits['train'|'dev'|'test'] # tuple[Task, ...]
-    book.facts                        # tuple[Fact, ...], what questions rest on
-    factbook.training_names(book)     # proper names from training pages only
+    book = factbook.load(seed)         # Factbook, cached; a few seconds
+    book.corpus.passages               # {id: Passage(id, page, title, text)}
+    book.corpus.pages                  # {id: Page(id, place, title, ...)}
+    book.corpus.page_text(page_id)     # a whole page as text
+    book.splits['train']               # tuple[Task, ...]; also 'dev', 'test'
+    book.facts                         # tuple[Fact, ...], what they rest on
+    book.place_splits                  # {place id: split}
+    factbook.training_names(book)      # proper names, training pages only
 
 Passage ids are `peru/government#capital`, titles `Peru: Capital`. A passage's
-text opens with the fact itself ('Lima\\ngeographic coordinates: ...'), so show
-the title above it. A lexical index should see `corpus.index_text(passage)`:
-the title three times, then the head of the text. Do not drop stop words from
-it: '.is', '.in' and '.no' are internet codes.
+text opens with the fact itself ('Lima\ngeographic coordinates: ...'), so show
+the title above it. For a lexical index, `index_text` repeats the title and cuts
+the text; do not drop stop words: '.is', '.in' and '.no' are internet codes.
 
 `Task.meta` holds `kind` ('1hop:capital', '1hop:capital-of',
 '2hop:capital-of>internet-code', '2hop:longest-border>capital',
 '3hop:capital-of>longest-border>population', '2hop:compare-area', ...), `family`
 (the kind without attributes), `places` (ids of all places it rests on) and
-`split`. Evidence answers stand verbatim in the head of the evidence passage,
-except the place a reverse look-up finds, which its title names, and counts of
-bordering countries, which have to be counted.
+`split`. The first answer of each evidence stands verbatim in the head of its
+passage, with two exceptions: the place that a reverse look-up finds, which is
+in the title, and the number of bordering countries, which has to be counted.
 
 Which places belong to which split is fixed; the seed draws the questions and
 their wordings.
@@ -42,31 +42,31 @@ from mgrpo_jax.tasks.factbook.places import Place
 from mgrpo_jax.types import Task
 
 __all__ = [
-    'Corpus',
-    'Fact',
-    'Factbook',
-    'Page',
-    'Passage',
-    'Place',
-    'index_text',
-    'load',
-    'training_names',
+    "Corpus",
+    "Fact",
+    "Factbook",
+    "Page",
+    "Passage",
+    "Place",
+    "index_text",
+    "load",
+    "training_names",
 ]
 
-_SIZES = {'train': 24_000, 'dev': 500, 'test': 500}
+_SIZES = {"train": 24_000, "dev": 500, "test": 500}
 # Part of each family of questions; the last one fills what others leave.
 _SHARES = {
-    'attribute': 0.24,
-    'place': 0.08,
-    'link': 0.015,
-    'border>attribute': 0.10,
-    'partner>attribute': 0.04,
-    'place>link': 0.04,
-    'compare': 0.08,
-    'place>compare': 0.05,
-    'border>border>attribute': 0.03,
-    'place>link>attribute': 0.10,
-    'place>attribute': 0.225,
+    "attribute": 0.24,
+    "place": 0.08,
+    "link": 0.015,
+    "border>attribute": 0.10,
+    "partner>attribute": 0.04,
+    "place>link": 0.04,
+    "compare": 0.08,
+    "place>compare": 0.05,
+    "border>border>attribute": 0.03,
+    "place>link>attribute": 0.10,
+    "place>attribute": 0.225,
 }
 
 
@@ -127,7 +127,7 @@ def training_names(book: Factbook) -> tuple[str, ...]:
     Several thousand names; none is a name, an alias or a value of a held-out
     place.
   """
-  train = {p for p, s in book.place_splits.items() if s == 'train'}
+  train = {p for p, s in book.place_splits.items() if s == "train"}
   held_out = set(book.corpus.places) - train
   forbidden = {
       name

@@ -8,61 +8,63 @@ from typing import Any
 
 from mgrpo_jax.tasks.factbook import extract, places
 from mgrpo_jax.tasks.factbook.places import Place
-from mgrpo_jax.tasks.factbook.text import clean, slug
+from mgrpo_jax.tasks.factbook.text import clean, quiet, slug
 
 _SECTIONS = {
-    'Introduction': 'introduction',
-    'Geography': 'geography',
-    'People and Society': 'people',
-    'Environment': 'environment',
-    'Government': 'government',
-    'Economy': 'economy',
-    'Energy': 'energy',
-    'Communications': 'communications',
-    'Transportation': 'transportation',
-    'Military and Security': 'military',
-    'Space': 'space',
-    'Terrorism': 'terrorism',
-    'Transnational Issues': 'transnational',
+    "Introduction": "introduction",
+    "Geography": "geography",
+    "People and Society": "people",
+    "Environment": "environment",
+    "Government": "government",
+    "Economy": "economy",
+    "Energy": "energy",
+    "Communications": "communications",
+    "Transportation": "transportation",
+    "Military and Security": "military",
+    "Space": "space",
+    "Terrorism": "terrorism",
+    "Transnational Issues": "transnational",
 }
 # Titles that differ from the Factbook's field names.
 _TITLES = {
-    'National anthem(s)': 'National anthem',
-    'National color(s)': 'National colors',
-    'National symbol(s)': 'National symbols',
-    'Major urban areas - population': 'Major urban areas',
-    'Civil aircraft registration country code prefix': (
-        'Civil aircraft registration prefix'
+    "National anthem(s)": "National anthem",
+    "National color(s)": "National colors",
+    "National symbol(s)": "National symbols",
+    "Major urban areas - population": "Major urban areas",
+    "Civil aircraft registration country code prefix": (
+        "Civil aircraft registration prefix"
     ),
 }
 # Subfields that become passages of their own, under these titles.
 _SPLIT = {
-    'Land boundaries': {'border countries': 'Border countries'},
-    'Elevation': {
-        'highest point': 'Highest point',
-        'lowest point': 'Lowest point',
-        'mean elevation': 'Mean elevation',
+    "Land boundaries": {"border countries": "Border countries"},
+    "Elevation": {
+        "highest point": "Highest point",
+        "lowest point": "Lowest point",
+        "mean elevation": "Mean elevation",
     },
-    'Capital': {'time difference': 'Time difference'},
-    'Country name': {'former': 'Former name'},
-    'Exchange rates': {'Currency': 'Currency'},
-    'Legislative branch': {
-        'legislature name': 'Legislature name',
-        'number of seats': 'Legislature seats',
+    "Capital": {"time difference": "Time difference"},
+    "Country name": {"former": "Former name"},
+    "Exchange rates": {"Currency": "Currency"},
+    "Legislative branch": {
+        "legislature name": "Legislature name",
+        "number of seats": "Legislature seats",
     },
 }
 # Subfields that open a passage without a label, most wanted first.
 _LEADS = (
-    'adjective',
-    'name',
-    'total',
-    'total population',
-    'total World Heritage Sites',
-    'percent of population',
-    'conventional short form',
-    'title',
+    "adjective",
+    "name",
+    "total",
+    "total population",
+    "total World Heritage Sites",
+    "percent of population",
+    "conventional short form",
+    "title",
 )
-_YEAR = re.compile(r'\b(?:19|20)\d\d$')
+# Fields that write capital cities in capitals.
+_SHOUTING = frozenset({"Major urban areas - population"})
+_YEAR = re.compile(r"\b(?:19|20)\d\d$")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,10 +124,10 @@ class Corpus:
     parts = [page.title]
     for key in page.passages:
       passage = self.passages[key]
-      heading = passage.title.split(': ', 1)[1]
-      parts.append(f'{heading}: {passage.text}')
-    parts.append('Links: ' + ', '.join(page.links))
-    return '\n'.join(parts)
+      heading = passage.title.split(": ", 1)[1]
+      parts.append(f"{heading}: {passage.text}")
+    parts.append("Links: " + ", ".join(page.links))
+    return "\n".join(parts)
 
 
 def build() -> Corpus:
@@ -144,7 +146,7 @@ def build() -> Corpus:
   by_key = {key: places.describe(key, entry) for key, entry in raw.items()}
   by_id = {place.id: place for place in by_key.values()}
   if len(by_id) != len(by_key):
-    raise ValueError('two Factbook entries share a place id')
+    raise ValueError("two Factbook entries share a place id")
   passages = {}
   for key, entry in raw.items():
     seen: set[tuple[str, str]] = set()
@@ -170,7 +172,7 @@ def index_text(passage: Passage, *, title_weight: int, head: int) -> str:
   Returns:
     The repeated title, then the head of the text.
   """
-  return '\n'.join([passage.title] * title_weight + [passage.text[:head]])
+  return "\n".join([passage.title] * title_weight + [passage.text[:head]])
 
 
 def names(by_id: Mapping[str, Place]) -> dict[str, str]:
@@ -186,14 +188,14 @@ def _passages(place: Place, entry: Mapping[str, Any]) -> Iterator[Passage]:
   """Yields the passages of one entry, section by section."""
   taken: set[str] = set()
   for section, fields in entry.items():
-    page = f'{place.id}/{_SECTIONS[section]}'
+    page = f"{place.id}/{_SECTIONS[section]}"
     for field, value in fields.items():
       for title, text in _field(field, value):
-        key = f'{page}#{slug(title)}'
-        if key not in taken and text not in ('', 'NA', 'N/A'):
+        key = f"{page}#{slug(title)}"
+        if key not in taken and text not in ("", "NA", "N/A"):
           taken.add(key)
           yield Passage(
-              id=key, page=page, title=f'{place.name}: {title}', text=text
+              id=key, page=page, title=f"{place.name}: {title}", text=text
           )
 
 
@@ -203,12 +205,14 @@ def _field(field: str, value: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
   lines = []
   for key in sorted(value, key=_lead_rank):
     text = _leaf(value[key])
+    if field in _SHOUTING:
+      text = quiet(text)
     label = key.strip()
     if label in split:
       yield split[label], text
     elif text:
       lines.append(_line(field, label, text))
-  yield _TITLES.get(field, field), '\n'.join(lines)
+  yield _TITLES.get(field, field), "\n".join(lines)
 
 
 def _lead_rank(key: str) -> tuple[bool, int]:
@@ -223,18 +227,18 @@ def _leaf(value: Mapping[str, Any] | str) -> str:
   if isinstance(value, str):
     return clean(value)
   parts = [
-      v if isinstance(v, str) else v.get('text', '') for v in value.values()
+      v if isinstance(v, str) else v.get("text", "") for v in value.values()
   ]
-  return clean('<br>'.join(parts))
+  return clean("<br>".join(parts))
 
 
 def _line(field: str, label: str, text: str) -> str:
   """Labels a subfield's text unless the label says nothing new."""
-  last = label.rsplit(': ', 1)[-1]
-  silent = label in (*_LEADS, 'text', 'note', field)
-  if silent or text.startswith(f'{last}:') or _YEAR.search(label):
+  last = label.rsplit(": ", 1)[-1]
+  silent = label in (*_LEADS, "text", "note", field)
+  if silent or text.startswith(f"{last}:") or _YEAR.search(label):
     return text
-  return f'{label.removeprefix(field).strip() or label}: {text}'
+  return f"{label.removeprefix(field).strip() or label}: {text}"
 
 
 def _pages(
@@ -247,20 +251,20 @@ def _pages(
   lookup = names(by_id)
   sections: dict[str, list[str]] = {}
   for page in members:
-    sections.setdefault(page.split('/')[0], []).append(page)
+    sections.setdefault(page.split("/")[0], []).append(page)
   pages = {}
   for key, ids in members.items():
-    place, section = key.split('/')
-    border = passages.get(f'{place}/geography#border-countries')
+    place, section = key.split("/")
+    border = passages.get(f"{place}/geography#border-countries")
     found = extract.borders(border.text) if border else ()
     neighbours = [lookup[name] for name, _ in found if name in lookup]
     links = [page for page in sections[place] if page != key]
-    links += [f'{n}/{section}' for n in neighbours]
+    links += [f"{n}/{section}" for n in neighbours]
     title = next(t for t, s in _SECTIONS.items() if s == section)
     pages[key] = Page(
         id=key,
         place=place,
-        title=f'{by_id[place].name}: {title}',
+        title=f"{by_id[place].name}: {title}",
         passages=tuple(ids),
         links=tuple(link for link in links if link in members),
     )

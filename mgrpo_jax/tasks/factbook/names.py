@@ -12,20 +12,20 @@ from mgrpo_jax.tasks.factbook.corpus import Corpus
 from mgrpo_jax.tasks.factbook.text import fold
 
 _FIELDS = (
-    'government#administrative-divisions',
-    'people#major-urban-areas',
-    'transportation#ports',
-    'geography#highest-point',
-    'geography#lowest-point',
-    'geography#major-lakes-area-sq-km',
-    'geography#major-rivers-by-length-in-km',
-    'geography#major-watersheds-area-sq-km',
-    'geography#major-aquifers',
-    'government#national-heritage',
-    'government#capital',
-    'government#former-name',
-    'people#ethnic-groups',
-    'people#languages',
+    "government#administrative-divisions",
+    "people#major-urban-areas",
+    "transportation#ports",
+    "geography#highest-point",
+    "geography#lowest-point",
+    "geography#major-lakes-area-sq-km",
+    "geography#major-rivers-by-length-in-km",
+    "geography#major-watersheds-area-sq-km",
+    "geography#major-aquifers",
+    "government#national-heritage",
+    "government#capital",
+    "government#former-name",
+    "people#ethnic-groups",
+    "people#languages",
 )
 _NAME = re.compile(
     r"(?<![\w'-])[A-Z][^\W\d_]+(?:['-][^\W\d_]+)*"
@@ -54,7 +54,7 @@ def extract(
     if place not in members:
       continue
     for field in _FIELDS:
-      passage = corpus.passages.get(f'{place}/{field}')
+      passage = corpus.passages.get(f"{place}/{field}")
       for match in _NAME.findall(passage.text) if passage else ():
         name = _plain(match)
         if 3 <= len(name) <= _MAX_CHARS and name.lower() not in banned:

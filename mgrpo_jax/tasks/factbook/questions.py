@@ -2,16 +2,15 @@
 
 import dataclasses
 import random
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from mgrpo_jax.tasks.factbook import wording
-from mgrpo_jax.tasks.factbook.facts import Fact
+from mgrpo_jax.tasks.factbook.facts import Fact, contains
 from mgrpo_jax.tasks.factbook.places import Place
 from mgrpo_jax.types import Evidence, Task
 
-BORDERS = ('longest-border', 'shortest-border', 'only-neighbor')
-PARTNERS = ('export-partner', 'import-partner')
+BORDERS = ("longest-border", "shortest-border", "only-neighbor")
+PARTNERS = ("export-partner", "import-partner")
 # Smallest ratio of two compared quantities: closer ones are a matter of years
 # and estimates.
 _MARGIN = 1.1
@@ -129,7 +128,7 @@ def draw(
   Raises:
     ValueError: where the knowledge does not yield that many.
   """
-  rng = random.Random(f'{seed}/{split}')
+  rng = random.Random(f"{seed}/{split}")
   seen: set[str] = set()
   drafts: list[Task] = []
   families = list(shares)
@@ -141,12 +140,12 @@ def draw(
     drafts += _fill(knowledge, family, specs, quota, rng, seen)
   if len(drafts) != size:
     raise ValueError(
-        f'split {split!r}: {size} questions wanted, {len(drafts)} can be made'
+        f"split {split!r}: {size} questions wanted, {len(drafts)} can be made"
     )
   rng.shuffle(drafts)
   return tuple(
       dataclasses.replace(
-          task, id=f'{split}-{i:05d}', meta={**task.meta, 'split': split}
+          task, id=f"{split}-{i:05d}", meta={**task.meta, "split": split}
       )
       for i, task in enumerate(drafts)
   )
@@ -215,7 +214,7 @@ def _word_comparison(
   """Puts a comparison into words, the two places in random order."""
   final = spec.left.final
   if final is None or final.number is None or spec.right.number is None:
-    raise ValueError(f'comparison without numbers: {spec}')
+    raise ValueError(f"comparison without numbers: {spec}")
   right = Chain(start=spec.right.place, key=None, links=(), final=spec.right)
   sides = [spec.left, right]
   if spec.left.key is None:
@@ -225,12 +224,12 @@ def _word_comparison(
   larger = final if final.number > spec.right.number else spec.right
   place = knowledge.places[larger.place]
   evidence = [e for side in sides for e in _evidence(knowledge, side, rng)]
-  via = f'{spec.left.key.attribute}-of>' if spec.left.key else ''
+  via = f"{spec.left.key.attribute}-of>" if spec.left.key else ""
   return _task(
       family=family,
       question=_capitalized(template.format(a=a, b=b)),
       answers=(place.name, *place.aliases),
-      kind=f'{len(evidence)}hop:{via}compare-{final.attribute}',
+      kind=f"{len(evidence)}hop:{via}compare-{final.attribute}",
       evidence=tuple(evidence),
       places=tuple(side.start for side in sides),
   )
@@ -248,13 +247,13 @@ def _task(
   """Assembles a task; its id comes once all are drawn."""
   hops = len(evidence)
   return Task(
-      id='',
+      id="",
       question=question,
       answers=answers,
-      stage='easy' if hops == 1 else 'hard',
+      stage="easy" if hops == 1 else "hard",
       hops=hops,
       evidence=evidence,
-      meta={'kind': kind, 'family': family, 'places': places},
+      meta={"kind": kind, "family": family, "places": places},
   )
 
 
@@ -263,7 +262,7 @@ def _describe(knowledge: Knowledge, chain: Chain, rng: random.Random) -> str:
   text = knowledge.places[chain.start].phrase
   if chain.key is not None:
     noun, clause = _clause(knowledge, chain.key, rng)
-    text = f'the {noun} {clause}'
+    text = f"the {noun} {clause}"
   for link in chain.links:
     text = rng.choice(wording.LINKS[link.attribute].phrases).format(x=text)
   return text
@@ -275,7 +274,7 @@ def _ask_place(knowledge: Knowledge, chain: Chain, rng: random.Random) -> str:
     text = _describe(knowledge, chain, rng)
     return rng.choice(wording.LINKED_FRAMES).format(x=text)
   if chain.key is None:
-    raise ValueError(f'a chain that looks nothing up: {chain}')
+    raise ValueError(f"a chain that looks nothing up: {chain}")
   noun, clause = _clause(knowledge, chain.key, rng)
   return rng.choice(wording.PLACE_FRAMES).format(n=noun, clause=clause)
 
@@ -313,7 +312,7 @@ def _evidence(
         Evidence(
             page=fact.passage,
             question=rng.choice(asked.subquestions).format(x=name),
-            query=f'{name} {asked.query}',
+            query=f"{name} {asked.query}",
             answers=fact.answers,
         )
     )
@@ -329,7 +328,7 @@ def _asked(fact: Fact) -> wording.Asked | wording.Link:
 
 def _kind(chain: Chain) -> str:
   """Names the attributes of a chain: `2hop:capital-of>internet-code`."""
-  parts = [f'{chain.key.attribute}-of'] if chain.key else []
+  parts = [f"{chain.key.attribute}-of"] if chain.key else []
   parts += [link.attribute for link in chain.links]
   parts += [chain.final.attribute] if chain.final else []
   return f'{len(chain.facts)}hop:{">".join(parts)}'
@@ -347,11 +346,11 @@ def _capitalized(text: str) -> str:
 
 def _gives_away(task: Task) -> bool:
   """Whether the question contains an answer it should lead to."""
-  if 'compare' in task.meta['family']:
+  if "compare" in task.meta["family"]:
     return False
   found = [a for e in task.evidence for a in e.answers[:1]] + [task.answers[0]]
   return any(
-      re.search(rf'(?<!\w){re.escape(a)}(?!\w)', task.question, re.IGNORECASE)
+      re.search(rf"(?<!\w){re.escape(a)}(?!\w)", task.question, re.IGNORECASE)
       for a in found
   )
 
@@ -440,11 +439,13 @@ def _named(k: Knowledge) -> Iterator[Chain]:
 def _finished(k: Knowledge, chain: Spec) -> Iterator[Chain]:
   """Yields a chain with every attribute its passages do not show already."""
   if isinstance(chain, Comparison):
-    raise TypeError('a comparison cannot be continued')
-  shown = {fact.passage for fact in chain.facts}
+    raise TypeError("a comparison cannot be continued")
+  shown = [fact.passage for fact in chain.facts]
   for fact in k.facts[chain.end].values():
     if not fact.target and fact.passage not in shown:
-      yield dataclasses.replace(chain, final=fact)
+      yield Chain(
+          start=chain.start, key=chain.key, links=chain.links, final=fact
+      )
 
 
 def _linked(
@@ -452,11 +453,16 @@ def _linked(
 ) -> Iterator[Chain]:
   """Yields a chain with every further link to a place not yet visited."""
   if isinstance(chain, Comparison):
-    raise TypeError('a comparison cannot be continued')
+    raise TypeError("a comparison cannot be continued")
   for attribute in attributes:
     link = k.facts[chain.end].get(attribute)
     if link is not None and link.target not in _visited(chain):
-      yield dataclasses.replace(chain, links=(*chain.links, link))
+      yield Chain(
+          start=chain.start,
+          key=chain.key,
+          links=(*chain.links, link),
+          final=None,
+      )
 
 
 def _compared(k: Knowledge, chain: Spec) -> Iterator[Spec]:
@@ -467,7 +473,7 @@ def _compared(k: Knowledge, chain: Spec) -> Iterator[Spec]:
       continue
     others = [p for p in k.places if fact.attribute in k.facts[p]]
     # A fixed sample: all pairs would be thousands of specs per place.
-    near = random.Random(f'{chain}{fact.attribute}').sample(
+    near = random.Random(f"{chain}{fact.attribute}").sample(
         others, min(3, len(others))
     )
     for other in near:
@@ -483,15 +489,15 @@ def _apart(one: Fact, other: Fact) -> bool:
 
 
 FAMILIES: Mapping[str, Callable[[Knowledge], Iterator[Spec]]] = {
-    'attribute': _attribute,
-    'place': _place,
-    'link': _link,
-    'border>attribute': _border_attribute,
-    'partner>attribute': _partner_attribute,
-    'place>link': _place_link,
-    'compare': _compare,
-    'place>compare': _place_compare,
-    'place>link>attribute': _place_link_attribute,
-    'border>border>attribute': _border_border_attribute,
-    'place>attribute': _place_attribute,
+    "attribute": _attribute,
+    "place": _place,
+    "link": _link,
+    "border>attribute": _border_attribute,
+    "partner>attribute": _partner_attribute,
+    "place>link": _place_link,
+    "compare": _compare,
+    "place>compare": _place_compare,
+    "place>link>attribute": _place_link_attribute,
+    "border>border>attribute": _border_border_attribute,
+    "place>attribute": _place_attribute,
 }

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from mgrpo_jax.tasks.factbook import extract
 from mgrpo_jax.tasks.factbook.corpus import Corpus, names
 
-SPLITS = ('train', 'dev', 'test')
-_SHARES = {'test': 0.24, 'dev': 0.13}
+SPLITS = ("train", "dev", "test")
+_SHARES = {"test": 0.24, "dev": 0.13}
 
 
 def assign(corpus: Corpus) -> dict[str, str]:
@@ -46,7 +46,7 @@ def _neighbors(corpus: Corpus) -> dict[str, set[str]]:
   lookup = names(corpus.places)
   graph: dict[str, set[str]] = {place: set() for place in corpus.places}
   for place in corpus.places.values():
-    passage = corpus.passages.get(f'{place.id}/geography#border-countries')
+    passage = corpus.passages.get(f"{place.id}/geography#border-countries")
     if passage is None or place.aggregate:
       continue
     for name, _ in extract.borders(passage.text):
@@ -66,7 +66,7 @@ def _hold_out(
     for place in _grow(free, graph, round(share * len(group))):
       free.remove(place)
       result[place] = split
-  return result | dict.fromkeys(free, 'train')
+  return result | dict.fromkeys(free, "train")
 
 
 def _grow(
@@ -85,4 +85,4 @@ def _grow(
 
 def _rank(place: str) -> str:
   """Returns a fixed pseudo-random sort key."""
-  return hashlib.sha256(f'factbook split/{place}'.encode()).hexdigest()
+  return hashlib.sha256(f"factbook split/{place}".encode()).hexdigest()
