@@ -4,6 +4,7 @@ A child call is the same function one level down. Tokens are appended to one
 stream and never encoded again, so what is trained on is what was sampled.
 """
 
+import asyncio
 import dataclasses
 import hashlib
 import itertools
@@ -15,7 +16,6 @@ import numpy as np
 
 from mgrpo_jax.agents.actor import Moment
 from mgrpo_jax.agents.context import CallContext
-from mgrpo_jax.agents.deadline import within
 from mgrpo_jax.agents.errors import InfrastructureError
 from mgrpo_jax.agents.protocol import Action, Malformed, Utterance
 from mgrpo_jax.agents.team import Role
@@ -227,9 +227,8 @@ class _Call:
         seed=turn_seed(*identity),
         session=self.session,
     )
-    completion = await within(
-        self.environment.turn_deadline, self.actor.speak(moment)
-    )
+    async with asyncio.timeout(self.environment.turn_deadline):
+      completion = await self.actor.speak(moment)
     self.stream.add_sampled(completion)
     self.environment.counters["turns"] += 1
     return completion

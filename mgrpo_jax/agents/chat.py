@@ -92,9 +92,6 @@ def chatml(tokenizer: Tokenizer, *, default_system: str) -> Chat:
     middle = [*encode("\n"), *message("user", result)]
     return [*close, *middle, start, *encode("assistant\n")]
 
-  def read(ids: Sequence[int]) -> Utterance:
-    return _read(tokenizer, ids, stop=end, tagged=False)
-
   def write(utterance: Utterance) -> list[int]:
     return [*encode(utterance.text), end]
 
@@ -103,7 +100,7 @@ def chatml(tokenizer: Tokenizer, *, default_system: str) -> Chat:
       stop_ids=(end,),
       open=opening,
       extend=extension,
-      read=read,
+      read=_reader(tokenizer, stop=end, tagged=False),
       write=write,
   )
 
@@ -116,7 +113,7 @@ def compact(tokenizer: Tokenizer, *, tags: Sequence[str]) -> Chat:
 
   Args:
     tokenizer: must hold every tag as a control token.
-    tags: what the team needs, `protocol.compact_tags(team)`.
+    tags: what the team needs, `compact.compact_tags(team)`.
 
   Returns:
     The chat format.
@@ -139,9 +136,6 @@ def compact(tokenizer: Tokenizer, *, tags: Sequence[str]) -> Chat:
     close = [] if ended else [end]
     return [*close, special["<result>"], *encode(result), end]
 
-  def read(ids: Sequence[int]) -> Utterance:
-    return _read(tokenizer, ids, stop=end, tagged=True)
-
   def write(utterance: Utterance) -> list[int]:
     if utterance.tag not in special:
       raise ValueError(
@@ -154,7 +148,7 @@ def compact(tokenizer: Tokenizer, *, tags: Sequence[str]) -> Chat:
       stop_ids=(end,),
       open=opening,
       extend=extension,
-      read=read,
+      read=_reader(tokenizer, stop=end, tagged=True),
       write=write,
   )
 
@@ -173,22 +167,27 @@ def _specials(
   return {name: known[name] for name in names}
 
 
-def _read(
-    tokenizer: Tokenizer, ids: Sequence[int], *, stop: int, tagged: bool
-) -> Utterance:
-  """Sets the control tokens of a turn apart from its text."""
+def _reader(
+    tokenizer: Tokenizer, *, stop: int, tagged: bool
+) -> Callable[[Sequence[int]], Utterance]:
+  """A function that sets the control tokens of a turn apart from its text."""
   names = {token: name for name, token in tokenizer.special_ids.items()}
-  rest = [int(token) for token in ids]
-  ended = bool(rest) and rest[-1] == stop
-  if ended:
-    rest.pop()
-  tag = names.get(rest[0], "") if tagged and rest else ""
-  if tag:
-    rest = rest[1:]
-  unknown = [i for i in rest if not 0 <= i < tokenizer.vocab_size]
-  stray = [names[i] for i in rest if i in names]
-  stray += [f"token {i}" for i in unknown]
-  plain = [i for i in rest if i not in names and i not in set(unknown)]
-  return Utterance(
-      tag=tag, text=tokenizer.decode(plain), ended=ended, stray=tuple(stray)
-  )
+
+  def read(ids: Sequence[int]) -> Utterance:
+    ended = len(ids) > 0 and ids[-1] == stop
+    rest = list(ids[:-1] if ended else ids)
+    tag = names.get(rest[0], "") if tagged and rest else ""
+    if tag:
+      rest = rest[1:]
+    plain, stray = [], []
+    for token in rest:
+      if token in names:
+        stray.append(names[token])
+      elif 0 <= token < tokenizer.vocab_size:
+        plain.append(token)
+      else:
+        stray.append(f"token {token}")
+    text = tokenizer.decode(plain)
+    return Utterance(tag=tag, text=text, ended=ended, stray=tuple(stray))
+
+  return read

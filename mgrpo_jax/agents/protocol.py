@@ -6,11 +6,8 @@ the chat format, so ordinary text can never pass for structure.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
-
-from mgrpo_jax.agents import team as team_lib
 
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "string": (str,),
@@ -18,7 +15,6 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "number": (int, float),
     "boolean": (bool,),
 }
-_MAX_JSON_CHARS = 20_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,240 +165,17 @@ def check_arguments(
   return ""
 
 
-# --- compact: `<tag>text<end>`, every tag one control token ---
-
-
-def compact_tags(team: team_lib.Team) -> tuple[str, ...]:
-  """The control tokens that a team needs under the compact protocol.
+def structural_problem(utterance: Utterance) -> str:
+  """What is wrong with a turn whatever its text says.
 
   Args:
-    team: whose tools and roles are addressed by tag.
+    utterance: the turn.
 
   Returns:
-    Names such as `<search>`: structure first, then tools, then child roles.
+    A short phrase; empty where nothing is wrong.
   """
-  tools = (tool for role in team.roles for tool in role.tools)
-  children = (child for role in team.roles for child in role.calls)
-  names = ("task", "result", "end", "answer", *tools, *children)
-  return tuple(dict.fromkeys(f"<{name}>" for name in names))
-
-
-def _compact_system(prompt: str, functions: Sequence[Function]) -> str:
-  """The prompt alone; raises for a function of several arguments."""
-  for function in functions:
-    required = list(function.schema["required"])
-    if len(required) != 1:
-      raise ValueError(
-          f"compact protocol: {function.name!r} needs arguments {required}, "
-          "only functions of one argument can be addressed"
-      )
-  return prompt
-
-
-def _compact_parse(
-    utterance: Utterance, functions: Mapping[str, Function]
-) -> Action | Malformed:
-  """Reads `<tag>text<end>`."""
-  problem = _structural_problem(utterance)
-  if problem:
-    return Malformed(reason=problem)
-  text = scrub(utterance.text).strip()
-  name = utterance.tag.strip("<>")
-  if not name:
-    return Malformed(reason="no tag")
-  if name != "answer" and name not in functions:
-    return Malformed(reason=f"no {name} here")
-  if not text:
-    return Malformed(reason="empty")
-  if name == "answer":
-    return answer(text)
-  function = functions[name]
-  arguments = {function.schema["required"][0]: text}
-  problem = check_arguments(function.schema, arguments)
-  if problem:
-    return Malformed(reason=problem)
-  return Action(kind=function.kind, name=name, arguments=arguments)
-
-
-def _compact_argument(action: Action) -> str:
-  """The only argument."""
-  if len(action.arguments) != 1:
-    raise ValueError(
-        f"compact protocol: {action.name!r} with arguments "
-        f"{sorted(action.arguments)}, exactly one can be written"
-    )
-  return str(next(iter(action.arguments.values())))
-
-
-def _compact_render(action: Action) -> Utterance:
-  """Writes `<name>argument`."""
-  name = "answer" if action.kind == "answer" else action.name
-  return Utterance(tag=f"<{name}>", text=_compact_argument(action))
-
-
-# --- hermes: `<tool_call>{json}</tool_call>`, anything else is the answer ---
-
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-_HERMES_SYSTEM = """\
-# Tools
-
-You may call one function in each turn to assist with the user query.
-
-You are provided with function signatures within <tools></tools> XML tags:
-<tools>
-{signatures}
-</tools>
-
-For a function call, return a json object with function name and arguments \
-within <tool_call></tool_call> XML tags:
-<tool_call>
-{{"name": <function-name>, "arguments": <args-json-object>}}
-</tool_call>
-
-When you know the answer, write only the answer, without a function call."""
-
-
-def _hermes_system(prompt: str, functions: Sequence[Function]) -> str:
-  """The prompt, then the functions in the words Qwen 2.5 was trained on."""
-  if not functions:
-    return prompt
-  signatures = "\n".join(
-      json.dumps(
-          {
-              "type": "function",
-              "function": {
-                  "name": function.name,
-                  "description": function.description,
-                  "parameters": function.schema,
-              },
-          },
-          ensure_ascii=False,
-      )
-      for function in functions
-  )
-  tools = _HERMES_SYSTEM.format(signatures=signatures)
-  return f"{prompt}\n\n{tools}" if prompt else tools
-
-
-def _hermes_parse(
-    utterance: Utterance, functions: Mapping[str, Function]
-) -> Action | Malformed:
-  """Reads one tool call, or else the whole text as the answer."""
-  problem = _structural_problem(utterance)
-  if problem:
-    return Malformed(reason=problem)
-  text = scrub(utterance.text).strip()
-  if _OPEN in text or _CLOSE in text:
-    return _hermes_call(text, functions)
-  if text.startswith("<answer>") and text.endswith("</answer>"):
-    text = text[len("<answer>") : -len("</answer>")].strip()
-  if not text:
-    return Malformed(reason="the turn is empty")
-  if isinstance(_load_json(text), dict | list):
-    return Malformed(reason=f"a function call goes inside {_OPEN}{_CLOSE}")
-  return answer(text)
-
-
-def _hermes_call(
-    text: str, functions: Mapping[str, Function]
-) -> Action | Malformed:
-  """Reads the one tool call of a turn; text before it is free."""
-  if text.count(_OPEN) != 1 or text.count(_CLOSE) != 1:
-    return Malformed(reason=f"write exactly one {_OPEN}…{_CLOSE} in a turn")
-  body, rest = (
-      text.split(_OPEN)[1].split(_CLOSE, 1)
-      if (text.index(_OPEN) < text.index(_CLOSE))
-      else ("", "misplaced")
-  )
-  if rest.strip():
-    return Malformed(reason=f"a turn ends with {_CLOSE}")
-  call = _load_json(body)
-  if isinstance(call, list) and len(call) == 1:  # as SmolLM2 writes it
-    call = call[0]
-  if not isinstance(call, dict):
-    return Malformed(reason="the tool call is not a JSON object")
-  if set(call) != {"name", "arguments"}:
-    return Malformed(reason="a tool call has the keys name and arguments")
-  name, arguments = call["name"], call["arguments"]
-  if not isinstance(name, str) or name not in functions:
-    known = ", ".join(functions) or "none"
-    return Malformed(reason=f"unknown function; there are: {known}")
-  if not isinstance(arguments, dict):
-    return Malformed(reason="arguments must be a JSON object")
-  problem = check_arguments(functions[name].schema, arguments)
-  if problem:
-    return Malformed(reason=problem)
-  clean = {
-      key: scrub(value) if isinstance(value, str) else value
-      for key, value in arguments.items()
-  }
-  return Action(kind=functions[name].kind, name=name, arguments=clean)
-
-
-def _load_json(text: str) -> Any:
-  """The JSON value of a text; None where it holds none."""
-  if len(text) > _MAX_JSON_CHARS:
-    return None
-  try:
-    return json.loads(text, parse_constant=_refuse_constant)
-  except (ValueError, RecursionError):
-    return None
-
-
-def _refuse_constant(name: str) -> None:
-  """Refuses NaN and Infinity, which JSON does not have."""
-  raise ValueError(f"{name} is not JSON")
-
-
-def _hermes_argument(action: Action) -> str:
-  """The arguments as JSON; an answer's text as it is."""
-  if action.kind == "answer":
-    return str(action.arguments["text"])
-  return json.dumps(dict(action.arguments), ensure_ascii=False)
-
-
-def _hermes_render(action: Action) -> Utterance:
-  """Writes the tool call, or the answer's text."""
-  if action.kind == "answer":
-    return Utterance(tag="", text=str(action.arguments["text"]))
-  call = {"name": action.name, "arguments": dict(action.arguments)}
-  body = json.dumps(call, ensure_ascii=False)
-  return Utterance(tag="", text=f"{_OPEN}\n{body}\n{_CLOSE}")
-
-
-def _hermes_wrap(text: str) -> str:
-  """The result inside the tags models were trained to read it in."""
-  return f"<tool_response>\n{text}\n</tool_response>"
-
-
-def _structural_problem(utterance: Utterance) -> str:
-  """What is wrong before any reading of the text; empty if nothing."""
   if utterance.stray:
     return f"stray {utterance.stray[0]}"
   if not utterance.ended:
     return "the turn was cut off"
   return ""
-
-
-def _same(text: str) -> str:
-  """The text itself."""
-  return text
-
-
-COMPACT = Protocol(
-    name="compact",
-    system=_compact_system,
-    parse=_compact_parse,
-    render=_compact_render,
-    argument=_compact_argument,
-    wrap=_same,
-)
-
-HERMES = Protocol(
-    name="hermes",
-    system=_hermes_system,
-    parse=_hermes_parse,
-    render=_hermes_render,
-    argument=_hermes_argument,
-    wrap=_hermes_wrap,
-)
