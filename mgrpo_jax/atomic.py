@@ -11,16 +11,17 @@ Failures are `StorageError`s whose text is one line: what, where, why.
 """
 
 import contextlib
-import errno
 import fcntl
 import itertools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
 _count = itertools.count()
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # as TensorStore says it
 
 
 class StorageError(OSError):
@@ -44,9 +45,8 @@ def reason(error: BaseException) -> str:
   text = str(error)
   if isinstance(error, OSError) and error.strerror:
     return error.strerror
-  for code in (errno.ENOSPC, errno.EFBIG, errno.EACCES, errno.EROFS):
-    if os.strerror(code) in text:
-      return os.strerror(code)
+  if code := _OS_ERROR.search(text):
+    return os.strerror(int(code[1]))
   lines = text.strip().splitlines()
   return lines[0][:200] if lines else type(error).__name__
 

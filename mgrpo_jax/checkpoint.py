@@ -15,14 +15,16 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 
 from mgrpo_jax import atomic, leaves
-from mgrpo_jax.store import check_name
+from mgrpo_jax.keys import check_name
 from mgrpo_jax.types import TrainState
 
 FORMAT = 1
@@ -77,6 +79,7 @@ class Checkpoints:
     if max_to_keep < 1:
       raise ValueError(f"max_to_keep: {max_to_keep} must be at least 1")
     _quieten()
+    self._saving: int | None = None
     self._directory = pathlib.Path(directory).absolute()
     options = ocp.CheckpointManagerOptions(
         max_to_keep=max_to_keep, create=True, cleanup_tmp_directories=True
@@ -130,6 +133,7 @@ class Checkpoints:
     if newest is not None and step <= newest:
       raise ValueError(f"step: {step} must be later than checkpoint {newest}")
     _check_host(host)
+    self.wait()
     arrays = {
         f"{check_name(policy, 'policy')}/{name}": array
         for policy, state in states.items()
@@ -144,6 +148,7 @@ class Checkpoints:
             "arrays": {name: leaves.describe(a) for name, a in arrays.items()},
         }
     )
+    self._saving = step
     try:
       self._manager.save(
           step,
@@ -154,7 +159,7 @@ class Checkpoints:
           force=True,
       )
     except (OSError, ValueError, RuntimeError) as error:
-      raise self._write_error(step, error) from error
+      raise self._write_error(error) from error
 
   def wait(self) -> None:
     """Waits until the last save is on the disk.
@@ -166,7 +171,7 @@ class Checkpoints:
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
     except (OSError, ValueError, RuntimeError) as error:
-      raise self._write_error(None, error) from error
+      raise self._write_error(error) from error
 
   def restore(self, like: Mapping[str, TrainState]) -> Checkpoint | None:
     """Reads the newest good checkpoint.
@@ -219,6 +224,7 @@ class Checkpoints:
   def _read(self, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Reads and verifies one checkpoint."""
     try:
+      _probe(self._directory / str(step) / "arrays")
       found = self._manager.restore(
           step,
           args=ocp.args.Composite(
@@ -285,13 +291,14 @@ class Checkpoints:
     if steps:
       self._manager.reload()
 
-  def _write_error(
-      self, step: int | None, error: BaseException
-  ) -> CheckpointError:
-    """Returns the error for a save that failed."""
-    which = "checkpoint" if step is None else f"checkpoint {step}"
+  def _write_error(self, error: BaseException) -> CheckpointError:
+    """Removes what a failed save left, and returns what to raise for it."""
+    step = self._saving
+    for path in self._directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+      shutil.rmtree(path, ignore_errors=True)
     return CheckpointError(
-        f"cannot write {which} to {self._directory}: {atomic.reason(error)}"
+        f"cannot write checkpoint {step} to {self._directory}: "
+        f"{atomic.reason(error)}"
     )
 
 
@@ -320,13 +327,24 @@ def _has_tuple(value: Any) -> bool:
   return isinstance(value, tuple)
 
 
+def _probe(path: pathlib.Path) -> None:
+  """Raises ValueError where stored values cannot be read at all.
+
+  Orbax reads on an event loop that it closes at the first failure; the reads
+  still under way then complain on the console. So failures are found first.
+  """
+  base = {"driver": "file", "path": f"{path}/"}
+  kvstore = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
+  for read in [kvstore.read(key) for key in kvstore.list().result()]:
+    read.result()
+
+
 class _NotOrbax(logging.Filter):
-  """Drops what orbax says below ERROR; we report what matters ourselves."""
+  """Drops what orbax says; what matters reaches the caller as an error."""
 
   def filter(self, record: logging.LogRecord) -> bool:
     """Returns whether to keep a record."""
-    inside = record.pathname.startswith(_ORBAX)
-    return record.levelno >= logging.ERROR or not inside
+    return not record.pathname.startswith(_ORBAX)
 
 
 def _quieten() -> None:

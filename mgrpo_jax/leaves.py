@@ -75,7 +75,7 @@ def from_host(arrays: Mapping[str, np.ndarray], like: Any, *, what: str) -> Any:
 
   Args:
     arrays: what `to_host` returned; every leaf of `like` and no other.
-    like: pytree of `jax.Array`s or `jax.ShapeDtypeStruct`s. A leaf goes to
+    like: pytree of arrays or `jax.ShapeDtypeStruct`s. A leaf goes to
       the sharding of its likeness where that has one, else to the default
       device.
     what: what is being read, for the error message.
@@ -194,7 +194,8 @@ def _to_device(array: np.ndarray, like: Any) -> jax.Array:
     _, kind = _key_form(like)
     return jax.random.wrap_key_data(jax.device_put(array), impl=kind)
   committed = getattr(like, "committed", True)
-  return jax.device_put(array, like.sharding if committed else None)
+  sharding = getattr(like, "sharding", None) if committed else None
+  return jax.device_put(array, sharding)
 
 
 def _some(items: list[str]) -> str:

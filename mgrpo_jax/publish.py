@@ -12,6 +12,7 @@ good one and say so. Each policy has one publisher at a time, the job that
 trains it.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -21,7 +22,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from mgrpo_jax import atomic, leaves
-from mgrpo_jax.store import Store, check_name
+from mgrpo_jax.keys import check_name
+from mgrpo_jax.store import Store
 from mgrpo_jax.types import PolicyVersion
 
 FORMAT = 1
@@ -103,11 +105,17 @@ def publish(
   version = PolicyVersion(
       policy=policy, number=number, path=path, digest=manifest["digest"]
   )
+  store.settle()
   if not _is_whole(store, version):
-    store.delete(f"{path}/manifest.json")
-    store.delete_prefix(path)
-    store.write_arrays(path, arrays)
-    store.put(f"{path}/manifest.json", json.dumps(manifest).encode())
+    _remove(store, path)
+    store.settle()
+    try:
+      store.write_arrays(path, arrays)
+      store.put(f"{path}/manifest.json", json.dumps(manifest).encode())
+    except atomic.StorageError:
+      with contextlib.suppress(atomic.StorageError):
+        _remove(store, path)  # on a full disk, what was written only harms
+      raise
   pointer = {"number": number, "path": path, "digest": version.digest}
   store.put(_pointer_key(policy), json.dumps(pointer).encode())
   _retain(store, policy, number, keep)
@@ -323,9 +331,14 @@ def _retain(store: Store, policy: str, number: int, keep: int) -> None:
   past = sorted(n for n in present if n <= number)
   kept = {number, *past[-keep:], *_leased(store, root, keys)}
   for old in sorted(present - kept):
-    path = _path(policy, old)
-    store.delete(f"{path}/manifest.json")  # first, so that nobody starts on it
-    store.delete_prefix(path)
+    _remove(store, _path(policy, old))  # gone by the next publication
+
+
+def _remove(store: Store, path: str) -> None:
+  """Removes a version; its manifest first, so that nobody starts on it."""
+  if store.get(f"{path}/manifest.json") is not None:
+    store.delete(f"{path}/manifest.json")
+  store.discard(path)
 
 
 def _leased(store: Store, root: str, keys: list[str]) -> set[int]:

@@ -27,17 +27,15 @@ import numpy as np
 import tensorstore as ts
 
 from mgrpo_jax import atomic
+from mgrpo_jax.keys import check_key
 
 SCHEMES = ("file", "memory", "gs", "s3")
-MAX_KEY_BYTES = 512
 MAX_CHUNK_BYTES = 64 << 20
 _GCS_ENDPOINT = "TENSORSTORE_GCS_HTTP_URL"
-_SEGMENT = re.compile(r"[A-Za-z0-9_@=+,-][A-Za-z0-9._@=+,-]*")
 _OUTSIDE = re.compile(  # failures that say nothing about what was stored
     "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|"
     "RESOURCE_EXHAUSTED|ABORTED|CANCELLED"
 )
-_LOCK = ".__lock"  # TensorStore's file driver keeps its locks there
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +74,7 @@ class Store:
     self._bulk = bulk
     self.url = url
     self.can_swap = can_swap
+    self._discarded: list[tuple[str, ts.Future]] = []
 
   def read(self, key: str) -> Record:
     """Reads a key and the generation it is at.
@@ -129,11 +128,36 @@ class Store:
 
   def delete_prefix(self, prefix: str) -> None:
     """Removes every key below a folder, `prefix` without trailing slash."""
+    self.discard(prefix)
+    self.settle()
+
+  def discard(self, prefix: str) -> None:
+    """Starts removing every key below a folder and returns at once.
+
+    Removing the sixty files of a small policy can take a quarter of a second;
+    `settle` waits for it and says whether it worked.
+
+    Args:
+      prefix: folder without trailing slash.
+
+    Raises:
+      ValueError: the prefix is not a relative path.
+    """
     check_key(prefix)
     below = ts.KvStore.KeyRange(f"{prefix}/", f"{prefix}0")  # '0' follows '/'
-    self._wait("delete", prefix, self._bulk.delete_range(below))
-    if self.url.startswith("file://"):
-      _remove_folders(pathlib.Path(self._kvstore.path) / prefix)
+    self._discarded.append((prefix, self._bulk.delete_range(below)))
+
+  def settle(self) -> None:
+    """Waits until everything discarded is gone.
+
+    Raises:
+      StorageError: something cannot be removed.
+    """
+    while self._discarded:
+      prefix, removal = self._discarded.pop(0)
+      self._wait("delete", prefix, removal)
+      if self.url.startswith("file://"):
+        _remove_folders(pathlib.Path(self._kvstore.path) / prefix)
 
   def list(self, prefix: str = "") -> list[str]:
     """Returns the keys below a folder.
@@ -321,43 +345,6 @@ def open(url: str) -> Store:
 def open_folder(path: str | os.PathLike[str]) -> Store:
   """Opens a folder of the local disk, absolute or relative."""
   return open(pathlib.Path(path).absolute().as_uri())
-
-
-def check_key(key: str) -> str:
-  """Checks that a key stays inside its bucket.
-
-  Args:
-    key: segments of letters, digits and `._@=+,-` joined by `/`; none is empty
-      or starts with a dot, so `..` and absolute paths are impossible.
-
-  Returns:
-    The key.
-
-  Raises:
-    ValueError: it is not one.
-  """
-  good = (
-      isinstance(key, str)
-      and len(key) <= MAX_KEY_BYTES
-      and not any(part.endswith(_LOCK) for part in key.split("/"))
-      and all(_SEGMENT.fullmatch(part) for part in key.split("/"))
-  )
-  if not good:
-    raise ValueError(
-        f"key: {key!r} must be segments of letters, digits and ._@=+,- joined "
-        f"by '/', none starting with a dot, at most {MAX_KEY_BYTES} bytes"
-    )
-  return key
-
-
-def check_name(name: str, what: str) -> str:
-  """Checks that a name is one segment of a key; `what` names it in errors."""
-  if not isinstance(name, str) or "/" in name:
-    raise ValueError(f"{what}: {name!r} must not contain '/'")
-  try:
-    return check_key(name)
-  except ValueError as error:
-    raise ValueError(f"{what}: {error}") from error
 
 
 @functools.cache
