@@ -34,7 +34,7 @@ from types import MappingProxyType
 
 from mgrpo_jax.tasks.factbook import corpus as corpus_lib
 from mgrpo_jax.tasks.factbook import facts as facts_lib
-from mgrpo_jax.tasks.factbook import names, questions
+from mgrpo_jax.tasks.factbook import names, questions, specs
 from mgrpo_jax.tasks.factbook import splits as splits_lib
 from mgrpo_jax.tasks.factbook.corpus import Corpus, Page, Passage, index_text
 from mgrpo_jax.tasks.factbook.facts import Fact
@@ -105,7 +105,7 @@ def load(seed: int) -> Factbook:
   splits = {}
   for split, size in _SIZES.items():
     members = frozenset(p for p, s in place_splits.items() if s == split)
-    knowledge = questions.restrict(corpus.places, facts, keys, members)
+    knowledge = specs.restrict(corpus.places, facts, keys, members)
     splits[split] = questions.draw(
         knowledge, split=split, seed=seed, shares=_SHARES, size=size
     )

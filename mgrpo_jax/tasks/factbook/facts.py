@@ -152,8 +152,7 @@ def identifying(corpus: Corpus, facts: Iterable[Fact]) -> tuple[Fact, ...]:
     if fact.attribute not in IDENTIFYING:
       continue
     field = ATTRIBUTES[fact.attribute][0]
-    pattern = re.compile(rf"(?<!\w){re.escape(fact.value)}(?!\w)", re.I)
-    owners = [p for p, head in heads[field] if pattern.search(head)]
+    owners = [p for p, head in heads[field] if contains(head, fact.value)]
     if owners == [fact.place] and not _tells(corpus, fact):
       kept.append(fact)
   return tuple(kept)
