@@ -102,12 +102,9 @@ def init(key: Key[Array, ""], config: TransformerConfig) -> Params:
   Returns:
     Float32 weights.
   """
-  specs, treedef = jax.tree.flatten(param_specs(config))
-  keys = jax.random.split(key, len(specs))
-  values = [
-      s.init(k, s.shape, s.dtype) for k, s in zip(keys, specs, strict=True)
-  ]
-  return treedef.unflatten(values)
+  specs = param_specs(config)
+  keys = iter(jax.random.split(key, len(jax.tree.leaves(specs))))
+  return jax.tree.map(lambda s: s.init(next(keys), s.shape, s.dtype), specs)
 
 
 def abstract(config: TransformerConfig) -> Params:
