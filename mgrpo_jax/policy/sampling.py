@@ -95,9 +95,9 @@ def uniforms(
 
 def sample(
     logits: Float[Array, "S V"],
-    uniform: Float[Array, "S"],
-    temperature: Float[Array, "S"],
-) -> tuple[Int[Array, "S"], Float[Array, "S"]]:
+    uniform: Float[Array, " S"],
+    temperature: Float[Array, " S"],
+) -> tuple[Int[Array, " S"], Float[Array, " S"]]:
   """Draws one token a row.
 
       token = min {v : Σ_{u ≤ v} p(u) > uniform},   p = softmax(logits / temp.)
@@ -124,8 +124,8 @@ def sample(
 
 
 def inverse_cdf(
-    weights: Float[Array, "S V"], uniform: Float[Array, "S"]
-) -> Int[Array, "S"]:
+    weights: Float[Array, "S V"], uniform: Float[Array, " S"]
+) -> Int[Array, " S"]:
   """Inverts each row's cumulative distribution in two levels.
 
   Blocks of about sqrt(V) entries are summed; the uniform picks a block by the
@@ -194,17 +194,15 @@ def top_p(logits: Float[Array, "S V"], p: float) -> Float[Array, "S V"]:
   mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
   above = jnp.pad(mass[:, :-1], ((0, 0), (1, 0)))
   kept: Bool[Array, "S V"] = above < p
-  threshold = jnp.min(
-      jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True
-  )
+  threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
   return jnp.where(logits >= threshold, logits, -jnp.inf)
 
 
 def _first_above(
     prefix: Float[Array, "S M"],
     weights: Float[Array, "S M"],
-    target: Float[Array, "S"],
-) -> Int[Array, "S"]:
+    target: Float[Array, " S"],
+) -> Int[Array, " S"]:
   """Finds the first entry of weight > 0 whose prefix exceeds the target."""
   positive = weights > 0
   above = positive & (prefix > target[:, None])

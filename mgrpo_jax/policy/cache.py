@@ -1,0 +1,280 @@
+"""The cache of keys and values: S slots, in blocks, attended block by block.
+
+A layer's cache is a list of blocks of fixed width, attended one after another
+by an online softmax. A block beyond a stream's end multiplies by exp(0) and
+adds 0, so whether it is computed, or skipped because no stream needs it, does
+not change a bit of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mgrpo_jax.policy.config import TransformerConfig
+
+MASKED = -1e30  # a score that no real one reaches; finite, so 0 · it is 0
+
+Blocks = tuple[Array, ...]
+
+
+@flax.struct.dataclass
+class KVCache:
+  """Rotated keys, and values, of S slots; C tokens a block."""
+
+  keys: tuple[Blocks, ...]  # L × blocks of [S, Hkv, C, D]
+  values: tuple[Blocks, ...]  # L × blocks of [S, Hkv, C, D]
+
+
+@flax.struct.dataclass
+class Partial:
+  """An attention under way, see `attend`."""
+
+  peak: jax.Array  # [P, Hkv, G, T] float32, m
+  total: jax.Array  # [P, Hkv, G, T] float32, z
+  values: jax.Array  # [P, Hkv, G, T, D] float32, o
+
+
+def init(
+    config: TransformerConfig, *, num_slots: int, length: int, block: int
+) -> KVCache:
+  """Makes an empty cache.
+
+  Args:
+    config: sizes; the cache has its activations' dtype.
+    num_slots: S.
+    length: tokens a slot can hold, rounded up to whole blocks.
+    block: C, tokens in a block, the unit in which unused cache is skipped.
+
+  Returns:
+    Zeros.
+
+  Raises:
+    ValueError: if a size is not positive.
+  """
+  for name, size in [
+      ("num_slots", num_slots),
+      ("length", length),
+      ("block", block),
+  ]:
+    if size < 1:
+      raise ValueError(f"{name} must be >= 1, got {size!r}")
+  shape = (num_slots, config.num_kv_heads, block, config.head_dim)
+
+  def layers() -> tuple[Blocks, ...]:
+    return tuple(
+        tuple(
+            jnp.zeros(shape, config.dtype) for _ in range(-(-length // block))
+        )
+        for _ in range(config.num_layers)
+    )
+
+  return KVCache(keys=layers(), values=layers())
+
+
+def copy_slots(
+    cache: KVCache, sources: Int[Array, " R"], targets: Int[Array, " R"]
+) -> KVCache:
+  """Copies whole slots, one after another.
+
+  Args:
+    cache: of S slots.
+    sources: [R] int32 slots.
+    targets: [R] int32 slots; equal to the source where nothing is to do.
+
+  Returns:
+    The cache.
+  """
+
+  def copy(index: Array, cache: KVCache) -> KVCache:
+    source, target = sources[index], targets[index]
+    return jax.tree.map(
+        lambda block: jax.lax.dynamic_update_index_in_dim(
+            block,
+            jax.lax.dynamic_index_in_dim(block, source, keepdims=False),
+            target,
+            axis=0,
+        ),
+        cache,
+    )
+
+  return jax.lax.fori_loop(0, len(sources), copy, cache)
+
+
+def heads_first(x: Float[Array, "P T Hkv D"]) -> Float[Array, "P Hkv T D"]:
+  """Brings keys or values into the order that the cache has.
+
+  Args:
+    x: as `transformer.project` gives them.
+
+  Returns:
+    The same numbers, tokens after heads.
+  """
+  return jnp.swapaxes(x, 1, 2)
+
+
+def attend_cached(
+    query: Float[Array, "P T Hkv G D"],
+    keys: Blocks,
+    values: Blocks,
+    lengths: Int[Array, " P"],
+    rows: Callable[[Array], Array],
+) -> Partial:
+  """Attends to cached tokens, skipping blocks that no row needs.
+
+  Args:
+    query: of P rows, grouped by the key head they share.
+    keys: a layer's blocks.
+    values: a layer's blocks.
+    lengths: [P] int32, tokens that the row may see.
+    rows: picks the P rows out of a block's S slots.
+
+  Returns:
+    An attention to go on with.
+  """
+  batch, width, kv_heads, group, head_dim = query.shape
+  shape = (batch, kv_heads, group, width)
+  part = Partial(
+      peak=jnp.full(shape, MASKED, jnp.float32),
+      total=jnp.zeros(shape, jnp.float32),
+      values=jnp.zeros((*shape, head_dim), jnp.float32),
+  )
+  longest = jnp.max(lengths)
+  for index, (key, value) in enumerate(zip(keys, values, strict=True)):
+    size = key.shape[2]
+    columns = index * size + jnp.arange(size, dtype=jnp.int32)
+    mask = jnp.broadcast_to(
+        columns[None, None] < lengths[:, None, None], (batch, width, size)
+    )
+    part = jax.lax.cond(
+        longest > index * size,
+        lambda part, query, key, value, mask: attend(
+            part, query, rows(key), rows(value), mask
+        ),
+        lambda part, *_: part,
+        *(part, query, key, value, mask),
+    )
+  return part
+
+
+def attend(
+    part: Partial,
+    query: Float[Array, "P T Hkv G D"],
+    key: Float[Array, "P Hkv C D"],
+    value: Float[Array, "P Hkv C D"],
+    mask: Bool[Array, "P T C"],
+) -> Partial:
+  """Adds C tokens to an attention (online softmax, arXiv 1805.02867).
+
+      m' = max(m, max_c s_c),   z' = z e^(m - m') + Σ_c e^(s_c - m'),
+      o' = o e^(m - m') + Σ_c e^(s_c - m') v_c,   s_c = q · k_c / sqrt(D)
+
+  Tokens that the mask excludes add exact zeros.
+
+  Args:
+    part: m, z and o so far.
+    query: grouped by the key head they share.
+    key: of C tokens.
+    value: of C tokens.
+    mask: which tokens each query sees.
+
+  Returns:
+    m', z' and o', float32.
+  """
+  scores = jnp.einsum(
+      "ptkgd,pkcd->pkgtc",
+      query * query.shape[-1] ** -0.5,
+      key,
+      preferred_element_type=jnp.float32,
+  )
+  allowed = jnp.broadcast_to(mask[:, None, None], scores.shape)
+  scores = jnp.where(allowed, scores, MASKED)
+  peak = jnp.maximum(part.peak, jnp.max(scores, axis=-1))
+  scale = jnp.exp(part.peak - peak)
+  weights = jnp.where(allowed, jnp.exp(scores - peak[..., None]), 0.0)
+  added = jnp.einsum(
+      "pkgtc,pkcd->pkgtd",
+      weights.astype(value.dtype),
+      value,
+      preferred_element_type=jnp.float32,
+  )
+  return Partial(
+      peak=peak,
+      total=part.total * scale + jnp.sum(weights, axis=-1),
+      values=part.values * scale[..., None] + added,
+  )
+
+
+def attended(part: Partial, dtype: jnp.dtype) -> Float[Array, "P T Hkv G D"]:
+  """Finishes an attention: o / z.
+
+  Args:
+    part: every query must have seen a token.
+    dtype: of the result.
+
+  Returns:
+    The weighted means of the values.
+  """
+  mean = part.values / part.total[..., None]
+  return jnp.transpose(mean, (0, 3, 1, 2, 4)).astype(dtype)
+
+
+def write(
+    cache: KVCache,
+    keys: Sequence[Float[Array, "P Hkv T D"]],
+    values: Sequence[Float[Array, "P Hkv T D"]],
+    slots: Int[Array, " P"],
+    starts: Int[Array, " P"],
+    lengths: Int[Array, " P"],
+) -> KVCache:
+  """Puts tokens into their slots; in place where the cache is donated.
+
+  Args:
+    cache: to write to.
+    keys: one array a layer, P rows of T tokens.
+    values: likewise.
+    slots: [P] int32, the row's slot.
+    starts: [P] int32, where in the slot the row's tokens go.
+    lengths: [P] int32, how many of them; rows with none must come last.
+
+  Returns:
+    The cache.
+  """
+
+  def put(block: Array, new: Array, first: int, row: Array) -> Array:
+    """Writes the part of a row that falls into one block."""
+    _, heads, width, head_dim = new.shape
+    size = block.shape[2]
+    window = min(width, size)
+    begin = jnp.clip(starts[row] - first, 0, size - window)
+    offsets = first + begin + jnp.arange(window) - starts[row]
+    tokens = jax.lax.dynamic_index_in_dim(new, row, keepdims=True)
+    tokens = jnp.take(tokens, offsets, axis=2, mode="clip")
+    real = (offsets >= 0) & (offsets < lengths[row])
+    corner = (slots[row], 0, begin, 0)
+    old = jax.lax.dynamic_slice(block, corner, (1, heads, window, head_dim))
+    merged = jnp.where(real[None, None, :, None], tokens, old)
+    return jax.lax.dynamic_update_slice(block, merged, corner)
+
+  def put_all(row: Array, layers: tuple, news: Sequence[Array]) -> tuple:
+    return tuple(
+        tuple(
+            put(block, new, index * block.shape[2], row)
+            for index, block in enumerate(blocks)
+        )
+        for blocks, new in zip(layers, news, strict=True)
+    )
+
+  return jax.lax.fori_loop(
+      0,
+      jnp.sum(lengths > 0),
+      lambda row, cache: KVCache(
+          keys=put_all(row, cache.keys, keys),
+          values=put_all(row, cache.values, values),
+      ),
+      cache,
+  )
