@@ -345,8 +345,9 @@ def _leased(store: Store, root: str, keys: list[str]) -> set[int]:
   """Returns the versions under a lease that has not run out."""
   names = [f"{root}/{key}" for key in keys if key.startswith("leases/")]
   leased = set()
-  for key, value in store.get_many(names).items():
+  for key in names:
     number = int(key.removeprefix(f"{root}/leases/v").split("/")[0])
+    value = store.get(key)
     if value is None:
       continue
     if json.loads(value)["until"] > time.time():

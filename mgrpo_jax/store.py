@@ -4,14 +4,6 @@
 TensorStore. A key is a relative path; its value is written whole or not at
 all. `swap` is compare-and-swap, on which leases and members build; S3 promises
 none, so there it is refused rather than imitated.
-
-Emulators on localhost are reached by naming their endpoint in the URL:
-
-    s3://bucket/runs/a?endpoint=http://localhost:9000
-    gs://bucket/runs/a?endpoint=http://localhost:4443
-
-TensorStore reads the GCS endpoint from the environment once, so one process
-talks to one GCS endpoint.
 """
 
 import dataclasses
@@ -19,19 +11,16 @@ import functools
 import os
 import pathlib
 import re
-import urllib.parse
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
-from mgrpo_jax import atomic
+from mgrpo_jax import atomic, bucket
 from mgrpo_jax.keys import check_key
 
-SCHEMES = ("file", "memory", "gs", "s3")
 MAX_CHUNK_BYTES = 64 << 20
-_GCS_ENDPOINT = "TENSORSTORE_GCS_HTTP_URL"
 _OUTSIDE = re.compile(  # failures that say nothing about what was stored
     "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|"
     "RESOURCE_EXHAUSTED|ABORTED|CANCELLED"
@@ -97,15 +86,6 @@ class Store:
   def get(self, key: str) -> bytes | None:
     """Returns the value of a key, None where it does not exist."""
     return self.read(key).value
-
-  def get_many(self, keys: Iterable[str]) -> dict[str, bytes | None]:
-    """Returns the values of several keys, read at the same time."""
-    reads = {key: self._kvstore.read(check_key(key)) for key in keys}
-    found = {k: self._wait("read", k, read) for k, read in reads.items()}
-    return {
-        key: bytes(read.value) if read.state == "value" else None
-        for key, read in found.items()
-    }
 
   def put(self, key: str, value: bytes) -> None:
     """Writes a key, whole or not at all.
@@ -307,8 +287,7 @@ def open(url: str) -> Store:
 
   Args:
     url: `file:///absolute/folder`, `memory://name`, `gs://bucket/folder` or
-      `s3://bucket/folder`, the last two with `?endpoint=http://…` for an
-      emulator; S3 also takes `&region=…`.
+      `s3://bucket/folder`; see `mgrpo_jax.bucket` for emulators.
 
   Returns:
     The store. Folders are made when something is written.
@@ -317,16 +296,7 @@ def open(url: str) -> Store:
     StorageError: the address cannot be used.
     ValueError: the URL is not one of these.
   """
-  parts = urllib.parse.urlsplit(url)
-  options = dict(urllib.parse.parse_qsl(parts.query, strict_parsing=True))
-  allowed = {"gs": {"endpoint"}, "s3": {"endpoint", "region"}}
-  if parts.scheme not in SCHEMES or parts.fragment:
-    raise ValueError(f"url: {url!r} must start with one of {_schemes()}")
-  unknown = options.keys() - allowed.get(parts.scheme, set())
-  if unknown:
-    raise ValueError(f"url: unknown option {sorted(unknown)[0]!r} in {url!r}")
-  build = {"file": _file, "memory": _memory, "gs": _gcs, "s3": _s3}
-  spec = build[parts.scheme](parts, options)
+  spec = bucket.spec(url)
   context = _context()
   # Arrays are not flushed one by one: readers check their digests, and sixty
   # flushes take half a second on a busy disk.
@@ -338,8 +308,8 @@ def open(url: str) -> Store:
     raise atomic.StorageError(
         f"cannot open {url}: {atomic.reason(error)}"
     ) from error
-  plain = urllib.parse.unquote(url.split("?", 1)[0].rstrip("/"))
-  return Store(kvstore, bulk, url=plain, can_swap=parts.scheme != "s3")
+  plain = url.split("?", 1)[0].rstrip("/")
+  return Store(kvstore, bulk, url=plain, can_swap=spec["driver"] != "s3")
 
 
 def open_folder(path: str | os.PathLike[str]) -> Store:
@@ -351,52 +321,6 @@ def open_folder(path: str | os.PathLike[str]) -> Store:
 def _context() -> ts.Context:
   """Returns this process's context, where buckets in memory live."""
   return ts.Context()
-
-
-def _file(parts: Any, options: Mapping[str, str]) -> dict[str, Any]:
-  """Returns the spec of a local folder."""
-  del options
-  path = urllib.parse.unquote(parts.path).rstrip("/")
-  if parts.netloc not in ("", "localhost") or not path.startswith("/"):
-    raise ValueError("url: file:// needs an absolute path, file:///folder")
-  return {"driver": "file", "path": f"{path}/"}
-
-
-def _memory(parts: Any, options: Mapping[str, str]) -> dict[str, Any]:
-  """Returns the spec of a bucket in memory, one per name and process."""
-  del options
-  return {"driver": "memory", "path": _folder(parts.netloc + parts.path)}
-
-
-def _gcs(parts: Any, options: Mapping[str, str]) -> dict[str, Any]:
-  """Returns the spec of a bucket on Google Cloud Storage."""
-  endpoint = options.get("endpoint")
-  if endpoint:
-    before = os.environ.setdefault(_GCS_ENDPOINT, endpoint)
-    if before != endpoint:
-      raise ValueError(
-          f"url: this process already uses the GCS endpoint {before}, not "
-          f"{endpoint}"
-      )
-  path = _folder(parts.path)
-  return {"driver": "gcs", "bucket": parts.netloc, "path": path}
-
-
-def _s3(parts: Any, options: Mapping[str, str]) -> dict[str, Any]:
-  """Returns the spec of a bucket on S3."""
-  path = _folder(parts.path)
-  spec = {"driver": "s3", "bucket": parts.netloc, "path": path}
-  if "endpoint" in options:
-    spec |= {"endpoint": options["endpoint"], "aws_region": "us-east-1"}
-  if "region" in options:
-    spec["aws_region"] = options["region"]
-  return spec
-
-
-def _folder(path: str) -> str:
-  """Returns a path as TensorStore wants folders: `a/b/`, empty for the root."""
-  path = urllib.parse.unquote(path).strip("/")
-  return f"{path}/" if path else ""
 
 
 def _chunk_shape(array: np.ndarray) -> list[int]:
@@ -415,8 +339,3 @@ def _remove_folders(path: pathlib.Path) -> None:
       os.rmdir(folder)
     except OSError:
       continue  # somebody writes there again
-
-
-def _schemes() -> str:
-  """Returns the schemes, for people."""
-  return ", ".join(f"{scheme}://" for scheme in SCHEMES)

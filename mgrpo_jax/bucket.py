@@ -1,0 +1,104 @@
+"""Addresses of buckets: a URL becomes what TensorStore opens.
+
+    file:///absolute/folder
+    memory://name                one per name and process
+    gs://bucket/folder
+    s3://bucket/folder
+
+Emulators on localhost are reached by naming their endpoint:
+
+    gs://bucket/folder?endpoint=http://localhost:4443
+    s3://bucket/folder?endpoint=http://localhost:9000&region=us-east-1
+
+TensorStore reads the GCS endpoint from the environment once, so one process
+talks to one GCS endpoint. S3 credentials are looked for where AWS's own tools
+look; an emulator gets those of the environment, or none.
+"""
+
+import os
+import urllib.parse
+from collections.abc import Mapping
+from typing import Any
+
+OPTIONS: dict[str, set[str]] = {  # what a URL of each scheme may say
+    "file": set(),
+    "memory": set(),
+    "gs": {"endpoint"},
+    "s3": {"endpoint", "region"},
+}
+_GCS_ENDPOINT = "TENSORSTORE_GCS_HTTP_URL"
+
+
+def spec(url: str) -> dict[str, Any]:
+  """Returns the TensorStore key-value store that a URL names.
+
+  Args:
+    url: see above.
+
+  Returns:
+    JSON with `driver`, `path` and what else the driver wants.
+
+  Raises:
+    ValueError: the scheme, the path or an option is not one of these.
+  """
+  parts = urllib.parse.urlsplit(url)
+  options = dict(urllib.parse.parse_qsl(parts.query))
+  if parts.scheme not in OPTIONS or parts.fragment:
+    allowed = ", ".join(f"{scheme}://" for scheme in OPTIONS)
+    raise ValueError(f"url: {url!r} must start with one of {allowed}")
+  unknown = sorted(options.keys() - OPTIONS[parts.scheme])
+  if unknown:
+    raise ValueError(f"url: unknown option {unknown[0]!r} in {url!r}")
+  build = {"file": _file, "memory": _memory, "gs": _gcs, "s3": _s3}
+  return build[parts.scheme](parts, options)
+
+
+def _file(parts: Any, options: Mapping[str, str]) -> dict[str, Any]:
+  """Returns the spec of a local folder."""
+  del options
+  path = urllib.parse.unquote(parts.path).rstrip("/")
+  if parts.netloc not in ("", "localhost") or not path.startswith("/"):
+    raise ValueError("url: file:// needs an absolute path, file:///folder")
+  return {"driver": "file", "path": f"{path}/"}
+
+
+def _memory(parts: Any, options: Mapping[str, str]) -> dict[str, Any]:
+  """Returns the spec of a bucket in memory, one per name and process."""
+  del options
+  return {"driver": "memory", "path": _folder(parts.netloc + parts.path)}
+
+
+def _gcs(parts: Any, options: Mapping[str, str]) -> dict[str, Any]:
+  """Returns the spec of a bucket on Google Cloud Storage."""
+  endpoint = options.get("endpoint")
+  if endpoint:
+    before = os.environ.setdefault(_GCS_ENDPOINT, endpoint)
+    if before != endpoint:
+      raise ValueError(
+          f"url: this process already uses the GCS endpoint {before}, not "
+          f"{endpoint}"
+      )
+  path = _folder(parts.path)
+  return {"driver": "gcs", "bucket": parts.netloc, "path": path}
+
+
+def _s3(parts: Any, options: Mapping[str, str]) -> dict[str, Any]:
+  """Returns the spec of a bucket on S3."""
+  path = _folder(parts.path)
+  spec: dict[str, Any] = {"driver": "s3", "bucket": parts.netloc, "path": path}
+  if "endpoint" in options:
+    known = "AWS_ACCESS_KEY_ID" in os.environ
+    spec |= {
+        "endpoint": options["endpoint"],
+        "aws_region": "us-east-1",
+        "aws_credentials": {"type": "environment" if known else "anonymous"},
+    }
+  if "region" in options:
+    spec["aws_region"] = options["region"]
+  return spec
+
+
+def _folder(path: str) -> str:
+  """Returns a path as TensorStore wants folders: `a/b/`, empty for the root."""
+  path = urllib.parse.unquote(path).strip("/")
+  return f"{path}/" if path else ""
