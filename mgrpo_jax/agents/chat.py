@@ -24,6 +24,10 @@ class Tokenizer(Protocol):
     """Number of token ids."""
 
   @property
+  def bos_id(self) -> int | None:
+    """What every stream has to start with, if anything."""
+
+  @property
   def special_ids(self) -> Mapping[str, int]:
     """Control tokens by name."""
 
@@ -85,7 +89,7 @@ def chatml(tokenizer: Tokenizer, *, default_system: str) -> Chat:
     system = system or default_system
     head = message("system", system) if system else []
     tail = [start, *encode("assistant\n")]
-    return [*head, *message("user", request), *tail]
+    return [*_bos(tokenizer), *head, *message("user", request), *tail]
 
   def extension(ended: bool, result: str) -> list[int]:
     close = [] if ended else [end]
@@ -130,7 +134,7 @@ def compact(tokenizer: Tokenizer, *, tags: Sequence[str]) -> Chat:
 
   def opening(system: str, request: str) -> list[int]:
     text = f"{system}\n{request}" if system else request
-    return [special["<task>"], *encode(text), end]
+    return [*_bos(tokenizer), special["<task>"], *encode(text), end]
 
   def extension(ended: bool, result: str) -> list[int]:
     close = [] if ended else [end]
@@ -165,6 +169,11 @@ def _specials(
         f"format; it holds {sorted(known)}"
     )
   return {name: known[name] for name in names}
+
+
+def _bos(tokenizer: Tokenizer) -> list[int]:
+  """The beginning of every stream."""
+  return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
 
 def _reader(

@@ -87,7 +87,8 @@ def _call(text: str, functions: Mapping[str, Function]) -> Action | Malformed:
   """Reads the one tool call of a turn; text before it is free."""
   before, _, after = text.partition(_OPEN)
   body, _, rest = after.partition(_CLOSE)
-  if _CLOSE in before or _CLOSE not in after or _OPEN in body + rest:
+  counts = (text.count(_OPEN), text.count(_CLOSE))
+  if counts != (1, 1) or _CLOSE in before:
     return Malformed(reason=f"write exactly one {_OPEN}…{_CLOSE} in a turn")
   if rest:
     return Malformed(reason=f"a turn ends with {_CLOSE}")
