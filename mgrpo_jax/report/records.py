@@ -337,18 +337,20 @@ def _checked(record: Any) -> GroupRecord:
   missing = sorted(GroupRecord.__required_keys__ - record.keys())
   if missing:
     raise ValueError(f"missing {', '.join(missing)}")
-  if not isinstance(record["task"]["question"], str):
-    raise ValueError("task.question is not text")
-  for position, trajectory in enumerate(record["trajectories"]):
-    problem = _trajectory_problem(trajectory, position, record["num_rollouts"])
+  task, calls = record["task"], record["trajectories"]
+  wanted = {field.name for field in dataclasses.fields(Task)}
+  if not isinstance(task, dict) or not wanted <= task.keys():
+    raise ValueError("task is not whole")
+  for position, trajectory in enumerate(calls):
+    problem = _trajectory_problem(trajectory, calls[:position])
+    if not problem and not 0 <= trajectory["rollout"] < record["num_rollouts"]:
+      problem = f"rollout {trajectory['rollout']} of {record['num_rollouts']}"
     if problem:
       raise ValueError(f"trajectory {position}: {problem}")
   return cast(GroupRecord, record)
 
 
-def _trajectory_problem(
-    trajectory: Any, position: int, num_rollouts: int
-) -> str:
+def _trajectory_problem(trajectory: Any, earlier: Sequence[Any]) -> str:
   """Says what is wrong with a trajectory's record; empty if nothing is."""
   if not isinstance(trajectory, dict):
     return f"a {type(trajectory).__name__}, not an object"
@@ -363,10 +365,11 @@ def _trajectory_problem(
   sampled = sum(n for role, n in trajectory["spans"] if role == "sampled")
   if len(trajectory["logprobs"]) != sampled:
     return f"{len(trajectory['logprobs'])} log-probs for {sampled} samples"
-  if not NO_PARENT <= trajectory["parent"] < position:
-    return f"parent {trajectory['parent']} is not an earlier trajectory"
-  if not 0 <= trajectory["rollout"] < num_rollouts:
-    return f"rollout {trajectory['rollout']} of {num_rollouts}"
+  parent = trajectory["parent"]
+  if not NO_PARENT <= parent < len(earlier):
+    return f"parent {parent} is not an earlier trajectory"
+  if parent >= 0 and earlier[parent]["rollout"] != trajectory["rollout"]:
+    return f"parent {parent} belongs to another rollout"
   if trajectory["status"] not in _STATUSES:
     return f"status {trajectory['status']!r}"
   return ""

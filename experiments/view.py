@@ -1,0 +1,26 @@
+"""Writes the report of a run: WORKDIR/report/index.html and its curves.
+
+Command: python -m experiments.view --workdir=runs/quickstart
+"""
+
+from absl import flags
+
+from experiments import cli
+from mgrpo_jax.report import page
+
+flags.DEFINE_string("workdir", None, "a run's directory")
+
+
+def main() -> None:
+  """Writes the report and says where it is."""
+  with cli.user_errors(page.NotARunError, OSError):
+    report = page.write(flags.FLAGS.workdir)
+  for problem in report.problems:
+    print(f"skipped: {problem}")
+  for picture in report.pictures:
+    print(picture)
+  print(f"{report.page} ({report.shown_rollouts} rollouts)")
+
+
+if __name__ == "__main__":
+  cli.run(main, required=("workdir",))
