@@ -86,7 +86,8 @@ def words(text: str) -> tuple[str, ...]:
     plain decimal digits (`1,234.50` is `1234.5`). An article stays where it
     is the last word, as in `Vitamin A`.
   """
-  plain = unicodedata.normalize("NFKD", text[:MAX_CHARS].casefold())
+  plain = unicodedata.normalize("NFKD", text[:MAX_CHARS]).casefold()
+  plain = unicodedata.normalize("NFKD", plain)
   plain = "".join(c for c in plain if not unicodedata.combining(c))
   plain = plain.translate(_LETTERS)
   plain = _GROUPED.sub(lambda match: re.sub("[^0-9]", "", match[1]), plain)

@@ -1,0 +1,64 @@
+"""Group-relative advantages written from the paper (Eq. 9–13), in loops."""
+
+import numpy as np
+
+
+def _slots(rewards, weights, places):
+  return [(p, rewards[p], weights[p]) for p in places if weights[p] > 0]
+
+
+def _mean(members):
+  return sum(w * r for _, r, w in members) / sum(w for _, _, w in members)
+
+
+def _standardise(rewards, weights, groups):
+  result = np.zeros(rewards.shape)
+  for places in groups:
+    members = _slots(rewards, weights, places)
+    if len({r for _, r, _ in members}) < 2:
+      continue
+    mean = _mean(members)
+    total = sum(w for _, _, w in members)
+    variance = sum(w * (r - mean) ** 2 for _, r, w in members) / total
+    for place, reward, _ in members:
+      result[place] = (reward - mean) / np.sqrt(variance)
+  return result
+
+
+def _tasks(shape):
+  b, k, d = shape
+  return [[(i, j, n) for j in range(k) for n in range(d)] for i in range(b)]
+
+
+def per_task(rewards, weights):
+  return _standardise(rewards, weights, _tasks(rewards.shape))
+
+
+def per_call_index(rewards, weights):
+  b, k, d = rewards.shape
+  groups = [[(i, j, n) for j in range(k)] for i in range(b) for n in range(d)]
+  return _standardise(rewards, weights, groups)
+
+
+def per_batch(rewards, weights):
+  return _standardise(rewards, weights, [list(np.ndindex(rewards.shape))])
+
+
+def mean_only(rewards, weights):
+  result = np.zeros(rewards.shape)
+  for places in _tasks(rewards.shape):
+    members = _slots(rewards, weights, places)
+    for place, reward, _ in members:
+      result[place] = reward - _mean(members)
+  return result
+
+
+def leave_one_out(rewards, weights):
+  result = np.zeros(rewards.shape)
+  for places in _tasks(rewards.shape):
+    members = _slots(rewards, weights, places)
+    for place, reward, _ in members:
+      others = [m for m in members if m[0] != place]
+      if others:
+        result[place] = reward - _mean(others)
+  return result

@@ -1,0 +1,118 @@
+import functools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import advantages as oracle
+
+from mgrpo_jax import advantages
+
+NORMALISERS = (
+    "per_task",
+    "mean_only",
+    "leave_one_out",
+    "per_call_index",
+    "per_batch",
+)
+STANDARDISING = ("per_task", "per_call_index", "per_batch")
+SHAPES = ((1, 2, 1), (2, 4, 3), (3, 8, 2))
+
+
+@functools.cache
+def jitted(name):
+  return jax.jit(getattr(advantages, name))
+
+
+def compute(name, rewards, weights):
+  return np.asarray(
+      jitted(name)(np.float32(rewards), np.float32(weights)), np.float64
+  )
+
+
+def table(shape, elements):
+  size = int(np.prod(shape))
+  return st.lists(elements, min_size=size, max_size=size).map(
+      lambda values: np.array(values, np.float64).reshape(shape)
+  )
+
+
+# Sixteenths are exact in float32, so that equal means equal in both.
+REWARDS = st.integers(-64, 64).map(lambda n: n / 16)
+WEIGHTS = st.sampled_from([0.0, 0.0, 0.25, 0.5, 1.0, 3.0])
+GROUPS = st.sampled_from(SHAPES).flatmap(
+    lambda shape: st.tuples(table(shape, REWARDS), table(shape, WEIGHTS))
+)
+
+
+@pytest.mark.parametrize("name", NORMALISERS)
+@given(GROUPS)
+@settings(max_examples=40, deadline=None)
+def test_equals_the_paper_in_loops(name, group):
+  # float32 against float64: a few roundings of numbers up to 4.
+  expected = getattr(oracle, name)(*group)
+  np.testing.assert_allclose(
+      compute(name, *group), expected, rtol=2e-5, atol=2e-5
+  )
+
+
+def test_worked_by_hand():
+  # Two rollouts, rewards 1 and 0, of weight 1 and 3: mean 1/4, std √3/4.
+  rewards, weights = np.array([[[1.0], [0.0]]]), np.array([[[1.0], [3.0]]])
+  np.testing.assert_allclose(
+      compute("per_task", rewards, weights).ravel(),
+      [np.sqrt(3), -1 / np.sqrt(3)],
+      rtol=1e-6,
+  )
+  mean_only = compute("mean_only", rewards, weights).ravel()
+  np.testing.assert_array_equal(mean_only, [0.75, -0.25])
+  loo = compute("leave_one_out", rewards, weights).ravel()
+  np.testing.assert_array_equal(loo, [1.0, -1.0])
+
+
+@pytest.mark.parametrize("name", NORMALISERS)
+@pytest.mark.parametrize("reward", [0.1, 1 / 3, -7.0, 1e-20, 1e20])
+@pytest.mark.parametrize("weight", [1 / 3, 0.7, 1.0])
+def test_equal_rewards_give_exact_zeros(name, reward, weight):
+  rewards, weights = np.full((2, 4, 3), reward), np.full((2, 4, 3), weight)
+  np.testing.assert_array_equal(compute(name, rewards, weights), 0.0)
+
+
+@pytest.mark.parametrize("name", NORMALISERS)
+def test_a_lone_member_gets_zero(name):
+  weights = np.zeros((2, 4, 3))
+  weights[0, 1, 2] = 1 / 3
+  rewards = np.arange(24.0).reshape(2, 4, 3)
+  np.testing.assert_array_equal(compute(name, rewards, weights), 0.0)
+
+
+@pytest.mark.parametrize("name", NORMALISERS)
+def test_garbage_of_weight_zero_changes_nothing(name):
+  rng = np.random.default_rng(0)
+  rewards = rng.normal(size=(2, 4, 3))
+  weights = rng.integers(0, 2, size=(2, 4, 3)).astype(float)
+  clean = compute(name, rewards, weights)
+  for garbage in (np.nan, np.inf, -np.inf, 1e30):
+    dirty = np.where(weights > 0, rewards, garbage)
+    np.testing.assert_array_equal(compute(name, dirty, weights), clean)
+  np.testing.assert_array_equal(clean[weights == 0], 0.0)
+
+
+@pytest.mark.parametrize("name", STANDARDISING)
+@pytest.mark.parametrize("scale", [1e-30, 1e-9, 1.0, 1e30])
+def test_standardised_groups_have_unit_spread_at_any_scale(name, scale):
+  # Nothing is added to the standard deviation, however small it is.
+  rng = np.random.default_rng(1)
+  rewards = rng.normal(size=(2, 4, 3)) * scale
+  result = compute(name, rewards, np.ones((2, 4, 3)))
+  axes = {"per_task": (1, 2), "per_call_index": 1, "per_batch": None}[name]
+  np.testing.assert_allclose(result.mean(axes), 0.0, atol=1e-6)
+  np.testing.assert_allclose((result**2).mean(axes), 1.0, rtol=1e-5)
+
+
+def test_tasks_with_spread_are_counted():
+  rewards = np.array([[[1.0], [1.0]], [[1.0], [0.0]], [[5.0], [0.0]]])
+  weights = np.array([[[1.0], [1.0]], [[1.0], [1.0]], [[1.0], [0.0]]])
+  found = jitted("has_spread")(np.float32(rewards), np.float32(weights))
+  np.testing.assert_array_equal(found, [False, True, False])

@@ -1,0 +1,246 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import rewards as oracle
+from trajectories import evidence, group, task, trajectory, turn
+
+from mgrpo_jax import answers, rewards
+from mgrpo_jax.types import Status
+
+PAPER = {
+    "main": rewards.RewardWeights(format=0.1, correct=0.9, expert=0.0),
+    "researcher": rewards.RewardWeights(format=0.1, correct=0.4, expert=0.5),
+}
+RULES = rewards.Rules(
+    format=rewards.well_formed,
+    correct=answers.matches,
+    expert=rewards.evidence_grade,
+    correct_of=rewards.of_root,
+)
+CAPITAL = evidence("peru/government#capital", "capital of Peru", "Lima")
+AREA = evidence("peru/geography#area", "area of Peru", "1,285,216 sq km")
+TASK = task(CAPITAL, AREA, answers=("Lima",))
+
+
+def visit(page, result=""):
+  return turn("tool", name="visit", page=page, result=result)
+
+
+def root(rollout=0, **fields):
+  return trajectory(rollout=rollout, **{"result_text": "Lima", **fields})
+
+
+def call(rollout=0, number=0, parent=0, **fields):
+  defaults = dict(
+      role="researcher",
+      call=number,
+      parent=parent,
+      rollout=rollout,
+      request="capital of Peru",
+      result_text="Lima",
+      turns=(visit(CAPITAL.page),),
+  )
+  return trajectory(**{**defaults, **fields})
+
+
+def score(trajectories, num_rollouts=1, rules=RULES, weights=PAPER):
+  return rewards.score(
+      group(TASK, trajectories, num_rollouts), weights=weights, rules=rules
+  )
+
+
+@given(
+    st.tuples(*[st.floats(0, 2, width=32)] * 5),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([0.0, 0.25, 1.0]),
+)
+@settings(max_examples=80, deadline=None)
+def test_totals_equal_the_equations(
+    shares, main_valid, call_valid, correct, grade
+):
+  a1, a2, b1, b2, b3 = shares
+  weights = {
+      "main": rewards.RewardWeights(format=a1, correct=a2, expert=0.0),
+      "researcher": rewards.RewardWeights(format=b1, correct=b2, expert=b3),
+  }
+  bad = (turn("malformed"),)
+  scores = score(
+      [
+          root(
+              result_text="Lima" if correct else "Quito",
+              turns=() if main_valid else bad,
+          ),
+          call(turns=() if call_valid else bad),
+      ],
+      rules=dataclasses.replace(RULES, expert=lambda *_: grade),
+      weights=weights,
+  )
+  expected = [
+      oracle.main_reward(
+          a1=a1, a2=a2, format_valid=main_valid, correct=correct
+      ),
+      oracle.sub_reward(
+          b1=b1,
+          b2=b2,
+          b3=b3,
+          format_valid=call_valid,
+          main_correct=correct,
+          expert=grade,
+      ),
+  ]
+  np.testing.assert_allclose(scores.total, expected, rtol=1e-6)
+  np.testing.assert_array_equal(scores.format, [main_valid, call_valid])
+  np.testing.assert_array_equal(scores.correct, [correct, correct])
+  np.testing.assert_array_equal(scores.weight, 1.0)
+
+
+def test_every_call_of_a_rollout_shares_its_own_roots_correctness():
+  scores = score(
+      [root(0), call(0), call(0, 1), root(1, result_text="Quito"), call(1)], 2
+  )
+  np.testing.assert_array_equal(scores.correct, [1, 1, 1, 0, 0])
+  np.testing.assert_allclose(scores.total, [1, 1, 1, 0.1, 0.6], rtol=1e-6)
+
+
+def test_components_are_recorded_beside_the_total():
+  record = score([root(), call()]).records()[1]
+  assert record == {
+      "format": 1.0,
+      "correct": 1.0,
+      "expert": 1.0,
+      "total": pytest.approx(1.0),
+  }
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_a_failure_is_no_wrong_answer(position):
+  broken = [root(0), call(0), call(0, 1), root(1), call(1)]
+  broken[position] = dataclasses.replace(
+      broken[position], status=Status.FAILED, result_text=""
+  )
+  scores = score(broken, 2)
+  # Nothing of the rollout counts, all of the other one does.
+  np.testing.assert_array_equal(scores.weight, [0, 0, 0, 1, 1])
+  assert all(np.isfinite(v).all() for v in dataclasses.astuple(scores))
+  assert scores.records()[:3] == [{}, {}, {}]
+
+
+def test_a_judge_that_failed_is_no_zero():
+  no_grade = dataclasses.replace(RULES, expert=lambda *_: None)
+  np.testing.assert_array_equal(
+      score([root(), call()], rules=no_grade).weight, [1, 0]
+  )
+  no_verdict = dataclasses.replace(RULES, correct=lambda *_: None)
+  scores = score([root(), call(), root(1)], 2, rules=no_verdict)
+  np.testing.assert_array_equal(scores.weight, [0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    "fields, answered, well_formed",
+    [
+        ({}, True, True),
+        ({"turns": (turn("malformed"), turn("answer"))}, True, False),
+        ({"status": Status.TRUNCATED, "result_text": ""}, False, False),
+        ({"status": Status.MALFORMED}, False, False),
+        ({"result_text": " \n"}, False, False),
+    ],
+)
+def test_formats(fields, answered, well_formed):
+  assert rewards.answered(root(**fields)) is answered
+  assert rewards.well_formed(root(**fields)) is well_formed
+
+
+@pytest.mark.parametrize(
+    "fields, grade",
+    [
+        ({}, 1.0),
+        ({"turns": ()}, 0.5),
+        ({"turns": (visit("chile/government#capital"),)}, 0.5),
+        ({"result_text": "Quito"}, 0.5),
+        ({"result_text": "Quito", "turns": ()}, 0.0),
+        # The right answer to another look-up than the one asked for.
+        ({"result_text": "1,285,216 sq km", "turns": ()}, 0.0),
+        ({"request": "area of Peru", "turns": ()}, 0.0),
+        # A whole page counts where it shows the answer.
+        ({"turns": (visit("peru/government", "Capital\nname: Lima"),)}, 1.0),
+        ({"turns": (visit("peru/government", "Capital\nname: "),)}, 0.5),
+        ({"turns": (visit("peru/govern", "name: Lima"),)}, 0.5),
+        # An answer that never arrived.
+        ({"status": Status.TRUNCATED}, 0.5),
+    ],
+)
+def test_expert_grades_the_call_by_its_evidence(fields, grade):
+  assert rewards.evidence_grade(TASK, call(**fields)) == grade
+
+
+def test_a_request_is_matched_to_the_nearest_look_up():
+  assert rewards.nearest_evidence(TASK, "the CAPITAL of Peru?") == (CAPITAL,)
+  assert rewards.nearest_evidence(TASK, "what area has Peru") == (AREA,)
+  # A request that says nothing is graded by what was found at best.
+  assert rewards.nearest_evidence(TASK, "blah") == (CAPITAL, AREA)
+  assert rewards.evidence_grade(TASK, call(request="blah")) == 1.0
+  assert rewards.evidence_grade(task(), call()) == 0.0
+
+
+@given(st.text(max_size=300), st.text(max_size=300))
+@settings(max_examples=100, deadline=None)
+def test_any_text_can_be_graded(request, report):
+  grade = rewards.evidence_grade(
+      TASK, call(request=request, result_text=report)
+  )
+  assert grade in (0.5, 1.0)
+
+
+def test_callers_correctness_in_a_deeper_tree():
+  tree = group(
+      TASK,
+      [
+          root(result_text="Quito"),
+          call(result_text="Lima"),
+          call(number=1, parent=1, result_text="Cusco"),
+      ],
+      1,
+  )
+  rules = dataclasses.replace(RULES, correct_of=rewards.of_parent)
+  scores = rewards.score(tree, weights=PAPER, rules=rules)
+  np.testing.assert_array_equal(scores.correct, [0, 0, 1])
+
+
+def test_calls_are_sorted_by_task_rollout_and_order():
+  first = group(
+      TASK, [root(0), call(0), call(0, 1, result_text="Quito"), root(1)], 2
+  )
+  second = group(
+      TASK,
+      [root(0), call(0, status=Status.FAILED), root(1), call(1, parent=2)],
+      2,
+  )
+  groups = (first, second)
+  scores = [rewards.score(g, weights=PAPER, rules=RULES) for g in groups]
+  table = rewards.by_role(groups, scores, role="researcher", max_calls=3)
+  np.testing.assert_array_equal(table.num_calls, [[2, 0], [0, 1]])
+  assert table.positions == (((1, 2), ()), ((), (3,)))
+  assert table.calls[0][0][1] is first.trajectories[2]
+  np.testing.assert_allclose(
+      table.rewards, [[[1, 0.75, 0], [0] * 3], [[0] * 3, [1, 0, 0]]], rtol=1e-6
+  )
+  main = rewards.by_role(groups, scores, role="main", max_calls=1)
+  np.testing.assert_array_equal(main.num_calls, [[1, 1], [0, 1]])
+  with pytest.raises(ValueError, match="max_calls must be at least 2"):
+    rewards.by_role(groups, scores, role="researcher", max_calls=1)
+
+
+def test_bad_input_is_named():
+  with pytest.raises(ValueError, match=r"\['researcher'\]"):
+    score([root(), call()], weights={"main": PAPER["main"]})
+  with pytest.raises(ValueError, match="expert must be >= 0, got nan"):
+    rewards.RewardWeights(format=0.1, correct=0.1, expert=float("nan"))
+  groups = [group(TASK, [root()], k) for k in (1, 2)]
+  scores = [rewards.score(g, weights=PAPER, rules=RULES) for g in groups]
+  with pytest.raises(ValueError, match=r"same number of rollouts, got \[1, 2"):
+    rewards.by_role(groups, scores, role="main", max_calls=1)

@@ -1,0 +1,84 @@
+"""Trajectories for tests, with only what a test says different."""
+
+import numpy as np
+
+from mgrpo_jax.types import (
+    NO_PARENT,
+    Evidence,
+    RolloutGroup,
+    Status,
+    Task,
+    Trajectory,
+    Turn,
+)
+
+
+def trajectory(**fields):
+  """One completed root call of three tokens, one of them sampled."""
+  defaults = dict(
+      task_id="t",
+      rollout=0,
+      role="main",
+      call=0,
+      parent=NO_PARENT,
+      request="",
+      tokens=np.array([1, 2, 3], np.int32),
+      loss_mask=np.array([0, 0, 1], np.float32),
+      sampler_logprobs=np.array([0, 0, -1], np.float32),
+      version_min=0,
+      version_max=0,
+      status=Status.COMPLETED,
+      turns=(),
+      result_text="answer",
+      seconds=0.0,
+  )
+  return Trajectory(**{**defaults, **fields})
+
+
+def random_trajectory(rng, length, vocab_size, **fields):
+  """A stream of random tokens, about half of them sampled."""
+  mask = (rng.random(length) < 0.5).astype(np.float32)
+  mask[0] = 0.0
+  return trajectory(
+      tokens=rng.integers(0, vocab_size, length).astype(np.int32),
+      loss_mask=mask,
+      sampler_logprobs=np.float32(mask * -rng.uniform(0.5, 3.0, length)),
+      **fields,
+  )
+
+
+def turn(kind, **fields):
+  """One turn."""
+  defaults = dict(kind=kind, name="", argument="", result="", page="")
+  return Turn(**{**defaults, **fields})
+
+
+def evidence(page, question, *answers):
+  """One look-up."""
+  return Evidence(page=page, question=question, query="", answers=answers)
+
+
+def task(*hops, answers=("Lima",), id="t"):
+  """A task with its evidence."""
+  return Task(
+      id=id,
+      question="?",
+      answers=answers,
+      stage="easy",
+      hops=len(hops),
+      evidence=hops,
+      meta={},
+  )
+
+
+def group(question, trajectories, num_rollouts, roles=("main", "researcher")):
+  """A group in the order given."""
+  return RolloutGroup(
+      task=question,
+      num_rollouts=num_rollouts,
+      trajectories=tuple(trajectories),
+      rollout=np.array([t.rollout for t in trajectories], np.int32),
+      parent=np.array([t.parent for t in trajectories], np.int32),
+      role=np.array([roles.index(t.role) for t in trajectories], np.int32),
+      call=np.array([t.call for t in trajectories], np.int32),
+  )
