@@ -24,8 +24,10 @@ from jaxtyping import Array
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
+BATCH_AXES = ("data", "fsdp")
+
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),  # rows, trajectories
+    "batch": BATCH_AXES,  # rows, trajectories
     "length": None,  # tokens of a row
     "hidden": None,  # E of activations, and of weights while in use
     "embed": "fsdp",  # E of weights and of optimizer state at rest
@@ -112,6 +114,26 @@ def constrain(x: Array, *logical_axes: str) -> Array:
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.sharding.reshard(x, spec(*logical_axes))
+
+
+def gather(weight: Array, *logical_axes: str) -> Array:
+  """Brings a weight to where it is used, whole but for tensor axes.
+
+  The weight's type then says `reduced` over the batch axes, so its gradient
+  stays a sum not yet taken over them while it is accumulated, and is summed
+  once, straight into the shards it rests in.
+
+  Args:
+    weight: a parameter that multiplies activations in an einsum.
+    *logical_axes: a name for each dimension while in use.
+
+  Returns:
+    The same values; weight itself where no mesh is set.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return weight
+  in_use = PartitionSpec(*spec(*logical_axes), reduced=set(BATCH_AXES))
+  return jax.sharding.reshard(weight, in_use)
 
 
 def params_shardings(specs: Any, mesh: Mesh | AbstractMesh) -> Any:

@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-BLOCK = 64  # queries that share one matrix of scores; changes speed, no value
+# Queries of a row are cut in at most MAX_BLOCKS blocks of at least MIN_BLOCK:
+# small blocks skip more of the masked half, many blocks make large programs.
+MIN_BLOCK = 64
+MAX_BLOCKS = 8
 MASKED = -1e30  # a score that no real one comes near, and whose exp is 0
 
 
@@ -40,9 +43,10 @@ def packed(
   rows = jnp.transpose(query * head_dim**-0.5, (0, 2, 3, 1, 4))
   keys = jnp.transpose(key, (0, 2, 1, 3))
   values = jnp.transpose(value, (0, 2, 1, 3))
+  block = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
   blocks = []
-  for start in range(0, length, BLOCK):
-    stop = min(start + BLOCK, length)
+  for start in range(0, length, block):
+    stop = min(start + block, length)
     blocks.append(
         _attend(
             rows[:, :, :, start:stop],

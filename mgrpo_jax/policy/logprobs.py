@@ -137,10 +137,12 @@ def _map_chunks(
   extra = num_chunks * chunk - length
   targets = jnp.roll(tokens, -1, axis=1)
 
+  kernel = transformer.unembedding(params, config=config)
+
   @jax.checkpoint
   def body(_: None, inputs: tuple[Array, Array]) -> tuple[None, Any]:
     columns, following = inputs
-    logits = transformer.unembed(params, columns, config=config)
+    logits = transformer.logits(kernel, columns, config=config)
     return None, function(logits, following)
 
   def split(x: Array) -> Array:

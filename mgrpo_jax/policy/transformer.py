@@ -78,7 +78,9 @@ def embed(
   Returns:
     The residual stream before the first layer, in `config.dtype`.
   """
-  table = _weight(params.embedding, "vocab", "hidden", config=config)
+  table = sharding.constrain(
+      params.embedding.astype(config.dtype), "vocab", "hidden"
+  )
   return table.at[tokens].get(
       out_sharding=sharding.out("batch", "length", "hidden")
   )
@@ -198,19 +200,48 @@ def unembed(
   Returns:
     Float32 logits.
   """
-  logits = sharding.out("batch", "length", "vocab")
+  return logits(unembedding(params, config=config), hidden, config=config)
+
+
+def unembedding(
+    params: Params, *, config: TransformerConfig
+) -> Float[Array, "rows columns"]:
+  """Gathers the kernel of the last product, once for many uses.
+
+  Args:
+    params: weights.
+    config: tied_embeddings says which kernel it is.
+
+  Returns:
+    Float32, [V, E] where tied and [E, V] where not; for `logits`.
+  """
   if config.tied_embeddings:
-    kernel, spec = params.embedding, ("vocab", "hidden")
-    equation = "nte,ve->ntv"
-  else:
-    kernel, spec = params.unembedding, ("hidden", "vocab")
-    equation = "nte,ev->ntv"
+    return sharding.gather(params.embedding, "vocab", "hidden")
+  return sharding.gather(params.unembedding, "hidden", "vocab")
+
+
+def logits(
+    kernel: Float[Array, "rows columns"],
+    hidden: Float[Array, "N T E"],
+    *,
+    config: TransformerConfig,
+) -> Float[Array, "N T V"]:
+  """Multiplies normed hidden states with the kernel from `unembedding`.
+
+  Args:
+    kernel: [V, E] where tied, [E, V] where not.
+    hidden: output of `hidden_states`.
+    config: sizes.
+
+  Returns:
+    Float32 logits.
+  """
   return jnp.einsum(
-      equation,
+      "nte,ve->ntv" if config.tied_embeddings else "nte,ev->ntv",
       hidden,
-      _weight(kernel, *spec, config=config),
+      kernel.astype(config.dtype),
       preferred_element_type=jnp.float32,
-      out_sharding=logits,
+      out_sharding=sharding.out("batch", "length", "vocab"),
   )
 
 
@@ -263,4 +294,4 @@ def _weight(
     value: Float[Array, "*shape"], *axes: str, config: TransformerConfig
 ) -> Float[Array, "*shape"]:
   """Casts a parameter for compute, then gathers its fully sharded axis."""
-  return sharding.constrain(value.astype(config.dtype), *axes)
+  return sharding.gather(value.astype(config.dtype), *axes)
