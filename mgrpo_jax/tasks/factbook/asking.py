@@ -337,7 +337,7 @@ ATTRIBUTES: Mapping[str, Asked] = {
     ),
     "heritage-sites": Asked(
         "number of World Heritage Sites",
-        "national heritage sites",
+        "national heritage",
         (
             "How many World Heritage Sites does {x} have?",
             "How many World Heritage Sites are in {x}?",

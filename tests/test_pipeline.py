@@ -1,0 +1,89 @@
+"""The stream of tasks: order, epochs, positions that can be stored."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mgrpo_jax.tasks import pipeline
+from mgrpo_jax.types import Task
+
+
+def make(count):
+  return [
+      Task(
+          id=f"t{i}",
+          question="?",
+          answers=("x",),
+          stage="easy" if i % 3 else "hard",
+          hops=1,
+          evidence=(),
+          meta={"kind": f"{1 + i % 2}hop:a"},
+      )
+      for i in range(count)
+  ]
+
+
+def test_every_epoch_holds_every_task_once_in_a_new_order():
+  tasks = make(40)
+  stream = pipeline.TaskStream(tasks, seed=5)
+  first, second = stream.take(40), stream.take(40)
+  assert {t.id for t in first} == {t.id for t in second}
+  assert {t.id for t in first} == {t.id for t in tasks}
+  assert first != second and list(first) != tasks
+  assert stream.size == 40
+
+
+def test_the_seed_decides_the_order():
+  tasks = make(40)
+  one, same, other = (
+      pipeline.TaskStream(tasks, seed=seed).take(90) for seed in (5, 5, 6)
+  )
+  assert one == same and one != other
+
+
+@settings(max_examples=10, deadline=None)
+@given(size=st.integers(1, 9), before=st.integers(0, 30))
+def test_a_stored_position_continues_exactly(size, before):
+  stream = pipeline.TaskStream(make(size), seed=1)
+  stream.take(before)
+  state = json.loads(json.dumps(stream.get_state()))
+  expected = stream.take(25)
+  resumed = pipeline.TaskStream(make(size), seed=1)
+  resumed.take(3)
+  resumed.set_state(state)
+  assert resumed.take(25) == expected
+  assert [next(resumed) for _ in range(2)] == [next(stream) for _ in range(2)]
+
+
+def test_a_position_of_another_stream_is_refused():
+  state = pipeline.TaskStream(make(5), seed=1).get_state()
+  for other in (
+      pipeline.TaskStream(make(6), seed=1),
+      pipeline.TaskStream(make(5), seed=2),
+  ):
+    with pytest.raises(ValueError, match="other tasks or another seed"):
+      other.set_state(state)
+  with pytest.raises(ValueError, match="keys"):
+    pipeline.TaskStream(make(5), seed=1).set_state({"grain": {}})
+
+
+def test_impossible_streams_are_refused():
+  with pytest.raises(ValueError, match="at least one"):
+    pipeline.TaskStream([], seed=0)
+  with pytest.raises(ValueError, match="'t1' occurs twice"):
+    pipeline.TaskStream([*make(3), make(2)[1]], seed=0)
+  with pytest.raises(ValueError, match="seed"):
+    pipeline.TaskStream(make(3), seed=-1)
+
+
+def test_select():
+  tasks = make(12)
+  assert pipeline.select(tasks, stages=(), kinds=()) == tuple(tasks)
+  hard = pipeline.select(tasks, stages=("hard",), kinds=())
+  assert [t.id for t in hard] == ["t0", "t3", "t6", "t9"]
+  two = pipeline.select(tasks, stages=("hard",), kinds=("2hop", "9hop"))
+  assert [t.id for t in two] == ["t3", "t9"]
+  with pytest.raises(ValueError, match=r"'7hop'.*\['1hop', '2hop'\]"):
+    pipeline.select(tasks, stages=(), kinds=("7hop",))
