@@ -347,16 +347,16 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer | None:
     ValueError: where a file cannot be read or does not keep text exactly.
   """
   bpe, pieces = directory / BPE_FILE, directory / SENTENCEPIECE_FILE
-  if bpe.is_file():
-    config = directory / BPE_CONFIG_FILE
-    if not config.is_file():
-      raise ValueError(f"{directory}: has {BPE_FILE} but no {BPE_CONFIG_FILE}")
-    return BPETokenizer(
-        bpe.read_text("utf-8"),
-        _read_json_object(config.read_text("utf-8"), str(config)),
-    )
-  if pieces.is_file():
-    return SentencePieceTokenizer(pieces.read_bytes())
+  try:
+    if bpe.is_file():
+      config = (directory / BPE_CONFIG_FILE).read_text("utf-8")
+      return BPETokenizer(
+          bpe.read_text("utf-8"), _read_json_object(config, BPE_CONFIG_FILE)
+      )
+    if pieces.is_file():
+      return SentencePieceTokenizer(pieces.read_bytes())
+  except (OSError, ValueError) as error:
+    raise ValueError(f"{directory}: {error}") from error
   return None
 
 

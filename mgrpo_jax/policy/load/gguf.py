@@ -79,6 +79,7 @@ def _config(
       "num_heads": "llama.attention.head_count",
       "rope_base": "llama.rope.freq_base",
       "norm_eps": "llama.attention.layer_norm_rms_epsilon",
+      "tokens": "tokenizer.ggml.tokens",
   }
   architecture = fields.get("general.architecture")
   if architecture != ARCHITECTURE:
@@ -92,12 +93,10 @@ def _config(
       for key in ("llama.rope.scaling.type", "llama.expert_count")
       if fields.get(key, "none") not in ("none", 0)
   ]
-  tokens = fields.get("tokenizer.ggml.tokens")
-  if tokens is None:
-    problems.append("missing tokenizer.ggml.tokens")
   if problems:
     raise ValueError(f"{source}: {'; '.join(problems)}")
   values = {field: fields[key] for field, key in needed.items()}
+  vocab_size = len(values.pop("tokens"))
   head_dim = fields.get(
       "llama.attention.key_length", values["embed_dim"] // values["num_heads"]
   )
@@ -109,7 +108,7 @@ def _config(
     )
   return TransformerConfig(
       **values,
-      vocab_size=fields.get("llama.vocab_size", len(tokens)),
+      vocab_size=fields.get("llama.vocab_size", vocab_size),
       num_kv_heads=fields.get(
           "llama.attention.head_count_kv", values["num_heads"]
       ),
@@ -153,7 +152,7 @@ def _tokenizer(fields: Mapping[str, Any], source: str) -> BPETokenizer:
   from tokenizers import AddedToken, Tokenizer, decoders, models
 
   kind = fields.get("tokenizer.ggml.model")
-  pre = fields.get("tokenizer.ggml.pre")
+  pre: Any = fields.get("tokenizer.ggml.pre")
   needed = [f"tokenizer.ggml.{k}" for k in ("token_type", "merges")]
   problems = [f"missing {key}" for key in needed if key not in fields]
   if kind != "gpt2":

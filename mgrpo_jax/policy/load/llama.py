@@ -8,6 +8,7 @@ not, so one declaration serves every format.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -145,19 +146,22 @@ def disassemble(
   Raises:
     ValueError: listing every parameter whose shape is not the config's.
   """
-  entries, treedef = jax.tree.flatten(_entries(config, names))
-  values = treedef.flatten_up_to(params)
+  tree = _entries(config, names)
+  declared: Any = jax.tree.structure(tree)
+  if declared != jax.tree.structure(params):
+    raise ValueError("params: not the parameters that the config declares")
+  pairs = list(zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True))
   problems = [
       f"{entry.name}: parameter has shape {np.shape(value)}, not"
       f" {entry.spec.shape}"
-      for entry, value in zip(entries, values, strict=True)
+      for entry, value in pairs
       if np.shape(value) != entry.spec.shape
   ]
   if problems:
     raise ValueError(f"params: {'; '.join(problems)}")
   return {
       entry.name: _from_param(np.asarray(value, np.float32), entry)
-      for entry, value in zip(entries, values, strict=True)
+      for entry, value in pairs
   }
 
 

@@ -11,7 +11,6 @@ tokens and activations are float32.
 import contextlib
 import functools
 import json
-import os
 import pathlib
 import shutil
 import uuid
@@ -22,6 +21,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from mgrpo_jax import atomic
 from mgrpo_jax.policy.config import Policy, TransformerConfig
 from mgrpo_jax.policy.load import llama
 from mgrpo_jax.policy.params import Params
@@ -84,8 +84,8 @@ def load_directory(path: pathlib.Path) -> Policy:
 def save_directory(path: pathlib.Path | str, policy: Policy) -> None:
   """Writes a policy as a directory, whole or not at all.
 
-  The same policy gives the same bytes. Files are written and synced beside
-  the target, which then appears with one rename.
+  The same policy gives the same bytes. Files are written beside the target,
+  which then appears with one rename.
 
   Args:
     path: what to make; its parent must exist, itself must not, unless empty.
@@ -94,6 +94,7 @@ def save_directory(path: pathlib.Path | str, policy: Policy) -> None:
   Raises:
     ValueError: where the path is taken or a parameter has not the shape that
       the config gives it.
+    StorageError: where a file cannot be written.
   """
   path = pathlib.Path(path)
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -111,13 +112,13 @@ def save_directory(path: pathlib.Path | str, policy: Policy) -> None:
     files |= policy.tokenizer.files()
   with _appearing(path) as directory:
     for name, content in files.items():
-      _write_synced(directory / name, content)
+      atomic.write(directory / name, content)
 
 
 def _config(fields: Mapping[str, Any], source: str) -> TransformerConfig:
   """Reads the sizes; refuses what the transformer does not compute."""
   rope = fields.get("rope_parameters") or {}
-  base = rope.get("rope_theta", fields.get("rope_theta"))
+  base: Any = rope.get("rope_theta", fields.get("rope_theta"))
   problems = [f"missing {key}" for key in _SIZES if key not in fields]
   if base is None:
     problems.append("missing rope_theta")
@@ -253,24 +254,6 @@ def _appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   try:
     yield directory
     directory.replace(path)
-    _sync(path.parent)
   except BaseException:
     shutil.rmtree(directory, ignore_errors=True)
     raise
-
-
-def _write_synced(file: pathlib.Path, content: bytes) -> None:
-  """Writes a file and waits until it is on the disk."""
-  with file.open("wb") as stream:
-    stream.write(content)
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _sync(directory: pathlib.Path) -> None:
-  """Waits until a directory's entries are on the disk."""
-  descriptor = os.open(directory, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)

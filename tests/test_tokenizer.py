@@ -1,0 +1,278 @@
+"""Round trips, determinism, and text that tries to be structure."""
+
+import functools
+import json
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+from mgrpo_jax.policy import tokenizer
+
+SPECIALS = ("<task>", "<result>", "<end>", "<answer>", "the", "<| x |>", "né")
+RESERVED = ("<pad>", "<unk>", "<eos>", "<0x41>", "<s>", "</s>")
+HARD = (
+    "",
+    " ",
+    "   ",
+    "  two leading, two trailing  ",
+    "\n\n a \n",
+    "\t\r\n\x00\x1b\x7f",
+    "\u2581 and \u2581\u2581",
+    "\u2047 \ufffd \ufeff \u200b\u00a0\u3000",
+    "e\u0301 is not \u00e9, \ufb01 is not fi",
+    "日本語 العربية 🙂👨‍👩‍👧",
+    "\U0010ffff\U000f0000",
+    "<0x0A><unk><pad>",
+)
+
+
+def lines():
+  names = ("Lima", "Quito", "Bogotá", "La Paz", "Santiago", "Caracas")
+  return [
+      f"{name}: the capital no. {i} of a country; name: {name}"
+      for i in range(60)
+      for name in names
+  ]
+
+
+@functools.cache
+def pieces(vocab_size=310):
+  model = tokenizer.train_sentencepiece(
+      lines(), vocab_size=vocab_size, special_tokens=SPECIALS
+  )
+  return tokenizer.SentencePieceTokenizer(model)
+
+
+def toy_bpe(added, *, ignore_merges=False, config=None):
+  vocab = ["a", "b", "c", "Ġ", "<", ">", "ab", "abc", "<a", "<a>"]
+  fields = {
+      "version": "1.0",
+      "added_tokens": [
+          {
+              "id": i,
+              "content": t,
+              "single_word": False,
+              "lstrip": False,
+              "rstrip": False,
+              "normalized": False,
+              "special": True,
+          }
+          for t, i in added.items()
+      ],
+      "normalizer": None,
+      "pre_tokenizer": {
+          "type": "ByteLevel",
+          "add_prefix_space": False,
+          "trim_offsets": True,
+          "use_regex": True,
+      },
+      "post_processor": None,
+      "decoder": {
+          "type": "ByteLevel",
+          "add_prefix_space": False,
+          "trim_offsets": True,
+          "use_regex": True,
+      },
+      "model": {
+          "type": "BPE",
+          "vocab": {t: i for i, t in enumerate(vocab)},
+          "merges": [["a", "b"], ["ab", "c"]],
+          "ignore_merges": ignore_merges,
+      },
+  }
+  config = {"eos_token": next(iter(added))} if config is None else config
+  return tokenizer.BPETokenizer(json.dumps(fields), config)
+
+
+# Texts made of names of special tokens, pieces of them and anything else.
+injections = st.lists(
+    st.one_of(
+        st.sampled_from(SPECIALS + RESERVED + HARD + ("Lima",)),
+        st.text(max_size=6),
+        st.characters(),
+    ),
+    max_size=8,
+).map("".join)
+fast = hypothesis.settings(
+    max_examples=300, deadline=None, derandomize=True, database=None
+)
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_sentencepiece_round_trip_of_hard_texts(text):
+  assert pieces().decode(pieces().encode(text)) == text
+
+
+@fast
+@hypothesis.given(injections)
+def test_sentencepiece_text_survives_and_is_never_structure(text):
+  ids = pieces().encode(text)
+  assert pieces().decode(ids) == text
+  assert not set(ids) & set(pieces().special_ids.values())
+
+
+def test_special_names_in_text_are_spelled_out():
+  tok = pieces()
+  for name in SPECIALS:
+    ids = tok.encode(name)
+    assert tok.special_ids[name] not in ids
+    assert tok.decode(ids) == name
+    assert tokenizer.encode_with_specials(tok, name) == [tok.special_ids[name]]
+
+
+def test_unpaired_surrogates_become_replacement_characters():
+  tok = pieces()
+  assert tok.decode(tok.encode("a\ud800b")) == "a\ufffdb"
+  assert tok.decode(tok.encode("\ud83d\ude42")) == "🙂"
+
+
+def test_template_parses_specials_and_keeps_text_between():
+  tok = pieces()
+  ids = tokenizer.encode_with_specials(tok, "<task>  the Lima <end>")
+  assert ids[0] == tok.special_ids["<task>"]
+  assert ids[-1] == tok.special_ids["<end>"]
+  assert tok.special_ids["the"] in ids  # a template may name any special
+  assert tok.decode(ids) == "<task>  the Lima <end>"
+
+
+def test_sentencepiece_ids_and_size():
+  tok = pieces()
+  assert tok.vocab_size == 310
+  assert (tok.pad_id, tok.eos_id, tok.bos_id) == (0, 2, None)
+  names = ("<pad>", "<unk>", "<eos>", *SPECIALS)
+  assert dict(tok.special_ids) == {name: i for i, name in enumerate(names)}
+
+
+def test_sentencepiece_splits_digits_and_learns_words():
+  tok = pieces()
+  assert len(tok.encode("12345")) == 5
+  text = "Santiago: the capital of a country"
+  assert len(tok.encode(text)) < 0.7 * len(text)
+
+
+def test_training_is_deterministic():
+  again = tokenizer.train_sentencepiece(
+      iter(lines()), vocab_size=310, special_tokens=SPECIALS
+  )
+  assert pieces().files() == {"tokenizer.model": again}
+
+
+def test_token_text_shows_text_names_and_bytes():
+  tok = pieces()
+  assert tok.token_text(tok.special_ids["<end>"]) == "<end>"
+  assert [tok.token_text(i) for i in tok.encode("ü")] == ["<0xC3>", "<0xBC>"]
+  assert "".join(map(tok.token_text, tok.encode("La Paz\n"))) == "La Paz\n"
+
+
+def test_decode_shows_broken_bytes_and_unknown_ids_are_errors():
+  tok = pieces()
+  first, second = tok.encode("ü")
+  assert tok.decode([first, tok.eos_id, second]) == "\ufffd<eos>\ufffd"
+  for wrong in (-1, tok.vocab_size):
+    with pytest.raises(ValueError, match=f"token id {wrong}"):
+      tok.decode([wrong])
+
+
+@pytest.mark.parametrize("names", [["<pad>"], ["<0x41>"], ["x"], ["ab", "ab"]])
+def test_wrong_special_names_are_errors(names):
+  with pytest.raises(ValueError, match="special_tokens"):
+    tokenizer.train_sentencepiece(lines(), vocab_size=310, special_tokens=names)
+
+
+@pytest.mark.parametrize("size", [200, 100_000])
+def test_impossible_vocabulary_is_an_error(size):
+  with pytest.raises(ValueError, match=f"vocab_size {size}"):
+    tokenizer.train_sentencepiece(lines(), vocab_size=size, special_tokens=[])
+
+
+def test_models_that_change_text_are_refused(tmp_path):
+  import sentencepiece
+
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(lines()),
+      model_prefix=str(tmp_path / "other"),
+      vocab_size=300,
+      byte_fallback=True,
+      pad_id=3,
+      minloglevel=2,
+  )
+  with pytest.raises(ValueError, match="changes text"):
+    tokenizer.SentencePieceTokenizer((tmp_path / "other.model").read_bytes())
+
+
+def test_unreadable_models_are_errors(tmp_path):
+  with pytest.raises(ValueError, match="cannot be read"):
+    tokenizer.SentencePieceTokenizer(b"abc")
+  model = pieces().files()["tokenizer.model"]
+  (tmp_path / "tokenizer.model").write_bytes(model[: len(model) // 2])
+  with pytest.raises(ValueError, match=str(tmp_path)):
+    tokenizer.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pieces", "bpe"])
+def test_files_load_as_the_same_tokenizer(kind, tmp_path):
+  tok = pieces() if kind == "pieces" else toy_bpe({"<eos>": 10, "<a>": 9})
+  for name, content in tok.files().items():
+    (tmp_path / name).write_bytes(content)
+  again = tokenizer.load_tokenizer(tmp_path)
+  for field in ("vocab_size", "bos_id", "eos_id", "pad_id", "special_ids"):
+    assert getattr(again, field) == getattr(tok, field), field
+  text = " abc <a> ab"
+  assert again.encode(text) == tok.encode(text)
+  assert again.files() == tok.files()
+
+
+def test_directory_without_tokenizer(tmp_path):
+  assert tokenizer.load_tokenizer(tmp_path) is None
+
+
+def test_bpe_specials_cannot_come_from_a_word_of_the_vocabulary():
+  for ignore_merges in (False, True):
+    tok = toy_bpe({"<a>": 9}, ignore_merges=ignore_merges)
+    assert tok.decode(tok.encode("<a>abc")) == "<a>abc"
+    assert 9 not in tok.encode("<a>")
+    assert tok.decode([7, 9]) == "abc<a>"
+
+
+def test_bpe_reads_named_tokens_in_both_forms():
+  tok = toy_bpe(
+      {"<eos>": 10, "<bos>": 11},
+      config={
+          "eos_token": {"content": "<eos>"},
+          "bos_token": "<bos>",
+          "add_bos_token": True,
+      },
+  )
+  assert (tok.eos_id, tok.bos_id, tok.pad_id, tok.vocab_size) == (
+      10,
+      11,
+      10,
+      12,
+  )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "eos_token is missing"),
+        ({"eos_token": "<x>"}, "'<x>' is no added token"),
+    ],
+)
+def test_bpe_config_errors(config, message):
+  with pytest.raises(ValueError, match=message):
+    toy_bpe({"<eos>": 10}, config=config)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"model": {"type": "BPE"}}']
+)
+def test_bpe_definition_errors(text):
+  with pytest.raises(ValueError, match=r"tokenizer\.json"):
+    tokenizer.BPETokenizer(text, {"eos_token": "<eos>"})
+
+
+def test_bpe_without_its_config_is_an_error(tmp_path):
+  (tmp_path / "tokenizer.json").write_text("{}")
+  with pytest.raises(ValueError, match=r"tokenizer_config\.json"):
+    tokenizer.load_tokenizer(tmp_path)
