@@ -13,7 +13,8 @@ from mgrpo_jax.agents.tools.tool import Memory, Observation, Tool, text_schema
 Number = int | float
 
 _MAX_CHARS = 200
-_MAX_MAGNITUDE = 1e100
+_MAX_MAGNITUDE = 1e30
+_LONGEST = 32  # characters of the longest result
 _GROUPS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "^": "**"})
 _BINARY: Mapping[type[ast.operator], Callable[[Any, Any], Number]] = {
@@ -42,7 +43,7 @@ def evaluate(expression: str) -> Number:
     Its value, exact for whole numbers.
 
   Raises:
-    ToolError: it is no such expression, or a value exceeds 1e100.
+    ToolError: it is no such expression, or a value exceeds 1e30.
   """
   if len(expression) > _MAX_CHARS:
     raise ToolError(f"expression longer than {_MAX_CHARS} characters")
@@ -63,11 +64,17 @@ def calculate(*, deadline: float, max_chars: int) -> Tool:
 
   Args:
     deadline: seconds.
-    max_chars: characters of the result.
+    max_chars: characters of the result, at least 32, so that no number is
+      ever shown without its last digits.
 
   Returns:
     The tool.
+
+  Raises:
+    ValueError: `max_chars` is below 32.
   """
+  if max_chars < _LONGEST:
+    raise ValueError(f"max_chars: is {max_chars}, must be >= {_LONGEST}")
 
   async def run(arguments: Mapping[str, Any], memory: Memory) -> Observation:
     del memory  # arithmetic needs none
