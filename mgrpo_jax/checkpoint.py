@@ -108,7 +108,8 @@ class Checkpoints:
     self.close()
 
   def steps(self) -> list[int]:
-    """Returns the steps that have a checkpoint, ascending."""
+    """Waits for the last save; returns the steps saved, ascending."""
+    self.wait()
     return sorted(self._manager.all_steps())
 
   def save(
@@ -296,6 +297,7 @@ class Checkpoints:
     step = self._saving
     for path in self._directory.glob(f"{step}.orbax-checkpoint-tmp*"):
       shutil.rmtree(path, ignore_errors=True)
+    self._manager.reload()  # its list already lacks what it meant to delete
     return CheckpointError(
         f"cannot write checkpoint {step} to {self._directory}: "
         f"{atomic.reason(error)}"
@@ -335,8 +337,12 @@ def _probe(path: pathlib.Path) -> None:
   """
   base = {"driver": "file", "path": f"{path}/"}
   kvstore = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
-  for read in [kvstore.read(key) for key in kvstore.list().result()]:
-    read.result()
+  keys = kvstore.list().result()
+  if not keys:
+    raise ValueError("the arrays are missing")
+  for read in [kvstore.read(key) for key in keys]:
+    if read.result().state != "value":
+      raise ValueError("stored values are missing")
 
 
 class _NotOrbax(logging.Filter):

@@ -1,0 +1,245 @@
+"""The bucket: keys, compare-and-swap and arrays, on all four back ends."""
+
+import contextlib
+import multiprocessing
+import pathlib
+import uuid
+from collections.abc import Iterator
+
+import emulators
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mgrpo_jax import atomic, store
+from mgrpo_jax.keys import check_key, check_name
+
+
+@contextlib.contextmanager
+def opened(kind: str, folder: pathlib.Path) -> Iterator[store.Store]:
+  name = f"run-{uuid.uuid4().hex}"
+  if kind == "file":
+    yield store.open_folder(folder / "a bucket")
+  elif kind == "memory":
+    yield store.open(f"memory://{name}")
+  elif kind == "s3":
+    with emulators.serve(emulators.S3) as endpoint:
+      yield store.open(f"s3://my-bucket/{name}?endpoint={endpoint}")
+
+
+@pytest.fixture(params=["file", "memory", "s3", "gs"])
+def bucket(request, tmp_path, gcs_endpoint) -> Iterator[store.Store]:
+  if request.param == "gs":
+    name = f"run-{uuid.uuid4().hex}"
+    yield store.open(f"gs://my-bucket/{name}?endpoint={gcs_endpoint}")
+    return
+  with opened(request.param, tmp_path) as found:
+    yield found
+
+
+@pytest.fixture(scope="session")
+def gcs_endpoint() -> Iterator[str]:
+  with emulators.serve(emulators.GCS) as endpoint:
+    yield endpoint
+
+
+def test_keys_are_written_read_listed_and_deleted(bucket):
+  assert bucket.get("a/b") is None
+  assert bucket.list() == []
+  for key, value in {"a/b": b"1", "a/c/d": b"", "ab": b"2"}.items():
+    bucket.put(key, value)
+  assert bucket.list() == ["a/b", "a/c/d", "ab"]
+  assert bucket.list("a") == ["a/b", "a/c/d"]
+  assert bucket.list("a/c") == ["a/c/d"]
+  assert bucket.get("a/c/d") == b""
+  bucket.put("a/b", b"3")
+  assert bucket.get("a/b") == b"3"
+  bucket.delete("a/b")
+  bucket.delete("never")
+  assert bucket.get("a/b") is None
+  bucket.delete_prefix("a")
+  assert bucket.list() == ["ab"]
+
+
+def test_swap_lets_one_of_two_win(bucket):
+  if not bucket.can_swap:
+    with pytest.raises(atomic.StorageError, match="no compare-and-swap"):
+      bucket.swap(bucket.read("k"), b"1")
+    return
+  absent = bucket.read("k")
+  first = bucket.swap(absent, b"1")
+  assert first is not None
+  assert bucket.swap(absent, b"2") is None
+  assert bucket.get("k") == b"1"
+  assert bucket.swap(bucket.read("k"), b"3") is not None
+  assert bucket.swap(first, None) is None
+  assert bucket.swap(bucket.read("k"), None) is not None
+  assert bucket.get("k") is None
+
+
+def test_arrays_come_back_bit_for_bit(bucket):
+  rng = np.random.default_rng(0)
+  arrays = {
+      "layers/0/query": rng.standard_normal((7, 5), dtype=np.float32),
+      "layers/0/key": rng.standard_normal((5, 7)).T,  # not C-contiguous
+      "scalar": np.array(3, np.int32),
+      "none": np.zeros((0, 3), np.float32),
+      "zeros": np.array([0.0, -0.0, np.nan], np.float32),
+      "flags": np.array([True, False]),
+  }
+  bucket.write_arrays("p/v1", arrays)
+  found = bucket.read_arrays("p/v1", arrays)
+  assert list(found) == list(arrays)
+  for name, array in arrays.items():
+    assert found[name].dtype == array.dtype
+    assert found[name].shape == array.shape
+    assert found[name].tobytes() == array.tobytes()
+  bucket.write_arrays("p/v1", {"flags": np.arange(3)})  # another shape
+  assert bucket.read_arrays("p/v1", ["flags"])["flags"].tolist() == [0, 1, 2]
+  with pytest.raises(atomic.CorruptError, match="p/v1/nothing"):
+    bucket.read_arrays("p/v1", ["nothing"])
+
+
+def test_large_arrays_are_cut_into_chunks(tmp_path, monkeypatch):
+  monkeypatch.setattr(store, "MAX_CHUNK_BYTES", 1000)
+  bucket = store.open_folder(tmp_path)
+  array = np.arange(1001 * 3, dtype=np.float32).reshape(1001, 3)
+  bucket.write_arrays("v", {"w": array})
+  files = [p for p in (tmp_path / "v/w/c").rglob("*") if p.is_file()]
+  assert len(files) == 13  # ceil(1001 / (1000 // 12))
+  assert max(p.stat().st_size for p in files) <= 1000
+  np.testing.assert_array_equal(bucket.read_arrays("v", ["w"])["w"], array)
+
+
+def test_discarded_folders_vanish_with_their_directories(tmp_path):
+  bucket = store.open_folder(tmp_path)
+  bucket.write_arrays("v1", {"a/b": np.ones(3), "c": np.ones(3)})
+  bucket.put("v10/x", b"1")
+  bucket.discard("v1")
+  bucket.settle()
+  assert [p.name for p in tmp_path.iterdir()] == ["v10"]
+
+
+def test_a_memory_bucket_is_shared_by_name():
+  name = uuid.uuid4().hex
+  store.open(f"memory://{name}").put("k", b"1")
+  assert store.open(f"memory://{name}/").get("k") == b"1"
+  assert store.open(f"memory://{name}x").get("k") is None
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "",
+        "/etc/passwd",
+        "..",
+        "a/../b",
+        "a//b",
+        "a/",
+        "./a",
+        "a/.hidden",
+        "a\\b",
+        "a\x00",
+        "a b",
+        "a\n",
+        "é",
+        "x.__lock",
+        "x" * 600,
+        "a?b",
+        "file:a",
+    ],
+)
+def test_keys_that_could_leave_the_bucket_are_refused(key):
+  bucket = store.open("memory://keys")
+  for use in (bucket.get, bucket.delete, bucket.discard, check_key):
+    with pytest.raises(ValueError, match="key"):
+      use(key)
+  with pytest.raises(ValueError, match="key"):
+    bucket.put(key, b"")
+  with pytest.raises(ValueError, match="key"):
+    bucket.write_arrays("v", {key: np.zeros(1)})
+
+
+@given(st.text(max_size=20))
+def test_an_accepted_key_stays_inside(key):
+  root = pathlib.Path("/root/of/bucket")
+  try:
+    check_key(key)
+  except ValueError:
+    return
+  path = pathlib.Path(f"{root}/{key}").resolve()
+  assert path.is_relative_to(root) and path != root
+  assert str(path) == f"{root}/{key}"
+
+
+def test_names_are_single_segments():
+  assert check_name("main", "policy") == "main"
+  with pytest.raises(ValueError, match=r"policy: 'a/b'"):
+    check_name("a/b", "policy")
+  with pytest.raises(ValueError, match=r"policy: .*'\.\.'"):
+    check_name("..", "policy")
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("http://host/x", "file://, memory://, gs://, s3://"),
+        ("runs/a", "must start with one of"),
+        ("file://relative/x", "absolute"),
+        ("file:///x?endpoint=http://h", "unknown option 'endpoint'"),
+        ("gs://bucket/x?region=us", "unknown option 'region'"),
+        ("s3://bucket/x#y", "must start with one of"),
+    ],
+)
+def test_other_addresses_are_refused(url, words):
+  with pytest.raises(ValueError, match=words):
+    store.open(url)
+
+
+def test_one_process_has_one_gcs_endpoint(gcs_endpoint):
+  store.open(f"gs://my-bucket/x?endpoint={gcs_endpoint}")
+  with pytest.raises(ValueError, match="already uses the GCS endpoint"):
+    store.open("gs://my-bucket/x?endpoint=http://localhost:1")
+
+
+def test_errors_say_what_where_and_why(tmp_path):
+  (tmp_path / "file").write_text("")
+  bucket = store.open_folder(tmp_path / "file" / "bucket")
+  with pytest.raises(atomic.StorageError) as caught:
+    bucket.put("a", b"1")
+  text = str(caught.value)
+  assert text == f"cannot write {bucket.url}/a: Not a directory"
+
+
+def test_a_damaged_array_is_corrupt_not_unreadable(tmp_path):
+  bucket = store.open_folder(tmp_path)
+  bucket.write_arrays("v", {"w": np.arange(10)})
+  chunk = tmp_path / "v/w/c/0"
+  chunk.write_bytes(chunk.read_bytes()[:-3])
+  with pytest.raises(atomic.CorruptError, match="v/w"):
+    bucket.read_arrays("v", ["w"])
+
+
+def _count_up(folder: str, times: int) -> None:
+  """Adds to a counter, again and again, against other processes."""
+  bucket = store.open_folder(folder)
+  done = 0
+  while done < times:
+    record = bucket.read("counter")
+    now = int(record.value or 0)
+    done += bucket.swap(record, str(now + 1).encode()) is not None
+
+
+def test_no_count_is_lost_between_processes(tmp_path):
+  spawn = multiprocessing.get_context("spawn")
+  people = [
+      spawn.Process(target=_count_up, args=(str(tmp_path), 50))
+      for _ in range(2)
+  ]
+  for person in people:
+    person.start()
+  for person in people:
+    person.join(60)
+    assert person.exitcode == 0
+  assert store.open_folder(tmp_path).get("counter") == b"100"
