@@ -113,6 +113,23 @@ class Team:
     """Position of a role in `roles`; the root's is 0."""
     return [role.name for role in self.roles].index(name)
 
+  def most_calls(self, name: str) -> int:
+    """The most calls a role can have in one rollout; 1 for the root.
+
+    Args:
+      name: the role.
+
+    Returns:
+      The sum over its callers of their own most calls times `max_calls`.
+    """
+    if name == self.root:
+      return 1
+    return sum(
+        self.most_calls(role.name) * role.max_calls
+        for role in self.roles
+        if name in role.calls
+    )
+
   @property
   def policies(self) -> tuple[str, ...]:
     """The names of the policies used, each once, in order of the roles."""

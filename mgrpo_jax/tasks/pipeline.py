@@ -13,7 +13,11 @@ _STATE_KEYS = frozenset({"grain", "tasks"})
 
 
 def select(
-    tasks: Sequence[Task], *, stages: Sequence[str], kinds: Sequence[str]
+    tasks: Sequence[Task],
+    *,
+    stages: Sequence[str],
+    kinds: Sequence[str],
+    families: Sequence[str] = (),
 ) -> tuple[Task, ...]:
   """Keeps the tasks of some stages and kinds.
 
@@ -22,6 +26,8 @@ def select(
     stages: wanted stages (`easy`, `hard`); empty for all.
     kinds: wanted beginnings of `meta['kind']`, for example `1hop` or
       `2hop:compare`; empty for all.
+    families: wanted values of `meta['family']`, for example `place>attribute`;
+      empty for all.
 
   Returns:
     The tasks in the order given.
@@ -35,15 +41,17 @@ def select(
       for task in tasks
       if (not stages or task.stage in stages)
       and (not kinds or str(task.meta.get("kind", "")).startswith((*kinds,)))
+      and (not families or task.meta.get("family") in families)
   )
   if kept:
     return kept
   have = sorted({task.stage for task in tasks})
   begin = sorted({str(t.meta.get("kind", "")).split(":")[0] for t in tasks})
+  known = sorted({str(task.meta.get("family", "")) for task in tasks})
   raise ValueError(
-      f"no task has a stage in {list(stages)} and a kind beginning with one of"
-      f" {list(kinds)}; among {len(tasks)} tasks there are stages {have} and"
-      f" kinds {begin}"
+      f"no task has a stage in {list(stages)}, a kind beginning with one of"
+      f" {list(kinds)} and a family in {list(families)}; among {len(tasks)}"
+      f" tasks there are stages {have}, kinds {begin} and families {known}"
   )
 
 

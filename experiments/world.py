@@ -1,0 +1,247 @@
+"""What a team acts in: the Factbook, its tools, policies and their chats."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import ml_collections
+import numpy as np
+
+from mgrpo_jax import rollout
+from mgrpo_jax.agents import chat as chat_lib
+from mgrpo_jax.agents import compact, expert, hermes, renaming
+from mgrpo_jax.agents.call import turn_seed
+from mgrpo_jax.agents.chat import Chat
+from mgrpo_jax.agents.protocol import Protocol
+from mgrpo_jax.agents.team import Team
+from mgrpo_jax.agents.tools import (
+    SearchIndex,
+    Tool,
+    calculate,
+    search,
+    visit,
+)
+from mgrpo_jax.policy import load as load_lib
+from mgrpo_jax.policy import params as params_lib
+from mgrpo_jax.policy import tokenizer as tokenizer_lib
+from mgrpo_jax.policy.config import Policy, TransformerConfig
+from mgrpo_jax.tasks import factbook
+from mgrpo_jax.tasks.factbook import Factbook
+from mgrpo_jax.types import RolloutGroup, Task
+
+PROTOCOLS: Mapping[str, Protocol] = {
+    "compact": compact.COMPACT,
+    "hermes": hermes.HERMES,
+}
+_TITLE_WEIGHT = 3  # how often a title counts as text in the search index
+_REMEMBERED_QUERIES = 100_000
+_TOKENIZER_SHARE = 0.15  # of training passages that a tokenizer learns from
+
+
+def tools(book: Factbook, config: ml_collections.ConfigDict) -> dict[str, Tool]:
+  """Builds every tool over a corpus.
+
+  Args:
+    book: the documents.
+    config: `config.tools`.
+
+  Returns:
+    Tools by name.
+  """
+  passages = tuple(book.corpus.passages.values())
+  index = SearchIndex(
+      passages, title_weight=_TITLE_WEIGHT, cache_size=_REMEMBERED_QUERIES
+  )
+  limits = {"deadline": config.deadline, "max_chars": config.max_chars}
+  made = (
+      search(index, num_results=config.search_results, **limits),
+      visit(passages, **limits),
+      calculate(**limits),
+  )
+  return {tool.name: tool for tool in made}
+
+
+def policies(
+    config: ml_collections.ConfigDict, team: Team, book: Factbook
+) -> dict[str, Policy]:
+  """Loads every policy of a team, or makes it from scratch.
+
+  Args:
+    config: the whole recipe.
+    team: names the policies.
+    book: what a tokenizer made from scratch learns from.
+
+  Returns:
+    Policies by name.
+
+  Raises:
+    ValueError: a policy is not configured, or its source cannot be loaded.
+  """
+  missing = sorted(set(team.policies) - set(config.policies.keys()))
+  if missing:
+    raise ValueError(f"config.policies: missing {missing}, which roles use")
+  loaded: dict[str, Policy] = {}
+  for position, name in enumerate(team.policies):
+    one = config.policies[name]
+    if one.source == "random":
+      loaded[name] = _random(config, team, book, name, position)
+      continue
+    try:
+      loaded[name] = load_lib.load(one.source)
+    except ValueError as error:
+      raise ValueError(f"config.policies.{name}.source: {error}") from error
+    if loaded[name].tokenizer is None:
+      raise ValueError(
+          f"config.policies.{name}.source: {one.source!r} has no tokenizer"
+      )
+  return loaded
+
+
+def chats(
+    team: Team, loaded: Mapping[str, Policy], protocol: str
+) -> dict[str, Chat]:
+  """Builds the chat format of every policy.
+
+  Args:
+    team: whose tags the compact format needs.
+    loaded: policies by name.
+    protocol: the compact protocol needs the compact format, and only it.
+
+  Returns:
+    Chat formats by policy.
+
+  Raises:
+    ValueError: a policy speaks another format than the protocol needs.
+  """
+  made: dict[str, Chat] = {}
+  for name, policy in loaded.items():
+    if (policy.chat == "compact") != (protocol == "compact"):
+      raise ValueError(
+          f"config.team.protocol: {protocol!r} does not go with the chat format"
+          f" {policy.chat!r} of policy {name!r}"
+      )
+    if policy.chat == "compact":
+      made[name] = chat_lib.compact(
+          policy.tokenizer, tags=compact.compact_tags(team)
+      )
+    else:
+      made[name] = chat_lib.chatml(
+          policy.tokenizer, default_system=chat_lib.SMOLLM2_SYSTEM
+      )
+  return made
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demonstrator:
+  """Plays the scripted expert.
+
+  Attributes:
+    team: the roles.
+    chats: by policy.
+    protocol: how actions are written.
+    tools: by name.
+    titles: passage id to title.
+    names: other names that demonstrations may use.
+    renamed: share of demonstrations told under other names, in [0, 1].
+  """
+
+  team: Team
+  chats: Mapping[str, Chat]
+  protocol: Protocol
+  tools: Mapping[str, Tool]
+  titles: Mapping[str, str]
+  names: Sequence[str]
+  renamed: float
+
+  async def __call__(self, task: Task, seed: int) -> RolloutGroup | None:
+    """Demonstrates a task once.
+
+    Args:
+      task: what is demonstrated.
+      seed: decides, with the task's id, which names it is told under.
+
+    Returns:
+      One rollout, or None where the expert cannot do the task: a search does
+      not list the passage it needs.
+    """
+    random = np.random.default_rng(turn_seed(seed, task.id))
+    names = {}
+    if random.random() < self.renamed:
+      names = renaming.draw(task, self.names, random).names
+    told = renaming.Renaming(names=names)
+    other = told.task(task)
+    environment = expert.environment(
+        other,
+        team=self.team,
+        chats=self.chats,
+        protocol=self.protocol,
+        tools={name: told.tool(tool) for name, tool in self.tools.items()},
+        titles={hop.page: told(self.titles[hop.page]) for hop in task.evidence},
+    )
+    try:
+      return await rollout.run_group(
+          other, environment=environment, num_rollouts=1, seed=seed
+      )
+    except expert.LostError:
+      return None
+
+
+def _random(
+    config: ml_collections.ConfigDict,
+    team: Team,
+    book: Factbook,
+    name: str,
+    position: int,
+) -> Policy:
+  """A policy from scratch, its tokenizer learned from training places."""
+  one = config.policies[name]
+  lines = _lines(book, config.tools.max_chars)
+  model = tokenizer_lib.train_sentencepiece(
+      lines,
+      vocab_size=one.vocab_size,
+      special_tokens=compact.compact_tags(team),
+  )
+  tokenizer = tokenizer_lib.SentencePieceTokenizer(model)
+  sizes = TransformerConfig(
+      vocab_size=tokenizer.vocab_size,
+      embed_dim=one.embed_dim,
+      num_layers=one.num_layers,
+      num_heads=one.num_heads,
+      num_kv_heads=one.num_kv_heads,
+      head_dim=one.head_dim,
+      mlp_dim=one.mlp_dim,
+      rope_base=10_000.0,
+      norm_eps=1e-5,
+      tied_embeddings=True,
+      dtype="float32",
+  )
+  params = jax.jit(_init, static_argnames="config")(
+      config.seed, position, config=sizes
+  )
+  return Policy(
+      config=sizes, params=params, tokenizer=tokenizer, chat="compact"
+  )
+
+
+def _init(
+    seed: int, position: int, *, config: TransformerConfig
+) -> params_lib.Params:
+  """Draws parameters; policies of a run differ by their position."""
+  key = jax.random.fold_in(jax.random.key(seed), position)
+  return params_lib.init(key, config)
+
+
+def _lines(book: Factbook, max_chars: int) -> list[str]:
+  """Text of training places only: names, questions, passages."""
+  train = {p for p, split in book.place_splits.items() if split == "train"}
+  random = np.random.default_rng(0)
+  lines = list(factbook.training_names(book))
+  for task in book.splits["train"][::6]:
+    lines.append(task.question)
+    for hop in task.evidence:
+      lines += [hop.question, hop.query, hop.answers[0]]
+  for passage in book.corpus.passages.values():
+    own = passage.id.split("/")[0] in train
+    if own and random.random() < _TOKENIZER_SHARE:
+      lines += [passage.title, passage.text[:max_chars]]
+  return lines

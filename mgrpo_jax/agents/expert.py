@@ -1,0 +1,129 @@
+"""A scripted expert: what each role should do next, from a task's evidence.
+
+A role with child roles delegates one hop after the other; a role with tools
+searches, opens the passage where the search listed it, and reports what
+stands there. Its turns go through the same agent calls as a policy's, so what
+is imitated is what a policy would have had to write.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from mgrpo_jax.agents.actor import Moment, scripted
+from mgrpo_jax.agents.chat import Chat
+from mgrpo_jax.agents.context import Environment
+from mgrpo_jax.agents.protocol import Action, Protocol, answer
+from mgrpo_jax.agents.team import Team
+from mgrpo_jax.agents.tools import Tool
+from mgrpo_jax.types import Evidence, Task, Turn
+
+_TURN_DEADLINE = 60.0  # seconds; a scripted turn takes none
+
+
+class LostError(Exception):
+  """Raised where the evidence does not say what to do next."""
+
+
+def environment(
+    task: Task,
+    *,
+    team: Team,
+    chats: Mapping[str, Chat],
+    protocol: Protocol,
+    tools: Mapping[str, Tool],
+    titles: Mapping[str, str],
+) -> Environment:
+  """An environment in which the expert plays every role of one task.
+
+  Args:
+    task: whose evidence it follows.
+    team: the roles.
+    chats: messages to tokens, by policy.
+    protocol: how actions are written.
+    tools: by name.
+    titles: passage id to the title that a search shows, for the passages of
+      the evidence.
+
+  Returns:
+    What `rollout.run_group` takes; a rollout raises `LostError` where a
+    search does not list the passage that the evidence names.
+  """
+
+  def act(moment: Moment) -> Action:
+    return next_action(moment, task, titles)
+
+  return Environment(
+      team=team,
+      actors={
+          policy: scripted(act, chat=chat, protocol=protocol)
+          for policy, chat in chats.items()
+      },
+      tools=tools,
+      temperature=0.0,
+      turn_deadline=_TURN_DEADLINE,
+      max_attempts=1,
+  )
+
+
+def next_action(
+    moment: Moment, task: Task, titles: Mapping[str, str]
+) -> Action:
+  """Returns what the expert does next in one agent call.
+
+  Args:
+    moment: whose turn it is, what was asked, what happened so far.
+    task: the task, for its evidence.
+    titles: passage id to title.
+
+  Returns:
+    The next action.
+
+  Raises:
+    LostError: the request is no hop of the task, or the search did not list
+      the passage that holds the answer.
+  """
+  if moment.role.calls:
+    return _delegate(moment, task)
+  if moment.request == task.question:
+    return _look_up(task.evidence, task.answers[0], moment.turns, titles)
+  for hop in task.evidence:
+    if hop.question == moment.request:
+      return _look_up((hop,), hop.answers[0], moment.turns, titles)
+  raise LostError(f"{moment.request!r} is no hop of task {task.id}")
+
+
+def _delegate(moment: Moment, task: Task) -> Action:
+  """Asks the first child for each hop in turn, then answers."""
+  done = sum(turn.kind == "call" for turn in moment.turns)
+  if done == len(task.evidence):
+    return answer(task.answers[0])
+  return Action(
+      kind="call",
+      name=moment.role.calls[0],
+      arguments={"request": task.evidence[done].question},
+  )
+
+
+def _look_up(
+    hops: Sequence[Evidence],
+    report: str,
+    turns: Sequence[Turn],
+    titles: Mapping[str, str],
+) -> Action:
+  """Searches and opens the passage of each hop in turn, then answers."""
+  done = sum(turn.name == "visit" for turn in turns)
+  if done == len(hops):
+    return answer(report)
+  hop = hops[done]
+  if not turns or turns[-1].name != "search":
+    return Action(kind="tool", name="search", arguments={"query": hop.query})
+  number = _listed(titles[hop.page], turns[-1].result)
+  return Action(kind="tool", name="visit", arguments={"page": number})
+
+
+def _listed(title: str, results: str) -> str:
+  """The number under which a list of results shows a title."""
+  for line in results.splitlines():
+    number, _, shown = line.partition(" ")
+    if shown == title:
+      return number
+  raise LostError(f"the search did not list {title!r}")

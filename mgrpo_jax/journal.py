@@ -1,0 +1,240 @@
+"""What a run writes down: metrics, rollouts, checkpoints, the outcome.
+
+A checkpoint closes all steps before it. A run that resumes removes what was
+written after its checkpoint, so every step and task is there exactly once.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Self, TextIO
+
+import numpy as np
+
+from mgrpo_jax import atomic, metrics
+from mgrpo_jax.checkpoint import Checkpoint, Checkpoints
+from mgrpo_jax.learner import Step
+from mgrpo_jax.report import records
+from mgrpo_jax.report.progress import Progress
+from mgrpo_jax.report.writer import MetricsWriter
+from mgrpo_jax.rewards import Scores
+from mgrpo_jax.types import RolloutGroup, TrainState
+from mgrpo_jax.workdir import Workdir
+
+_PLAIN_EVERY = 5.0  # seconds between progress lines that are no terminal's
+_LOG = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+  """A loss or gradient was not finite; names where the batch was saved."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+  """A step whose updates were dispatched but not yet waited for.
+
+  Attributes:
+    step: its number.
+    stage: name of the curriculum's stage.
+    values: metrics known so far.
+    dispatched: updates by policy.
+  """
+
+  step: int
+  stage: str
+  values: Mapping[str, float]
+  dispatched: Mapping[str, Step]
+
+
+class Journal:
+  """Keeps the files of one run directory; a context manager."""
+
+  def __init__(
+      self,
+      workdir: Workdir,
+      *,
+      total_steps: int,
+      keep_checkpoints: int,
+      stream: TextIO,
+  ) -> None:
+    """Starts the clock and the counters.
+
+    Args:
+      workdir: the run directory, held by this process.
+      total_steps: of the whole curriculum.
+      keep_checkpoints: how many stay.
+      stream: where the progress line goes.
+    """
+    self.workdir = workdir
+    self.progress = Progress(
+        stream,
+        total_steps=total_steps,
+        every_seconds=_PLAIN_EVERY,
+        split="dev",
+    )
+    self._keep = keep_checkpoints
+    self._stack = contextlib.ExitStack()
+    self._started = time.monotonic()
+    self._carried: dict[str, float] = {}  # of the processes before this one
+    self._pending: Entry | None = None
+
+  def __enter__(self) -> Self:
+    """Opens the checkpoints and counts compilations from here on."""
+    self._compiled = self._stack.enter_context(metrics.count_compilations())
+    self._checkpoints = self._stack.enter_context(
+        Checkpoints(self.workdir.checkpoints, max_to_keep=self._keep)
+    )
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    """Closes every file."""
+    self.progress.close()
+    self._stack.close()
+
+  def restore(self, like: Mapping[str, TrainState]) -> Checkpoint | None:
+    """Reads the newest good checkpoint and drops what came after it.
+
+    Args:
+      like: states, by policy.
+
+    Returns:
+      The checkpoint; None for a new run.
+    """
+    checkpoint = self._checkpoints.restore(like)
+    last_step = checkpoint.step if checkpoint else -1
+    if checkpoint:
+      self._carried = dict(checkpoint.host["totals"])
+      for problem in checkpoint.skipped:
+        self.progress.note(f"skipped {problem}")
+    records.remove_after(self.workdir.rollouts, last_step)
+    self._writer = self._stack.enter_context(
+        MetricsWriter(self.workdir.path, last_step=last_step)
+    )
+    return checkpoint
+
+  def rollouts(
+      self,
+      step: int,
+      stage: str,
+      groups: Sequence[RolloutGroup],
+      scores: Sequence[Scores],
+      advantages: Sequence[np.ndarray],
+      pieces: records.Pieces,
+  ) -> None:
+    """Writes every token of a step's rollouts."""
+    records.write_step(
+        self.workdir.rollouts,
+        step,
+        groups,
+        rewards=[graded.records() for graded in scores],
+        advantages=advantages,
+        pieces=pieces,
+        stage=stage,
+    )
+
+  def add(self, entry: Entry) -> None:
+    """Takes a step in, and writes down the one before it.
+
+    So the device works on a step while the host waits for its predecessor's
+    metrics.
+
+    Raises:
+      NonFiniteError: the step before ended in a loss that is not finite.
+    """
+    self.flush()
+    self._pending = entry
+
+  def flush(self) -> None:
+    """Waits for the step that is still open, and writes it down."""
+    entry, self._pending = self._pending, None
+    if entry is None:
+      return
+    values = dict(entry.values)
+    for policy, step in entry.dispatched.items():
+      found = step.metrics()
+      if found.get("nonfinite"):
+        raise NonFiniteError(self._save_batch(entry.step, policy, step))
+      values |= {f"{name}/{policy}": value for name, value in found.items()}
+    totals = self.totals()
+    values["compilations"] = totals["compilations"]
+    values["compile_seconds"] = totals["compile_seconds"]
+    values["peak_rss_bytes"] = float(metrics.peak_rss_bytes())
+    self._writer.write(entry.step, entry.stage, values)
+    self.progress.update(entry.step + 1, entry.stage, values)
+
+  def save(
+      self,
+      step: int,
+      states: Mapping[str, TrainState],
+      host: Mapping[str, Any],
+  ) -> None:
+    """Writes a checkpoint behind the last step that was flushed."""
+    self.flush()
+    self._checkpoints.save(step, states, {**host, "totals": self.totals()})
+
+  def totals(self) -> dict[str, float]:
+    """What the run cost so far, earlier processes included."""
+    carried = self._carried
+    spent = time.monotonic() - self._started
+    return {
+        "seconds": carried.get("seconds", 0.0) + spent,
+        "compilations": carried.get("compilations", 0) + self._compiled.count,
+        "compile_seconds": (
+            carried.get("compile_seconds", 0.0) + self._compiled.seconds
+        ),
+    }
+
+  def summarise(self, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes `summary.json`.
+
+    Args:
+      summary: what the run says of itself; costs are added.
+
+    Returns:
+      All of it.
+    """
+    self._checkpoints.wait()
+    totals = self.totals()
+    whole = {
+        **summary,
+        "commit": commit(),
+        "seconds": round(totals["seconds"], 3),
+        "peak_rss_bytes": metrics.peak_rss_bytes(),
+        "compilations": int(totals["compilations"]),
+    }
+    atomic.write_json(self.workdir.summary, whole)
+    return whole
+
+  def _save_batch(self, step: int, policy: str, failed: Step) -> str:
+    """Keeps the batch whose loss was not finite; returns what happened."""
+    path = self.workdir.path / "nonfinite" / f"step_{step:06d}_{policy}.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        f"{number}/{field.name}": np.asarray(getattr(batch, field.name))
+        for number, batch in enumerate(failed.batches)
+        for field in dataclasses.fields(batch)
+    }
+    np.savez_compressed(path, **arrays)
+    return (
+        f"step {step}: loss or gradient of policy {policy!r} is not finite;"
+        f" the update was not made, its batch is in {path}"
+    )
+
+
+def commit() -> str:
+  """Names the commit of the code that runs; empty outside a repository."""
+  try:
+    found = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        cwd=atomic.__file__.rsplit("/", 1)[0],
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=False,
+    )
+  except (OSError, subprocess.TimeoutExpired):
+    return ""
+  return found.stdout.strip()

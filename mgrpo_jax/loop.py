@@ -1,0 +1,134 @@
+"""The training loop: seven arrows, in order.
+
+    tasks ─▶ rollout ─▶ rewards ─▶ alignment ─▶ advantages ─▶ update ─▶ publish
+
+What each arrow does stands in `run.Run`; what is written down, in
+`journal.Journal`.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from mgrpo_jax import run as run_lib
+from mgrpo_jax.evaluate import Evaluation
+from mgrpo_jax.journal import Entry, Journal
+from mgrpo_jax.metrics import Accuracy
+from mgrpo_jax.run import Run, Setup
+from mgrpo_jax.store import Store
+from mgrpo_jax.tasks import curriculum
+
+
+async def train(
+    setup: Setup, store: Store, journal: Journal
+) -> tuple[dict[str, Any], dict[str, tuple[Accuracy, Accuracy]]]:
+  """Trains a team from where its run directory stands to the end.
+
+  Args:
+    setup: the recipe.
+    store: where weights are published.
+    journal: of the run directory, entered.
+
+  Returns:
+    What `summary.json` says of tokens and accuracy, and the table before and
+    after.
+
+  Raises:
+    NonFiniteError: a loss was not finite.
+    StorageError: something could not be written.
+  """
+  total = curriculum.num_steps(setup.stages)
+  async with run_lib.open_run(setup, store) as run:
+    first, before = await _begin(run, journal)
+    for step in range(first, total):
+      await _step(run, journal, step, last=step == total - 1, before=before)
+    journal.flush()
+    after = _numbers(await run.evaluate(setup.test, "test"))
+    summary = {
+        "seed": setup.seed,
+        "steps": total,
+        "eval": {
+            "before": _overall(before).summary(),
+            "after": _overall(after).summary(),
+        },
+        "tokens": {
+            "generated": run.generated_tokens,
+            "trained": run.trained_tokens,
+        },
+    }
+    return summary, _table(before, after)
+
+
+async def _begin(
+    run: Run, journal: Journal
+) -> tuple[int, dict[str, list[int]]]:
+  """Resumes, or measures where the team starts and publishes version 0."""
+  checkpoint = journal.restore(run.states)
+  if checkpoint is not None:
+    run.resume(checkpoint.states, checkpoint.host["run"], checkpoint.step + 1)
+    run.publish(tuple(run.learners), checkpoint.step, checkpoint.step + 1)
+    return checkpoint.step + 1, checkpoint.host["before"]
+  run.publish(tuple(run.learners), -1, 0)
+  before = await run.evaluate(run.setup.test, "test")
+  return 0, _numbers(before)
+
+
+async def _step(
+    run: Run,
+    journal: Journal,
+    step: int,
+    *,
+    last: bool,
+    before: Mapping[str, list[int]],
+) -> None:
+  """One step of the curriculum."""
+  setup = run.setup
+  started = time.monotonic()
+  stage, number = curriculum.stage_at(setup.stages, step)
+  run.values = {}
+  tasks = run.take(stage)
+  groups = await run.collect(stage, tasks, step)
+  scores = run.grade(stage, groups)
+  credits = run.assign(stage, groups, scores, step)
+  dispatched = run.update(stage, number, groups, credits)
+  journal.flush()
+  run.publish(tuple(dispatched), step, step + 1)
+  journal.rollouts(
+      step, stage.name, groups, scores, credits.advantages, run.pieces
+  )
+  if last or (step + 1) % setup.evaluate_every == 0:
+    await run.evaluate(setup.dev, "dev")
+  values = run.totals(dispatched, time.monotonic() - started)
+  journal.add(
+      Entry(step=step, stage=stage.name, values=values, dispatched=dispatched)
+  )
+  if last or (step + 1) % setup.checkpoint_every == 0:
+    host = {"run": run.host_state(), "before": dict(before)}
+    journal.save(step, run.states, host)
+
+
+def _numbers(evaluation: Evaluation) -> dict[str, list[int]]:
+  """Correct answers and questions by family, as JSON."""
+  return {
+      family: [accuracy.correct, accuracy.n]
+      for family, accuracy in evaluation.by_family.items()
+  }
+
+
+def _overall(numbers: Mapping[str, list[int]]) -> Accuracy:
+  """The accuracy over all families."""
+  return Accuracy(
+      correct=sum(correct for correct, _ in numbers.values()),
+      n=sum(n for _, n in numbers.values()),
+  )
+
+
+def _table(
+    before: Mapping[str, list[int]], after: Mapping[str, list[int]]
+) -> dict[str, tuple[Accuracy, Accuracy]]:
+  """Before and after: all questions first, then by family."""
+  rows = {"all": (_overall(before), _overall(after))}
+  for family in sorted({*before, *after}):
+    pair = (before.get(family, [0, 0]), after.get(family, [0, 0]))
+    rows[family] = tuple(Accuracy(correct=c, n=n) for c, n in pair)
+  return rows

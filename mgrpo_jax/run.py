@@ -1,0 +1,539 @@
+"""A run's resources, and what each arrow of the loop does with them.
+
+`Setup` is what a recipe decides; `Run` owns what that takes while it runs:
+engines, learners, the store. `journal.Journal` keeps the run's files.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from typing import Any
+
+import numpy as np
+
+from mgrpo_jax import (
+    credit,
+    evaluate,
+    optim,
+    packing,
+    publish,
+    rewards,
+    rollout,
+    statistics,
+    update,
+)
+from mgrpo_jax.agents.actor import Actor
+from mgrpo_jax.agents.call import turn_seed
+from mgrpo_jax.agents.context import Environment
+from mgrpo_jax.agents.team import Team
+from mgrpo_jax.agents.tools import Tool
+from mgrpo_jax.evaluate import Evaluation
+from mgrpo_jax.learner import Learner, Step
+from mgrpo_jax.packing import BatchShape, Credit
+from mgrpo_jax.policy.config import Policy
+from mgrpo_jax.rewards import RewardWeights, Rules, Scores
+from mgrpo_jax.sampler.engine import Engine
+from mgrpo_jax.store import Store
+from mgrpo_jax.tasks.curriculum import Stage
+from mgrpo_jax.tasks.pipeline import TaskStream
+from mgrpo_jax.types import RolloutGroup, Task, TrainState
+
+Demonstrate = Callable[[Task, int], Coroutine[Any, Any, RolloutGroup | None]]
+
+_FINAL_FRACTION = 0.1  # of the learning rate, where a stage decays it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+  """The algorithm's choices: functions and numbers.
+
+  Attributes:
+    rules: how calls are graded.
+    reward_weights: what the components count, by role.
+    align: one of `alignment`'s strategies.
+    num_slots: D of every role but the root, which has 1.
+    advantage: one of `advantages`' normalisers.
+    policy_loss: minimised in stages that reinforce.
+    imitation_loss: minimised in stages that imitate.
+    minibatches: updates that a step's tasks are split into.
+    shape: of a micro-batch.
+    optimizer: how gradients become updates.
+    warmup_steps: updates of linear warm-up in every stage.
+  """
+
+  rules: Rules
+  reward_weights: Mapping[str, RewardWeights]
+  align: credit.Align
+  num_slots: int
+  advantage: credit.Advantage
+  policy_loss: update.PolicyLoss
+  imitation_loss: update.ImitationLoss
+  minibatches: int
+  shape: BatchShape
+  optimizer: optim.AdamW
+  warmup_steps: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampler:
+  """How rollouts are sampled.
+
+  Attributes:
+    engine: keyword arguments of every `Engine`.
+    temperature: of training rollouts, > 0.
+    evaluation_temperature: of evaluations; 0 is greedy.
+    turn_deadline: seconds a turn may take.
+    max_attempts: how often a failing call is made in all.
+    max_concurrent: rollouts in progress at the same time.
+  """
+
+  engine: Mapping[str, Any]
+  temperature: float
+  evaluation_temperature: float
+  turn_deadline: float
+  max_attempts: int
+  max_concurrent: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+  """Everything a recipe decides about a run.
+
+  Attributes:
+    seed: of task order, sampling and alignment, in [0, 2**32).
+    stages: the curriculum.
+    tasks: training tasks by name of stage.
+    dev: questions for the looks during training.
+    test: questions before and after training.
+    tasks_per_step: B.
+    rollouts_per_task: K.
+    team: the roles.
+    policies: by name, with the weights to begin with.
+    actor: makes the actor of a policy from its engine.
+    tools: by name.
+    demonstrate: plays the scripted expert on a task, with a seed; None where
+      it cannot do the task.
+    method: the algorithm.
+    sampler: how rollouts are sampled.
+    evaluate_every: steps between looks at `dev`.
+    checkpoint_every: steps between checkpoints.
+    keep_checkpoints: how many stay on disk.
+    publish_every: steps between published versions.
+    keep_versions: how many stay in the store.
+  """
+
+  seed: int
+  stages: tuple[Stage, ...]
+  tasks: Mapping[str, tuple[Task, ...]]
+  dev: tuple[Task, ...]
+  test: tuple[Task, ...]
+  tasks_per_step: int
+  rollouts_per_task: int
+  team: Team
+  policies: Mapping[str, Policy]
+  actor: Callable[[str, Engine], Actor]
+  tools: Mapping[str, Tool]
+  demonstrate: Demonstrate
+  method: Method
+  sampler: Sampler
+  evaluate_every: int
+  checkpoint_every: int
+  keep_checkpoints: int
+  publish_every: int
+  keep_versions: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Credits:
+  """What one step trains on.
+
+  Attributes:
+    by_policy: trajectories with advantage and weight.
+    advantages: for each group [M] float32, NaN where the update does not see
+      the call.
+  """
+
+  by_policy: Mapping[str, tuple[Credit, ...]]
+  advantages: tuple[np.ndarray, ...]
+
+
+class Run:
+  """Owns engines, learners and the task streams; `open_run` makes one."""
+
+  def __init__(self, setup: Setup, store: Store) -> None:
+    """Puts every policy on the device and opens the task streams.
+
+    Args:
+      setup: the recipe.
+      store: where weights are published.
+    """
+    self.setup = setup
+    self.store = store
+    self.values: dict[str, float] = {}  # metrics of the step under way
+    self.requeued: dict[str, list[str]] = {}  # stage -> ids of tasks to repeat
+    self.trained_tokens = 0
+    self.rollouts = 0
+    self.retried = 0
+    self._generated_carried = 0  # by earlier processes
+    self._generated_before = 0  # when the last step ended
+    method = setup.method
+    self.learners = {
+        name: Learner(
+            policy.config,
+            policy.params,
+            shape=method.shape,
+            optimizer=method.optimizer,
+            temperature=setup.sampler.temperature,
+            needs_reference=method.policy_loss.kl is not None,
+            seed=setup.seed,
+        )
+        for name, policy in setup.policies.items()
+    }
+    self.engines = {
+        name: Engine(
+            learner.config,
+            learner.state.params,
+            0,
+            **setup.sampler.engine,
+        )
+        for name, learner in self.learners.items()
+    }
+    self._streams = {
+        stage.name: TaskStream(setup.tasks[stage.name], seed=setup.seed)
+        for stage in setup.stages
+    }
+    self._by_id = {
+        task.id: task for tasks in setup.tasks.values() for task in tasks
+    }
+    actors = {n: setup.actor(n, e) for n, e in self.engines.items()}
+    self._training = self._environment(actors, setup.sampler.temperature)
+    self._testing = self._environment(
+        actors, setup.sampler.evaluation_temperature
+    )
+
+  def take(self, stage: Stage) -> tuple[Task, ...]:
+    """Arrow 1: the next tasks, those that are to be repeated first."""
+    waiting = self.requeued.get(stage.name, [])
+    count = self.setup.tasks_per_step
+    again, self.requeued[stage.name] = waiting[:count], waiting[count:]
+    fresh = self._streams[stage.name].take(count - len(again))
+    return (*(self._by_id[name] for name in again), *fresh)
+
+  async def collect(
+      self, stage: Stage, tasks: Sequence[Task], step: int
+  ) -> list[RolloutGroup]:
+    """Arrow 2: K rollouts a task, or a demonstration each."""
+    seed = turn_seed(self.setup.seed, "step", step)
+    with self.timed("rollout"):
+      before = self.generated_tokens
+      if stage.objective == "imitate":
+        played = [await self.setup.demonstrate(t, seed) for t in tasks]
+        groups = [group for group in played if group is not None]
+      else:
+        groups = await self._roll_out(tasks, seed)
+    sampled = self.generated_tokens - before
+    spent = max(self.values["seconds/rollout"], 1e-9)
+    self.values["tokens_per_second/rollout"] = sampled / spent
+    self.rollouts += sum(group.num_rollouts for group in groups)
+    return groups
+
+  def grade(self, stage: Stage, groups: Sequence[RolloutGroup]) -> list[Scores]:
+    """Arrow 3: rewards; tasks that a machine failed on are queued again."""
+    method = self.setup.method
+    with self.timed("reward"):
+      scores = [
+          rewards.score(g, weights=method.reward_weights, rules=method.rules)
+          for g in groups
+      ]
+    for group, graded in zip(groups, scores, strict=True):
+      if not np.all(graded.weight > 0):
+        self.requeued.setdefault(stage.name, []).append(group.task.id)
+        self.retried += 1
+    for role in self.setup.team.roles:
+      self.values |= statistics.of_role(groups, scores, role.name)
+    return scores
+
+  def assign(
+      self,
+      stage: Stage,
+      groups: Sequence[RolloutGroup],
+      scores: Sequence[Scores],
+      step: int,
+  ) -> Credits:
+    """Arrows 4 and 5: alignment, then advantages, role by role."""
+    with self.timed("align"):
+      if stage.objective == "imitate":
+        return _copied(groups, self.setup.team)
+      return self._assigned(stage, groups, scores, step)
+
+  def update(
+      self,
+      stage: Stage,
+      number: int,
+      groups: Sequence[RolloutGroup],
+      credits: Credits,
+  ) -> dict[str, Step]:
+    """Arrow 6: dispatches the updates of every policy that learns."""
+    parts = self.setup.method.minibatches
+    schedule = optim.Schedule(
+        peak=stage.learning_rate,
+        warmup_steps=self.setup.method.warmup_steps,
+        decay_steps=stage.steps * parts if stage.decay else 0,
+        final_fraction=_FINAL_FRACTION,
+    )
+    part_of = {group.task.id: b % parts for b, group in enumerate(groups)}
+    method = self.setup.method
+    objective: update.Objective = (
+        method.imitation_loss
+        if stage.objective == "imitate"
+        else method.policy_loss
+    )
+    dispatched = {}
+    for policy in sorted(stage.trained & credits.by_policy.keys()):
+      split: list[list[Credit]] = [[] for _ in range(parts)]
+      for one in credits.by_policy[policy]:
+        split[part_of[one.trajectory.task_id]].append(one)
+      learner = self.learners[policy]
+      batches = [
+          (learner.score(_with_gradient(part, objective)), packing.count(part))
+          for part in split
+      ]
+      dispatched[policy] = learner.step(
+          batches,
+          objective=objective,
+          learning_rate=optim.learning_rate(schedule, number * parts),
+      )
+      self.trained_tokens += dispatched[policy].tokens
+    return dispatched
+
+  def publish(self, policies: Sequence[str], step: int, version: int) -> None:
+    """Arrow 7: a version for the store, and for the next rollout."""
+    with self.timed("publish"):
+      for policy in policies:
+        params = self.learners[policy].state.params
+        self.engines[policy].update(params, version)
+        self.values[f"version/{policy}"] = float(version)
+        if version % self.setup.publish_every == 0:
+          publish.publish(
+              self.store,
+              policy,
+              version,
+              params,
+              keep=self.setup.keep_versions,
+              meta={"step": step},
+          )
+
+  async def evaluate(self, tasks: Sequence[Task], split: str) -> Evaluation:
+    """Asks the team held-out questions, greedily unless configured."""
+    with self.timed("evaluate"):
+      result = await evaluate.evaluate(
+          tasks,
+          environment=self._testing,
+          rules=self.setup.method.rules,
+          seed=self.setup.seed,
+          max_concurrent=self.setup.sampler.max_concurrent,
+      )
+    low, high = result.overall.interval
+    self.values |= {
+        f"accuracy/{split}": result.overall.share,
+        f"accuracy_low/{split}": low,
+        f"accuracy_high/{split}": high,
+        f"questions/{split}": float(result.overall.n),
+    }
+    return result
+
+  def pieces(self, role: str, tokens: Sequence[int]) -> list[str]:
+    """The text of each token of a role's stream."""
+    tokenizer = self.setup.policies[self.setup.team[role].policy].tokenizer
+    return [tokenizer.token_text(token) for token in tokens]
+
+  def totals(
+      self, dispatched: Mapping[str, Step], seconds: float
+  ) -> dict[str, float]:
+    """The metrics of the step, with what has been done so far.
+
+    Args:
+      dispatched: updates by policy.
+      seconds: that the step took.
+
+    Returns:
+      Metrics by name.
+    """
+    trained = sum(step.tokens for step in dispatched.values())
+    sampled = self.generated_tokens - self._generated_before
+    self._generated_before = self.generated_tokens
+    return self.values | {
+        "seconds/step": seconds,
+        "tokens_per_second/step": (trained + sampled) / max(seconds, 1e-9),
+        "generated_tokens": float(self.generated_tokens),
+        "trained_tokens": float(self.trained_tokens),
+        "rollouts": float(self.rollouts),
+        "retried": float(self.retried),
+    }
+
+  @property
+  def generated_tokens(self) -> int:
+    """Tokens sampled so far, by earlier processes of the run too."""
+    own = sum(e.stats()["generated"] for e in self.engines.values())
+    return self._generated_carried + own
+
+  @property
+  def states(self) -> dict[str, TrainState]:
+    """Of every policy."""
+    return {name: learner.state for name, learner in self.learners.items()}
+
+  def host_state(self) -> dict[str, Any]:
+    """What a checkpoint keeps beside the arrays, as JSON."""
+    return {
+        "streams": {n: s.get_state() for n, s in self._streams.items()},
+        "requeued": self.requeued,
+        "generated_tokens": self.generated_tokens,
+        "trained_tokens": self.trained_tokens,
+        "rollouts": self.rollouts,
+        "retried": self.retried,
+    }
+
+  def resume(
+      self,
+      states: Mapping[str, TrainState],
+      host: Mapping[str, Any],
+      version: int,
+  ) -> None:
+    """Continues from a checkpoint.
+
+    Args:
+      states: by policy.
+      host: what `host_state` returned.
+      version: number of the weights.
+    """
+    for name, stream in self._streams.items():
+      stream.set_state(host["streams"][name])
+    self.requeued = {k: list(v) for k, v in host["requeued"].items()}
+    self._generated_carried = host["generated_tokens"]
+    self._generated_before = self.generated_tokens
+    self.trained_tokens = host["trained_tokens"]
+    self.rollouts = host["rollouts"]
+    self.retried = host["retried"]
+    for name, state in states.items():
+      self.learners[name].state = state
+      self.engines[name].update(state.params, version)
+
+  @contextlib.contextmanager
+  def timed(self, phase: str) -> Iterator[None]:
+    """Adds the wall time of a phase to the step's metrics."""
+    started = time.monotonic()
+    try:
+      yield
+    finally:
+      name = f"seconds/{phase}"
+      spent = time.monotonic() - started
+      self.values[name] = self.values.get(name, 0.0) + spent
+
+  async def _roll_out(
+      self, tasks: Sequence[Task], seed: int
+  ) -> list[RolloutGroup]:
+    """Executes the team K times on every task."""
+    per_task = self.setup.rollouts_per_task
+    return await rollout.run_groups(
+        tasks,
+        environment=self._training,
+        num_rollouts=per_task,
+        seed=seed,
+        max_concurrent=max(1, self.setup.sampler.max_concurrent // per_task),
+    )
+
+  def _environment(
+      self, actors: Mapping[str, Actor], temperature: float
+  ) -> Environment:
+    """What agent calls share, at one temperature."""
+    sampler = self.setup.sampler
+    return Environment(
+        team=self.setup.team,
+        actors=actors,
+        tools=self.setup.tools,
+        temperature=temperature,
+        turn_deadline=sampler.turn_deadline,
+        max_attempts=sampler.max_attempts,
+    )
+
+  def _assigned(
+      self,
+      stage: Stage,
+      groups: Sequence[RolloutGroup],
+      scores: Sequence[Scores],
+      step: int,
+  ) -> Credits:
+    """Aligns and compares the calls of every role whose policy learns."""
+    gains = tuple(np.full(len(g.trajectories), np.nan) for g in groups)
+    by_policy: dict[str, tuple[Credit, ...]] = {}
+    method, team = self.setup.method, self.setup.team
+    for position, role in enumerate(team.roles):
+      if role.policy not in stage.trained or not role.trainable:
+        continue
+      calls = rewards.by_role(
+          groups, scores, role=role.name, max_calls=team.most_calls(role.name)
+      )
+      assignment = credit.assign(
+          calls,
+          align=method.align,
+          advantage=method.advantage,
+          num_slots=1 if role.name == team.root else method.num_slots,
+          seed=turn_seed(self.setup.seed, "align", step, position) % 2**32,
+      )
+      credit.scatter(assignment, calls, gains)
+      self.values |= statistics.of_alignment(
+          role.name, assignment.alignment, assignment.rewards
+      )
+      earlier = by_policy.get(role.policy, ())
+      by_policy[role.policy] = (*earlier, *assignment.credits)
+    return Credits(by_policy=by_policy, advantages=gains)
+
+
+@contextlib.asynccontextmanager
+async def open_run(setup: Setup, store: Store) -> AsyncIterator[Run]:
+  """Starts the engines of a run, and stops them.
+
+  Args:
+    setup: the recipe.
+    store: where weights are published.
+
+  Yields:
+    The run.
+  """
+  run = Run(setup, store)
+  async with contextlib.AsyncExitStack() as stack:
+    for engine in run.engines.values():
+      await stack.enter_async_context(engine)
+    yield run
+
+
+def _copied(groups: Sequence[RolloutGroup], team: Team) -> Credits:
+  """Every call of a demonstration counts once; nothing is compared."""
+  by_policy: dict[str, list[Credit]] = {}
+  for group in groups:
+    for trajectory in group.trajectories:
+      policy = team[trajectory.role].policy
+      by_policy.setdefault(policy, []).append(
+          Credit(trajectory=trajectory, advantage=0.0, weight=1.0)
+      )
+  return Credits(
+      by_policy={name: tuple(part) for name, part in by_policy.items()},
+      advantages=tuple(np.full(len(g.trajectories), np.nan) for g in groups),
+  )
+
+
+def _with_gradient(
+    credits: Sequence[Credit], objective: update.Objective
+) -> list[Credit]:
+  """Leaves out what cannot move the policy; denominators still count it."""
+  if isinstance(objective, update.PolicyLoss) and objective.kl is None:
+    return [one for one in credits if one.advantage != 0]
+  return list(credits)

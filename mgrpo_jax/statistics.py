@@ -1,0 +1,118 @@
+"""What a step's rollouts say about each role, as metrics."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mgrpo_jax.packing import Credit
+from mgrpo_jax.rewards import Scores
+from mgrpo_jax.types import Alignment, RolloutGroup, Status
+
+_ENDINGS = {
+    "completed": Status.COMPLETED,
+    "truncated": Status.TRUNCATED,
+    "malformed": Status.MALFORMED,
+}
+
+
+def of_role(
+    groups: Sequence[RolloutGroup], scores: Sequence[Scores], role: str
+) -> dict[str, float]:
+  """Averages over the calls of one role that did not fail.
+
+  Args:
+    groups: of a step.
+    scores: of the groups.
+    role: its name.
+
+  Returns:
+    Metrics by name; those of rewards are missing where nothing counted.
+  """
+  calls = [t for group in groups for t in group.trajectories if t.role == role]
+  rollouts = sum(group.num_rollouts for group in groups)
+  failed = sum(t.status == Status.FAILED for t in calls)
+  values = {
+      f"calls/{role}": len(calls) / max(rollouts, 1),
+      f"failed/{role}": float(failed),
+  }
+  done = [t for t in calls if t.status != Status.FAILED]
+  if not done:
+    return values
+  values[f"turns/{role}"] = float(np.mean([len(t.turns) for t in done]))
+  values[f"sampled/{role}"] = float(np.mean([t.loss_mask.sum() for t in done]))
+  for name, status in _ENDINGS.items():
+    share = np.mean([t.status == status for t in done])
+    values[f"{name}/{role}"] = float(share)
+  return values | _rewards(groups, scores, role)
+
+
+def of_alignment(
+    role: str,
+    alignment: Alignment,
+    rewards: np.ndarray,
+) -> dict[str, float]:
+  """Says what the alignment dropped and how rewards spread within groups.
+
+  Args:
+    role: its name.
+    alignment: of one role's calls.
+    rewards: [B, K, D] float32, of the aligned slots.
+
+  Returns:
+    `dropped`, `spread` and `flat_groups` of the role.
+  """
+  weight = np.asarray(alignment.weight, np.float64)
+  num_calls = np.asarray(alignment.num_calls)
+  num_slots = weight.shape[-1]
+  groups = [
+      (weight[b].ravel(), np.asarray(rewards)[b].ravel())
+      for b in range(len(weight))
+  ]
+  spreads = np.array([_spread(w, r) for w, r in groups if w.sum() > 0])
+  return {
+      f"dropped/{role}": float(np.maximum(num_calls - num_slots, 0).sum()),
+      f"spread/{role}": float(spreads.mean()) if spreads.size else 0.0,
+      f"flat_groups/{role}": (
+          float((spreads < _FLAT).mean()) if spreads.size else 1.0
+      ),
+  }
+
+
+def staleness(credits: Sequence[Credit], version: int) -> float:
+  """Computes the largest age of a trained token, in versions.
+
+  Args:
+    credits: what is trained on.
+    version: of the weights that are being trained.
+
+  Returns:
+    0 where everything was sampled from the newest version.
+  """
+  oldest = min((c.trajectory.version_min for c in credits), default=version)
+  return float(max(version - oldest, 0))
+
+
+_FLAT = 1e-6  # rewards are float32 of order 1: below it they are equal
+
+
+def _spread(weight: np.ndarray, rewards: np.ndarray) -> float:
+  """Weighted population standard deviation."""
+  mean = np.average(rewards, weights=weight)
+  return float(np.sqrt(np.average((rewards - mean) ** 2, weights=weight)))
+
+
+def _rewards(
+    groups: Sequence[RolloutGroup], scores: Sequence[Scores], role: str
+) -> Mapping[str, float]:
+  """Mean reward components of a role's calls that count."""
+  rows = [
+      (graded.total[m], graded.format[m], graded.correct[m], graded.expert[m])
+      for group, graded in zip(groups, scores, strict=True)
+      for m, trajectory in enumerate(group.trajectories)
+      if trajectory.role == role and graded.weight[m] > 0
+  ]
+  if not rows:
+    return {}
+  names = ("reward", "format", "correct", "expert")
+  means = np.mean(np.array(rows, np.float64), axis=0)
+  return {f"{n}/{role}": float(v) for n, v in zip(names, means, strict=True)}

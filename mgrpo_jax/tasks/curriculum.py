@@ -1,0 +1,75 @@
+"""Stages of a run: imitation first, then easy tasks, then hard ones."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+  """One stretch of a run.
+
+  Attributes:
+    name: shown in the progress line and in metrics.
+    objective: `imitate` the scripted expert, or `reinforce`.
+    steps: how many steps it lasts, >= 0.
+    families: of the questions it draws from, `Task.meta['family']`; empty
+      for all.
+    trained: names of the policies that learn; the others are frozen.
+    learning_rate: peak, > 0.
+    decay: whether the rate falls along a cosine to a tenth over the stage.
+
+  Raises:
+    ValueError: naming the field that is out of range.
+  """
+
+  name: str
+  objective: Literal["imitate", "reinforce"]
+  steps: int
+  families: tuple[str, ...]
+  trained: frozenset[str]
+  learning_rate: float
+  decay: bool
+
+  def __post_init__(self) -> None:
+    """Checks every field."""
+    if self.objective not in ("imitate", "reinforce"):
+      raise ValueError(
+          f"stage {self.name!r}: objective must be 'imitate' or 'reinforce',"
+          f" got {self.objective!r}"
+      )
+    if self.steps < 0:
+      raise ValueError(
+          f"stage {self.name!r}: steps must be >= 0, got {self.steps}"
+      )
+    if not self.learning_rate > 0:
+      raise ValueError(
+          f"stage {self.name!r}: learning_rate must be > 0, got"
+          f" {self.learning_rate}"
+      )
+
+
+def num_steps(stages: Sequence[Stage]) -> int:
+  """Returns how many steps the whole curriculum lasts."""
+  return sum(stage.steps for stage in stages)
+
+
+def stage_at(stages: Sequence[Stage], step: int) -> tuple[Stage, int]:
+  """Finds the stage that a step belongs to.
+
+  Args:
+    stages: in order.
+    step: 0 .. num_steps(stages) - 1.
+
+  Returns:
+    The stage, and the step's number within it, from 0.
+
+  Raises:
+    ValueError: where no stage has such a step.
+  """
+  begin = 0
+  for stage in stages:
+    if begin <= step < begin + stage.steps:
+      return stage, step - begin
+    begin += stage.steps
+  raise ValueError(f"step must be in [0, {begin}), got {step}")

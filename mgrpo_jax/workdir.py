@@ -1,0 +1,159 @@
+"""A run's directory: who may use it, and for which configuration.
+
+config.json  metrics.jsonl  tensorboard/  rollouts/  checkpoints/
+bucket/  policies/  report/  summary.json
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mgrpo_jax import atomic
+
+CONFIG_FILE = "config.json"
+SUMMARY_FILE = "summary.json"
+_LOCK_FILE = ".lock"
+_MAX_SHOWN = 5  # differences listed in the error
+
+
+class ConfigMismatchError(ValueError):
+  """The directory belongs to a run with another configuration."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+  """The paths of a run.
+
+  Attributes:
+    path: the directory.
+  """
+
+  path: pathlib.Path
+
+  @property
+  def rollouts(self) -> pathlib.Path:
+    """One file of rollout records a step."""
+    return self.path / "rollouts"
+
+  @property
+  def checkpoints(self) -> pathlib.Path:
+    """What a run resumes from."""
+    return self.path / "checkpoints"
+
+  @property
+  def bucket(self) -> pathlib.Path:
+    """Where the store lies unless the configuration names another one."""
+    return self.path / "bucket"
+
+  @property
+  def policies(self) -> pathlib.Path:
+    """The trained policies, as `policy.load` reads them."""
+    return self.path / "policies"
+
+  @property
+  def summary(self) -> pathlib.Path:
+    """The outcome of the run."""
+    return self.path / SUMMARY_FILE
+
+  def read_config(self) -> dict[str, Any]:
+    """Reads the configuration the run was started with.
+
+    Returns:
+      Nested dictionaries of JSON values.
+
+    Raises:
+      StorageError: there is none or it cannot be read.
+    """
+    config = atomic.read_json(self.path / CONFIG_FILE)
+    if not isinstance(config, dict):
+      raise atomic.CorruptError(f"{self.path / CONFIG_FILE}: not an object")
+    return config
+
+
+@contextlib.contextmanager
+def hold(
+    path: str | os.PathLike[str], config: Mapping[str, Any]
+) -> Iterator[Workdir]:
+  """Takes a directory for a run, new or resumed.
+
+  Args:
+    path: made where it is missing.
+    config: nested dictionaries of JSON values; written into a new directory,
+      compared with what an old one holds.
+
+  Yields:
+    The directory, locked against other processes.
+
+  Raises:
+    ConfigMismatchError: it belongs to another run; lists the differences.
+    StorageError: it cannot be used.
+  """
+  directory = Workdir(pathlib.Path(path))
+  _check_ours(directory)
+  with atomic.exclusive(directory.path / _LOCK_FILE):
+    atomic.sweep(directory.path)
+    if (directory.path / CONFIG_FILE).exists():
+      _compare(directory, config)
+    else:
+      atomic.write_json(directory.path / CONFIG_FILE, dict(config))
+    yield directory
+
+
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> list[str]:
+  """Lists in which keys two configurations differ.
+
+  Args:
+    old: nested dictionaries.
+    new: nested dictionaries.
+    prefix: of the keys, dotted.
+
+  Returns:
+    One entry a key, `loss.clip_low: 0.2 -> 0.3`, in order of the keys.
+  """
+  found: list[str] = []
+  for key in sorted({*old, *new}):
+    name = f"{prefix}{key}"
+    before, after = old.get(key), new.get(key)
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+      found += differences(before, after, f"{name}.")
+    elif key not in old:
+      found.append(f"{name}: absent -> {after!r}")
+    elif key not in new:
+      found.append(f"{name}: {before!r} -> absent")
+    elif before != after:
+      found.append(f"{name}: {before!r} -> {after!r}")
+  return found
+
+
+def _check_ours(directory: Workdir) -> None:
+  """Raises where a directory with other things in it would be written to."""
+  path = directory.path
+  try:
+    entries = sorted(p.name for p in path.iterdir()) if path.exists() else []
+  except OSError as error:
+    raise atomic.StorageError(
+        f"workdir {path}: {atomic.reason(error)}"
+    ) from error
+  if entries and entries != [_LOCK_FILE] and CONFIG_FILE not in entries:
+    raise atomic.StorageError(
+        f"workdir {path} is not empty and holds no {CONFIG_FILE}; give an empty"
+        " directory or that of a run"
+    )
+
+
+def _compare(directory: Workdir, config: Mapping[str, Any]) -> None:
+  """Raises unless the directory belongs to this configuration."""
+  found = differences(directory.read_config(), config)
+  if found:
+    shown = "; ".join(found[:_MAX_SHOWN])
+    more = len(found) - _MAX_SHOWN
+    rest = f"; and {more} more" if more > 0 else ""
+    raise ConfigMismatchError(
+        f"workdir {directory.path} belongs to a run with another config:"
+        f" {shown}{rest}; give another --workdir"
+    )
