@@ -71,7 +71,8 @@ METRICS: Mapping[str, Metric] = dict((
     _metric("expert", "role", "1", "higher",
             "mean grade of the call itself by the expert"),
     # Calls and how they ended.
-    _metric("calls", "role", "calls", "", "mean calls in a rollout"),
+    _metric("calls", "role", "calls per rollout", "",
+            "mean calls in a rollout"),
     _metric("turns", "role", "turns", "", "mean turns of a call"),
     _metric("sampled", "role", "tokens", "", "mean sampled tokens of a call"),
     _metric("completed", "role", "1", "higher", "share that answered"),

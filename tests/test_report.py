@@ -13,8 +13,8 @@ from mgrpo_jax.metrics import Accuracy
 from mgrpo_jax.report import progress, records
 
 HOSTILE = (
-    "</script><script>alert(1)</script>",
-    "<!--<img src=x onerror=alert(1)>-->",
+    "</script><script>document.title='owned'</script>",
+    "<!--<img src=x onerror=document.title='owned'>-->",
     "\"quotes' & `ticks` \\ \u2028\u2029",
     "\u202eright to left\u202c\u2066isolated\u2069",
     "null\x00bell\x07escape\x1b[31m",

@@ -48,7 +48,7 @@ CHARTS = (
     Chart(name="accuracy", title="Held-out accuracy", families=("accuracy",)),
     Chart(
         name="calls",
-        title="Calls per rollout",
+        title="Delegation",
         families=("calls",),
         smooth=True,
     ),
@@ -62,6 +62,7 @@ CHARTS = (
         name="kl",
         title="KL within a step, from the reference dashed",
         families=("old_kl", "kl"),
+        smooth=True,
     ),
     Chart(
         name="clip_fraction",
@@ -308,7 +309,7 @@ def _series(
       dashed=dashed,
       steps=steps,
       values=values,
-      smoothed=_moving_mean(values) if chart.smooth else values,
+      smoothed=_moving_mean(values, steps, rows) if chart.smooth else values,
       low=low if has_interval else None,
       high=high if has_interval else None,
   )
@@ -332,10 +333,16 @@ def _thin(points: np.ndarray) -> np.ndarray:
   return np.stack([chunk.mean(axis=0) for chunk in bins])
 
 
-def _moving_mean(values: np.ndarray) -> np.ndarray:
-  """Centred mean over a twelfth of the series, narrower at its ends."""
-  half = int(len(values) * SMOOTHING / 2)
-  total = np.concatenate([[0.0], np.cumsum(values)])
+def _moving_mean(
+    values: np.ndarray, steps: np.ndarray, rows: Sequence[Mapping[str, Any]]
+) -> np.ndarray:
+  """Centred mean over a twelfth of the series, never across stages."""
+  half = max(1, int(len(values) * SMOOTHING / 2))
+  starts = [stage.first for stage in stages(rows)]
+  bounds = np.append(np.searchsorted(steps, starts), len(values))
+  stage_of = np.searchsorted(bounds, np.arange(len(values)), side="right") - 1
   at = np.arange(len(values))
-  reach = np.minimum(half, np.minimum(at, at[::-1]))
-  return (total[at + reach + 1] - total[at - reach]) / (2 * reach + 1)
+  first = np.maximum(at - half, bounds[stage_of])
+  last = np.minimum(at + half + 1, bounds[stage_of + 1])
+  total = np.concatenate([[0.0], np.cumsum(values)])
+  return (total[last] - total[first]) / (last - first)

@@ -192,7 +192,7 @@ def _header(
     yield f'<p class="lead">Not finished; last step recorded: {last}.</p>'
   if scores:
     yield svg.intervals(scores)
-    yield '<p class="hint">Bars: 95% Wilson intervals.</p>'
+    yield '<p class="hint">with 95% Wilson intervals</p>'
   yield '<dl class="facts">'
   for name, value in _facts(config, summary, rows):
     yield f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"

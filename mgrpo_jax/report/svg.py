@@ -205,7 +205,7 @@ def _band(line: curves.Series, scale: _Scale) -> str:
 
 
 def _labels(lines: Sequence[curves.Series], scale: _Scale) -> list[str]:
-  """Names of the lines at their right ends, moved apart where they meet."""
+  """Names of the lines where they end, moved apart where they would meet."""
   solid = [line for line in lines if not line.dashed] or list(lines)
   ends = sorted(
       ((float(scale.y(line.smoothed[-1])), line) for line in solid),
@@ -216,7 +216,8 @@ def _labels(lines: Sequence[curves.Series], scale: _Scale) -> list[str]:
     places.append(max(y, places[-1] + _LABEL_GAP) if places else y)
   excess = max(0.0, places[-1] - (HEIGHT - BOTTOM))
   return [
-      f'<text class="label c{line.colour % PALETTE}" x="{WIDTH - RIGHT + 7}"'
+      f'<text class="label c{line.colour % PALETTE}"'
+      f' x="{scale.x(line.steps[-1]) + 7:.1f}"'
       f' y="{place - excess + 4:.1f}">{escape(line.label[:14])}</text>'
       for place, (_, line) in zip(places, ends, strict=True)
   ]
