@@ -121,6 +121,19 @@ def unit_scaled(
   return scaled, jnp.where(spreads, spread, 0.0), spreads
 
 
+def tree_norm(tree: object) -> Float[Array, ""]:
+  """Computes the Euclidean norm of all leaves together.
+
+  Args:
+    tree: pytree of float32 arrays.
+
+  Returns:
+    The square root of the sum of all squares.
+  """
+  squares = [jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)]
+  return jnp.sqrt(sum(squares, start=jnp.zeros((), jnp.float32)))
+
+
 def tree_where(condition: Bool[Array, ""], chosen: Tree, other: Tree) -> Tree:
   """Selects one of two equal pytrees.
 

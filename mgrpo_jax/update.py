@@ -285,7 +285,7 @@ def apply(
     The new state, or the old one unchanged with metric `nonfinite` 1; and
     `loss`, `gradient_norm`, `update_norm`, `param_norm`, `learning_rate`.
   """
-  norm = optax.global_norm(gradient.grads)
+  norm = numerics.tree_norm(gradient.grads)
   finite = jnp.isfinite(gradient.loss) & jnp.isfinite(norm)
   directions, opt_state = optimizer.update(
       gradient.grads, state.opt_state, state.params
@@ -300,8 +300,8 @@ def apply(
   metrics = {
       "loss": gradient.loss,
       "gradient_norm": norm,
-      "update_norm": jnp.where(finite, optax.global_norm(updates), 0.0),
-      "param_norm": optax.global_norm(state.params),
+      "update_norm": jnp.where(finite, numerics.tree_norm(updates), 0.0),
+      "param_norm": numerics.tree_norm(state.params),
       "learning_rate": learning_rate,
       "nonfinite": 1.0 - finite.astype(jnp.float32),
   }

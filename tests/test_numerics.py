@@ -71,6 +71,11 @@ def test_equal_values_rounded_differently_have_no_spread(scale):
     assert bool(spreads[0, 0]) is expected
 
 
+def test_tree_norm_is_the_norm_of_everything():
+  tree = {"a": np.array([[3.0]], np.float32), "b": np.array([4.0], np.float32)}
+  assert jax.jit(numerics.tree_norm)(tree) == 5.0
+
+
 def test_tree_where_chooses_every_leaf():
   chosen, other = {"a": np.ones(2)}, {"a": np.zeros(2)}
   choose = jax.jit(numerics.tree_where)
