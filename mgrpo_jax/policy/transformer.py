@@ -72,7 +72,7 @@ def embed(
 
   Args:
     params: weights.
-    tokens: ids; one that is not below V gives NaN.
+    tokens: ids; one outside 0..V-1 gives NaN, which nothing hides.
     config: sizes.
 
   Returns:
@@ -82,7 +82,10 @@ def embed(
       params.embedding.astype(config.dtype), "vocab", "hidden"
   )
   return table.at[tokens].get(
-      out_sharding=sharding.out("batch", "length", "hidden")
+      mode="fill",
+      fill_value=jnp.nan,
+      wrap_negative_indices=False,
+      out_sharding=sharding.out("batch", "length", "hidden"),
   )
 
 

@@ -1,0 +1,152 @@
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import transformer as oracle
+
+from mgrpo_jax.policy import logprobs, transformer
+
+CFG = tiny_llama.config(num_layers=1)
+ROWS = ((5, 1, 7), (13, 2), ())
+LENGTH = 17
+CHUNK = 5  # does not divide the length
+# float32 against float64: log-probabilities of size 5, some hundred roundings.
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+def rows(seed=0):
+  return tiny_llama.packed_rows(ROWS, LENGTH, CFG, seed)
+
+
+@functools.cache
+def scorer(function, chunk_size=CHUNK):
+  return jax.jit(functools.partial(function, config=CFG, chunk_size=chunk_size))
+
+
+def score(function, batch, *, temperature, chunk_size=CHUNK):
+  values = scorer(function, chunk_size)(
+      tiny_llama.weights(CFG), *batch, temperature=np.float32(temperature)
+  )
+  return jax.tree.map(np.asarray, values)
+
+
+def expected(batch, temperature):
+  weights = tiny_llama.oracle_weights(tiny_llama.weights(CFG), CFG)
+  logits = oracle.packed_logits(weights, *batch, CFG.rope_base, CFG.norm_eps)
+  return oracle.token_logprobs(logits, batch[0], batch[2], temperature)
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.integers(0, 99), st.sampled_from([0.3, 1.0, 2.5]))
+def test_equals_the_oracle(seed, temperature):
+  batch = rows(seed)
+  values, entropies = expected(batch, temperature)
+  alone = score(logprobs.token_logprobs, batch, temperature=temperature)
+  both = score(
+      logprobs.token_logprobs_and_entropy, batch, temperature=temperature
+  )
+  np.testing.assert_allclose(alone, values, **CLOSE)
+  np.testing.assert_allclose(both[0], values, **CLOSE)
+  np.testing.assert_allclose(both[1], entropies, **CLOSE)
+
+
+def test_zero_exactly_where_nothing_is_predicted():
+  batch = rows()
+  values = score(logprobs.token_logprobs, batch, temperature=1.0)
+  starts = batch[1] == 0  # of segments; padding has position 0 as well
+  np.testing.assert_array_equal(values == 0, starts)
+  np.testing.assert_array_equal(logprobs.has_past(batch[2]), ~starts)
+
+
+@pytest.mark.parametrize("chunk_size", (1, LENGTH, 1000))
+def test_chunk_size_changes_nothing(chunk_size):
+  batch = rows()
+  values = score(logprobs.token_logprobs, batch, temperature=1.0)
+  other = score(
+      logprobs.token_logprobs, batch, temperature=1.0, chunk_size=chunk_size
+  )
+  np.testing.assert_allclose(values, other, **CLOSE)
+
+
+def total(tree, batch, chunk_size=CHUNK):
+  """A loss with a weight of its own on every token."""
+  values = logprobs.token_logprobs(
+      tree, *batch, config=CFG, temperature=0.7, chunk_size=chunk_size
+  )
+  return jnp.sum(values * np.cos(np.arange(LENGTH, dtype=np.float32))[None])
+
+
+def total_at_once(tree, batch):
+  """The same from all logits."""
+  tokens, _, segments = batch
+  logits = transformer.apply(tree, *batch, config=CFG)
+  logps = jax.nn.log_softmax(logits[:, :-1] / 0.7)
+  values = jnp.take_along_axis(logps, tokens[:, 1:, None], axis=-1)[..., 0]
+  same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+  weights = np.cos(np.arange(1, LENGTH, dtype=np.float32))[None]
+  return jnp.sum(jnp.where(same, values * weights, 0.0))
+
+
+gradient = jax.jit(jax.grad(total))
+
+
+def test_gradient_equals_that_of_all_logits_at_once():
+  tree, batch = tiny_llama.weights(CFG), rows()
+  reference = jax.jit(jax.grad(total_at_once))(tree, batch)
+  for actual, wanted in zip(
+      jax.tree.leaves(gradient(tree, batch)),
+      jax.tree.leaves(reference),
+      strict=True,
+  ):
+    # Two float32 programs that sum some 40 terms in different orders.
+    np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(-(2**31), 2**31 - 1), st.integers(-(2**31), 2**31 - 1))
+def test_padding_reaches_no_gradient(token, position):
+  tree, batch = tiny_llama.weights(CFG), rows()
+  real = batch[2] > 0
+  garbage = (
+      np.where(real, batch[0], np.int32(token)),
+      np.where(real, batch[1], np.int32(position)),
+      batch[2],
+  )
+  jax.tree.map(
+      np.testing.assert_array_equal,
+      gradient(tree, batch),
+      gradient(tree, garbage),
+  )
+
+
+def largest_logits(function, *args):
+  """Elements of the largest array with a vocabulary axis, by compiler view."""
+  program = jax.jit(function).lower(*args)
+  text = program.as_text(debug_info=False) + program.compile().as_text()
+  shapes = re.findall(r"tensor<([\dx]+)xf32>", text)
+  shapes = [shape.split("x") for shape in shapes]
+  shapes += [shape.split(",") for shape in re.findall(r"f32\[([\d,]+)\]", text)]
+  sizes = [
+      np.prod([int(size) for size in shape])
+      for shape in shapes
+      if str(CFG.vocab_size) in shape
+  ]
+  return max(sizes)
+
+
+def test_all_logits_never_exist():
+  tree, batch = tiny_llama.weights(CFG), rows()
+  everything = len(ROWS) * LENGTH * CFG.vocab_size
+  chunk = len(ROWS) * CHUNK * CFG.vocab_size
+  assert largest_logits(total, tree, batch) == chunk
+  assert largest_logits(jax.value_and_grad(total), tree, batch) == chunk
+  # The search does find them where they do exist.
+  assert largest_logits(jax.grad(total_at_once), tree, batch) >= (
+      everything - len(ROWS) * CFG.vocab_size
+  )
