@@ -190,14 +190,11 @@ class _Call:
   async def run(self) -> Status:
     """Turn after turn until there is an answer or a budget runs out."""
     chat, protocol = self.actor.chat, self.actor.protocol
-    system = self.environment.system(self.role)
-    self.stream.add_context(chat.open(system, self.request))
     verdict = Status.TRUNCATED
+    if not self._open():
+      return verdict
     for number in range(self.role.max_turns):
-      room = self.role.max_context - len(self.stream)
-      if room < 1:
-        return verdict
-      completion = await self._sample(room)
+      completion = await self._sample()
       utterance = chat.read(completion.tokens.tolist())
       action = protocol.parse(utterance, self.functions)
       if isinstance(action, Action) and action.kind == "answer":
@@ -211,8 +208,19 @@ class _Call:
         return verdict
     return verdict
 
-  async def _sample(self, room: int) -> Completion:
+  def _open(self) -> bool:
+    """Begins the stream; False where the request leaves no room for a turn."""
+    system = self.environment.system(self.role)
+    prompt = self.actor.chat.open(system, self.request)
+    self.stream.add_context(prompt[: self.role.max_context])
+    if len(prompt) < self.role.max_context:
+      return True
+    self.environment.counters["long_requests"] += 1
+    return False
+
+  async def _sample(self) -> Completion:
     """Samples the next turn into the stream."""
+    room = self.role.max_context - len(self.stream)
     identity = (self.context.seed, *self.identity, len(self.turns))
     moment = Moment(
         role=self.role,

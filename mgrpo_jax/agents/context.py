@@ -25,7 +25,8 @@ class Environment:
     max_attempts: how often a FAILED call is made in all.
     counters: events since the start (`calls`, `turns`, `retries`, `failed`,
       `malformed_turns`, `cut_turns`, `refused_calls`, `tool_errors`,
-      `tool_timeouts`, `cut_results`); kept up to date in place.
+      `tool_timeouts`, `cut_results`, `long_requests`); kept up to date in
+      place.
   """
 
   team: Team
@@ -39,7 +40,7 @@ class Environment:
   )
 
   def __post_init__(self) -> None:
-    """Checks that all names are known and every system message renders."""
+    """Checks that all names are known and every prompt fits."""
     lost = sorted(set(self.team.policies) - set(self.actors))
     if lost:
       raise ValueError(f"actors: none for the policies {lost}")
@@ -50,13 +51,23 @@ class Environment:
             f"role {role.name!r}: tools names unknown tools {unknown}; there "
             f"are {sorted(self.tools)}"
         )
-      self.system(role)
+      self._check_prompt(role)
     if self.turn_deadline <= 0:
       raise ValueError(f"turn_deadline: is {self.turn_deadline}, must be > 0")
     if self.max_attempts < 1:
       raise ValueError(f"max_attempts: is {self.max_attempts}, must be >= 1")
     if self.temperature < 0:
       raise ValueError(f"temperature: is {self.temperature}, must be >= 0")
+
+  def _check_prompt(self, role: Role) -> None:
+    """Raises where a role's own prompt leaves no room to say anything."""
+    chat = self.actors[role.policy].chat
+    length = len(chat.open(self.system(role), ""))
+    if length >= role.max_context:
+      raise ValueError(
+          f"role {role.name!r}: max_context is {role.max_context}, its prompt "
+          f"alone takes {length} tokens"
+      )
 
   def functions(self, role: Role) -> dict[str, Function]:
     """What a role may address, by name: its tools, then its child roles."""

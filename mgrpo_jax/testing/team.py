@@ -1,5 +1,6 @@
 """A team of two over the small corpus, without a model."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -70,13 +71,18 @@ def chat_of(protocol: Protocol, team: Team) -> Chat:
   return chatml(tokenizer(team), default_system="")
 
 
+@functools.cache
+def _index() -> SearchIndex:
+  """The small corpus, indexed once."""
+  return SearchIndex(corpus.passages(), title_weight=3, cache_size=100)
+
+
 def small_tools(*, max_chars: int = 80) -> dict[str, Tool]:
   """`search`, `visit` and `calculate` over the small corpus."""
   passages = corpus.passages()
-  index = SearchIndex(passages, title_weight=3, cache_size=100)
   limits: Mapping[str, Any] = {"deadline": 5.0, "max_chars": max_chars}
   tools = (
-      search(index, num_results=3, **limits),
+      search(_index(), num_results=3, **limits),
       visit(passages, **limits),
       calculate(**limits),
   )
