@@ -79,7 +79,7 @@ def embed(
     The residual stream before the first layer, in `config.dtype`.
   """
   table = sharding.constrain(
-      params.embedding.astype(config.dtype), "vocab", "hidden"
+      jnp.asarray(params.embedding, config.dtype), "vocab", "hidden"
   )
   return table.at[tokens].get(
       mode="fill",
@@ -242,7 +242,7 @@ def logits(
   return jnp.einsum(
       "nte,ve->ntv" if config.tied_embeddings else "nte,ev->ntv",
       hidden,
-      kernel.astype(config.dtype),
+      jnp.asarray(kernel, config.dtype),
       preferred_element_type=jnp.float32,
       out_sharding=sharding.out("batch", "length", "vocab"),
   )
@@ -267,7 +267,7 @@ def rms_norm(
   wide = x.astype(jnp.float32)
   mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
   normed = wide * jax.lax.rsqrt(mean_square + config.norm_eps)
-  return normed.astype(x.dtype) * scale.astype(x.dtype).reshape(
+  return normed.astype(x.dtype) * jnp.asarray(scale, x.dtype).reshape(
       (1,) * (x.ndim - 1) + (-1,)
   )
 
@@ -297,4 +297,4 @@ def _weight(
     value: Float[Array, "*shape"], *axes: str, config: TransformerConfig
 ) -> Float[Array, "*shape"]:
   """Casts a parameter for compute, then gathers its fully sharded axis."""
-  return sharding.gather(value.astype(config.dtype), *axes)
+  return sharding.gather(jnp.asarray(value, config.dtype), *axes)
