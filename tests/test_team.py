@@ -106,3 +106,17 @@ def test_wrong_roles_are_refused(changes, message):
 def test_roles_are_frozen():
   with pytest.raises(dataclasses.FrozenInstanceError):
     small_team().roles[0].name = "x"
+
+
+def test_most_calls_multiplies_down_the_tree():
+  team = Team(
+      roles=(
+          role("main", calls=("a", "b"), max_calls=3),
+          role("a", calls=("c",), max_calls=2),
+          role("b", calls=("c",), max_calls=4),
+          role("c"),
+      ),
+      root="main",
+  )
+  calls = {r.name: team.most_calls(r.name) for r in team.roles}
+  assert calls == {"main": 1, "a": 3, "b": 3, "c": 3 * 2 + 3 * 4}
