@@ -123,11 +123,12 @@ class PolicyLoss:
     Returns:
       The loss and the tally.
     """
-    mask = batch.loss_mask
+    mask = jnp.where(batch.weight[:, None] > 0, batch.loss_mask, 0.0)
     now = numerics.masked(logprobs, mask)
     old = numerics.masked(batch.old_logprobs, mask)
     sampler = numerics.masked(batch.sampler_logprobs, mask)
-    advantages = batch.advantage[:, None] + jnp.zeros_like(mask)
+    gains = numerics.masked(batch.advantage, batch.weight)
+    advantages = gains[:, None] + jnp.zeros_like(mask)
     ratio = self.ratio(now, old, mask)
     objective = losses.clipped_surrogate(
         ratio, advantages, clip_low=self.clip_low, clip_high=self.clip_high
