@@ -43,7 +43,7 @@ TINY = config_lib.TransformerConfig(
 )
 UNTIED = dataclasses.replace(TINY, tied_embeddings=False, dtype="bfloat16")
 fast = hypothesis.settings(
-    max_examples=300, deadline=None, derandomize=True, database=None
+    max_examples=150, deadline=None, derandomize=True, database=None
 )
 
 
