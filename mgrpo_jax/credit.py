@@ -1,4 +1,4 @@
-"""Arrows 4 and 5 for one role: graded calls in, trajectories with credit out."""
+"""Arrows 4 and 5 for one role: graded calls in, credited ones out."""
 
 import dataclasses
 import functools

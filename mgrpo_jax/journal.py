@@ -217,7 +217,8 @@ class Journal:
         for number, batch in enumerate(failed.batches)
         for field in dataclasses.fields(batch)
     }
-    np.savez_compressed(path, **arrays)
+    with path.open("wb") as file:
+      np.savez_compressed(file, allow_pickle=False, **arrays)
     return (
         f"step {step}: loss or gradient of policy {policy!r} is not finite;"
         f" the update was not made, its batch is in {path}"

@@ -43,6 +43,9 @@ async def train(
     for step in range(first, total):
       await _step(run, journal, step, last=step == total - 1, before=before)
     journal.flush()
+    run.save_policies(journal.workdir.policies)
+    for problem in run.read_published():
+      journal.progress.note(f"skipped {problem}")
     after = _numbers(await run.evaluate(setup.test, "test"))
     summary = {
         "seed": setup.seed,
@@ -129,6 +132,8 @@ def _table(
   """Before and after: all questions first, then by family."""
   rows = {"all": (_overall(before), _overall(after))}
   for family in sorted({*before, *after}):
-    pair = (before.get(family, [0, 0]), after.get(family, [0, 0]))
-    rows[family] = tuple(Accuracy(correct=c, n=n) for c, n in pair)
+    rows[family] = (
+        _overall({family: before.get(family, [0, 0])}),
+        _overall({family: after.get(family, [0, 0])}),
+    )
   return rows

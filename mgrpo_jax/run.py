@@ -6,6 +6,7 @@ engines, learners, the store. `journal.Journal` keeps the run's files.
 
 import contextlib
 import dataclasses
+import pathlib
 import time
 from collections.abc import (
     AsyncIterator,
@@ -38,7 +39,9 @@ from mgrpo_jax.agents.tools import Tool
 from mgrpo_jax.evaluate import Evaluation
 from mgrpo_jax.learner import Learner, Step
 from mgrpo_jax.packing import BatchShape, Credit
+from mgrpo_jax.policy import params as params_lib
 from mgrpo_jax.policy.config import Policy
+from mgrpo_jax.policy.load.safetensors import save_directory
 from mgrpo_jax.rewards import RewardWeights, Rules, Scores
 from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.store import Store
@@ -331,6 +334,31 @@ class Run:
               meta={"step": step},
           )
 
+  def read_published(self) -> list[str]:
+    """Samples from the newest versions in the store from now on.
+
+    Returns:
+      What was found corrupt on the way, a line each.
+
+    Raises:
+      NoVersionError: a policy has no good version in the store.
+    """
+    problems: list[str] = []
+    for name, engine in self.engines.items():
+      like = params_lib.abstract(self.learners[name].config)
+      weights = publish.read(self.store, name, "latest", like=like)
+      engine.update(weights.params, weights.version.number)
+      problems += weights.skipped
+    return problems
+
+  def save_policies(self, directory: pathlib.Path) -> None:
+    """Writes every policy as a directory that `policy.load` reads."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, policy in self.setup.policies.items():
+      params = self.learners[name].state.params
+      trained = dataclasses.replace(policy, params=params)
+      save_directory(directory / name, trained)
+
   async def evaluate(self, tasks: Sequence[Task], split: str) -> Evaluation:
     """Asks the team held-out questions, greedily unless configured."""
     with self.timed("evaluate"):
@@ -352,7 +380,10 @@ class Run:
 
   def pieces(self, role: str, tokens: Sequence[int]) -> list[str]:
     """The text of each token of a role's stream."""
-    tokenizer = self.setup.policies[self.setup.team[role].policy].tokenizer
+    policy = self.setup.team[role].policy
+    tokenizer = self.setup.policies[policy].tokenizer
+    if tokenizer is None:
+      raise ValueError(f"policy {policy!r} has no tokenizer")
     return [tokenizer.token_text(token) for token in tokens]
 
   def totals(

@@ -1,6 +1,6 @@
 """What a step's rollouts say about each role, as metrics."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -103,7 +103,7 @@ def _spread(weight: np.ndarray, rewards: np.ndarray) -> float:
 
 def _rewards(
     groups: Sequence[RolloutGroup], scores: Sequence[Scores], role: str
-) -> Mapping[str, float]:
+) -> dict[str, float]:
   """Mean reward components of a role's calls that count."""
   rows = [
       (graded.total[m], graded.format[m], graded.correct[m], graded.expert[m])

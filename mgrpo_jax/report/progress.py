@@ -210,6 +210,28 @@ def duration(seconds: float) -> str:
   return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
+def accuracies(overall: Accuracy, by_name: Mapping[str, Accuracy]) -> str:
+  """Lays out accuracies with 95% intervals.
+
+  Args:
+    overall: of all questions, the first row.
+    by_name: name of the row (a kind of question) -> accuracy.
+
+  Returns:
+    A table, one line per row under a header.
+  """
+  rows = {"all": overall, **by_name}
+  return _table(
+      [
+          ("accuracy [95% interval]", "n", ""),
+          *(
+              (_printable(name), str(one.n), _with_interval(one))
+              for name, one in rows.items()
+          ),
+      ]
+  )
+
+
 def comparison(rows: Mapping[str, tuple[Accuracy, Accuracy]]) -> str:
   """Lays out accuracies before and after training, with 95% intervals.
 
@@ -231,6 +253,11 @@ def comparison(rows: Mapping[str, tuple[Accuracy, Accuracy]]) -> str:
             f"{after.share - before.share:+.3f}",
         )
     )
+  return _table(table)
+
+
+def _table(table: Sequence[Sequence[str]]) -> str:
+  """Aligns columns, the first to the left, the others to the right."""
   widths = [max(map(len, column)) for column in zip(*table, strict=True)]
   return "\n".join(
       "  ".join(

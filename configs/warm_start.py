@@ -1,0 +1,41 @@
+r"""Warm start: the weights that the quickstart begins from, made again.
+
+Question: how far does imitating a scripted expert carry two 0.4M-parameter
+policies? The expert works on training places only; four of five
+demonstrations are told under other names, so that copying is learned.
+
+    python -m experiments.train --config=configs/warm_start.py \
+        --workdir=runs/warm_start
+    rm -r configs/warm_start && cp -r runs/warm_start/policies configs/warm_start
+
+Hardware: two CPU cores, about 15 minutes.
+"""
+
+import ml_collections
+
+from configs import default, quickstart
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the recipe."""
+  config = default.get_config()
+  config.name = "warm_start"
+  quickstart.add_team(config, source="")
+  for name in ("main", "researcher"):
+    config.policies[name].source = "random"
+  config.curriculum = ("imitation",)
+  config.stages.imitation = default.stage("imitate", steps=1200)
+  config.stages.imitation.families = quickstart.FAMILIES
+  config.stages.imitation.learning_rate = 3e-3
+  config.stages.imitation.decay = True
+  config.tasks.per_step = 32
+  config.batch.minibatches = 1
+  config.warmup_steps = 30
+  config.optimizer.b2 = 0.95
+  config.optimizer.weight_decay = 0.01
+  config.evaluation.families = quickstart.FAMILIES
+  config.evaluation.every = 100
+  config.evaluation.tasks = 100
+  config.checkpoint.every = 100
+  config.publish.every = 100
+  return config

@@ -1,0 +1,56 @@
+r"""Scores a run's newest weights on held-out questions again.
+
+    python -m experiments.evaluate --workdir=runs/quickstart [--split=test]
+
+The weights are read from the run's bucket, checked against their digests.
+"""
+
+import asyncio
+import json
+import pathlib
+
+from absl import flags
+
+from experiments import cli
+
+_SPLITS = ("test", "dev")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+_SPLIT = flags.DEFINE_enum("split", "test", _SPLITS, "Which questions.")
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", None, "Of sampling, >= 0; the run's own if not given."
+)
+
+
+def main() -> None:
+  """Evaluates; see the module."""
+  from experiments import recipe
+  from mgrpo_jax import publish, workdir
+  from mgrpo_jax.report.progress import accuracies
+
+  with cli.user_errors(
+      ValueError, OSError, ModuleNotFoundError, publish.NoVersionError
+  ):
+    directory = workdir.Workdir(pathlib.Path(_WORKDIR.value))
+    config = recipe.restore(directory.read_config())
+    if _TEMPERATURE.value is not None:
+      config.evaluation.temperature = _TEMPERATURE.value
+    setup = recipe.build(config)
+    store = recipe.open_store(config, directory)
+    evaluation = asyncio.run(_evaluate(setup, store))
+  print(accuracies(evaluation.overall, evaluation.by_family))
+  print(json.dumps(evaluation.summary()))
+
+
+async def _evaluate(setup, store):
+  """Reads the weights and asks the questions."""
+  from mgrpo_jax import run as run_lib
+
+  async with run_lib.open_run(setup, store) as run:
+    for problem in run.read_published():
+      print(f"skipped {problem}")
+    questions = setup.test if _SPLIT.value == "test" else setup.dev
+    return await run.evaluate(questions, _SPLIT.value)
+
+
+if __name__ == "__main__":
+  cli.run(main, required=("workdir",))
