@@ -19,7 +19,7 @@ def make(count):
           stage="easy" if i % 3 else "hard",
           hops=1,
           evidence=(),
-          meta={"kind": f"{1 + i % 2}hop:a"},
+          meta={"kind": f"{1 + i % 2}hop:a", "family": "ab"[i % 4 // 2]},
       )
       for i in range(count)
   ]
@@ -43,7 +43,7 @@ def test_the_seed_decides_the_order():
   assert one == same and one != other
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(size=st.integers(1, 9), before=st.integers(0, 30))
 def test_a_stored_position_continues_exactly(size, before):
   stream = pipeline.TaskStream(make(size), seed=1)
@@ -79,11 +79,18 @@ def test_impossible_streams_are_refused():
 
 
 def test_select():
-  tasks = make(12)
-  assert pipeline.select(tasks, stages=(), kinds=()) == tuple(tasks)
-  hard = pipeline.select(tasks, stages=("hard",), kinds=())
-  assert [t.id for t in hard] == ["t0", "t3", "t6", "t9"]
-  two = pipeline.select(tasks, stages=("hard",), kinds=("2hop", "9hop"))
-  assert [t.id for t in two] == ["t3", "t9"]
+  def ids(stages=(), kinds=(), families=()):
+    kept = pipeline.select(
+        make(12), stages=stages, kinds=kinds, families=families
+    )
+    return [task.id for task in kept]
+
+  assert len(ids()) == 12
+  assert ids(stages=("hard",)) == ["t0", "t3", "t6", "t9"]
+  assert ids(stages=("hard",), kinds=("2hop", "9hop")) == ["t3", "t9"]
+  assert ids(families=("b",)) == ["t2", "t3", "t6", "t7", "t10", "t11"]
+  assert ids(families=("b", "c"), stages=("hard",)) == ["t3", "t6"]
   with pytest.raises(ValueError, match=r"'7hop'.*\['1hop', '2hop'\]"):
-    pipeline.select(tasks, stages=(), kinds=("7hop",))
+    ids(kinds=("7hop",))
+  with pytest.raises(ValueError, match=r"'z'.*families \['a', 'b'\]"):
+    ids(families=("z",))

@@ -17,9 +17,9 @@ def select(
     *,
     stages: Sequence[str],
     kinds: Sequence[str],
-    families: Sequence[str] = (),
+    families: Sequence[str],
 ) -> tuple[Task, ...]:
-  """Keeps the tasks of some stages and kinds.
+  """Keeps the tasks of some stages, kinds and families.
 
   Args:
     tasks: to choose from.

@@ -125,14 +125,12 @@ def word(
 def _word_comparison(
     knowledge: Knowledge, spec: Comparison, family: str, rng: random.Random
 ) -> Task:
-  """Puts a comparison into words, the two places in random order."""
+  """Puts a comparison into words."""
   final = spec.left.final
   if final is None or final.number is None or spec.right.number is None:
     raise ValueError(f"comparison without numbers: {spec}")
   right = Chain(start=spec.right.place, key=None, links=(), final=spec.right)
-  sides = [spec.left, right]
-  if spec.left.key is None:
-    rng.shuffle(sides)
+  sides = (spec.left, right)
   a, b = (_describe(knowledge, side, rng) for side in sides)
   template = rng.choice(wording.COMPARISONS[final.attribute])
   larger = final if final.number > spec.right.number else spec.right
