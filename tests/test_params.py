@@ -10,7 +10,11 @@ import tiny_llama
 from mgrpo_jax.policy import params
 
 UNTIED = tiny_llama.config(
-    tied_embeddings=False, vocab_size=64, embed_dim=48, mlp_dim=80
+    tied_embeddings=False,
+    num_layers=1,
+    vocab_size=64,
+    embed_dim=48,
+    mlp_dim=80,
 )
 
 

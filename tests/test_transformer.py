@@ -59,7 +59,7 @@ def cases(draw):
   return cfg, tiny_llama.packed_rows(rows, length, cfg, seed), seed
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(cases())
 def test_equals_the_oracle(case):
   cfg, rows, seed = case
@@ -70,7 +70,7 @@ def test_equals_the_oracle(case):
   assert np.all(np.isfinite(actual))
 
 
-@pytest.mark.parametrize("length", (1, 64, 65, 150, 530))
+@pytest.mark.parametrize("length", (1, 65, 530))
 def test_attention_blocks_join_without_a_seam(length):
   rng = np.random.default_rng(length)
   query, key, value = (
@@ -222,7 +222,7 @@ def test_packing_changes_nothing():
 
 
 def test_gradient_equals_finite_differences_of_the_oracle():
-  cfg = tiny_llama.config(tied_embeddings=False)
+  cfg = tiny_llama.config(num_layers=1, tied_embeddings=False)
   rows = tiny_llama.packed_rows(((3, 2), (4,)), 6, cfg)
   tree = tiny_llama.weights(cfg)
   real = rows[2] > 0

@@ -1,0 +1,200 @@
+import collections
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+import tiny_llama
+from jax.sharding import AbstractMesh, AxisType
+
+from mgrpo_jax import sharding
+from mgrpo_jax.policy import logprobs, params
+
+CFG = tiny_llama.config(num_layers=1, vocab_size=24, embed_dim=16)
+ROWS = ((9, 4), (13,), (2, 2), (5, 6, 2), (1,), (3, 8), (7,), (6, 6))
+LENGTH, CHUNK = 13, 5
+MESHES = (
+    {"data": 8, "fsdp": 1, "tensor": 1, "expert": 1},
+    {"data": 2, "fsdp": 2, "tensor": 2, "expert": 1},
+)
+
+
+def batch():
+  tokens, positions, segments = tiny_llama.packed_rows(ROWS, LENGTH, CFG)
+  return {"tokens": tokens, "positions": positions, "segment_ids": segments}
+
+
+def train_step(tree, rows, *, config):
+  """One step of gradient descent on the negative log-likelihood."""
+
+  def loss(tree):
+    values = logprobs.token_logprobs(
+        tree, **rows, config=config, temperature=1.0, chunk_size=CHUNK
+    )
+    return -values.sum() / values.size
+
+  value, grads = jax.value_and_grad(loss)(tree)
+  return value, jax.tree.map(lambda w, g: w - 0.1 * g, tree, grads)
+
+
+def jitted(config=CFG):
+  return jax.jit(functools.partial(train_step, config=config))
+
+
+@functools.cache
+def on_one_device():
+  return jax.device_get(jitted()(tiny_llama.weights(CFG), batch()))
+
+
+def placed(mesh):
+  at_rest = sharding.params_shardings(params.param_specs(CFG), mesh)
+  tree = jax.device_put(tiny_llama.weights(CFG), at_rest)
+  rows = jax.device_put(batch(), sharding.batch_shardings(batch(), mesh))
+  return tree, rows
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_eight_devices_step_like_one(sizes):
+  mesh = sharding.make_mesh(**sizes, devices=jax.devices())
+  with jax.set_mesh(mesh):
+    tree, rows = placed(mesh)
+    step = jitted()
+    value, updated = step(tree, rows)
+    step(updated, rows)
+    assert step._cache_size() == 1  # shardings come out as they went in
+  expected_value, expected = on_one_device()
+  # float32 sums of some hundred terms, in another order.
+  np.testing.assert_allclose(value, expected_value, rtol=1e-5)
+  before = tiny_llama.weights(CFG)
+  for actual, wanted, start in zip(
+      *map(jax.tree.leaves, (updated, expected, before)), strict=True
+  ):
+    np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-6)
+    assert np.max(np.abs(wanted - start)) > 1e-4
+
+
+def test_weights_at_rest_are_split_over_fsdp_and_tensor():
+  mesh = sharding.make_mesh(**MESHES[1], devices=jax.devices())
+  tree, rows = placed(mesh)
+  for value in jax.tree.leaves(tree):
+    pieces = 4 if value.ndim > 1 else 1
+    assert value.addressable_shards[0].data.size == value.size // pieces
+  for value in rows.values():
+    assert value.addressable_shards[0].data.size == value.size // 4
+
+
+COLLECTIVE = re.compile(
+    r"= (.+?) (all-reduce|all-gather|reduce-scatter|all-to-all"
+    r"|collective-permute|collective-broadcast)(?:-start)?\((.*)"
+)
+
+
+def collectives(text):
+  """(kind, shape, operation) of every array that a program communicates."""
+  found = []
+  for line in text.splitlines():
+    if match := COLLECTIVE.search(line):
+      operation = re.search(r'op_name="([^"]*)"', line)
+      for shape in re.findall(r"\w+\[([\d,]*)\]", match[1]):
+        size = tuple(int(n) for n in shape.split(",") if n)
+        found.append((match[2], size, operation[1] if operation else ""))
+  return found
+
+
+def test_the_compiled_step_communicates_what_it_must_and_no_more():
+  mesh = sharding.make_mesh(**MESHES[1], devices=jax.devices())
+  with jax.set_mesh(mesh):
+    found = collectives(jitted().lower(*placed(mesh)).compile().as_text())
+  kinds = collections.Counter(kind for kind, _, _ in found)
+  assert kinds.keys() <= {"all-reduce", "all-gather", "reduce-scatter"}
+  kernels = [
+      s.shape
+      for s in jax.tree.leaves(params.param_specs(CFG))
+      if len(s.shape) > 1
+  ]
+  stream = (len(ROWS) // 4, LENGTH, CFG.embed_dim)
+  gathered = [size for kind, size, _ in found if kind == "all-gather"]
+  # Each kernel is brought together over fsdp, for its use and for its
+  # transpose; no activation ever is.
+  assert len(kernels) <= len(gathered) <= 2 * len(kernels)
+  assert {np.prod(size) for size in gathered} <= {
+      np.prod(shape) // 2 for shape in kernels
+  }
+  # In a layer: attention and feed-forward add what their heads and columns
+  # hold; backward, q, k, v, gate and up do. Once more for the embedding.
+  summed = [size for kind, size, _ in found if kind == "all-reduce"]
+  assert summed.count(stream) == 7 * CFG.num_layers + 1
+  # Gradients are summed over rows once, not for every chunk of logits.
+  inside = [size for _, size, name in found if "while/body" in name]
+  chunk = (len(ROWS) // 4, CHUNK)
+  assert set(inside) <= {chunk, (*chunk, CFG.embed_dim)}
+
+
+def test_a_train_step_lowers_for_256_devices():
+  cfg = tiny_llama.config(
+      vocab_size=128256,
+      embed_dim=4096,
+      num_heads=32,
+      num_kv_heads=8,
+      head_dim=128,
+      mlp_dim=14336,
+      tied_embeddings=False,
+      dtype="bfloat16",
+  )
+  mesh = AbstractMesh(
+      (1, 64, 4, 1), sharding.MESH_AXES, axis_types=(AxisType.Explicit,) * 4
+  )
+
+  def placed_shape(shape, where):
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+
+  specs = params.param_specs(cfg)
+  tree = jax.tree.map(
+      placed_shape,
+      params.abstract(cfg),
+      sharding.params_shardings(specs, mesh),
+  )
+  rows = {
+      name: jax.ShapeDtypeStruct((128, 256), np.int32)
+      for name in ("tokens", "positions", "segment_ids")
+  }
+  rows = jax.tree.map(placed_shape, rows, sharding.batch_shardings(rows, mesh))
+  with jax.sharding.use_abstract_mesh(mesh):
+    traced = jitted(cfg).trace(tree, rows)
+    lowered = traced.lower(lowering_platforms=("tpu",))
+  assert "mhlo.num_partitions = 256" in lowered.as_text()
+  _, *updated = traced.jaxpr.out_avals
+  for spec, result in zip(jax.tree.leaves(specs), updated, strict=True):
+    assert result.shape == spec.shape
+    assert result.sharding.spec == sharding.spec(*spec.logical_axes)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    (
+        {"data": 3, "fsdp": 1, "tensor": 1, "expert": 1},
+        {"data": -8, "fsdp": -1, "tensor": 1, "expert": 1},
+    ),
+)
+def test_a_mesh_that_does_not_fit_is_an_error(sizes):
+  with pytest.raises(ValueError, match="number of devices, 8"):
+    sharding.make_mesh(**sizes, devices=jax.devices())
+
+
+def test_what_does_not_divide_is_named():
+  mesh = sharding.make_mesh(
+      data=1, fsdp=2, tensor=4, expert=1, devices=jax.devices()
+  )
+  with pytest.raises(ValueError, match=r"layers\[0\].*kv_heads=2.* of 4"):
+    sharding.params_shardings(params.param_specs(CFG), mesh)
+  rows = {"tokens": np.zeros((7, LENGTH))}
+  with pytest.raises(ValueError, match=r"tokens.*batch=7 .* of 2"):
+    sharding.batch_shardings(rows, mesh)
+
+
+def test_without_a_mesh_nothing_is_placed():
+  weight = np.ones((2, 3))
+  assert sharding.out("batch", "hidden") is None
+  assert sharding.constrain(weight, "vocab", "embed") is weight
+  assert sharding.gather(weight, "vocab", "embed") is weight
