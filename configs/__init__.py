@@ -1,0 +1,1 @@
+"""Recipes: one file a run, each stating its question and what it costs."""

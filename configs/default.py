@@ -6,8 +6,6 @@ paper's where it prints them, else those of the quickstart.
 
 import ml_collections
 
-placeholder = ml_collections.config_dict.placeholder
-
 
 def role(policy: str) -> ml_collections.ConfigDict:
   """One place in the team; recipes override what differs."""
@@ -59,40 +57,51 @@ def stage(objective: str, steps: int) -> ml_collections.ConfigDict:
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """Returns the defaults: a main agent with one researcher."""
+  """Returns the defaults; recipes add roles, policies and stages."""
   config = ml_collections.ConfigDict()
   config.name = "default"
-  config.seed = 0  # of tasks, sampling, alignment and initialisation
+  config.seed = 0  # of task order, sampling, alignment and initialisation
 
   config.team = ml_collections.ConfigDict()
-  config.team.protocol = "compact"  # or 'hermes'
+  config.team.protocol = "compact"  # or hermes
   config.team.root = "main"
   config.team.roles = ml_collections.ConfigDict()
-
   config.policies = ml_collections.ConfigDict()
   config.curriculum = ()  # names of the stages, in order
   config.stages = ml_collections.ConfigDict()
 
-  config.tasks = ml_collections.ConfigDict()
-  config.tasks.seed = 0  # of the split by places and of the wordings
-  config.tasks.per_step = 8  # B, tasks a step, >= 1
-  config.tasks.renamed = 0.8  # share of demonstrations under other names
+  _add_tasks(config)
+  _add_sampling(config)
+  _add_method(config)
+  _add_optimisation(config)
+  _add_bookkeeping(config)
+  return config
 
+
+def _add_tasks(config: ml_collections.ConfigDict) -> None:
+  """What the team is asked, and what its tools show."""
+  config.tasks = ml_collections.ConfigDict()
+  config.tasks.seed = 0  # of which questions are drawn, and their wordings
+  config.tasks.per_step = 8  # B, tasks a step, >= 1
+
+  config.demonstrations = ml_collections.ConfigDict()  # of the expert
+  config.demonstrations.renamed = 0.8  # share told under other names
+  config.demonstrations.hasty = 0.0  # share of calls cut short, see expert.py
+
+  config.tools = ml_collections.ConfigDict()
+  config.tools.search_results = 3  # results a search lists, >= 1
+  config.tools.max_chars = 160  # characters of one tool result, >= 1
+  config.tools.deadline = 10.0  # seconds, > 0
+
+
+def _add_sampling(config: ml_collections.ConfigDict) -> None:
+  """How rollouts are sampled."""
   config.rollout = ml_collections.ConfigDict()
   config.rollout.per_task = 8  # K, rollouts a task; the paper's 8
   config.rollout.temperature = 1.0  # of training samples, > 0
   config.rollout.turn_deadline = 120.0  # seconds a turn may take, > 0
   config.rollout.max_attempts = 3  # of a call that FAILED, in all, >= 1
   config.rollout.max_concurrent = 64  # rollouts in progress at a time, >= 1
-
-  config.reward = ml_collections.ConfigDict()
-  config.reward.format = "well_formed"  # or answered; see rewards.py
-  config.reward.correct_of = "root"  # or parent: whose correctness calls share
-
-  config.tools = ml_collections.ConfigDict()
-  config.tools.search_results = 3  # results a search lists, >= 1
-  config.tools.max_chars = 160  # characters of one tool result, >= 1
-  config.tools.deadline = 10.0  # seconds, > 0
 
   config.engine = ml_collections.ConfigDict()
   config.engine.num_slots = 64  # concurrent token streams of a policy, >= 1
@@ -101,6 +110,13 @@ def get_config() -> ml_collections.ConfigDict:
   config.engine.prefill_tokens = 1024  # of one prefill call, padding included
   config.engine.prefill_buckets = (16, 32, 64, 128)  # tokens, ascending
   config.engine.decode_steps = 8  # tokens decoded between host visits, >= 1
+
+
+def _add_method(config: ml_collections.ConfigDict) -> None:
+  """Rewards, alignment, advantages and loss; functions by name."""
+  config.reward = ml_collections.ConfigDict()
+  config.reward.format = "well_formed"  # or answered; see rewards.py
+  config.reward.correct_of = "root"  # or parent: whose correctness calls share
 
   config.alignment = ml_collections.ConfigDict()
   config.alignment.strategy = "duplicate_or_drop"  # mask, inverse_count
@@ -113,12 +129,15 @@ def get_config() -> ml_collections.ConfigDict:
   config.loss.aggregation = "sequence_mean_token_mean"  # see losses.py
   config.loss.clip_low = 0.2  # ratio >= 1 - clip_low, in (0, 1)
   config.loss.clip_high = 0.2  # ratio <= 1 + clip_high, > 0
-  config.loss.kl = "none"  # or k3, against the weights the run began with
+  config.loss.kl = "none"  # or k1, k2, k3, against the weights at the start
   config.loss.kl_coefficient = 0.0  # >= 0
   config.loss.importance = "token"  # none, sequence, sequence_rejection
   config.loss.importance_cap = 2.0  # on exp(old - sampler), >= 1
   config.loss.context_weight = 0.1  # imitation: unsampled tokens' share, >= 0
 
+
+def _add_optimisation(config: ml_collections.ConfigDict) -> None:
+  """Batches and the optimizer."""
   config.batch = ml_collections.ConfigDict()
   config.batch.minibatches = 2  # optimizer steps a batch is split into, >= 1
   config.batch.rows = 16  # N, packed rows of a micro-batch, >= 1
@@ -127,12 +146,15 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.warmup_steps = 5  # updates of linear warm-up a stage, >= 0
   config.optimizer = ml_collections.ConfigDict()  # adamw
-  config.optimizer.b1 = 0.9
-  config.optimizer.b2 = 0.99
+  config.optimizer.b1 = 0.9  # in [0, 1)
+  config.optimizer.b2 = 0.99  # in [0, 1)
   config.optimizer.eps = 1e-8  # > 0
   config.optimizer.weight_decay = 0.0  # >= 0
   config.optimizer.clip_norm = 1.0  # of the global gradient, > 0
 
+
+def _add_bookkeeping(config: ml_collections.ConfigDict) -> None:
+  """Evaluations, checkpoints and published weights."""
   config.evaluation = ml_collections.ConfigDict()
   config.evaluation.every = 10  # steps between looks at dev, >= 1
   config.evaluation.tasks = 64  # dev questions a look, >= 1
@@ -148,4 +170,3 @@ def get_config() -> ml_collections.ConfigDict:
   config.publish.bucket = ""  # URL of the store; empty: WORKDIR/bucket
   config.publish.every = 1  # steps, >= 1
   config.publish.keep = 3  # versions in the store, >= 1
-  return config

