@@ -7,6 +7,7 @@ engines, learners, the store. `journal.Journal` keeps the run's files.
 import contextlib
 import dataclasses
 import pathlib
+import shutil
 import time
 from collections.abc import (
     AsyncIterator,
@@ -352,8 +353,13 @@ class Run:
     return problems
 
   def save_policies(self, directory: pathlib.Path) -> None:
-    """Writes every policy as a directory that `policy.load` reads."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Writes every policy as a directory that `policy.load` reads.
+
+    Args:
+      directory: what an earlier process left in it is replaced.
+    """
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
     for name, policy in self.setup.policies.items():
       params = self.learners[name].state.params
       trained = dataclasses.replace(policy, params=params)

@@ -1,0 +1,46 @@
+import pytest
+
+from mgrpo_jax.tasks import curriculum
+
+
+def stage(name="easy", **changes):
+  fields = {
+      "name": name,
+      "objective": "reinforce",
+      "steps": 3,
+      "families": (),
+      "trained": frozenset({"main"}),
+      "learning_rate": 1e-3,
+      "decay": False,
+  }
+  return curriculum.Stage(**{**fields, **changes})
+
+
+def test_steps_belong_to_stages_in_order():
+  stages = (stage("a"), stage("b", steps=0), stage("c", steps=2))
+  found = [curriculum.stage_at(stages, step) for step in range(5)]
+  assert [(s.name, n) for s, n in found] == [
+      ("a", 0),
+      ("a", 1),
+      ("a", 2),
+      ("c", 0),
+      ("c", 1),
+  ]
+  assert curriculum.num_steps(stages) == 5
+  for step in (-1, 5):
+    with pytest.raises(ValueError, match=r"\[0, 5\)"):
+      curriculum.stage_at(stages, step)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"objective": "dream"}, "objective"),
+        ({"steps": -1}, "steps"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+    ],
+)
+def test_impossible_values_are_named(change, message):
+  with pytest.raises(ValueError, match=message):
+    stage(**change)

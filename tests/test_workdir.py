@@ -1,0 +1,59 @@
+import json
+import os
+
+import pytest
+
+from mgrpo_jax import atomic, workdir
+
+CONFIG = {"seed": 0, "loss": {"clip": 0.2, "ratio": "token"}}
+
+
+def test_a_new_directory_gets_the_config(tmp_path):
+  with workdir.hold(tmp_path / "run", CONFIG) as held:
+    assert held.read_config() == CONFIG
+  assert json.loads((tmp_path / "run/config.json").read_text()) == CONFIG
+
+
+def test_the_same_config_resumes_and_another_lists_differences(tmp_path):
+  with workdir.hold(tmp_path, CONFIG):
+    pass
+  with workdir.hold(tmp_path, CONFIG):
+    pass
+  other = {"seed": 1, "loss": {"clip": 0.3, "ratio": "token"}, "new": 2}
+  with pytest.raises(workdir.ConfigMismatchError) as error:
+    with workdir.hold(tmp_path, other):
+      pass
+  text = str(error.value)
+  assert "seed: 0 -> 1" in text
+  assert "loss.clip: 0.2 -> 0.3" in text
+  assert "new: absent -> 2" in text
+  assert "ratio" not in text
+
+
+def test_two_processes_cannot_hold_one_directory(tmp_path):
+  with workdir.hold(tmp_path, CONFIG):
+    with pytest.raises(atomic.StorageError, match="in use"):
+      with workdir.hold(tmp_path, CONFIG):
+        pass
+
+
+def test_a_directory_with_other_things_is_left_alone(tmp_path):
+  (tmp_path / "thesis.tex").write_text("precious")
+  with pytest.raises(atomic.StorageError, match="not empty"):
+    with workdir.hold(tmp_path, CONFIG):
+      pass
+  assert sorted(os.listdir(tmp_path)) == ["thesis.tex"]
+
+
+def test_a_corrupt_config_is_named(tmp_path):
+  (tmp_path / "config.json").write_text("{")
+  with pytest.raises(atomic.CorruptError, match="config.json"):
+    with workdir.hold(tmp_path, CONFIG):
+      pass
+
+
+def test_a_file_in_the_place_of_the_directory(tmp_path):
+  (tmp_path / "run").write_text("")
+  with pytest.raises(atomic.StorageError, match="run"):
+    with workdir.hold(tmp_path / "run", CONFIG):
+      pass
