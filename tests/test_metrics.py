@@ -87,6 +87,7 @@ def test_wilson_equals_published_intervals(successes, n, low, high):
 
 
 @hypothesis.given(st.integers(1, 10_000), st.floats(0, 1))
+@hypothesis.settings(deadline=None)
 def test_wilson_solves_the_score_equation(n, share):
   successes = round(share * n)
   low, high = metrics.wilson(successes, n)
@@ -234,7 +235,7 @@ def test_truncate_after_drops_what_does_not_count(tmp_path):
 
 
 @hypothesis.given(st.integers(0, 400))
-@hypothesis.settings(max_examples=30)
+@hypothesis.settings(max_examples=30, deadline=None)
 def test_a_file_cut_anywhere_loses_at_most_the_torn_step(cut):
   whole = b"".join(
       json.dumps({"step": s, "stage": "é"}).encode() + b"\n" for s in range(12)

@@ -179,6 +179,7 @@ def test_failed_trajectory_has_no_reward_and_no_advantage(tmp_path):
 def test_same_rollouts_give_the_same_bytes(tmp_path):
   first = write(tmp_path / "a", 3, [make_group()]).read_bytes()
   assert write(tmp_path / "b", 3, [make_group()]).read_bytes() == first
+  assert first[4:8] == bytes(4)  # gzip's header holds no time
 
 
 def test_mismatched_lengths_are_refused_and_nothing_is_written(tmp_path):
@@ -206,7 +207,7 @@ def test_failed_write_leaves_the_old_file_and_no_partial(tmp_path):
 
 
 def test_damaged_records_are_named_skipped_and_counted(tmp_path):
-  path = write(tmp_path, 2, [make_group(i) for i in "abcdefghi"])
+  path = write(tmp_path, 2, [make_group(i) for i in "abcdefghij"])
   lines = gzip.decompress(path.read_bytes()).splitlines()
   broken = [json.loads(line) for line in lines]
   lines[1] = lines[1][:200]
@@ -215,17 +216,19 @@ def test_damaged_records_are_named_skipped_and_counted(tmp_path):
   del broken[4]["task"]
   broken[5]["trajectories"][0] = ["not", "an", "object"]
   broken[6]["trajectories"][0]["logprobs"].append(0.0)
-  for i in range(2, 7):
+  broken[7]["trajectories"][3]["parent"] = 0
+  for i in range(2, 8):
     lines[i] = json.dumps(broken[i]).encode()
-  lines[7] = b"[" * 100_000
+  lines[8] = b"[" * 100_000
   path.write_bytes(gzip.compress(b"\n".join(lines) + b"\n"))
   read = records.read_step(path)
-  assert [g["task"]["id"] for g in read.groups] == ["a", "i"]
-  assert len(read.problems) == 7
+  assert [g["task"]["id"] for g in read.groups] == ["a", "j"]
+  assert len(read.problems) == 8
   for i, problem in enumerate(read.problems):
     assert problem.startswith(f"{path.name}: record {i + 2}: ")
   assert "pieces for 11 tokens" in read.problems[1]
   assert "missing task" in read.problems[3]
+  assert "belongs to another rollout" in read.problems[6]
 
 
 def test_truncated_file_gives_its_whole_records(tmp_path):

@@ -116,6 +116,7 @@ def test_spelled_text_shows_all_it_holds():
 
 
 @hypothesis.given(st.text(st.characters(codec=None)))
+@hypothesis.settings(deadline=None)
 def test_any_text_survives_embedding_and_cannot_leave_its_element(value):
   embedded = text.embed_json({"v": value, value: [value]})
   assert json.loads(embedded) == {"v": value, value: [value]}
@@ -157,6 +158,8 @@ def test_smoothing_never_mixes_stages():
   (line,) = curves.series(rows, curves.CHARTS[0])
   assert 0 < line.smoothed[59] < line.smoothed[60] < 1
   assert (np.diff(line.smoothed) >= 0).all()
+  (line,) = curves.series(rows[50:70], curves.CHARTS[0])
+  assert line.smoothed is line.values  # too short to be smoothed
 
 
 def test_long_runs_are_thinned_without_changing_their_mean():
@@ -173,6 +176,7 @@ def test_long_runs_are_thinned_without_changing_their_mean():
 
 
 @hypothesis.given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6), st.integers(2, 8))
+@hypothesis.settings(deadline=None)
 def test_ticks_are_few_round_and_within(low, width, count):
   high = low + width
   hypothesis.assume(high > low)

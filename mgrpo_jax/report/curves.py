@@ -337,7 +337,9 @@ def _moving_mean(
     values: np.ndarray, steps: np.ndarray, rows: Sequence[Mapping[str, Any]]
 ) -> np.ndarray:
   """Centred mean over a twelfth of the series, never across stages."""
-  half = max(1, int(len(values) * SMOOTHING / 2))
+  half = int(len(values) * SMOOTHING / 2)
+  if half == 0:
+    return values
   starts = [stage.first for stage in stages(rows)]
   bounds = np.append(np.searchsorted(steps, starts), len(values))
   stage_of = np.searchsorted(bounds, np.arange(len(values)), side="right") - 1

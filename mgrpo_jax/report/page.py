@@ -123,7 +123,7 @@ def _render(
   """Fills the template."""
   place = workdir.resolve().name
   name = config.get("name") if isinstance(config, dict) else None
-  title = escape(f"{name}: {place}" if name and name != place else place)
+  title = escape(f"{name} · {place}" if name and name != place else place)
   template, style = _resource("page.html"), _resource("page.css")
   script = _fill(_matched(_SCRIPT, template), unseen=text.UNSEEN)
   drawn, charts = _curves(rows)
@@ -259,7 +259,7 @@ def _facts(
       "commit": summary.get("commit"),
   }
   for name, value in known.items():
-    if value is None:
+    if value in (None, ""):
       continue
     if name == "wall time":
       value = duration(value)
