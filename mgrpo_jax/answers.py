@@ -8,6 +8,7 @@ and a text longer than `MAX_CHARS` is no answer.
 
 from __future__ import annotations
 
+import collections
 import fractions
 import re
 import unicodedata
@@ -129,12 +130,38 @@ def mentions(text: str, answers: Iterable[str]) -> bool:
   Returns:
     Whether an answer's words stand together in the text.
   """
-  if len(text) > MAX_CHARS:
+  if len(text) > MAX_CHARS or len(words(text)) > MENTION_WORDS:
     return False
-  said = words(text)
-  return len(said) <= MENTION_WORDS and any(
-      contains(said, words(answer)) for answer in answers
-  )
+  return shows(text, answers)
+
+
+def shows(text: str, answers: Iterable[str]) -> bool:
+  """Says whether a text of any kind contains one of the answers.
+
+  Args:
+    text: such as a page; what follows `MAX_CHARS` characters is ignored.
+    answers: what is looked for.
+
+  Returns:
+    Whether an answer's words stand together in the text.
+  """
+  shown = words(text)
+  return any(contains(shown, words(answer)) for answer in answers)
+
+
+def overlap(left: str, right: str) -> float:
+  """Computes the F1 of two texts' words: how much they share, in 0..1.
+
+  Args:
+    left: a text.
+    right: another.
+
+  Returns:
+    The harmonic mean of precision and recall, counting repeated words.
+  """
+  a, b = words(left), words(right)
+  shared = collections.Counter(a) & collections.Counter(b)
+  return 2 * shared.total() / max(len(a) + len(b), 1)
 
 
 def contains(said: Sequence[str], answer: Sequence[str]) -> bool:

@@ -6,7 +6,6 @@ failed is not a wrong answer: what it touched has weight 0, not reward 0.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,8 @@ from mgrpo_jax.types import (
     Task,
     Trajectory,
 )
+
+Matches = Callable[[str, Sequence[str]], bool]
 
 OPENED_SHARE = 0.5  # of the expert's grade; the report earns the rest
 
@@ -150,13 +151,17 @@ def score(
   if missing:
     raise ValueError(f"weights must name roles {sorted(missing)}, which ran")
   own = [_own_correct(group.task, t, rules) for t in group.trajectories]
-  counted = _counted_rollouts(group, own)
+  broken = {
+      t.rollout
+      for t, right in zip(group.trajectories, own, strict=True)
+      if t.status == Status.FAILED or right is None
+  }
   known = np.array([grade or 0.0 for grade in own], np.float64)
   correct = rules.correct_of(group, known)
   rows = [
-      _grade(group.task, t, float(correct[m]), weights[t.role], rules)
-      if counted[t.rollout]
-      else None
+      None
+      if t.rollout in broken
+      else _grade(group.task, t, float(correct[m]), weights[t.role], rules)
       for m, t in enumerate(group.trajectories)
   ]
   table = np.array([row or (0.0,) * 4 for row in rows], np.float32)
@@ -249,7 +254,9 @@ def well_formed(trajectory: Trajectory) -> bool:
   )
 
 
-def evidence_grade(task: Task, trajectory: Trajectory) -> float:
+def evidence_grade(
+    task: Task, trajectory: Trajectory, *, matches: Matches = answers.matches
+) -> float:
   """Grades a call by the evidence it was sent for.
 
       0.5 · opened the passage + 0.5 · its report is the passage's answer
@@ -260,17 +267,15 @@ def evidence_grade(task: Task, trajectory: Trajectory) -> float:
   Args:
     task: with its evidence; without any the grade is 0.
     trajectory: the call.
+    matches: text, accepted answers -> whether a report is right;
+      `answers.mentions` where reports are sentences.
 
   Returns:
     0, 0.5 or 1.
   """
   grades = [
       OPENED_SHARE * _opened(trajectory, evidence)
-      + (1 - OPENED_SHARE)
-      * (
-          trajectory.status == Status.COMPLETED
-          and answers.matches(trajectory.result_text, evidence.answers)
-      )
+      + (1 - OPENED_SHARE) * _reports(trajectory, evidence, matches)
       for evidence in nearest_evidence(task, trajectory.request)
   ]
   return max(grades, default=0.0)
@@ -287,10 +292,7 @@ def nearest_evidence(task: Task, request: str) -> tuple[Evidence, ...]:
     The evidence whose question shares most words with the request (F1), all
     of it where several share equally many.
   """
-  asked = answers.words(request)
-  nearness = [
-      _f1(asked, answers.words(evidence.question)) for evidence in task.evidence
-  ]
+  nearness = [answers.overlap(request, e.question) for e in task.evidence]
   best = max(nearness, default=0.0)
   return tuple(
       evidence
@@ -374,40 +376,24 @@ def _own_correct(
   if trajectory.parent == NO_PARENT:
     right = rules.correct(trajectory.result_text, task.answers)
     return None if right is None else float(right)
-  return float(
-      any(
-          answers.matches(trajectory.result_text, evidence.answers)
-          for evidence in nearest_evidence(task, trajectory.request)
-      )
+  hops = nearest_evidence(task, trajectory.request)
+  return float(any(_reports(trajectory, h, answers.matches) for h in hops))
+
+
+def _reports(
+    trajectory: Trajectory, evidence: Evidence, matches: Matches
+) -> bool:
+  """Says whether a call came back with the answer to a look-up."""
+  return trajectory.status == Status.COMPLETED and matches(
+      trajectory.result_text, evidence.answers
   )
-
-
-def _counted_rollouts(
-    group: RolloutGroup, own: Sequence[float | None]
-) -> np.ndarray:
-  """Says of each rollout whether every machine and judge in it worked."""
-  counted = np.ones(group.num_rollouts, bool)
-  for trajectory, correct in zip(group.trajectories, own, strict=True):
-    if trajectory.status == Status.FAILED or correct is None:
-      counted[trajectory.rollout] = False
-  return counted
 
 
 def _opened(trajectory: Trajectory, evidence: Evidence) -> bool:
   """Says whether the passage was opened, alone or on a page that shows it."""
-  for turn in trajectory.turns:
-    if turn.page == evidence.page:
-      return True
-    if turn.page and evidence.page.startswith(f"{turn.page}#"):
-      shown = answers.words(turn.result)
-      if any(
-          answers.contains(shown, answers.words(a)) for a in evidence.answers
-      ):
-        return True
-  return False
-
-
-def _f1(left: Sequence[str], right: Sequence[str]) -> float:
-  """Computes the harmonic mean of precision and recall of words."""
-  common = collections.Counter(left) & collections.Counter(right)
-  return 2 * common.total() / max(len(left) + len(right), 1)
+  return any(
+      turn.page == evidence.page
+      or evidence.page.startswith(f"{turn.page}#")
+      and answers.shows(turn.result, evidence.answers)
+      for turn in trajectory.turns
+  )

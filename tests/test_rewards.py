@@ -178,6 +178,13 @@ def test_expert_grades_the_call_by_its_evidence(fields, grade):
   assert rewards.evidence_grade(TASK, call(**fields)) == grade
 
 
+def test_reports_may_be_sentences():
+  sentence = call(result_text="The capital of Peru is Lima.")
+  assert rewards.evidence_grade(TASK, sentence) == 0.5
+  lenient = rewards.evidence_grade(TASK, sentence, matches=answers.mentions)
+  assert lenient == 1.0
+
+
 def test_a_request_is_matched_to_the_nearest_look_up():
   assert rewards.nearest_evidence(TASK, "the CAPITAL of Peru?") == (CAPITAL,)
   assert rewards.nearest_evidence(TASK, "what area has Peru") == (AREA,)
