@@ -52,6 +52,7 @@ def stage(objective: str, steps: int) -> ml_collections.ConfigDict:
   config.families = ()  # of questions to draw from; empty for all
   config.trained = ()  # policies that learn; empty for all trainable ones
   config.learning_rate = 1e-3  # peak, > 0
+  config.hasty = 0.0  # imitation: share of calls cut short, see expert.py
   config.decay = False  # along a cosine to a tenth of the peak
   return config
 
@@ -83,10 +84,7 @@ def _add_tasks(config: ml_collections.ConfigDict) -> None:
   config.tasks = ml_collections.ConfigDict()
   config.tasks.seed = 0  # of which questions are drawn, and their wordings
   config.tasks.per_step = 8  # B, tasks a step, >= 1
-
-  config.demonstrations = ml_collections.ConfigDict()  # of the expert
-  config.demonstrations.renamed = 0.8  # share told under other names
-  config.demonstrations.hasty = 0.0  # share of calls cut short, see expert.py
+  config.tasks.renamed = 0.8  # share of demonstrations under other names
 
   config.tools = ml_collections.ConfigDict()
   config.tools.search_results = 3  # results a search lists, >= 1

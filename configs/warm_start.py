@@ -24,12 +24,17 @@ def get_config() -> ml_collections.ConfigDict:
   quickstart.add_team(config, source="")
   for name in ("main", "researcher"):
     config.policies[name].source = "random"
-  config.demonstrations.hasty = 0.6
-  config.curriculum = ("imitation",)
-  config.stages.imitation = default.stage("imitate", steps=1600)
-  config.stages.imitation.families = quickstart.FAMILIES
-  config.stages.imitation.learning_rate = 3e-3
-  config.stages.imitation.decay = True
+  # First how to read and copy, from an expert that takes its time; then, from
+  # a hasty one, that there are shorter ways. Which of them pay is left open.
+  config.curriculum = ("careful", "hasty")
+  config.stages.careful = default.stage("imitate", steps=1600)
+  config.stages.careful.learning_rate = 3e-3
+  config.stages.hasty = default.stage("imitate", steps=150)
+  config.stages.hasty.learning_rate = 1e-3
+  config.stages.hasty.hasty = 0.6
+  for name in config.curriculum:
+    config.stages[name].families = quickstart.FAMILIES
+    config.stages[name].decay = True
   config.tasks.per_step = 32
   config.batch.minibatches = 1
   config.warmup_steps = 30

@@ -3,6 +3,7 @@
 Names in a config become functions here, in the dictionaries below.
 """
 
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping
@@ -146,8 +147,8 @@ def build(config: ml_collections.ConfigDict) -> Setup:
       tools=tools,
       titles={p.id: p.title for p in book.corpus.passages.values()},
       names=factbook.training_names(book),
-      renamed=config.demonstrations.renamed,
-      hasty=config.demonstrations.hasty,
+      renamed=config.tasks.renamed,
+      hasty=0.0,
   )
   dev, test = config.evaluation.tasks, config.evaluation.final_tasks
   return Setup(
@@ -162,7 +163,12 @@ def build(config: ml_collections.ConfigDict) -> Setup:
       policies=policies,
       actor=functools.partial(_actor, chats, protocol),
       tools=tools,
-      demonstrate=demonstrator,
+      demonstrate={
+          stage.name: dataclasses.replace(
+              demonstrator, hasty=config.stages[stage.name].hasty
+          )
+          for stage in stages
+      },
       method=build_method(config),
       sampler=build_sampler(config),
       evaluate_every=config.evaluation.every,
@@ -355,9 +361,13 @@ def _check_counts(config: ml_collections.ConfigDict) -> None:
       raise ValueError(f"config.{key}: {value} must be at least 1")
   if not 0 <= config.seed < 2**32:
     raise ValueError(f"config.seed: {config.seed} must be in [0, 2**32)")
-  for key, share in config.demonstrations.items():
+  shares = {"tasks.renamed": config.tasks.renamed} | {
+      f"stages.{name}.hasty": config.stages[name].hasty
+      for name in config.curriculum
+  }
+  for key, share in shares.items():
     if not 0 <= share <= 1:
-      raise ValueError(f"config.demonstrations.{key}: {share} not in [0, 1]")
+      raise ValueError(f"config.{key}: {share} must be in [0, 1]")
   if not config.rollout.temperature > 0:
     raise ValueError(
         f"config.rollout.temperature: {config.rollout.temperature} must be > 0"

@@ -123,8 +123,8 @@ class Setup:
     policies: by name, with the weights to begin with.
     actor: makes the actor of a policy from its engine.
     tools: by name.
-    demonstrate: plays the scripted expert on a task, with a seed; None where
-      it cannot do the task.
+    demonstrate: by name of stage, plays the scripted expert on a task, with a
+      seed; None where it cannot do the task.
     method: the algorithm.
     sampler: how rollouts are sampled.
     evaluate_every: steps between looks at `dev`.
@@ -145,7 +145,7 @@ class Setup:
   policies: Mapping[str, Policy]
   actor: Callable[[str, Engine], Actor]
   tools: Mapping[str, Tool]
-  demonstrate: Demonstrate
+  demonstrate: Mapping[str, Demonstrate]
   method: Method
   sampler: Sampler
   evaluate_every: int
@@ -239,7 +239,8 @@ class Run:
     with self.timed("rollout"):
       before = self.generated_tokens
       if stage.objective == "imitate":
-        played = [await self.setup.demonstrate(t, seed) for t in tasks]
+        demonstrate = self.setup.demonstrate[stage.name]
+        played = [await demonstrate(task, seed) for task in tasks]
         groups = [group for group in played if group is not None]
       else:
         groups = await self._roll_out(tasks, seed)

@@ -135,7 +135,7 @@ def small_setup(
       policies={n: _policy(roles, i) for i, n in enumerate(roles.policies)},
       actor=actor,
       tools=tools,
-      demonstrate=demonstrate,
+      demonstrate={stage.name: demonstrate for stage in stages},
       method=method or small_method(roles),
       sampler=Sampler(
           engine={
