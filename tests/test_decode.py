@@ -1,0 +1,265 @@
+"""Cache and decode against the trainer's forward pass, and against itself."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from mgrpo_jax.policy import cache as caching
+from mgrpo_jax.policy import decode, logprobs, params, sampling, transformer
+from mgrpo_jax.policy.config import TransformerConfig
+
+SLOTS, LENGTH, BLOCK, STEPS = 6, 48, 16, 5
+CONFIGS = {
+    "plain": TransformerConfig(
+        vocab_size=61, embed_dim=16, num_layers=2, num_heads=2,
+        num_kv_heads=2, head_dim=8, mlp_dim=24, rope_base=1e4, norm_eps=1e-5,
+        tied_embeddings=True, dtype="float32",
+    ),
+    "grouped": TransformerConfig(
+        vocab_size=61, embed_dim=16, num_layers=2, num_heads=6,
+        num_kv_heads=2, head_dim=4, mlp_dim=24, rope_base=1e4, norm_eps=1e-5,
+        tied_embeddings=False, dtype="float32",
+    ),
+}  # fmt: skip
+PLAIN = CONFIGS["plain"]
+
+PREFILL = jax.jit(decode.prefill, static_argnames=("config",))
+DECODE = jax.jit(decode.decode, static_argnames=("config", "num_steps"))
+COPY = jax.jit(caching.copy_slots)
+
+
+@functools.cache
+def weights(config):
+  init = jax.jit(params.init, static_argnums=1)
+  # large enough that what a token attends to matters
+  return jax.tree.map(
+      lambda x: 2 * np.asarray(x), init(jax.random.key(0), config)
+  )
+
+
+def empty(config, fill=0.0):
+  shapes = jax.eval_shape(
+      lambda: caching.init(config, num_slots=SLOTS, length=LENGTH, block=BLOCK)
+  )
+  return jax.tree.map(lambda x: np.full(x.shape, fill, x.dtype), shapes)
+
+
+def describe(streams, budget=STEPS, temperature=1.0, stop_ids=()):
+  """Slots as the engine would describe them; streams: slot -> tokens."""
+  stops = np.full((SLOTS, 8), sampling.NO_TOKEN, np.int32)
+  stops[:, : len(stop_ids)] = stop_ids
+  slots = decode.Slots(
+      token=np.zeros(SLOTS, np.int32),
+      length=np.zeros(SLOTS, np.int32),
+      budget=np.zeros(SLOTS, np.int32),
+      seed=np.zeros((SLOTS, 2), np.uint32),
+      temperature=np.full(SLOTS, temperature, np.float32),
+      stop_ids=stops,
+  )
+  for index, stream in streams.items():
+    slots.token[index] = stream[-1]
+    slots.length[index] = len(stream) - 1
+    slots.budget[index] = budget
+    slots.seed[index] = 7, sum(stream)
+  return slots
+
+
+def fill(config, cache, streams, width=16, rows=4):
+  """Prefills all but each stream's last token, `width` tokens a time."""
+  for start in range(0, LENGTH, width):
+    todo = [(i, s) for i, s in streams.items() if len(s) - 1 > start]
+    for first in range(0, len(todo), rows):
+      tokens = np.full((rows, width), config.vocab_size - 1, np.int32)
+      lengths, slots, starts = np.zeros((3, rows), np.int32)
+      for row, (index, stream) in enumerate(todo[first : first + rows]):
+        piece = stream[start : min(start + width, len(stream) - 1)]
+        tokens[row, : len(piece)] = piece
+        lengths[row], slots[row], starts[row] = len(piece), index, start
+      cache = PREFILL(
+          weights(config), cache, tokens, lengths, slots, starts,
+          config=config,
+      )  # fmt: skip
+  return cache
+
+
+def run(config, cache, slots, steps=STEPS):
+  cache, tokens, logp = DECODE(
+      weights(config), cache, slots, config=config, num_steps=steps
+  )
+  return cache, np.asarray(tokens), np.asarray(logp)
+
+
+def streams(seed, sizes, vocab=60):
+  rng = np.random.default_rng(seed)
+  return {i: rng.integers(0, vocab, n).tolist() for i, n in sizes.items()}
+
+
+def trainer_logprobs(config, stream, temperature):
+  tokens = np.zeros((1, LENGTH), np.int32)
+  tokens[0, : len(stream)] = stream
+  segments = (np.arange(LENGTH) < len(stream)).astype(np.int32)[None]
+  score = jax.jit(
+      logprobs.token_logprobs, static_argnames=("config", "temperature")
+  )
+  positions = np.arange(LENGTH, dtype=np.int32)[None]
+  return np.asarray(
+      score(
+          weights(config), tokens, positions, segments, config=config,
+          temperature=temperature,
+      )  # fmt: skip
+  )[0, : len(stream)]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_logprobs_are_the_trainers(name, temperature):
+  config = CONFIGS[name]
+  # one token; a block less, exactly and more than filled; until the very end
+  all_streams = streams(0, {0: 1, 1: 16, 2: 17, 4: 18, 5: LENGTH - 2 * STEPS})
+  cache = fill(config, empty(config), all_streams)
+  for _ in range(2):  # the second visit attends to what the first wrote
+    slots = describe(all_streams, temperature=temperature)
+    cache, tokens, logp = run(config, cache, slots)
+    assert (tokens[:, 3] == sampling.NO_TOKEN).all()
+    for index, stream in all_streams.items():
+      stream += tokens[:, index].tolist()
+      expected = trainer_logprobs(config, stream, temperature)[-STEPS:]
+      # both in float32, sums in another order
+      np.testing.assert_allclose(logp[:, index], expected, atol=1e-4)
+
+
+def test_greedy_tokens_are_the_argmax_of_the_trainers_logits():
+  all_streams = streams(1, {1: 20, 3: 5})
+  cache = fill(PLAIN, empty(PLAIN), all_streams)
+  slots = describe(all_streams, temperature=0.0)
+  _, tokens, _ = run(PLAIN, cache, slots)
+  forward = jax.jit(transformer.apply, static_argnames=("config",))
+  for index, stream in all_streams.items():
+    whole = np.zeros((1, LENGTH), np.int32)
+    text = stream + tokens[:, index].tolist()
+    whole[0, : len(text)] = text
+    positions = np.arange(LENGTH, dtype=np.int32)[None]
+    logits = np.asarray(
+        forward(
+            weights(PLAIN), whole, positions, np.ones_like(whole), config=PLAIN
+        )
+    )[0, len(stream) - 1 : len(text) - 1]
+    np.testing.assert_array_equal(logits.argmax(axis=1), tokens[:, index])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_stream_does_not_notice_the_others(seed):
+  rng = np.random.default_rng(seed)
+  mine = streams(seed, {0: int(rng.integers(1, 40))})[0]
+  cache = fill(PLAIN, empty(PLAIN), {2: mine})
+  cache, first, logp = run(PLAIN, cache, describe({2: mine}))
+  grown = mine + first[:, 2].tolist()
+  _, second, _ = run(PLAIN, cache, describe({2: grown}), steps=STEPS)
+
+  place = int(rng.integers(SLOTS))
+  others = streams(
+      seed + 50,
+      {i: int(rng.integers(1, 40)) for i in range(SLOTS) if i != place},
+  )
+  crowd = dict(sorted((others | {place: mine}).items()))
+  cache = fill(PLAIN, empty(PLAIN, fill=3.0), crowd)
+  cache, tokens, crowd_logp = run(PLAIN, cache, describe(crowd))
+  np.testing.assert_array_equal(tokens[:, place], first[:, 2])
+  np.testing.assert_array_equal(crowd_logp[:, place], logp[:, 2])
+  for index in crowd:
+    crowd[index] = crowd[index] + tokens[:, index].tolist()
+  _, tokens, _ = run(PLAIN, cache, describe(crowd))
+  np.testing.assert_array_equal(tokens[:, place], second[:, 2])
+
+
+def test_a_slot_stops_alone():
+  all_streams = streams(9, {0: 4, 1: 9})
+  cache = fill(PLAIN, empty(PLAIN), all_streams)
+  _, free, _ = run(PLAIN, cache, describe(all_streams))
+  stop = int(free[2, 0])
+  assert stop not in free[:2, 0] and stop not in free[:, 1]
+  after, tokens, logp = run(
+      PLAIN, cache, describe(all_streams, stop_ids=(60, stop))
+  )
+  assert tokens[:, 0].tolist() == [*free[:3, 0], -1, -1]
+  np.testing.assert_array_equal(tokens[:, 1], free[:, 1])
+  assert (logp[3:, 0] == 0).all() and (logp[:3, 0] < 0).all()
+  # three fed tokens were written, nothing after them
+  keys = np.asarray(after.keys[0][0])[0]
+  assert (keys[:, 3:6] != 0).any(axis=(0, 2)).all()
+  assert (keys[:, 6:] == 0).all()
+
+
+def test_a_budget_ends_a_slot():
+  all_streams = streams(4, {0: 4, 5: 9})
+  cache = fill(PLAIN, empty(PLAIN), all_streams)
+  slots = describe(all_streams)
+  slots.budget[0] = 2
+  _, tokens, _ = run(PLAIN, cache, slots)
+  assert (tokens[:2, 0] >= 0).all() and (tokens[2:, 0] == -1).all()
+  assert (tokens[:, 5] >= 0).all()
+
+
+def test_prefill_writes_its_tokens_and_no_others():
+  marked = empty(PLAIN, fill=9.0)
+  cache = fill(PLAIN, marked, streams(5, {4: LENGTH}), width=20)
+  for block in jax.tree.leaves(jax.tree.map(np.asarray, cache)):
+    assert (block[[0, 1, 2, 3, 5]] == 9.0).all()
+  last = np.asarray(cache.values[1][-1])[4]
+  assert (last[:, :-1] != 9.0).any(axis=(0, 2)).all()
+  assert (last[:, -1] == 9.0).all()  # the token that is left to decode
+
+
+def test_copied_slots_go_on_alike():
+  all_streams = streams(6, {1: 30})
+  cache = fill(PLAIN, empty(PLAIN), all_streams)
+  pairs = np.asarray([[1, 4], [4, 0], [4, 0]], np.int32)
+  cache = COPY(cache, pairs[:, 0], pairs[:, 1])
+  same = {i: all_streams[1] for i in (0, 1, 4)}
+  _, tokens, logp = run(PLAIN, cache, describe(same))
+  for index in (0, 4):
+    np.testing.assert_array_equal(tokens[:, index], tokens[:, 1])
+    np.testing.assert_array_equal(logp[:, index], logp[:, 1])
+
+
+@pytest.mark.parametrize("program", ["prefill", "decode", "copy"])
+@jax.debug_nans(False)  # which would keep every donated argument
+def test_a_donated_cache_is_updated_in_place(program):
+  cache = jax.eval_shape(
+      lambda: caching.init(PLAIN, num_slots=64, length=512, block=128)
+  )
+  weight = params.abstract(PLAIN)
+  ints = functools.partial(jax.ShapeDtypeStruct, dtype=np.int32)
+  if program == "prefill":
+    function = functools.partial(decode.prefill, config=PLAIN)
+    rows = (ints((2,)),) * 3
+    lowered = jax.jit(function, donate_argnums=1).lower(
+        weight, cache, ints((2, 16)), *rows
+    )
+  elif program == "decode":
+    function = functools.partial(decode.decode, config=PLAIN, num_steps=4)
+    slots = jax.eval_shape(
+        lambda: decode.Slots(
+            *(np.zeros(64, np.int32),) * 3,
+            np.zeros((64, 2), np.uint32),
+            np.zeros(64, np.float32),
+            np.zeros((64, 8), np.int32),
+        )
+    )
+    lowered = jax.jit(function, donate_argnums=1).lower(weight, cache, slots)
+  else:
+    function = jax.jit(caching.copy_slots, donate_argnums=0)
+    lowered = function.lower(cache, ints((8,)), ints((8,)))
+  text = lowered.compile().as_text()
+  assert text.count("may-alias") >= len(jax.tree.leaves(cache))
+  assert not re.findall(r"= f32\[64,2,128,8\]\S* copy\(", text)
+
+
+@pytest.mark.parametrize("name", ["num_slots", "length", "block"])
+def test_sizes_of_the_cache_are_positive(name):
+  sizes = {"num_slots": 1, "length": 1, "block": 1}
+  with pytest.raises(ValueError, match=name):
+    caching.init(PLAIN, **sizes | {name: 0})

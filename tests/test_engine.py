@@ -1,0 +1,563 @@
+"""The engine under traffic: same bits, no leaks, nobody waits for ever."""
+
+import asyncio
+import dataclasses
+import functools
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from mgrpo_jax.policy import logprobs, params
+from mgrpo_jax.policy.config import TransformerConfig
+from mgrpo_jax.policy.sampling import Sampling
+from mgrpo_jax.sampler import batching, device
+from mgrpo_jax.sampler.engine import Engine, EngineError
+from mgrpo_jax.sampler.slots import Slot
+
+CONTEXT = 64
+STOP = 3
+CONFIG = TransformerConfig(
+    vocab_size=61, embed_dim=16, num_layers=2, num_heads=4,
+    num_kv_heads=2, head_dim=4, mlp_dim=24, rope_base=1e4, norm_eps=1e-5,
+    tied_embeddings=True, dtype="float32",
+)  # fmt: skip
+
+
+@functools.cache
+def weights(seed=0, config=CONFIG):
+  init = jax.jit(params.init, static_argnums=1)
+  # large enough that what a token attends to matters
+  return jax.tree.map(
+      lambda x: 2 * np.asarray(x), init(jax.random.key(seed), config)
+  )
+
+
+def make(num_slots=8, version=0, config=CONFIG, **sizes):
+  return Engine(
+      config, weights(0, config), version, num_slots=num_slots, context=CONTEXT,
+      **{"block": 16, "prefill_tokens": 32, "prefill_buckets": (4, 16),
+         "decode_steps": 4} | sizes,
+  )  # fmt: skip
+
+
+def draw(limit=10, temperature=1.0, stop_ids=(STOP,)):
+  return Sampling(
+      temperature=temperature, max_new_tokens=limit, stop_ids=stop_ids
+  )
+
+
+def prompt(seed, length):
+  return np.random.default_rng(seed).integers(4, 61, length).tolist()
+
+
+async def converse(engine, number, turns=3, pause=None):
+  """Turns of one agent, with tool results between: all it was told."""
+  rng = np.random.default_rng(number)
+  tokens = rng.integers(4, 61, rng.integers(1, 20)).tolist()
+  told = []
+  for turn in range(turns):
+    completion = await engine.generate(
+        tokens, draw(int(rng.integers(1, 10))), 1000 * number + turn,
+        session=str(number),
+    )  # fmt: skip
+    told.append((completion.tokens.tolist(), completion.logprobs.tolist()))
+    tokens = tokens + told[-1][0]
+    tokens += rng.integers(4, 61, rng.integers(1, 8)).tolist()
+    if pause is not None:
+      await asyncio.sleep(pause.random() * 0.01)
+  engine.release(str(number))
+  return told
+
+
+@functools.cache
+def alone(number):
+  """What a conversation yields when nothing else goes on."""
+
+  async def run():
+    async with make() as engine:
+      return await converse(engine, number)
+
+  return asyncio.run(run())
+
+
+def everything_is_free(engine):
+  stats = engine.stats()
+  num_slots = sum(stats["slots"].values())
+  return stats["slots"]["free"] == num_slots and stats["requests"] == 0
+
+
+async def settled(engine):
+  """Waits until cancelled requests have left their slots."""
+  for _ in range(200):
+    if everything_is_free(engine):
+      return
+    await asyncio.sleep(0.01)
+  raise AssertionError(engine.stats())
+
+
+def test_logprobs_are_the_trainers():
+  async def run():
+    async with make() as engine:
+      stream, mask, got = prompt(0, 21), [0] * 21, [0.0] * 21
+      for turn in range(3):
+        completion = await engine.generate(
+            stream, draw(temperature=0.7), turn, session="a"
+        )
+        tool = prompt(turn + 1, 5)
+        stream = stream + completion.tokens.tolist() + tool
+        mask += [1] * len(completion.tokens) + [0] * 5
+        got += completion.logprobs.tolist() + [0.0] * 5
+      return stream, np.asarray(mask, bool), np.asarray(got)
+
+  stream, mask, got = asyncio.run(run())
+  tokens = np.zeros((1, CONTEXT + 16), np.int32)
+  tokens[0, : len(stream)] = stream
+  segments = (np.arange(CONTEXT + 16) < len(stream)).astype(np.int32)[None]
+  score = jax.jit(
+      logprobs.token_logprobs, static_argnames=("config", "temperature")
+  )
+  expected = np.asarray(
+      score(
+          weights(), tokens, np.arange(CONTEXT + 16, dtype=np.int32)[None],
+          segments, config=CONFIG, temperature=0.7,
+      )  # fmt: skip
+  )[0, : len(stream)]
+  assert mask.sum() > 10
+  np.testing.assert_allclose(got[mask], expected[mask], atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_traffic_changes_no_bit(seed):
+  rng = np.random.default_rng(seed)
+
+  async def observe(engine, results, number):
+    await asyncio.sleep(rng.random() * 0.05)
+    results[number] = await converse(engine, number, pause=rng)
+
+  async def disturb(engine, numbers):
+    for number in numbers:
+      task = asyncio.create_task(converse(engine, number, pause=rng))
+      await asyncio.sleep(rng.random() * 0.1)
+      task.cancel()  # whether it is waiting, being sampled, or done
+      await asyncio.gather(task, return_exceptions=True)
+      engine.release(str(number))
+
+  async def run():
+    results = {}
+    async with make() as engine:
+      jobs = [observe(engine, results, number) for number in (1, 2, 3)]
+      jobs += [
+          disturb(engine, range(first, first + 4))
+          for first in range(100, 150, 10)
+      ]
+      await asyncio.gather(*(jobs[i] for i in rng.permutation(len(jobs))))
+      await settled(engine)
+      stats = engine.stats()
+    assert stats["evictions"] == 0 and stats["cancelled"] > 0
+    return results
+
+  assert asyncio.run(run()) == {number: alone(number) for number in (1, 2, 3)}
+
+
+def test_sessions_change_at_most_the_last_place():
+  """Turn by turn and all at once: the same to float tolerance."""
+
+  async def run():
+    async with make() as engine:
+      told = await converse(engine, 5)
+      rng = np.random.default_rng(5)
+      tokens = rng.integers(4, 61, rng.integers(1, 20)).tolist()
+      for turn, (sampled, expected) in enumerate(told):
+        completion = await engine.generate(
+            tokens, draw(int(rng.integers(1, 10))), 5000 + turn
+        )
+        assert completion.tokens.tolist() == sampled
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+        tokens = (
+            tokens + sampled + rng.integers(4, 61, rng.integers(1, 8)).tolist()
+        )
+
+  asyncio.run(run())
+
+
+def test_equal_prompts_are_prefilled_once():
+  async def run():
+    async with make() as engine:
+      shared = await asyncio.gather(
+          *(engine.generate(prompt(1, 30), draw(), seed) for seed in range(6))
+      )
+      stats = engine.stats()
+      assert (stats["prefilled"], stats["copied"]) == (29, 5)
+    single = []
+    for seed in range(6):
+      async with make() as engine:
+        single.append(await engine.generate(prompt(1, 30), draw(), seed))
+    for one, other in zip(shared, single, strict=True):
+      assert one.tokens.tolist() == other.tokens.tolist()
+      assert one.logprobs.tolist() == other.logprobs.tolist()
+    assert len({tuple(one.tokens.tolist()) for one in shared}) > 1
+
+  asyncio.run(run())
+
+
+def test_completions_say_why_they_ended():
+  async def run():
+    async with make() as engine:
+      free = await engine.generate(prompt(2, 9), draw(12, stop_ids=()), 0)
+      assert (free.finish, len(free.tokens)) == ("length", 12)
+      assert (free.version_min, free.version_max) == (0, 0)
+      stop = int(free.tokens[6])
+      first = free.tokens.tolist().index(stop)
+      stopped = await engine.generate(
+          prompt(2, 9), draw(12, stop_ids=(60, stop)), 0
+      )
+      assert stopped.finish == "stop"
+      assert stopped.tokens.tolist() == free.tokens[: first + 1].tolist()
+      assert stopped.logprobs.tolist() == free.logprobs[: first + 1].tolist()
+      assert stopped.tokens.dtype == np.int32
+      assert stopped.logprobs.dtype == np.float32
+      for length in (CONTEXT - 1, CONTEXT - 5, CONTEXT - 12):
+        full = await engine.generate(
+            prompt(3, length), draw(12, stop_ids=()), 0
+        )
+        assert full.finish == "context"
+        assert len(full.tokens) == CONTEXT - length
+      none = await engine.generate(prompt(3, CONTEXT), draw(), 0)
+      assert (none.finish, len(none.tokens)) == ("context", 0)
+      await settled(engine)
+
+  asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "tokens, seed, message",
+    [
+        ([5] * (CONTEXT + 1), 0, "1 to 64"),
+        ([], 0, "1 to 64"),
+        ([[5]], 0, "shape"),
+        ([61], 0, "0..60"),
+        ([-1], 0, "0..60"),
+        ([5], -1, "seed"),
+    ],
+)
+def test_wrong_requests_are_refused_before_any_work(tokens, seed, message):
+  async def run():
+    async with make() as engine:
+      with pytest.raises(ValueError, match=message):
+        await engine.generate(tokens, draw(), seed)
+      assert engine.stats()["visits"] == 0
+
+  asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "num_slots",
+        "block",
+        "prefill_tokens",
+        "prefill_buckets",
+        "decode_steps",
+    ],
+)
+def test_sizes_are_positive(name):
+  value = (0, 4) if name == "prefill_buckets" else 0
+  with pytest.raises(ValueError, match=name):
+    make(**{name: value})
+
+
+def test_a_session_has_one_request_at_a_time():
+  async def run():
+    async with make() as engine:
+      first = asyncio.create_task(
+          engine.generate(prompt(1, 5), draw(), 0, session="a")
+      )
+      await asyncio.sleep(0)
+      with pytest.raises(ValueError, match="under way"):
+        await engine.generate(prompt(1, 5), draw(), 0, session="a")
+      await first
+
+  asyncio.run(run())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_cancellations_leak_no_slot(seed):
+  rng = np.random.default_rng(seed)
+
+  async def run():
+    async with make(num_slots=2) as engine:
+      for _ in range(2):
+        tasks = [
+            asyncio.create_task(converse(engine, number, pause=rng))
+            for number in range(20)
+        ]
+        for index in rng.permutation(20)[:14]:
+          await asyncio.sleep(rng.random() * 0.02)
+          tasks[index].cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(
+            isinstance(result, list | asyncio.CancelledError)
+            for result in results
+        )
+        for number in range(20):
+          engine.release(str(number))
+        await settled(engine)
+      # and every slot can still be used
+      await asyncio.gather(
+          *(engine.generate(prompt(i, 9), draw(), i) for i in range(9))
+      )
+      await settled(engine)
+
+  asyncio.run(run())
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_a_session_may_be_released_before_its_request_ends(waiting):
+  async def run():
+    async with make(num_slots=2) as engine:
+      others = [
+          asyncio.create_task(
+              engine.generate(prompt(2, 5), draw(20, stop_ids=()), seed)
+          )
+          for seed in range(2 * waiting)
+      ]
+      await asyncio.sleep(0)
+      task = asyncio.create_task(
+          engine.generate(prompt(1, 5), draw(), 0, session="a")
+      )
+      await asyncio.sleep(0.001)
+      engine.release("a")
+      await asyncio.gather(task, *others)
+      await settled(engine)
+
+  asyncio.run(run())
+
+
+def test_waiting_requests_are_served_in_order():
+  async def run():
+    order = []
+
+    async def ask(engine, number):
+      await engine.generate(prompt(number, 5), draw(5, stop_ids=()), number)
+      order.append(number)
+
+    async with make(num_slots=2) as engine:
+      await asyncio.gather(*(ask(engine, number) for number in range(6)))
+    assert order == list(range(6))
+
+  asyncio.run(run())
+
+
+def test_idle_sessions_are_evicted_longest_idle_first():
+  async def run():
+    async with make(num_slots=2) as engine:
+      streams = {}
+      for name in ("a", "b"):
+        told = await engine.generate(prompt(1, 9), draw(), 0, session=name)
+        streams[name] = prompt(1, 9) + told.tokens.tolist() + [5, 6]
+      await engine.generate(prompt(2, 9), draw(), 0, session="c")
+      assert engine.stats()["evictions"] == 1
+      before = engine.stats()["prefilled"]
+      kept = await engine.generate(streams["b"], draw(), 1, session="b")
+      assert engine.stats()["prefilled"] - before == 2
+      again = await engine.generate(streams["a"], draw(), 1, session="a")
+      assert engine.stats()["evictions"] == 2
+      assert again.tokens.tolist() == kept.tokens.tolist()
+      np.testing.assert_allclose(again.logprobs, kept.logprobs, atol=1e-4)
+
+  asyncio.run(run())
+
+
+def test_a_session_that_was_rewritten_is_prefilled_again():
+  async def run():
+    async with make() as engine:
+      await engine.generate(prompt(1, 9), draw(), 0, session="a")
+      other = await engine.generate(prompt(2, 30), draw(), 7, session="a")
+      shorter = await engine.generate(prompt(2, 3), draw(), 7, session="a")
+      assert engine.stats()["mismatches"] == 2
+    async with make() as engine:
+      fresh = await engine.generate(prompt(2, 30), draw(), 7)
+      assert other.logprobs.tolist() == fresh.logprobs.tolist()
+      fresh = await engine.generate(prompt(2, 3), draw(), 7)
+      assert shorter.logprobs.tolist() == fresh.logprobs.tolist()
+
+  asyncio.run(run())
+
+
+def test_new_weights_are_swapped_between_visits():
+  async def run():
+    async with make() as engine:
+      told = await engine.generate(prompt(1, 9), draw(), 0, session="a")
+      stream = prompt(1, 9) + told.tokens.tolist() + [5, 6]
+      long = asyncio.create_task(
+          engine.generate(prompt(3, 9), draw(40, stop_ids=()), 0, session="b")
+      )
+      while engine.stats()["visits"] < 4:
+        await asyncio.sleep(0)
+      engine.update(weights(1), 5)
+      across = await long
+      assert (across.version_min, across.version_max) == (0, 5)
+      before = engine.stats()["prefilled"]
+      after = await engine.generate(stream, draw(), 1, session="a")
+      assert (after.version_min, after.version_max) == (5, 5)
+      assert engine.stats()["prefilled"] - before == len(stream) - 1
+      # a session that lived through the swap does not keep old cache either
+      before = engine.stats()["prefilled"]
+      stream_b = prompt(3, 9) + across.tokens.tolist()
+      await engine.generate(stream_b, draw(), 1, session="b")
+      assert engine.stats()["prefilled"] - before == len(stream_b) - 1
+    fresh = Engine(
+        CONFIG, weights(1), 5, num_slots=8, context=CONTEXT, block=16,
+        prefill_tokens=32, prefill_buckets=(4, 16), decode_steps=4,
+    )  # fmt: skip
+    async with fresh:
+      expected = await fresh.generate(stream, draw(), 1)
+    assert after.tokens.tolist() == expected.tokens.tolist()
+    assert after.logprobs.tolist() == expected.logprobs.tolist()
+
+  asyncio.run(run())
+
+
+def test_a_failing_device_reaches_everyone(monkeypatch):
+  def broken(*args, **kwargs):
+    raise MemoryError("no room")
+
+  async def run():
+    async with make(num_slots=2) as engine:
+      await engine.generate(prompt(1, 5), draw(), 0, session="idle")
+      monkeypatch.setattr(device, "decode", broken)
+      results = await asyncio.wait_for(
+          asyncio.gather(
+              *(engine.generate(prompt(i, 5), draw(), i) for i in range(5)),
+              return_exceptions=True,
+          ),
+          timeout=10,
+      )
+      assert all(isinstance(result, EngineError) for result in results)
+      assert all("no room" in str(result) for result in results)
+      with pytest.raises(EngineError, match="no room"):
+        await engine.generate(prompt(1, 5), draw(), 0)
+
+  asyncio.run(run())
+
+
+def test_log_probabilities_that_are_not_finite_stop_the_engine(monkeypatch):
+  decode = device.decode
+
+  def spoilt(*args, **kwargs):
+    cache, tokens, logp = decode(*args, **kwargs)
+    return cache, tokens, np.full_like(logp, np.nan)
+
+  async def run():
+    async with make() as engine:
+      engine.update(weights(), 7)
+      monkeypatch.setattr(device, "decode", spoilt)
+      with pytest.raises(EngineError, match="version 7 are not finite"):
+        await engine.generate(prompt(1, 5), draw(), 0)
+
+  asyncio.run(run())
+
+
+def test_closing_reaches_everyone_and_the_engine_can_be_reopened():
+  async def run(engine):
+    with pytest.raises(EngineError, match="not running"):
+      await engine.generate(prompt(1, 5), draw(), 0)
+    async with engine:
+      tasks = [
+          asyncio.create_task(
+              engine.generate(prompt(1, 5), draw(50, stop_ids=()), i)
+          )
+          for i in range(12)
+      ]
+      await asyncio.sleep(0.01)
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert any(isinstance(result, EngineError) for result in results)
+    assert everything_is_free(engine)
+    async with engine:
+      return await converse(engine, 5)
+
+  engine = make()
+  assert asyncio.run(run(engine)) == alone(5)
+  assert asyncio.run(run(engine)) == alone(5)
+
+
+def test_tools_run_while_the_device_works(monkeypatch):
+  decode, caller = device.decode, threading.get_ident()
+
+  def slow(*args, **kwargs):
+    assert threading.get_ident() != caller
+    time.sleep(0.2)
+    return decode(*args, **kwargs)
+
+  async def run():
+    async with make() as engine:
+      await engine.generate(prompt(1, 5), draw(), 0)
+      monkeypatch.setattr(device, "decode", slow)
+      task = asyncio.create_task(engine.generate(prompt(1, 5), draw(3), 0))
+      ticks = 0
+      while not task.done():
+        await asyncio.sleep(0.005)
+        ticks += 1
+      assert ticks > 5
+
+  asyncio.run(run())
+
+
+def test_engines_of_one_configuration_share_their_programs():
+  events = []
+  shallow = dataclasses.replace(CONFIG, num_layers=1)  # nobody else's
+
+  def listen(name, duration, **kwargs):
+    if name == "/jax/core/compile/backend_compile_duration":
+      events.append(name)
+
+  async def run():
+    before = device.compilations()
+    async with make(config=shallow) as engine:
+      await asyncio.gather(*(converse(engine, i) for i in range(8)))
+      await asyncio.gather(
+          *(engine.generate(prompt(0, 25), draw(), i) for i in range(3))
+      )
+    after = device.compilations()
+    added = {kind: after[kind] - before.get(kind, 0) for kind in after}
+    assert added == {
+        "init_cache": 1, "prefill": 2, "decode": 1, "copy_slots": 1
+    }  # fmt: skip
+    assert len(events) == sum(added.values())
+    async with make(config=shallow) as engine:
+      engine.update(weights(1, shallow), 1)
+      await asyncio.gather(*(converse(engine, i) for i in range(8)))
+    assert device.compilations() == after
+    assert len(events) == sum(added.values())
+
+  weights(0, shallow), weights(1, shallow)
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    asyncio.run(run())
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_calls_have_the_shapes_of_their_buckets():
+  slots = [Slot(index=i, stream=np.arange(n)) for i, n in enumerate((5, 45, 4))]
+  pieces = [
+      p for s in slots for p in batching.cut(s, len(s.stream), buckets=(4, 16))
+  ]
+  got = list(batching.calls(pieces, call_tokens=32))
+  assert [call.tokens.shape for call in got] == [
+      (8, 4),
+      (2, 16),
+      (2, 16),
+      (2, 16),
+  ]
+  filled = {}
+  for call in got:
+    for row in range(len(call.slots)):
+      stream = filled.setdefault(int(call.slots[row]), [])
+      if call.lengths[row]:
+        assert call.starts[row] == len(stream)
+      stream += call.tokens[row, : call.lengths[row]].tolist()
+  assert filled == {i: list(range(n)) for i, n in enumerate((5, 45, 4))}
