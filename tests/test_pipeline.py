@@ -44,7 +44,7 @@ def test_the_seed_decides_the_order():
 
 
 @settings(max_examples=6, deadline=None)
-@given(size=st.integers(1, 9), before=st.integers(0, 30))
+@given(size=st.integers(9, 40), before=st.integers(0, 60))
 def test_a_stored_position_continues_exactly(size, before):
   stream = pipeline.TaskStream(make(size), seed=1)
   stream.take(before)
