@@ -9,7 +9,7 @@ begin from shipped weights (imitation of a hasty expert, configs/warm_start.py).
         --workdir=runs/quickstart
 
 Hardware: two CPU cores. Arms, after a colon: `co_train` (the default),
-`main_only` (researcher frozen), `single_agent`, and `smoke` (one minute).
+`main_only` (researcher frozen), `sub_only` (main frozen), `smoke` (one minute).
 """
 
 import ml_collections
@@ -43,7 +43,13 @@ def get_config(arm: str = "co_train") -> ml_collections.ConfigDict:
   config.stages.easy.families = ("attribute", "place")
   config.stages.hard = default.stage("reinforce", steps=80)
   config.stages.hard.families = FAMILIES
+  for name in config.curriculum:
+    config.stages[name].learning_rate = 1.5e-4
+  config.tasks.per_step = 16
+  config.rollout.max_concurrent = 128
+  config.engine.num_slots = 128
   config.evaluation.families = FAMILIES
+  config.evaluation.tasks = 150
   if arm == "main_only":
     config.policies.researcher.trainable = False
   if arm == "sub_only":
