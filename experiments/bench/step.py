@@ -10,7 +10,6 @@ warm-up and is reported apart.
 """
 
 import asyncio
-import json
 import pathlib
 import tempfile
 import time
