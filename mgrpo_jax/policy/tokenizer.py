@@ -8,24 +8,20 @@ only through `special_ids`, or through `encode_with_specials` for templates.
 """
 
 import io
-import json
-import pathlib
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import sentencepiece
 
 SENTENCEPIECE_FILE = "tokenizer.model"
-BPE_FILE = "tokenizer.json"
-BPE_CONFIG_FILE = "tokenizer_config.json"
 
 _PAD, _UNK, _EOS = "<pad>", "<unk>", "<eos>"
 _SPACE = "\u2581"  # how sentencepiece spells a space; text may hold it too
 _SPACE_BYTES = tuple(f"<0x{byte:02X}>" for byte in _SPACE.encode())
 _PROBE = "  two  spaces\n\n\ttab \u2581\u00e9\u2047 "
-_REPLACEMENT = "\ufffd"
+REPLACEMENT = "\ufffd"
 _MAX_LINE_BYTES = 1 << 24  # longer lines would be skipped without a word
 
 
@@ -83,7 +79,7 @@ class Tokenizer(Protocol):
     ...
 
   def files(self) -> dict[str, bytes]:
-    """Gives the files that `load_tokenizer` reads.
+    """Gives the files that `load.load_tokenizer` reads.
 
     Returns:
       File name to content; the same bytes for the same tokenizer.
@@ -135,7 +131,7 @@ class SentencePieceTokenizer:
 
   def encode(self, text: str) -> list[int]:
     """See `Tokenizer.encode`."""
-    first, *rest = _without_surrogates(text).split(_SPACE)
+    first, *rest = without_surrogates(text).split(_SPACE)
     ids = self._processor.encode(first)
     for part in rest:
       ids += self._space_ids
@@ -144,7 +140,7 @@ class SentencePieceTokenizer:
 
   def decode(self, ids: Iterable[int]) -> str:
     """See `Tokenizer.decode`."""
-    return _decode_runs(
+    return decode_runs(
         ids, self._special_names, self.vocab_size, self._processor.decode
     )
 
@@ -152,95 +148,11 @@ class SentencePieceTokenizer:
     """See `Tokenizer.token_text`."""
     text = self.decode([token])
     piece = self._processor.id_to_piece(token)
-    return piece if _REPLACEMENT in text else text
+    return piece if REPLACEMENT in text else text
 
   def files(self) -> dict[str, bytes]:
     """See `Tokenizer.files`."""
     return {SENTENCEPIECE_FILE: self._model}
-
-
-class BPETokenizer:
-  """A tokenizer of the `tokenizers` library (SmolLM2, Llama 3, …).
-
-  Added tokens of the file are taken out of the library's tokenizer, so that
-  it cannot find them in text, and become the special tokens. A byte without a
-  token of its own is dropped, as transformers does; SmolLM2 lacks six control
-  characters and what only unassigned planes of Unicode need.
-  """
-
-  def __init__(self, definition: str, config: Mapping[str, Any]):
-    """Reads a definition.
-
-    Args:
-      definition: the content of a `tokenizer.json`.
-      config: what `tokenizer_config.json` says: `eos_token`, `bos_token` and
-        `pad_token` (names, or None), `add_bos_token`. Without a padding token
-        the end token pads.
-
-    Raises:
-      ValueError: where the package `tokenizers` is missing, the definition
-        cannot be read, an end token is missing, or a name is not a token.
-    """
-    self._definition, self._config = definition, dict(config)
-    fields = _read_json_object(definition, BPE_FILE)
-    added = {t["content"]: t["id"] for t in fields.get("added_tokens", ())}
-    self.special_ids: Mapping[str, int] = types.MappingProxyType(added)
-    self._special_names = {i: name for name, i in added.items()}
-    self._inner = _read_bpe(fields, added)
-    largest = max([*self._inner.get_vocab().values(), *self._special_names])
-    self.vocab_size: int = largest + 1
-    eos = self._named("eos_token")
-    if eos is None:
-      raise ValueError(f"{BPE_CONFIG_FILE}: eos_token is missing")
-    pad = self._named("pad_token")
-    self.eos_id: int = eos
-    self.pad_id: int = eos if pad is None else pad
-    adds_bos = config.get(
-        "add_bos_token",
-        json.dumps(config.get("bos_token"))
-        in json.dumps(fields.get("post_processor")),
-    )
-    self.bos_id: int | None = self._named("bos_token") if adds_bos else None
-
-  def encode(self, text: str) -> list[int]:
-    """See `Tokenizer.encode`."""
-    return self._inner.encode(
-        _without_surrogates(text), add_special_tokens=False
-    ).ids
-
-  def decode(self, ids: Iterable[int]) -> str:
-    """See `Tokenizer.decode`."""
-    return _decode_runs(
-        ids, self._special_names, self.vocab_size, self._decode_ordinary
-    )
-
-  def token_text(self, token: int) -> str:
-    """See `Tokenizer.token_text`."""
-    text = self.decode([token])
-    return self._inner.id_to_token(token) if _REPLACEMENT in text else text
-
-  def files(self) -> dict[str, bytes]:
-    """See `Tokenizer.files`."""
-    config = json.dumps(self._config, indent=2, sort_keys=True) + "\n"
-    return {
-        BPE_FILE: self._definition.encode(),
-        BPE_CONFIG_FILE: config.encode(),
-    }
-
-  def _decode_ordinary(self, ids: list[int]) -> str:
-    """Decodes ids none of which is special."""
-    return self._inner.decode(ids, skip_special_tokens=False)
-
-  def _named(self, key: str) -> int | None:
-    """Looks up the token that the config names under a key."""
-    name = self._config.get(key)
-    if isinstance(name, dict):  # the long form of transformers
-      name = name.get("content")
-    if name is None:
-      return None
-    if name not in self.special_ids:
-      raise ValueError(f"{BPE_CONFIG_FILE}: {key} {name!r} is no added token")
-    return self.special_ids[name]
 
 
 def train_sentencepiece(
@@ -278,7 +190,7 @@ def train_sentencepiece(
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=map(_without_surrogates, lines),
+        sentence_iterator=map(without_surrogates, lines),
         model_writer=model,
         model_type="unigram",
         vocab_size=vocab_size,
@@ -332,49 +244,41 @@ def encode_with_specials(tokenizer: Tokenizer, text: str) -> list[int]:
   return ids
 
 
-def load_tokenizer(directory: pathlib.Path) -> Tokenizer | None:
-  """Reads the tokenizer that a directory holds.
+def without_surrogates(text: str) -> str:
+  """Replaces unpaired surrogates, which no UTF-8 text can hold.
 
   Args:
-    directory: holds `tokenizer.model` (sentencepiece), or `tokenizer.json`
-      and `tokenizer_config.json`; ours writes one kind, and where a directory
-      of another origin holds both, `tokenizer.json` is read.
+    text: any string.
 
   Returns:
-    The tokenizer; None where there is neither file.
-
-  Raises:
-    ValueError: where a file cannot be read or does not keep text exactly.
+    The string with surrogate pairs joined and lone ones as U+FFFD.
   """
-  bpe, pieces = directory / BPE_FILE, directory / SENTENCEPIECE_FILE
-  try:
-    if bpe.is_file():
-      config = (directory / BPE_CONFIG_FILE).read_text("utf-8")
-      return BPETokenizer(
-          bpe.read_text("utf-8"), _read_json_object(config, BPE_CONFIG_FILE)
-      )
-    if pieces.is_file():
-      return SentencePieceTokenizer(pieces.read_bytes())
-  except (OSError, ValueError) as error:
-    raise ValueError(f"{directory}: {error}") from error
-  return None
-
-
-def _without_surrogates(text: str) -> str:
-  """Replaces unpaired surrogates, which no UTF-8 text can hold."""
   if text.isascii():
     return text
   utf16 = text.encode("utf-16-le", "surrogatepass")
   return utf16.decode("utf-16-le", "replace")
 
 
-def _decode_runs(
+def decode_runs(
     ids: Iterable[int],
     special_names: Mapping[int, str],
     vocab_size: int,
     decode: Callable[[list[int]], str],
 ) -> str:
-  """Decodes runs of ordinary ids, with the names of special ids between."""
+  """Decodes runs of ordinary ids, with the names of special ids between.
+
+  Args:
+    ids: token ids.
+    special_names: id to name of every special token.
+    vocab_size: ids are below it.
+    decode: turns ordinary ids into text.
+
+  Returns:
+    The text.
+
+  Raises:
+    ValueError: where an id is not in the vocabulary.
+  """
   parts: list[str] = []
   run: list[int] = []
   for token in map(int, ids):
@@ -397,39 +301,3 @@ def _read_sentencepiece(model: bytes) -> sentencepiece.SentencePieceProcessor:
   except RuntimeError as error:
     raise ValueError(f"sentencepiece model: cannot be read: {error}") from error
   return processor
-
-
-def _read_bpe(fields: dict[str, Any], added: Mapping[str, int]) -> Any:
-  """Builds the library's tokenizer, the added tokens taken out of it."""
-  try:
-    import tokenizers
-  except ImportError as error:
-    raise ValueError(
-        f"{BPE_FILE} needs the package tokenizers: pip install"
-        " 'mgrpo_jax[smollm2]'"
-    ) from error
-  model = dict(fields.get("model", {}))
-  vocabulary = model.get("vocab")
-  if model.get("type") != "BPE" or not isinstance(vocabulary, dict):
-    raise ValueError(f"{BPE_FILE}: model.type must be 'BPE', with a vocab")
-  model["vocab"] = {t: i for t, i in vocabulary.items() if t not in added}
-  if model.get("unk_token") in added:
-    model["unk_token"] = None
-  ordinary = fields | {
-      "added_tokens": [], "post_processor": None, "model": model
-  }  # fmt: skip
-  try:
-    return tokenizers.Tokenizer.from_str(json.dumps(ordinary))
-  except Exception as error:  # the library raises bare Exceptions
-    raise ValueError(f"{BPE_FILE}: cannot be read: {error}") from error
-
-
-def _read_json_object(text: str, source: str) -> dict[str, Any]:
-  """Parses a JSON object; anything else is a ValueError naming the source."""
-  try:
-    fields = json.loads(text)
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{source}: not JSON: {error}") from error
-  if not isinstance(fields, dict):
-    raise ValueError(f"{source}: must be a JSON object")
-  return fields

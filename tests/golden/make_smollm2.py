@@ -1,4 +1,4 @@
-"""Records what transformers makes of SmolLM2's GGUF, for tests/test_load.py.
+"""Records what transformers makes of SmolLM2's GGUF, for tests/test_smollm2.py.
 
     python -m venv peer && . peer/bin/activate
     pip install torch transformers accelerate gguf numpy

@@ -6,9 +6,19 @@ import pathlib
 
 from mgrpo_jax.policy.config import Policy
 from mgrpo_jax.policy.load.gguf import load_gguf
-from mgrpo_jax.policy.load.safetensors import load_directory, save_directory
+from mgrpo_jax.policy.load.safetensors import (
+    load_directory,
+    load_tokenizer,
+    save_directory,
+)
 
-__all__ = ["load", "load_directory", "load_gguf", "save_directory"]
+__all__ = [
+    "load",
+    "load_directory",
+    "load_gguf",
+    "load_tokenizer",
+    "save_directory",
+]
 
 SMOLLM2 = "smollm2"
 _GGUF_PACKAGES = ("gguf", "tokenizers")

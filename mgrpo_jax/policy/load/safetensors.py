@@ -22,10 +22,15 @@ import safetensors
 import safetensors.numpy
 
 from mgrpo_jax import atomic
+from mgrpo_jax.policy import bpe
 from mgrpo_jax.policy.config import Policy, TransformerConfig
 from mgrpo_jax.policy.load import llama
 from mgrpo_jax.policy.params import Params
-from mgrpo_jax.policy.tokenizer import Tokenizer, load_tokenizer
+from mgrpo_jax.policy.tokenizer import (
+    SENTENCEPIECE_FILE,
+    SentencePieceTokenizer,
+    Tokenizer,
+)
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -113,6 +118,33 @@ def save_directory(path: pathlib.Path | str, policy: Policy) -> None:
   with _appearing(path) as directory:
     for name, content in files.items():
       atomic.write(directory / name, content)
+
+
+def load_tokenizer(directory: pathlib.Path) -> Tokenizer | None:
+  """Reads the tokenizer that a directory holds.
+
+  Args:
+    directory: holds `tokenizer.model` (sentencepiece), or `tokenizer.json`
+      and `tokenizer_config.json`; ours writes one kind, and where a directory
+      of another origin holds both, `tokenizer.json` is read.
+
+  Returns:
+    The tokenizer; None where there is neither file.
+
+  Raises:
+    ValueError: where a file cannot be read or does not keep text exactly.
+  """
+  definition = directory / bpe.DEFINITION_FILE
+  pieces = directory / SENTENCEPIECE_FILE
+  if not definition.is_file() and not pieces.is_file():
+    return None
+  try:
+    if not definition.is_file():
+      return SentencePieceTokenizer(pieces.read_bytes())
+    config = _read_json(directory / bpe.CONFIG_FILE)
+    return bpe.BPETokenizer(definition.read_text("utf-8"), config)
+  except (OSError, ValueError) as error:
+    raise ValueError(f"{directory}: {error}") from error
 
 
 def _config(fields: Mapping[str, Any], source: str) -> TransformerConfig:

@@ -1,0 +1,140 @@
+"""Byte-level BPE tokenizers of the `tokenizers` library (SmolLM2, …).
+
+The library would find special tokens in text. Here they are taken out of its
+vocabulary before it is built, so it has no way to.
+"""
+
+import json
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mgrpo_jax.policy.tokenizer import (
+    REPLACEMENT,
+    decode_runs,
+    without_surrogates,
+)
+
+DEFINITION_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+
+
+class BPETokenizer:
+  """A `tokenizer.json` whose added tokens are the special tokens.
+
+  A byte without a token of its own is dropped, as transformers does; SmolLM2
+  lacks six control characters and what only unassigned planes of Unicode need.
+  """
+
+  def __init__(self, definition: str, config: Mapping[str, Any]):
+    """Reads a definition.
+
+    Args:
+      definition: the content of a `tokenizer.json`.
+      config: what `tokenizer_config.json` says: `eos_token`, `bos_token` and
+        `pad_token` (names, or None), `add_bos_token`. Without a padding token
+        the end token pads.
+
+    Raises:
+      ValueError: where the package `tokenizers` is missing, the definition
+        cannot be read, an end token is missing, or a name is not a token.
+    """
+    self._definition, self._config = definition, dict(config)
+    fields, added = _read_definition(definition)
+    self.special_ids: Mapping[str, int] = types.MappingProxyType(added)
+    self._special_names = {i: name for name, i in added.items()}
+    self._inner = _read_bpe(fields, added)
+    largest = max([*self._inner.get_vocab().values(), *self._special_names])
+    self.vocab_size: int = largest + 1
+    eos = self._named("eos_token")
+    if eos is None:
+      raise ValueError(f"{CONFIG_FILE}: eos_token is missing")
+    pad = self._named("pad_token")
+    self.eos_id: int = eos
+    self.pad_id: int = eos if pad is None else pad
+    adds_bos = config.get(
+        "add_bos_token",
+        json.dumps(config.get("bos_token"))
+        in json.dumps(fields.get("post_processor")),
+    )
+    self.bos_id: int | None = self._named("bos_token") if adds_bos else None
+
+  def encode(self, text: str) -> list[int]:
+    """See `Tokenizer.encode`."""
+    return self._inner.encode(
+        without_surrogates(text), add_special_tokens=False
+    ).ids
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """See `Tokenizer.decode`."""
+    return decode_runs(
+        ids, self._special_names, self.vocab_size, self._decode_ordinary
+    )
+
+  def token_text(self, token: int) -> str:
+    """See `Tokenizer.token_text`."""
+    text = self.decode([token])
+    return self._inner.id_to_token(token) if REPLACEMENT in text else text
+
+  def files(self) -> dict[str, bytes]:
+    """See `Tokenizer.files`."""
+    config = json.dumps(self._config, indent=2, sort_keys=True) + "\n"
+    return {
+        DEFINITION_FILE: self._definition.encode(),
+        CONFIG_FILE: config.encode(),
+    }
+
+  def _decode_ordinary(self, ids: list[int]) -> str:
+    """Decodes ids none of which is special."""
+    return self._inner.decode(ids, skip_special_tokens=False)
+
+  def _named(self, key: str) -> int | None:
+    """Looks up the token that the config names under a key."""
+    name = self._config.get(key)
+    if isinstance(name, dict):  # the long form of transformers
+      name = name.get("content")
+    if name is None:
+      return None
+    if name not in self.special_ids:
+      raise ValueError(f"{CONFIG_FILE}: {key} {name!r} is no added token")
+    return self.special_ids[name]
+
+
+def _read_bpe(fields: dict[str, Any], added: Mapping[str, int]) -> Any:
+  """Builds the library's tokenizer, the added tokens taken out of it."""
+  try:
+    import tokenizers
+  except ImportError as error:
+    raise ValueError(
+        f"{DEFINITION_FILE} needs the package tokenizers: pip install"
+        " 'mgrpo_jax[smollm2]'"
+    ) from error
+  model = dict(fields.get("model", {}))
+  vocabulary = model.get("vocab")
+  if model.get("type") != "BPE" or not isinstance(vocabulary, dict):
+    raise ValueError(
+        f"{DEFINITION_FILE}: model.type must be 'BPE', with a vocab"
+    )
+  model["vocab"] = {t: i for t, i in vocabulary.items() if t not in added}
+  if model.get("unk_token") in added:
+    model["unk_token"] = None
+  ordinary = fields | {
+      "added_tokens": [], "post_processor": None, "model": model
+  }  # fmt: skip
+  try:
+    return tokenizers.Tokenizer.from_str(json.dumps(ordinary))
+  except Exception as error:  # the library raises bare Exceptions
+    raise ValueError(f"{DEFINITION_FILE}: cannot be read: {error}") from error
+
+
+def _read_definition(text: str) -> tuple[dict[str, Any], dict[str, int]]:
+  """Parses a definition and its added tokens, name to id."""
+  try:
+    fields = json.loads(text)
+    added = {t["content"]: int(t["id"]) for t in fields["added_tokens"]}
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+        f"{DEFINITION_FILE}: must be a JSON object with added_tokens:"
+        f" {error!r}"
+    ) from error
+  return fields, added

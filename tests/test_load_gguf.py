@@ -1,0 +1,200 @@
+"""GGUF files written here by hand, read by the package."""
+
+import dataclasses
+
+import gguf
+import jax
+import numpy as np
+import pytest
+import tiny_llama
+
+from mgrpo_jax.policy.load import load
+
+TINY = tiny_llama.config(
+    vocab_size=300, embed_dim=64, head_dim=16, mlp_dim=96, rope_base=10000.0
+)
+UNTIED = dataclasses.replace(TINY, tied_embeddings=False)
+
+
+def assert_same_params(left, right):
+  assert jax.tree.structure(left) == jax.tree.structure(right)
+  jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def write_gguf(path, config, weights, *, types=None, fields=None, drop=()):
+  """Writes as llama.cpp's converter does: queries and keys interleaved."""
+  types, fields = types or {}, fields or {}
+  writer = gguf.GGUFWriter(path, "llama")
+  writer.add_block_count(config.num_layers)
+  writer.add_embedding_length(config.embed_dim)
+  writer.add_feed_forward_length(config.mlp_dim)
+  writer.add_head_count(config.num_heads)
+  writer.add_head_count_kv(config.num_kv_heads)
+  writer.add_key_length(config.head_dim)
+  writer.add_rope_freq_base(config.rope_base)
+  writer.add_layer_norm_rms_eps(config.norm_eps)
+  words = ["<|im_end|>", "t", "1"]
+  words += [f"t{i}" for i in range(config.vocab_size - len(words))]
+  writer.add_tokenizer_model("gpt2")
+  writer.add_tokenizer_pre(fields.get("pre", "smollm"))
+  writer.add_token_list(words)
+  writer.add_token_types([3] + [1] * (len(words) - 1))
+  writer.add_token_merges(fields.get("merges", ["t 1"]))
+  writer.add_eos_token_id(0)
+  for key, value in fields.items():
+    if key.startswith("llama."):
+      writer.add_string(key, value)
+  for name, matrix in gguf_tensors(config, weights).items():
+    if name in drop:
+      continue
+    kind = types.get(name, gguf.GGMLQuantizationType.F32)
+    writer.add_tensor(name, gguf.quants.quantize(matrix, kind), raw_dtype=kind)
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+
+
+def gguf_tensors(config, weights):
+  """Spells the file's tensors out, independently of load/llama.py."""
+  heads = config.num_heads * config.head_dim
+  keys = config.num_kv_heads * config.head_dim
+
+  def interleave(matrix):
+    halves = matrix.reshape(-1, 2, config.head_dim // 2, matrix.shape[-1])
+    return halves.swapaxes(1, 2).reshape(matrix.shape)
+
+  tensors = {
+      "token_embd.weight": weights.embedding,
+      "output_norm.weight": weights.final_norm,
+  }
+  if not config.tied_embeddings:
+    tensors["output.weight"] = weights.unembedding.T
+  for i, layer in enumerate(weights.layers):
+    matrices = {
+        "attn_norm": layer.attention_norm,
+        "attn_q": interleave(layer.query.reshape(-1, heads).T),
+        "attn_k": interleave(layer.key.reshape(-1, keys).T),
+        "attn_v": layer.value.reshape(-1, keys).T,
+        "attn_output": layer.output.reshape(heads, -1).T,
+        "ffn_norm": layer.mlp_norm,
+        "ffn_gate": layer.gate.T,
+        "ffn_up": layer.up.T,
+        "ffn_down": layer.down.T,
+    }
+    tensors |= {f"blk.{i}.{k}.weight": v for k, v in matrices.items()}
+  return {k: np.ascontiguousarray(v) for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize("config", [TINY, UNTIED])
+def test_round_trip(config, tmp_path):
+  weights = tiny_llama.weights(config)
+  write_gguf(tmp_path / "tiny.gguf", config, weights)
+  loaded = load(tmp_path / "tiny.gguf")
+  assert loaded.config == dataclasses.replace(
+      config, norm_eps=float(np.float32(config.norm_eps))
+  )
+  assert_same_params(loaded.params, weights)
+  assert loaded.chat is None
+
+
+@pytest.mark.parametrize(
+    "kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+)
+def test_quantised_tensors(kind, tmp_path):
+  kind = gguf.GGMLQuantizationType[kind]
+  name = "blk.1.attn_v.weight"
+  weights = tiny_llama.weights(TINY)
+  write_gguf(tmp_path / "tiny.gguf", TINY, weights, types={name: kind})
+  loaded = load(tmp_path / "tiny.gguf").params.layers[1].value
+  # Half a step of a block of 32 numbers within ±4; a step is 1/15 of the range
+  # for 4 bits, and 1/127 or finer elsewhere but for 5 bits.
+  bits = {"Q4": 4, "Q5": 5}.get(kind.name[:2], 7)
+  step = 8 / (2**bits - 1)
+  error = np.abs(np.asarray(loaded) - weights.layers[1].value).max()
+  assert 0 < error < step
+
+
+def test_q4_1_and_q8_0_by_hand():
+  # Q4_1: float16 scale and minimum, then 32 nibbles, low halves first.
+  nibbles = np.arange(32) % 16
+  packed = (nibbles[:16] | nibbles[16:] << 4).astype(np.uint8)
+  block = np.array([0.5, -2.0], np.float16).tobytes() + packed.tobytes()
+  data = np.frombuffer(block, np.uint8)[None]
+  values = gguf.quants.dequantize(data, gguf.GGMLQuantizationType.Q4_1)
+  np.testing.assert_array_equal(values[0], nibbles * 0.5 - 2.0)
+  # Q8_0: float16 scale, then 32 signed bytes.
+  numbers = np.arange(-16, 16, dtype=np.int8)
+  block = np.array([0.25], np.float16).tobytes() + numbers.tobytes()
+  data = np.frombuffer(block, np.uint8)[None]
+  values = gguf.quants.dequantize(data, gguf.GGMLQuantizationType.Q8_0)
+  np.testing.assert_array_equal(values[0], numbers * 0.25)
+
+
+def test_truncated_anywhere(tmp_path):
+  path = tmp_path / "tiny.gguf"
+  write_gguf(path, TINY, tiny_llama.weights(TINY))
+  whole = path.read_bytes()
+  cuts = np.linspace(0, len(whole) - 1, 40).astype(int)
+  for cut in {*cuts.tolist(), 4, 8, 23, 24, 30, 100, 1000}:
+    path.write_bytes(whole[:cut])
+    with pytest.raises(ValueError, match=r"tiny\.gguf: truncated or not"):
+      load(path)
+
+
+def test_tensor_errors_are_listed_together(tmp_path):
+  path = tmp_path / "tiny.gguf"
+  larger = dataclasses.replace(TINY, num_layers=3, tied_embeddings=False)
+  weights = tiny_llama.weights(larger)
+  wrong = weights.replace(final_norm=weights.final_norm[:32])
+  drop = ("blk.0.ffn_up.weight", "blk.1.attn_q.weight")
+  write_gguf(path, larger, wrong, drop=drop)
+  with pytest.raises(ValueError) as caught:
+    load(path)
+  message = str(caught.value)
+  for name in drop:
+    assert f"missing {name}" in message
+  assert "output_norm.weight has shape (32,), not (64,)" in message
+
+
+def test_unexpected_tensors_are_errors(tmp_path):
+  larger = dataclasses.replace(TINY, num_layers=2)
+  weights = tiny_llama.weights(dataclasses.replace(TINY, num_layers=3))
+  write_gguf(tmp_path / "tiny.gguf", larger, weights)
+  with pytest.raises(ValueError, match="unexpected blk.2.attn_norm.weight"):
+    load(tmp_path / "tiny.gguf")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pre": "llama-bpe"}, "tokenizer.ggml.pre = 'llama-bpe'"),
+        ({"merges": ["t1 nowhere"]}, "tokenizer: .*nowhere"),
+        ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type = 'yarn'"),
+    ],
+)
+def test_what_is_not_supported(fields, message, tmp_path):
+  path = tmp_path / "tiny.gguf"
+  write_gguf(path, TINY, tiny_llama.weights(TINY), fields=fields)
+  with pytest.raises(ValueError, match=message):
+    load(path)
+
+
+def test_types_that_are_not_supported(tmp_path):
+  path = tmp_path / "tiny.gguf"
+  wide = dataclasses.replace(TINY, mlp_dim=256)
+  name = "blk.0.ffn_down.weight"
+  kinds = {name: gguf.GGMLQuantizationType.TQ1_0}
+  write_gguf(path, wide, tiny_llama.weights(wide), types=kinds)
+  with pytest.raises(ValueError, match=f"{name} is TQ1_0; supported: F32"):
+    load(path)
+
+
+def test_of_another_architecture(tmp_path):
+  writer = gguf.GGUFWriter(tmp_path / "x.gguf", "mamba")
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  with pytest.raises(ValueError, match="architecture 'mamba'"):
+    load(tmp_path / "x.gguf")
