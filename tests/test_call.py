@@ -19,6 +19,7 @@ from mgrpo_jax.agents.context import CallContext, Environment, Ledger
 from mgrpo_jax.agents.errors import InfrastructureError
 from mgrpo_jax.agents.hermes import HERMES
 from mgrpo_jax.agents.protocol import Action, answer
+from mgrpo_jax.agents.team import Role, Team
 from mgrpo_jax.agents.tools import Memory, Observation
 from mgrpo_jax.testing.generate import complete, recording, replaying
 from mgrpo_jax.testing.team import (
@@ -125,6 +126,55 @@ def test_delegation_is_a_call_one_level_down():
   assert root.turns[0].result == "Lima"
 
 
+def test_trees_may_be_deeper_than_two():
+  budgets = {
+      "policy": "main",
+      "prompt": "",
+      "tools": (),
+      "max_turns": 3,
+      "max_new_tokens": 20,
+      "max_context": 200,
+      "trainable": True,
+  }
+  team = Team(
+      roles=(
+          Role(name="main", calls=("editor",), max_calls=2, **budgets),
+          Role(name="editor", calls=("researcher",), max_calls=2, **budgets),
+          Role(name="researcher", calls=(), max_calls=0, **budgets),
+      ),
+      root="main",
+  )
+  below = {"main": "editor", "editor": "researcher", "researcher": None}
+
+  def act(moment):
+    child = below[moment.role.name]
+    if child is None or len(moment.turns) == 2:
+      return answer(moment.request + "!")
+    request = f"{moment.request}{len(moment.turns)}"
+    return Action(kind="call", name=child, arguments={"request": request})
+
+  chat = chat_of(COMPACT, team)
+  actor = scripted(act, chat=chat, protocol=COMPACT)
+  setting = dataclasses.replace(
+      environment({"main": None}, team=team, protocol=COMPACT, tools={}),
+      actors={"main": actor},
+  )
+  _, context = run(setting)
+  tree = [
+      (t.role, t.call, t.parent, t.request, t.result_text)
+      for t in context.ledger.trajectories()
+  ]
+  assert tree == [
+      ("main", 0, NO_PARENT, "Q", "Q!"),
+      ("editor", 0, 0, "Q0", "Q0!"),
+      ("researcher", 0, 1, "Q00", "Q00!"),
+      ("researcher", 1, 1, "Q01", "Q01!"),
+      ("editor", 1, 0, "Q1", "Q1!"),
+      ("researcher", 2, 4, "Q10", "Q10!"),
+      ("researcher", 3, 4, "Q11", "Q11!"),
+  ]
+
+
 @pytest.mark.parametrize(
     ("turns", "budgets", "status"),
     [
@@ -182,6 +232,15 @@ def test_a_prompt_that_does_not_fit_is_never_sampled_from():
   trajectory, _ = run(world(team=team), request="x" * 99)
   assert len(trajectory.tokens) == len(trajectory.loss_mask) == 10
   assert trajectory.status == Status.TRUNCATED
+
+
+def test_a_turn_is_no_longer_than_the_context_left():
+  team = small_team(max_new_tokens=5, max_context=9)
+  whole, _ = run(world(("<answer>y<end>",), team=team), request="x" * 4)
+  assert whole.status == Status.COMPLETED and len(whole.tokens) == 9
+  cut, _ = run(world(("<answer>yy<end>",), team=team), request="x" * 4)
+  assert cut.status == Status.TRUNCATED and len(cut.tokens) == 9
+  assert sampled_text(cut) == "<answer>yy"
 
 
 def test_the_last_turn_runs_no_tool_and_no_child():
