@@ -83,6 +83,9 @@ def run(main: Callable[[], None], *, required: Sequence[str] = ()) -> None:
   Raises:
     SystemExit: code 2 after one line, on wrong input.
   """
+  if {"--help", "-h"} & set(sys.argv[1:]):
+    print(_help())
+    return
   rest = parse(sys.argv)
   if len(rest) > 1:
     fail(f"unexpected argument {rest[1]!r}; flags look like --name=value")
@@ -96,3 +99,15 @@ def run(main: Callable[[], None], *, required: Sequence[str] = ()) -> None:
   except KeyboardInterrupt:
     print("interrupted; the same command continues", file=sys.stderr)
     sys.exit(INTERRUPTED)
+
+
+def _help() -> str:
+  """What the command does, and the flags that it defines itself."""
+  module = sys.modules["__main__"]
+  own = flags.FLAGS.get_flags_for_module("__main__") or (
+      flags.FLAGS.get_flags_for_module(sys.argv[0])
+  )
+  lines = [(module.__doc__ or "").strip(), "", "Flags:"]
+  for flag in sorted(own, key=lambda one: one.name):
+    lines.append(f"  --{flag.name}: {flag.help}")
+  return "\n".join(lines)

@@ -65,8 +65,10 @@ def test_a_worked_case():
   # One task, rollouts of 1 and 2 calls; D = 2 and the mask keep all three.
   found = assigned([[[1.0], [0.0, 0.5]]], align=alignment.mask, num_slots=2)
   spread = np.std([1.0, 0.0, 0.5])
-  gains = {c.trajectory.rollout * 10 + c.trajectory.call: c.advantage
-           for c in found.credits}
+  gains = {
+      c.trajectory.rollout * 10 + c.trajectory.call: c.advantage
+      for c in found.credits
+  }
   np.testing.assert_allclose(
       [gains[0], gains[10], gains[11]],
       [0.5 / spread, -0.5 / spread, 0.0],

@@ -6,7 +6,8 @@ from mgrpo_jax import answers, rewards, rollout
 from mgrpo_jax.agents import expert
 from mgrpo_jax.agents.compact import COMPACT
 from mgrpo_jax.agents.hermes import HERMES
-from mgrpo_jax.testing import corpus, team as team_lib
+from mgrpo_jax.testing import corpus
+from mgrpo_jax.testing import team as team_lib
 from mgrpo_jax.types import Status
 
 TITLES = {p.id: p.title for p in corpus.passages()}

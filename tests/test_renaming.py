@@ -6,7 +6,8 @@ import numpy as np
 
 from mgrpo_jax.agents import renaming
 from mgrpo_jax.agents.tools import Memory
-from mgrpo_jax.testing import corpus, team as team_lib
+from mgrpo_jax.testing import corpus
+from mgrpo_jax.testing import team as team_lib
 
 POOL = ("Vitebsk", "Majuro Atoll", "Moxico Leste", "Ain Defla", "Semien")
 

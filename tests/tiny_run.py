@@ -1,12 +1,10 @@
 """A whole run in miniature, as a process that can be killed.
 
-    python tiny_run.py DIRECTORY SEED STEPS
+python tiny_run.py DIRECTORY SEED STEPS
 """
 
 import asyncio
 import hashlib
-import io
-import os
 import pathlib
 import sys
 import tempfile

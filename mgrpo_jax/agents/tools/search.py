@@ -1,6 +1,7 @@
 """BM25 search over titled passages."""
 
 import functools
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from mgrpo_jax.agents.tools.tool import (
     text_schema,
 )
 
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets DEBUG itself
 _WORD = re.compile(r"\w+")
 
 

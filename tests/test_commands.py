@@ -1,0 +1,94 @@
+"""Commands as a user types them: wrong input ends with one line and code 2."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+QUICKSTART = "--config=configs/quickstart.py"
+
+
+def command(name, *arguments, cwd=ROOT):
+  return subprocess.run(
+      [sys.executable, "-m", f"experiments.{name}", *arguments],
+      cwd=cwd,
+      capture_output=True,
+      text=True,
+      timeout=120,
+      env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+      check=False,
+  )
+
+
+def refused(result):
+  """The one line of a refusal."""
+  assert result.returncode == 2, result.stderr
+  lines = result.stderr.strip().splitlines()
+  assert len(lines) == 1, result.stderr
+  assert lines[0].startswith("error: ")
+  assert not result.stdout
+  return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((QUICKSTART,), "--workdir is required"),
+        (("--workdir=RUN",), "--config is required"),
+        ((QUICKSTART, "--workdir=RUN", "--config.sed=1"), "seed"),
+        ((QUICKSTART, "--workdir=RUN", "--config.seed=one"), "one"),
+        ((QUICKSTART + ":all", "--workdir=RUN"), "main_only"),
+        (("--config=configs/nowhere.py", "--workdir=RUN"), "nowhere.py"),
+        ((QUICKSTART, "--workdir=RUN", "--config.loss.ratio=x"), "geometric"),
+        ((QUICKSTART, "--workdir=RUN", "--config.tasks.per_step=0"), "least 1"),
+        ((QUICKSTART, "--workdir=RUN", "--wrokdir=x"), "wrokdir"),
+        ((QUICKSTART, "--workdir=RUN", "seed=1"), "seed=1"),
+    ],
+)
+def test_train_refuses_before_any_work(tmp_path, arguments, told):
+  run = tmp_path / "run"
+  result = command("train", *(a.replace("RUN", str(run)) for a in arguments))
+  assert told in refused(result)
+  assert not run.exists()
+
+
+def test_train_refuses_a_directory_of_other_things(tmp_path):
+  (tmp_path / "thesis.tex").write_text("precious")
+  result = command("train", QUICKSTART, f"--workdir={tmp_path}")
+  assert "not empty" in refused(result)
+  assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_train_refuses_the_directory_of_another_run(tmp_path):
+  (tmp_path / "config.json").write_text('{"seed": 5}')
+  result = command("train", QUICKSTART, f"--workdir={tmp_path}")
+  assert "seed: 5 -> 0" in refused(result) or "another config" in refused(
+      result
+  )
+
+
+def test_train_names_weights_that_are_not_there(tmp_path):
+  result = command(
+      "train",
+      QUICKSTART,
+      f"--workdir={tmp_path / 'run'}",
+      "--config.policies.main.source=nowhere",
+  )
+  assert "config.policies.main.source" in refused(result)
+
+
+@pytest.mark.parametrize("name", ["evaluate", "view"])
+def test_runs_that_do_not_exist_are_named(tmp_path, name):
+  result = command(name, f"--workdir={tmp_path / 'nothing'}")
+  assert "nothing" in refused(result)
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "view"])
+def test_help_says_what_a_command_does(name):
+  result = command(name, "--help")
+  text = result.stdout + result.stderr
+  assert f"python -m experiments.{name}" in text
+  assert "--workdir" in text
