@@ -13,7 +13,7 @@ from mgrpo_jax.policy import transformer
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import Params
 
-CHUNK = 128  # columns whose logits exist at once; changes memory, no value
+CHUNK = 64  # columns whose logits exist at once; changes memory, no value
 
 
 def token_logprobs(
