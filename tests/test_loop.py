@@ -1,0 +1,184 @@
+"""Whole runs in miniature."""
+
+import asyncio
+import dataclasses
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from mgrpo_jax import loop, metrics, publish, store, workdir
+from mgrpo_jax.agents.errors import InfrastructureError
+from mgrpo_jax.journal import Journal, NonFiniteError
+from mgrpo_jax.policy import load
+from mgrpo_jax.report import records
+from mgrpo_jax.report.writer import read_metrics
+from mgrpo_jax.tasks import curriculum
+from mgrpo_jax.testing import setup as setup_lib
+
+MAX_GAP = 1e-4  # nats, float32 on a CPU
+
+
+def small(**changes):
+  steps = {"imitation_steps": 1, "steps": 3} | {
+      key: changes.pop(key)
+      for key in ("imitation_steps", "steps")
+      if key in changes
+  }
+  return dataclasses.replace(
+      setup_lib.small_setup(seed=changes.pop("seed", 0), **steps), **changes
+  )
+
+
+def train(directory, setup):
+  """Runs a setup; returns the summary."""
+  with (
+      workdir.hold(directory, {"seed": setup.seed}) as held,
+      Journal(
+          held,
+          total_steps=curriculum.num_steps(setup.stages),
+          keep_checkpoints=2,
+          stream=io.StringIO(),
+      ) as journal,
+  ):
+    bucket = store.open_folder(held.bucket)
+    summary, _ = asyncio.run(loop.train(setup, bucket, journal))
+    return journal.summarise({"config": {}} | summary)
+
+
+def weights(policy):
+  return [np.asarray(leaf) for leaf in jax.tree.leaves(policy.params)]
+
+
+def equal(one, other):
+  return all(map(np.array_equal, weights(one), weights(other)))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("run") / "run"
+  setup = small()
+  return directory, setup, train(directory, setup)
+
+
+def test_the_run_directory_is_complete(finished):
+  directory, _, summary = finished
+  names = {path.name for path in directory.iterdir()}
+  assert names >= {
+      "config.json",
+      "metrics.jsonl",
+      "tensorboard",
+      "rollouts",
+      "checkpoints",
+      "bucket",
+      "policies",
+      "summary.json",
+  }
+  assert json.loads((directory / "summary.json").read_text()) == summary
+  assert summary["steps"] == 4
+  for moment in ("before", "after"):
+    assert summary["eval"][moment]["n"] == 3
+    assert len(summary["eval"][moment]["ci95"]) == 2
+  assert summary["tokens"]["trained"] > 0
+  assert summary["tokens"]["generated"] > 0
+  assert summary["peak_rss_bytes"] > 2**20
+
+
+def test_both_policies_moved_and_what_is_published_is_what_is_saved(finished):
+  directory, setup, _ = finished
+  bucket = store.open_folder(directory / "bucket")
+  for name, before in setup.policies.items():
+    saved = load.load(directory / "policies" / name)
+    read = publish.read(bucket, name, "latest", like=before.params)
+    assert not equal(before, saved)
+    assert all(
+        map(np.array_equal, weights(saved), jax.tree.leaves(read.params))
+    )
+    assert read.version.number == 4
+
+
+def test_sampler_and_trainer_agree_on_every_step(finished):
+  directory, _, _ = finished
+  rows = read_metrics(directory / "metrics.jsonl")
+  gaps = [
+      value
+      for row in rows
+      for name, value in row.items()
+      if name.startswith("logprob_gap_max/")
+  ]
+  assert len(gaps) >= 3
+  assert max(gaps) < MAX_GAP
+
+
+def test_another_run_of_the_same_shapes_compiles_nothing(finished, tmp_path):
+  del finished
+  with metrics.count_compilations() as compiled:
+    train(tmp_path / "again", small(seed=5))
+  assert compiled.count == 0
+
+
+def test_a_frozen_policy_stays_as_it_is(tmp_path):
+  setup = small()
+  stages = tuple(
+      dataclasses.replace(stage, trained=frozenset({"main"}))
+      for stage in setup.stages
+  )
+  setup = dataclasses.replace(setup, stages=stages)
+  train(tmp_path / "run", setup)
+  for name, before in setup.policies.items():
+    after = load.load(tmp_path / "run" / "policies" / name)
+    assert equal(before, after) == (name == "researcher")
+
+
+def test_a_task_that_a_machine_failed_on_is_asked_again(tmp_path):
+  broken = set()
+  setup = small(imitation_steps=0, steps=4)
+
+  def actor(name, engine):
+    made = setup.actor(name, engine)
+
+    async def speak(moment):
+      key = moment.request
+      if moment.sampling.temperature > 0 and not broken:
+        broken.add(key)
+      if key in broken and len(seen) < setup.sampler.max_attempts * 3:
+        seen.append(key)
+        raise InfrastructureError("the machine is on fire")
+      return await made.speak(moment)
+
+    return dataclasses.replace(made, speak=speak)
+
+  seen = []
+  train(tmp_path / "run", dataclasses.replace(setup, actor=actor))
+  (question,) = broken
+  steps = []
+  for number, path in records.list_steps(tmp_path / "run/rollouts").items():
+    for group in records.read_step(path).groups:
+      if group["task"]["question"] == question:
+        steps.append((number, group))
+  (first, failed), (second, repeated), *_ = steps
+  assert second == first + 1
+  assert {t["status"] for t in failed["trajectories"]} == {"FAILED"}
+  assert all(t["rewards"] == {} for t in failed["trajectories"])
+  assert all(t["advantage"] is None for t in failed["trajectories"])
+  assert "FAILED" not in {t["status"] for t in repeated["trajectories"]}
+
+
+def broken_ratio(logprobs, old_logprobs, mask):
+  return (logprobs - old_logprobs) * np.nan * mask
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(tmp_path):
+  setup = small()
+  loss = dataclasses.replace(setup.method.policy_loss, ratio=broken_ratio)
+  method = dataclasses.replace(setup.method, policy_loss=loss)
+  with (
+      jax.debug_nans(False),
+      pytest.raises(NonFiniteError, match="not finite"),
+  ):
+    train(tmp_path / "run", dataclasses.replace(setup, method=method))
+  kept, *_ = (tmp_path / "run/nonfinite").iterdir()
+  with np.load(kept) as arrays:
+    assert arrays["0/tokens"].dtype == np.int32
