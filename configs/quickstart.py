@@ -9,7 +9,9 @@ begin from shipped weights (imitation of a hasty expert, configs/warm_start.py).
         --workdir=runs/quickstart
 
 Hardware: two CPU cores. Arms, after a colon: `co_train` (the default),
-`main_only` (researcher frozen), `sub_only` (main frozen), `smoke` (one minute).
+`main_only` (researcher frozen), `sub_only` (main frozen), `smoke` (one minute),
+and `single_agent`: one agent with all tools and the main agent's context, from
+what `configs/warm_start.py:single_agent` leaves in runs/warm_start_single.
 """
 
 import ml_collections
@@ -27,7 +29,8 @@ FAMILIES = (
     "place>link",
     "place>link>attribute",
 )
-ARMS = ("co_train", "main_only", "sub_only", "smoke")
+ARMS = ("co_train", "main_only", "sub_only", "single_agent", "smoke")
+MAIN_CONTEXT = 192  # tokens; too few for looking up two hops oneself
 
 
 def get_config(arm: str = "co_train") -> ml_collections.ConfigDict:
@@ -36,7 +39,10 @@ def get_config(arm: str = "co_train") -> ml_collections.ConfigDict:
     raise ValueError(f"quickstart has the arms {', '.join(ARMS)}, not {arm!r}")
   config = default.get_config()
   config.name = f"quickstart:{arm}"
-  add_team(config, source="configs/quickstart_weights")
+  if arm == "single_agent":
+    add_single_agent(config, source="runs/warm_start_single/policies")
+  else:
+    add_team(config, source="configs/quickstart_weights")
 
   config.curriculum = ("easy", "hard")
   config.stages.easy = default.stage("reinforce", steps=20)
@@ -64,7 +70,7 @@ def add_team(config: ml_collections.ConfigDict, *, source: str) -> None:
   main = default.role("main")
   main.calls = ("researcher",)
   main.max_turns = 6
-  main.max_context = 192
+  main.max_context = MAIN_CONTEXT
   researcher = default.role("researcher")
   researcher.tools = ("search", "visit")
   researcher.max_turns = 5
@@ -77,6 +83,19 @@ def add_team(config: ml_collections.ConfigDict, *, source: str) -> None:
   for name in ("main", "researcher"):
     config.policies[name] = default.policy()
     config.policies[name].source = f"{source}/{name}"
+
+
+def add_single_agent(config: ml_collections.ConfigDict, *, source: str) -> None:
+  """Adds one agent with every tool and the main agent's context."""
+  solo = default.role("solo")
+  solo.tools = ("search", "visit", "calculate")
+  solo.max_turns = 10
+  solo.max_calls = 0
+  solo.max_context = MAIN_CONTEXT
+  config.team.root = "solo"
+  config.team.roles.solo = solo
+  config.policies.solo = default.policy()
+  config.policies.solo.source = f"{source}/solo"
 
 
 def shrink(config: ml_collections.ConfigDict) -> None:

@@ -16,14 +16,21 @@ import ml_collections
 
 from configs import default, quickstart
 
+ARMS = ("team", "single_agent")
 
-def get_config() -> ml_collections.ConfigDict:
-  """Returns the recipe."""
+
+def get_config(arm: str = "team") -> ml_collections.ConfigDict:
+  """Returns the recipe for a team, or for one agent with all tools."""
+  if arm not in ARMS:
+    raise ValueError(f"warm_start has the arms {', '.join(ARMS)}, not {arm!r}")
   config = default.get_config()
-  config.name = "warm_start"
-  quickstart.add_team(config, source="")
-  for name in ("main", "researcher"):
-    config.policies[name].source = "random"
+  config.name = f"warm_start:{arm}"
+  if arm == "team":
+    quickstart.add_team(config, source="")
+  else:
+    quickstart.add_single_agent(config, source="")
+  for policy in config.policies.values():
+    policy.source = "random"
   # First how to read and copy, from an expert that takes its time; then, from
   # a hasty one, that there are shorter ways. Which of them pay is left open.
   config.curriculum = ("careful", "hasty")

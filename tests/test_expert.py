@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 
 import pytest
 
@@ -6,6 +7,7 @@ from mgrpo_jax import answers, rewards, rollout
 from mgrpo_jax.agents import expert
 from mgrpo_jax.agents.compact import COMPACT
 from mgrpo_jax.agents.hermes import HERMES
+from mgrpo_jax.agents.team import Team
 from mgrpo_jax.testing import corpus
 from mgrpo_jax.testing import team as team_lib
 from mgrpo_jax.types import Status
@@ -13,8 +15,8 @@ from mgrpo_jax.types import Status
 TITLES = {p.id: p.title for p in corpus.passages()}
 
 
-def play(protocol, *, hasty=expert.never, task=None, titles=TITLES):
-  roles = team_lib.small_team()
+def play(protocol, *, hasty=expert.never, task=None, titles=TITLES, roles=None):
+  roles = roles or team_lib.small_team()
   task = task or corpus.task()
   environment = expert.environment(
       task,
@@ -64,3 +66,12 @@ def test_the_hasty_main_agent_answers_with_the_first_report():
 def test_it_says_so_where_the_evidence_does_not_help():
   with pytest.raises(expert.LostError, match="did not list 'Atlantis'"):
     play(COMPACT, titles=dict.fromkeys(TITLES, "Atlantis"))
+
+
+def test_one_agent_with_all_tools_looks_every_hop_up_itself():
+  _, researcher = team_lib.small_team().roles
+  solo = dataclasses.replace(researcher, max_turns=9)
+  group = play(COMPACT, roles=Team(roles=(solo,), root="researcher"))
+  (only,) = group.trajectories
+  assert [turn.name for turn in only.turns] == ["search", "visit"] * 2 + [""]
+  assert answers.matches(only.result_text, group.task.answers)

@@ -14,7 +14,10 @@ CONFIGS = {
         f"smollm2:{a}": lambda a=a: smollm2_factbook.get_config(a)
         for a in smollm2_factbook.ARMS
     },
-    "warm_start": warm_start.get_config,
+    **{
+        f"warm_start:{a}": lambda a=a: warm_start.get_config(a)
+        for a in warm_start.ARMS
+    },
 }
 
 
@@ -39,6 +42,14 @@ def test_arms_train_what_they_say():
   assert trained("co_train") == {frozenset({"main", "researcher"})}
   assert trained("main_only") == {frozenset({"main"})}
   assert trained("sub_only") == {frozenset({"researcher"})}
+
+
+def test_a_single_agent_has_all_tools_and_the_main_agents_context():
+  solo = recipe.build_team(quickstart.get_config("single_agent"))
+  team = recipe.build_team(quickstart.get_config())
+  (role,) = solo.roles
+  assert set(role.tools) == {"search", "visit", "calculate"}
+  assert role.max_context == team["main"].max_context
 
 
 def test_the_main_agent_must_delegate():
