@@ -5,13 +5,21 @@ r"""Scores a run's newest weights on held-out questions again.
 The weights are read from the run's bucket, checked against their digests.
 """
 
+from __future__ import annotations
+
 import asyncio
 import json
 import pathlib
+import typing
 
 from absl import flags
 
 from experiments import cli
+
+if typing.TYPE_CHECKING:
+  from mgrpo_jax.evaluate import Evaluation
+  from mgrpo_jax.run import Setup
+  from mgrpo_jax.store import Store
 
 _SPLITS = ("test", "dev")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
@@ -41,7 +49,7 @@ def main() -> None:
   print(json.dumps(evaluation.summary()))
 
 
-async def _evaluate(setup, store):
+async def _evaluate(setup: Setup, store: Store) -> Evaluation:
   """Reads the weights and asks the questions."""
   from mgrpo_jax import run as run_lib
 

@@ -1,41 +1,50 @@
 r"""Trains a team, or continues where its run directory stands.
 
-python -m experiments.train --config=configs/quickstart.py \
+    python -m experiments.train --config=configs/quickstart.py \
         --workdir=runs/quickstart [--config.key=value]
 """
+
+from __future__ import annotations
 
 import asyncio
 import contextlib
 import sys
+import typing
+from collections.abc import Mapping
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from experiments import cli
 
+if typing.TYPE_CHECKING:
+  from mgrpo_jax.journal import Journal
+  from mgrpo_jax.run import Setup
+  from mgrpo_jax.store import Store
+
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Recipe, such as configs/quickstart.py."
+    "config", None, "recipe, such as configs/quickstart.py"
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory of the run; made, or resumed."
+    "workdir", None, "directory of the run; made, or resumed"
 )
 
 
 def main() -> None:
   """Trains; see the module."""
-  from experiments import recipe
-  from mgrpo_jax import atomic, workdir
-  from mgrpo_jax.journal import Journal, NonFiniteError
-  from mgrpo_jax.tasks import curriculum
-
-  config = _CONFIG.value
   with contextlib.ExitStack() as stack:
     with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
+      from experiments import recipe
+      from mgrpo_jax import atomic, journal, workdir
+      from mgrpo_jax.tasks import curriculum
+
+      config = _CONFIG.value
       recipe.check(config)
       values = recipe.plain(config)
       directory = stack.enter_context(workdir.hold(_WORKDIR.value, values))
-      journal = stack.enter_context(
-          Journal(
+      kept = stack.enter_context(
+          journal.Journal(
               directory,
               total_steps=curriculum.num_steps(recipe.build_stages(config)),
               keep_checkpoints=config.checkpoint.keep,
@@ -44,26 +53,29 @@ def main() -> None:
       )
       setup = recipe.build(config)
       store = recipe.open_store(config, directory)
-    with cli.user_errors(atomic.StorageError, NonFiniteError):
-      _train(setup, store, journal, values)
+    with cli.user_errors(atomic.StorageError, journal.NonFiniteError):
+      _train(setup, store, kept, values)
 
 
-def _train(setup, store, journal, values) -> None:
-  """Runs the loop and says what came out."""
+def _train(
+    setup: Setup, store: Store, journal: Journal, values: Mapping[str, Any]
+) -> None:
+  """Runs the loop, writes the report and says what came out."""
   from mgrpo_jax import loop
+  from mgrpo_jax.report import page
   from mgrpo_jax.report.progress import comparison
 
   outcome, table = asyncio.run(loop.train(setup, store, journal))
   journal.progress.close()
   summary = journal.summarise({"config": values} | outcome)
+  report = page.write(journal.workdir.path)
   print(comparison(table))
   print(
       f"{summary['steps']} steps in {summary['seconds']:.0f} s,"
       f" {summary['compilations']} compilations,"
-      f" {summary['peak_rss_bytes'] / 2**30:.1f} GiB; see"
-      f" {journal.workdir.path}, or make its report:\n"
-      f"python -m experiments.view --workdir={journal.workdir.path}"
+      f" {summary['peak_rss_bytes'] / 2**30:.1f} GiB of memory"
   )
+  print(f"report: {report.page}")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,15 @@ Steps are those of the curriculum's last stage. Compile time falls into the
 warm-up and is reported apart.
 """
 
+from __future__ import annotations
+
 import asyncio
 import pathlib
 import tempfile
 import time
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,6 +25,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import cli
+
+if typing.TYPE_CHECKING:
+  from mgrpo_jax.run import Run, Setup
+  from mgrpo_jax.store import Store
+  from mgrpo_jax.tasks.curriculum import Stage
+
+  Row = Mapping[str, tuple[float, int]]  # (seconds, work done) by phase
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe.")
 _STEPS = flags.DEFINE_integer("steps", 8, "Steps that are timed, >= 1.")
@@ -58,7 +70,7 @@ def main() -> None:
     atomic.write_json(pathlib.Path(_JSON.value), result)
 
 
-async def _measure(setup, store) -> list[dict[str, tuple[float, int]]]:
+async def _measure(setup: Setup, store: Store) -> list[Row]:
   """Runs steps; returns (seconds, tokens) by phase for each."""
   from mgrpo_jax import run as run_lib
 
@@ -71,7 +83,7 @@ async def _measure(setup, store) -> list[dict[str, tuple[float, int]]]:
   return rows
 
 
-async def _step(run, stage, step: int) -> dict[str, tuple[float, int]]:
+async def _step(run: Run, stage: Stage, step: int) -> Row:
   """One step, every phase waited for."""
   marks = [time.perf_counter()]
   before = run.generated_tokens
@@ -101,7 +113,7 @@ async def _step(run, stage, step: int) -> dict[str, tuple[float, int]]:
   }
 
 
-def _summary(rows, phase: str) -> dict[str, float]:
+def _summary(rows: Sequence[Row], phase: str) -> dict[str, float]:
   """Median, least and most seconds, and work a second."""
   seconds = np.array([row[phase][0] for row in rows])
   work = np.array([row[phase][1] for row in rows])
@@ -113,7 +125,7 @@ def _summary(rows, phase: str) -> dict[str, float]:
   }
 
 
-def _table(result) -> str:
+def _table(result: Mapping[str, Any]) -> str:
   """The figures for a reader."""
   total = sum(phase["median_s"] for phase in result["phases"].values())
   unit = dict(
