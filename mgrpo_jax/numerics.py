@@ -107,7 +107,8 @@ def unit_scaled(
     max v - min v; and whether it is more than rounding of equal values. A
     group with fewer than two weighted entries has none.
   """
-  counted = weights > 0
+  values = jnp.asarray(values, jnp.float32)
+  counted = jnp.asarray(weights) > 0
   kept = jnp.where(counted, values, 0.0)
   high = jnp.max(jnp.where(counted, kept, -jnp.inf), axis=axis, keepdims=True)
   low = jnp.min(jnp.where(counted, kept, jnp.inf), axis=axis, keepdims=True)

@@ -79,6 +79,14 @@ def test_equal_rewards_give_exact_zeros(name, reward, weight):
   np.testing.assert_array_equal(compute(name, rewards, weights), 0.0)
 
 
+def test_doubles_from_the_host_are_compared_as_floats():
+  # A rounding apart in float32, where rewards live; far more in float64.
+  third = np.float32(1 / 3)
+  rewards = np.array([[[third], [np.nextafter(third, np.float32(1))]]], float)
+  found = advantages.per_task(rewards, np.ones_like(rewards))
+  np.testing.assert_array_equal(found, 0.0)
+
+
 @pytest.mark.parametrize("name", NORMALISERS)
 def test_a_lone_member_gets_zero(name):
   weights = np.zeros((2, 4, 3))
