@@ -2,6 +2,9 @@ r"""Trains a team, or continues where its run directory stands.
 
     python -m experiments.train --config=configs/quickstart.py \
         --workdir=runs/quickstart [--config.key=value]
+
+Any key of configs/default.py can be set. A run that was interrupted goes on
+when the same command is given again.
 """
 
 from __future__ import annotations

@@ -251,17 +251,20 @@ class Run:
     return groups
 
   def grade(self, stage: Stage, groups: Sequence[RolloutGroup]) -> list[Scores]:
-    """Arrow 3: rewards; tasks that a machine failed on are queued again."""
+    """Arrow 3: rewards; tasks that a machine failed on are asked again."""
     method = self.setup.method
+    scores = []
     with self.timed("reward"):
-      scores = [
-          rewards.score(g, weights=method.reward_weights, rules=method.rules)
-          for g in groups
-      ]
-    for group, graded in zip(groups, scores, strict=True):
-      if not np.all(graded.weight > 0):
-        self.requeued.setdefault(stage.name, []).append(group.task.id)
-        self.retried += 1
+      for group in groups:
+        graded = rewards.score(
+            group, weights=method.reward_weights, rules=method.rules
+        )
+        if not np.all(graded.weight > 0):
+          self.requeued.setdefault(stage.name, []).append(group.task.id)
+          self.retried += 1
+          nothing = np.zeros_like(graded.weight)
+          graded = dataclasses.replace(graded, weight=nothing)
+        scores.append(graded)
     for role in self.setup.team.roles:
       self.values |= statistics.of_role(groups, scores, role.name)
     return scores
