@@ -151,7 +151,7 @@ class Checkpoints:
     )
     self._saving = step
     try:
-      self._manager.save(
+      self._manager.save(  # orbax copies the arrays before it returns
           step,
           args=ocp.args.Composite(
               arrays=ocp.args.PyTreeSave(arrays),

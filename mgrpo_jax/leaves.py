@@ -39,10 +39,10 @@ def named(tree: Any) -> dict[str, Any]:
 
 
 def to_host(tree: Any) -> dict[str, np.ndarray]:
-  """Copies a pytree's leaves to the host.
+  """Brings a pytree's leaves to the host.
 
-  Typed PRNG keys become their uint32 words. The copies own their memory, so
-  buffers may be donated as soon as this returns.
+  Typed PRNG keys become their uint32 words. What is on the host already is not
+  copied.
 
   Args:
     tree: pytree of arrays.
@@ -64,10 +64,7 @@ def to_host(tree: Any) -> dict[str, np.ndarray]:
     if is_key(leaf):
       leaves[name] = jax.random.key_data(leaf)
   fetched = jax.device_get(leaves)
-  return {
-      name: np.array(leaf, order="C", copy=True)
-      for name, leaf in fetched.items()
-  }
+  return {name: np.asarray(x, order="C") for name, x in fetched.items()}
 
 
 def from_host(arrays: Mapping[str, np.ndarray], like: Any, *, what: str) -> Any:

@@ -239,11 +239,7 @@ class Store:
   def _create(self, key: str, array: np.ndarray) -> Any:
     """Starts making a zarr3 array."""
     return ts.open(
-        {
-            "driver": "zarr3",
-            "metadata": {"codecs": ["bytes"]},
-            "store_data_equal_to_fill_value": True,  # else -0.0 becomes 0.0
-        },
+        {"driver": "zarr3", "metadata": {"codecs": ["bytes"]}},
         kvstore=self._bulk / f"{key}/",
         dtype=array.dtype,
         shape=array.shape,

@@ -18,7 +18,7 @@ import numpy as np
 
 from mgrpo_jax import checkpoint, publish, store
 
-SHAPES = {"a": (40, 50), "b": (7,), "c": (3, 3, 3), "d": (20_000,)}
+SHAPES = {"a": (40, 50), "b": (7,), "c": (3, 3, 3), "d": (400_000,)}
 
 
 def tree(number: int) -> dict[str, np.ndarray]:

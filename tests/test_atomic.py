@@ -69,11 +69,13 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path):
   with subprocess.Popen([sys.executable, "-c", WRITER, path]) as process:
     seen = set()
     deadline = time.monotonic() + 30
-    while len(seen) < 5 and time.monotonic() < deadline:
-      text = path.read_text()
-      assert len(text) == 200_000 and len(set(text)) == 1
-      seen.add(text[0])
-    process.send_signal(signal.SIGKILL)
+    try:
+      while len(seen) < 5 and time.monotonic() < deadline:
+        text = path.read_text()
+        assert len(text) == 200_000 and len(set(text)) == 1
+        seen.add(text[0])
+    finally:
+      process.send_signal(signal.SIGKILL)
   assert len(seen) == 5
   text = path.read_text()
   assert len(text) == 200_000 and len(set(text)) == 1
@@ -133,7 +135,7 @@ def test_a_tree_goes_to_the_host_and_back():
       "raw": jax.random.PRNGKey(1),
   }
   host = leaves.to_host(tree)
-  assert all(type(a) is np.ndarray and a.flags.owndata for a in host.values())
+  assert all(type(array) is np.ndarray for array in host.values())
   for like in (tree, jax.eval_shape(lambda: tree)):
     back = leaves.from_host(host, like, what="x")
     assert jax.tree.structure(back) == jax.tree.structure(tree)

@@ -136,13 +136,12 @@ def test_restored_arrays_do_not_compile_the_step_again(folder):
   assert step._cache_size() == 1
 
 
-def test_buffers_may_be_donated_while_a_save_is_under_way(tmp_path):
-  states = {"main": {"w": jnp.arange(200_000, dtype=jnp.float32)}}
-  overwrite = jax.jit(lambda s: jax.tree.map(lambda x: -x, s), donate_argnums=0)
+def test_arrays_may_change_while_a_save_is_under_way(tmp_path):
+  numbers = np.arange(200_000, dtype=np.float32)
   with opened(tmp_path) as checkpoints:
-    checkpoints.save(1, states, {})
-    gone = overwrite(states)
-    found = checkpoints.restore(gone)
+    checkpoints.save(1, {"main": {"w": numbers}}, {})
+    numbers[:] = -1
+    found = checkpoints.restore({"main": {"w": numbers}})
   wanted = np.arange(200_000, dtype=np.float32)
   np.testing.assert_array_equal(found.states["main"]["w"], wanted)
 
@@ -308,7 +307,7 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tmp_path):
 
 
 def test_a_killed_save_never_damages_earlier_checkpoints(tmp_path):
-  rounds = 5
+  rounds = 4
   script = pathlib.Path(killed.__file__)
   command = [sys.executable, script, "checkpoint", tmp_path, str(rounds), "1"]
   seen = []

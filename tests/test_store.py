@@ -85,7 +85,8 @@ def test_arrays_come_back_bit_for_bit(bucket):
       "layers/0/key": rng.standard_normal((5, 7)).T,  # not C-contiguous
       "scalar": np.array(3, np.int32),
       "none": np.zeros((0, 3), np.float32),
-      "zeros": np.array([0.0, -0.0, np.nan], np.float32),
+      "zeros": np.array([0.0, -0.0], np.float32),
+      "others": np.array([np.nan, np.inf, 1e-45], np.float32),
       "flags": np.array([True, False]),
   }
   bucket.write_arrays("p/v1", arrays)
