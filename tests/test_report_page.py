@@ -77,6 +77,12 @@ def make_run(directory, *, finished=True, steps=4, tasks=2):
   return directory
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """The report of a finished run."""
+  return page.write(make_run(tmp_path_factory.mktemp("view") / "run"))
+
+
 class Document(html.parser.HTMLParser):
   """Elements, attributes and the contents of scripts and styles."""
 
@@ -250,11 +256,10 @@ def test_selection_stays_within_its_space_and_says_what_is_missing(tmp_path):
   assert (nothing.shown_steps, nothing.shown_rollouts) == (0, 0)
 
 
-def test_page_is_one_file_that_asks_for_nothing(tmp_path):
-  report = page.write(make_run(tmp_path / "run"))
-  source = report.page.read_text(encoding="utf-8")
+def test_page_is_one_file_that_asks_for_nothing(finished):
+  source = finished.page.read_text("utf-8")
   document = Document(source)
-  assert report.problems == () and report.shown_rollouts == 16
+  assert finished.problems == () and finished.shown_rollouts == 16
   for tag, name, value in document.attributes:
     assert not name.startswith("on"), (tag, name)
     if name in ("src", "href", "srcset", "action", "data", "poster"):
@@ -271,8 +276,8 @@ def test_page_is_one_file_that_asks_for_nothing(tmp_path):
   assert "unsafe" not in rules
 
 
-def test_nothing_a_model_wrote_becomes_markup(tmp_path):
-  source = page.write(make_run(tmp_path / "run")).page.read_text("utf-8")
+def test_nothing_a_model_wrote_becomes_markup(finished):
+  source = finished.page.read_text("utf-8")
   document = Document(source)
   assert document.tags.count("script") == 2  # the data and the program
   assert "img" not in document.tags
@@ -290,8 +295,8 @@ def test_nothing_a_model_wrote_becomes_markup(tmp_path):
   assert "quick</script>" in shown  # the title
 
 
-def test_header_says_what_came_of_the_run(tmp_path):
-  source = page.write(make_run(tmp_path / "run")).page.read_text("utf-8")
+def test_header_says_what_came_of_the_run(finished):
+  source = finished.page.read_text("utf-8")
   shown = " ".join("".join(Document(source).text).split())
   for part in (
       "rose from 30.0% to 60.0% on 100 questions",
@@ -428,8 +433,8 @@ def test_view_ends_with_code_2_and_one_line_on_misuse(tmp_path, given):
 @pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium on the PATH to open the page with"
 )
-def test_page_opens_in_a_browser(tmp_path):
-  index = page.write(make_run(tmp_path / "run")).page
+def test_page_opens_in_a_browser(finished, tmp_path):
+  index = finished.page
   done = subprocess.run(
       [
           CHROMIUM,
