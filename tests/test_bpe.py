@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from mgrpo_jax.policy import bpe
+from mgrpo_jax.policy import bpe, tokenizer
 from mgrpo_jax.policy.load import load_tokenizer
 
 
-def toy_bpe(added, *, ignore_merges=False, config=None):
-  vocab = ["a", "b", "c", "Ġ", "<", ">", "ab", "abc", "<a", "<a>"]
+def toy_bpe(added, *, ignore_merges=False, config=None, post_processor=None):
+  vocab = ["a", "b", "c", "Ġ", "<", ">", "ab", "abc", "<a", "<a>", "ba"]
   fields = {
       "version": "1.0",
       "added_tokens": [
@@ -31,7 +31,7 @@ def toy_bpe(added, *, ignore_merges=False, config=None):
           "trim_offsets": True,
           "use_regex": True,
       },
-      "post_processor": None,
+      "post_processor": post_processor,
       "decoder": {
           "type": "ByteLevel",
           "add_prefix_space": False,
@@ -50,7 +50,7 @@ def toy_bpe(added, *, ignore_merges=False, config=None):
 
 
 def test_a_directory_gives_the_same_tokenizer(tmp_path):
-  tok = toy_bpe({"<eos>": 10, "<a>": 9})
+  tok = toy_bpe({"<eos>": 11, "<a>": 9})
   for name, content in tok.files().items():
     (tmp_path / name).write_bytes(content)
   again = load_tokenizer(tmp_path)
@@ -61,34 +61,61 @@ def test_a_directory_gives_the_same_tokenizer(tmp_path):
 
 
 def test_tokens_are_shown_as_text_or_as_pieces():
-  tok = toy_bpe({"<eos>": 10})
+  tok = toy_bpe({"<eos>": 11})
   assert "".join(map(tok.token_text, tok.encode("abc a"))) == "abc a"
-  assert tok.token_text(10) == "<eos>"
+  assert tok.token_text(11) == "<eos>"
 
 
-def test_specials_cannot_come_from_a_word_of_the_vocabulary():
-  for ignore_merges in (False, True):
-    tok = toy_bpe({"<a>": 9}, ignore_merges=ignore_merges)
-    assert tok.decode(tok.encode("<a>abc")) == "<a>abc"
-    assert 9 not in tok.encode("<a>")
-    assert tok.decode([7, 9]) == "abc<a>"
+@pytest.mark.parametrize("ignore_merges", [False, True])
+def test_specials_cannot_come_from_a_word_of_the_vocabulary(ignore_merges):
+  tok = toy_bpe({"ba": 10, "<a>": 9}, ignore_merges=ignore_merges)
+  assert tok.encode("ba") == [1, 0]
+  assert tok.decode(tok.encode("<a>abc ba")) == "<a>abc ba"
+  assert not {9, 10} & set(tok.encode("<a>abc ba"))
+  assert tok.decode([7, 9]) == "abc<a>"
 
 
-def test_reads_named_tokens_in_both_forms():
-  tok = toy_bpe(
-      {"<eos>": 10, "<bos>": 11},
-      config={
-          "eos_token": {"content": "<eos>"},
-          "bos_token": "<bos>",
-          "add_bos_token": True,
-      },
-  )
-  assert (tok.eos_id, tok.bos_id, tok.pad_id, tok.vocab_size) == (
-      10,
-      11,
-      10,
-      12,
-  )
+def test_merges_that_spell_a_special_token_are_refused():
+  with pytest.raises(ValueError, match=r"tokenizer\.json: cannot be read"):
+    toy_bpe({"abc": 7})
+
+
+def test_templates_take_the_longest_name():
+  tok = toy_bpe({"<a": 8, "<a>": 9})
+  assert tokenizer.encode_with_specials(tok, "a<a>b<ab") == [0, 9, 1, 8, 1]
+
+
+def test_named_tokens_in_both_forms():
+  config = {
+      "eos_token": {"content": "<eos>"},
+      "bos_token": "<bos>",
+      "pad_token": "<pad>",
+      "add_bos_token": True,
+  }
+  added = {"<eos>": 11, "<bos>": 12, "<pad>": 13}
+  tok = toy_bpe(added, config=config)
+  assert (tok.eos_id, tok.bos_id, tok.pad_id) == (11, 12, 13)
+  assert tok.vocab_size == 14
+  silent = toy_bpe(added, config=config | {"add_bos_token": False})
+  assert silent.bos_id is None
+  no_pad = toy_bpe(added, config=config | {"pad_token": None})
+  assert no_pad.pad_id == 11
+
+
+def test_a_template_that_begins_with_bos_adds_it():
+  config = {"eos_token": "<eos>", "bos_token": "<bos>"}
+  added = {"<eos>": 11, "<bos>": 12}
+  template = {
+      "type": "TemplateProcessing",
+      "single": [
+          {"SpecialToken": {"id": "<bos>", "type_id": 0}},
+          {"Sequence": {"id": "A", "type_id": 0}},
+      ],
+  }
+  assert toy_bpe(added, config=config).bos_id is None
+  tok = toy_bpe(added, config=config, post_processor=template)
+  assert tok.bos_id == 12
+  assert tok.encode("a") == [0]  # whoever makes a stream puts it there
 
 
 @pytest.mark.parametrize(
@@ -100,7 +127,7 @@ def test_reads_named_tokens_in_both_forms():
 )
 def test_config_errors(config, message):
   with pytest.raises(ValueError, match=message):
-    toy_bpe({"<eos>": 10}, config=config)
+    toy_bpe({"<eos>": 11}, config=config)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Round trips, determinism, and text that tries to be structure."""
 
 import functools
+import itertools
 
 import hypothesis
 import hypothesis.strategies as st
@@ -28,16 +29,13 @@ HARD = (
 
 
 def lines():
-  names = ("Lima", "Quito", "Bogotá", "La Paz", "Santiago", "Caracas")
-  return [
-      f"{name}: the capital no. {i} of a country; name: {name}"
-      for i in range(60)
-      for name in names
-  ]
+  syllables = ("lima", "qui", "tos", "bogotá", "paz", "the")
+  words = map("".join, itertools.product(syllables, repeat=3))
+  return [f"{word} of {word[::-1]}; no. 12345" for word in words]
 
 
 @functools.cache
-def pieces(vocab_size=310):
+def pieces(vocab_size=340):
   model = tokenizer.train_sentencepiece(
       lines(), vocab_size=vocab_size, special_tokens=SPECIALS
   )
@@ -97,7 +95,7 @@ def test_template_parses_specials_and_keeps_text_between():
 
 def test_sentencepiece_ids_and_size():
   tok = pieces()
-  assert tok.vocab_size == 310
+  assert tok.vocab_size == 340
   assert (tok.pad_id, tok.eos_id, tok.bos_id) == (0, 2, None)
   names = ("<pad>", "<unk>", "<eos>", *SPECIALS)
   assert dict(tok.special_ids) == {name: i for i, name in enumerate(names)}
@@ -106,13 +104,13 @@ def test_sentencepiece_ids_and_size():
 def test_sentencepiece_splits_digits_and_learns_words():
   tok = pieces()
   assert len(tok.encode("12345")) == 5
-  text = "Santiago: the capital of a country"
-  assert len(tok.encode(text)) < 0.9 * len(text)
+  text = "limaquitos of bogotálima"
+  assert len(tok.encode(text)) < 0.6 * len(text)
 
 
 def test_training_is_deterministic():
   again = tokenizer.train_sentencepiece(
-      iter(lines()), vocab_size=310, special_tokens=SPECIALS
+      iter(lines()), vocab_size=340, special_tokens=SPECIALS
   )
   assert pieces().files() == {"tokenizer.model": again}
 
@@ -136,7 +134,7 @@ def test_decode_shows_broken_bytes_and_unknown_ids_are_errors():
 @pytest.mark.parametrize("names", [["<pad>"], ["<0x41>"], ["x"], ["ab", "ab"]])
 def test_wrong_special_names_are_errors(names):
   with pytest.raises(ValueError, match="special_tokens"):
-    tokenizer.train_sentencepiece(lines(), vocab_size=310, special_tokens=names)
+    tokenizer.train_sentencepiece(lines(), vocab_size=340, special_tokens=names)
 
 
 @pytest.mark.parametrize("size", [200, 100_000])
@@ -151,7 +149,7 @@ def test_models_that_change_text_are_refused(tmp_path):
   sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter(lines()),
       model_prefix=str(tmp_path / "other"),
-      vocab_size=300,
+      vocab_size=330,
       byte_fallback=True,
       pad_id=3,
       minloglevel=2,
