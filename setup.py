@@ -46,7 +46,7 @@ setuptools.setup(
         "ml-collections>=1.1",
         "numpy>=2.0",
         "optax>=0.2.5",
-        "orbax-checkpoint>=0.11.20",
+        "orbax-checkpoint>=0.11.20,<1",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
         "tensorboardX>=2.6.2",
