@@ -136,9 +136,9 @@ class Trajectory:
   call: int
   parent: int
   request: str
-  tokens: np.ndarray
-  loss_mask: np.ndarray
-  sampler_logprobs: np.ndarray
+  tokens: np.ndarray = dataclasses.field(repr=False)
+  loss_mask: np.ndarray = dataclasses.field(repr=False)
+  sampler_logprobs: np.ndarray = dataclasses.field(repr=False)
   version_min: int
   version_max: int
   status: Status
