@@ -263,6 +263,7 @@ def test_save_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
   written = []
 
   def fail_on_the_second(path, data):
+    assert not (tmp_path / "p").exists()  # nothing is seen before all is
     if written:
       raise OSError(28, "No space left on device")
     written.append(path)

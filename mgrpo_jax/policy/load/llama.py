@@ -69,7 +69,7 @@ class StoredTensor:
 
   Attributes:
     shape: as a matrix [outputs, inputs], or a vector.
-    read: gives the values as float32.
+    read: gives the values, floats of any width.
   """
 
   shape: tuple[int, ...]

@@ -17,7 +17,6 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.numpy
 
@@ -230,7 +229,7 @@ def _params(path: pathlib.Path, config: TransformerConfig) -> Params:
         if view.get_dtype() not in DTYPES:
           wrong.append(f"{name} is {view.get_dtype()}")
         stored[name] = llama.StoredTensor(
-            tuple(view.get_shape()), functools.partial(_read, handle, name)
+            tuple(view.get_shape()), functools.partial(handle.get_tensor, name)
         )
     if wrong:
       raise ValueError(f"{path}: {'; '.join(wrong)}; supported: {DTYPES}")
@@ -260,11 +259,6 @@ def _open(file: pathlib.Path) -> Any:
     raise ValueError(f"{file}: missing") from error
   except (safetensors.SafetensorError, OSError) as error:
     raise ValueError(f"{file}: cannot be read: {error}") from error
-
-
-def _read(handle: Any, name: str) -> np.ndarray:
-  """Reads one tensor as float32."""
-  return handle.get_tensor(name).astype(np.float32, copy=False)
 
 
 def _read_json(file: pathlib.Path) -> dict[str, Any]:
