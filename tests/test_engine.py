@@ -203,6 +203,25 @@ def test_equal_prompts_are_prefilled_once():
   asyncio.run(run())
 
 
+def test_a_slot_that_was_used_again_is_not_copied():
+  async def run():
+    async with make(num_slots=2) as engine:
+      first = await engine.generate(prompt(1, 30), draw(), 0)
+      await asyncio.gather(
+          *(engine.generate(prompt(n, 30), draw(), 0) for n in (2, 3))
+      )
+      again = await engine.generate(prompt(1, 30), draw(), 0)
+      assert engine.stats()["copied"] == 0
+      assert again.logprobs.tolist() == first.logprobs.tolist()
+      pair = await asyncio.gather(
+          *(engine.generate(prompt(4, 30), draw(), 0) for _ in range(2))
+      )
+      assert engine.stats()["copied"] == 1
+      assert pair[0].logprobs.tolist() == pair[1].logprobs.tolist()
+
+  asyncio.run(run())
+
+
 def test_completions_say_why_they_ended():
   async def run():
     async with make() as engine:
@@ -240,6 +259,7 @@ def test_completions_say_why_they_ended():
         ([[5]], 0, "shape"),
         ([61], 0, "0..60"),
         ([-1], 0, "0..60"),
+        ([2**40], 0, "0..60"),
         ([5], -1, "seed"),
     ],
 )
@@ -434,7 +454,7 @@ def test_a_failing_device_reaches_everyone(monkeypatch):
               *(engine.generate(prompt(i, 5), draw(), i) for i in range(5)),
               return_exceptions=True,
           ),
-          timeout=10,
+          timeout=60,
       )
       assert all(isinstance(result, EngineError) for result in results)
       assert all("no room" in str(result) for result in results)
@@ -473,7 +493,9 @@ def test_closing_reaches_everyone_and_the_engine_can_be_reopened():
           for i in range(12)
       ]
       await asyncio.sleep(0.01)
-    results = await asyncio.gather(*tasks, return_exceptions=True)
+    results = await asyncio.wait_for(
+        asyncio.gather(*tasks, return_exceptions=True), timeout=60
+    )
     assert any(isinstance(result, EngineError) for result in results)
     assert everything_is_free(engine)
     async with engine:

@@ -90,6 +90,21 @@ def test_an_entry_of_weight_zero_is_never_drawn(only):
   assert (np.asarray(INVERT(weights, uniform)) == only).all()
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_rounding_at_the_edge_of_a_block_draws_no_weight_zero(seed):
+  rng = np.random.default_rng(seed)
+  weights = np.exp(3 * rng.normal(size=(ROWS, 32, 16))).astype(np.float32)
+  weights[:, :, :3] = 0  # blocks are 16 wide; each begins with zeros
+  prefix = np.cumsum(weights.sum(axis=2), axis=1, dtype=np.float32)
+  edge = rng.integers(0, 31, ROWS)
+  uniform = prefix[np.arange(ROWS), edge] / prefix[:, -1]
+  weights = weights.reshape(ROWS, 512)
+  for _ in range(4):
+    token = np.asarray(INVERT(weights, uniform))
+    assert (weights[np.arange(ROWS), token] > 0).all()
+    uniform = np.nextafter(uniform, np.float32(0))
+
+
 def test_frequencies_are_the_probabilities():
   rng = np.random.default_rng(0)
   logits = rng.normal(size=40).astype(np.float32)

@@ -61,7 +61,8 @@ class _Work:
 class Engine:
   """Samples completions from one policy.
 
-  Use it within `async with`; calls must come from that event loop.
+  Use it within `async with`; calls must come from that event loop. It can be
+  entered again, on another loop too; caches do not outlive the block.
   """
 
   def __init__(
@@ -251,7 +252,7 @@ class Engine:
 
   def _checked(self, tokens: Sequence[int]) -> np.ndarray:
     """Turns a stream into an array, or says what is wrong with it."""
-    stream = np.asarray(tokens, np.int32)
+    stream = np.array(tokens, np.int64)  # a copy: the caller's may grow
     if stream.ndim != 1 or not 1 <= len(stream) <= self._context:
       raise ValueError(
           f"tokens must be a sequence of 1 to {self._context} ids (context),"
@@ -262,7 +263,7 @@ class Engine:
           f"tokens must be ids in 0..{self._config.vocab_size - 1}, got"
           f" {stream.min()}..{stream.max()}"
       )
-    return stream
+    return stream.astype(np.int32)
 
   async def _serve(self) -> None:
     """Visits the device while there is work; tells everyone when it ends."""
