@@ -95,7 +95,7 @@ async def _step(
   credits = run.assign(stage, groups, scores, step)
   dispatched = run.update(stage, number, groups, credits)
   journal.flush()
-  run.publish(tuple(dispatched), step, step + 1)
+  run.publish(tuple(run.learners if last else dispatched), step, step + 1)
   journal.rollouts(
       step, stage.name, groups, scores, credits.advantages, run.pieces
   )

@@ -46,6 +46,7 @@ from mgrpo_jax.policy.load.safetensors import save_directory
 from mgrpo_jax.rewards import RewardWeights, Rules, Scores
 from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.store import Store
+from mgrpo_jax.tasks import curriculum
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.tasks.pipeline import TaskStream
 from mgrpo_jax.types import RolloutGroup, Task, TrainState
@@ -323,13 +324,18 @@ class Run:
     return dispatched
 
   def publish(self, policies: Sequence[str], step: int, version: int) -> None:
-    """Arrow 7: a version for the store, and for the next rollout."""
+    """Arrow 7: a version for the next rollout and, when due, for the store.
+
+    The version after the last step is always due: it is what is evaluated.
+    """
+    is_last = version == curriculum.num_steps(self.setup.stages)
+    is_due = is_last or version % self.setup.publish_every == 0
     with self.timed("publish"):
       for policy in policies:
         params = self.learners[policy].state.params
         self.engines[policy].update(params, version)
         self.values[f"version/{policy}"] = float(version)
-        if version % self.setup.publish_every == 0:
+        if is_due:
           publish.publish(
               self.store,
               policy,

@@ -119,6 +119,15 @@ def test_another_run_of_the_same_shapes_compiles_nothing(finished, tmp_path):
   assert compiled.count == 0
 
 
+def test_the_last_version_is_published_whatever_the_rhythm(tmp_path):
+  setup = small(imitation_steps=1, steps=1, publish_every=5)
+  train(tmp_path / "run", setup)
+  bucket = store.open_folder(tmp_path / "run/bucket")
+  for name in setup.policies:
+    assert publish.versions(bucket, name) == [0, 2]
+    assert publish.latest(bucket, name) == 2
+
+
 def test_a_frozen_policy_stays_as_it_is(tmp_path):
   setup = small()
   stages = tuple(
