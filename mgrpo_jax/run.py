@@ -280,7 +280,7 @@ class Run:
     """Arrows 4 and 5: alignment, then advantages, role by role."""
     with self.timed("align"):
       if stage.objective == "imitate":
-        return _copied(groups, self.setup.team)
+        return _copied(groups, scores, self.setup.team)
       return self._assigned(stage, groups, scores, step)
 
   def update(
@@ -562,15 +562,20 @@ async def open_run(setup: Setup, store: Store) -> AsyncIterator[Run]:
     yield run
 
 
-def _copied(groups: Sequence[RolloutGroup], team: Team) -> Credits:
-  """Every call of a demonstration counts once; nothing is compared."""
+def _copied(
+    groups: Sequence[RolloutGroup], scores: Sequence[Scores], team: Team
+) -> Credits:
+  """Every call of a whole demonstration counts once; nothing is compared."""
   by_policy: dict[str, list[Credit]] = {}
-  for group in groups:
-    for trajectory in group.trajectories:
-      policy = team[trajectory.role].policy
-      by_policy.setdefault(policy, []).append(
-          Credit(trajectory=trajectory, advantage=0.0, weight=1.0)
-      )
+  for group, graded in zip(groups, scores, strict=True):
+    for trajectory, counted in zip(
+        group.trajectories, graded.weight > 0, strict=True
+    ):
+      role = team[trajectory.role]
+      if counted and role.trainable:
+        by_policy.setdefault(role.policy, []).append(
+            Credit(trajectory=trajectory, advantage=0.0, weight=1.0)
+        )
   return Credits(
       by_policy={name: tuple(part) for name, part in by_policy.items()},
       advantages=tuple(np.full(len(g.trajectories), np.nan) for g in groups),
