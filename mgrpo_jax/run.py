@@ -187,6 +187,7 @@ class Run:
     self.trained_tokens = 0
     self.rollouts = 0
     self.retried = 0
+    self._versions: dict[str, int] = {}  # of the weights sampled from
     self._generated_carried = 0  # by earlier processes
     self._generated_before = 0  # when the last step ended
     method = setup.method
@@ -334,6 +335,7 @@ class Run:
       for policy in policies:
         params = self.learners[policy].state.params
         self.engines[policy].update(params, version)
+        self._versions[policy] = version
         self.values[f"version/{policy}"] = float(version)
         if is_due:
           publish.publish(
@@ -541,6 +543,10 @@ class Run:
       )
       earlier = by_policy.get(role.policy, ())
       by_policy[role.policy] = (*earlier, *assignment.credits)
+    for policy, credits in by_policy.items():
+      self.values[f"staleness/{policy}"] = statistics.staleness(
+          credits, self._versions[policy]
+      )
     return Credits(by_policy=by_policy, advantages=gains)
 
 

@@ -86,9 +86,11 @@ def staleness(credits: Sequence[Credit], version: int) -> float:
     version: of the weights that are being trained.
 
   Returns:
-    0 where everything was sampled from the newest version.
+    0 where everything was sampled from the newest version. Calls in which
+    nothing was sampled have no age.
   """
-  oldest = min((c.trajectory.version_min for c in credits), default=version)
+  sampled = [c.trajectory for c in credits if c.trajectory.loss_mask.any()]
+  oldest = min((t.version_min for t in sampled), default=version)
   return float(max(version - oldest, 0))
 
 
