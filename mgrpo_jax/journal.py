@@ -6,7 +6,7 @@ written after its checkpoint, so every step and task is there exactly once.
 
 import contextlib
 import dataclasses
-import logging
+import io
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,6 @@ from mgrpo_jax.types import RolloutGroup, TrainState
 from mgrpo_jax.workdir import Workdir
 
 _PLAIN_EVERY = 5.0  # seconds between progress lines that are no terminal's
-_LOG = logging.getLogger(__name__)
 
 
 class NonFiniteError(RuntimeError):
@@ -211,14 +210,14 @@ class Journal:
   def _save_batch(self, step: int, policy: str, failed: Step) -> str:
     """Keeps the batch whose loss was not finite; returns what happened."""
     path = self.workdir.path / "nonfinite" / f"step_{step:06d}_{policy}.npz"
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {
         f"{number}/{field.name}": np.asarray(getattr(batch, field.name))
         for number, batch in enumerate(failed.batches)
         for field in dataclasses.fields(batch)
     }
-    with path.open("wb") as file:
-      np.savez_compressed(file, allow_pickle=False, **arrays)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    atomic.write(path, buffer.getvalue())
     return (
         f"step {step}: loss or gradient of policy {policy!r} is not finite;"
         f" the update was not made, its batch is in {path}"
