@@ -19,7 +19,6 @@ _OFFICIAL = re.compile(
     r"(?: \d[\d.]*%)? \(official\b"
 )
 _POINT = re.compile(r"([^\d;,]+?) (-?[\d,]+) m\b")
-_PLAIN_NAME = re.compile(r"[^\W\d_][^\d;:,\"]*")
 _DAY = re.compile(
     r"\b(\d{1,2} (?:January|February|March|April|May|June|July|August"
     r"|September|October|November|December))\b"

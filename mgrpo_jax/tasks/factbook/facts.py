@@ -17,7 +17,8 @@ class Fact:
 
   Attributes:
     place: place id.
-    attribute: name of the attribute, a key of `ATTRIBUTES` or `BORDERS`.
+    attribute: name of the attribute, a key of `ATTRIBUTES` or
+      `PLACE_ATTRIBUTES`, or one of `specs.BORDERS`.
     value: canonical answer, verbatim within the first `HEAD` characters of the
       passage unless the attribute is counted.
     aliases: other accepted answers.

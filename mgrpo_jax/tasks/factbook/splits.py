@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from mgrpo_jax.tasks.factbook import extract
 from mgrpo_jax.tasks.factbook.corpus import Corpus, names
 
-SPLITS = ("train", "dev", "test")
 _SHARES = {"test": 0.24, "dev": 0.13}
 
 
