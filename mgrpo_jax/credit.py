@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mgrpo_jax import alignment as alignment_lib
 from mgrpo_jax import packing
+from mgrpo_jax.alignment import gather
 from mgrpo_jax.packing import Credit
 from mgrpo_jax.rewards import RoleCalls
 from mgrpo_jax.types import Alignment
@@ -104,5 +104,5 @@ def _aligned(
 ) -> tuple[Alignment, Float[Array, "B K D"], Float[Array, "B K D"]]:
   """Alignment first, then the statistics over it."""
   alignment = align(jax.random.key(seed), num_calls, num_slots=num_slots)
-  gathered = alignment_lib.gather(rewards, alignment)
+  gathered = gather(rewards, alignment)
   return alignment, gathered, advantage(gathered, alignment.weight)

@@ -10,11 +10,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from mgrpo_jax import run as run_lib
 from mgrpo_jax.evaluate import Evaluation
 from mgrpo_jax.journal import Entry, Journal
 from mgrpo_jax.metrics import Accuracy
-from mgrpo_jax.run import Run, Setup
+from mgrpo_jax.run import Run, Setup, open_run
 from mgrpo_jax.store import Store
 from mgrpo_jax.tasks import curriculum
 
@@ -38,7 +37,7 @@ async def train(
     StorageError: something could not be written.
   """
   total = curriculum.num_steps(setup.stages)
-  async with run_lib.open_run(setup, store) as run:
+  async with open_run(setup, store) as run:
     first, before = await _begin(run, journal)
     for step in range(first, total):
       await _step(run, journal, step, last=step == total - 1, before=before)

@@ -40,9 +40,9 @@ from mgrpo_jax.agents.tools import Tool
 from mgrpo_jax.evaluate import Evaluation
 from mgrpo_jax.learner import Learner, Step
 from mgrpo_jax.packing import BatchShape, Credit
-from mgrpo_jax.policy import params as params_lib
 from mgrpo_jax.policy.config import Policy
 from mgrpo_jax.policy.load.safetensors import save_directory
+from mgrpo_jax.policy.params import abstract
 from mgrpo_jax.rewards import RewardWeights, Rules, Scores
 from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.store import Store
@@ -358,7 +358,7 @@ class Run:
     """
     problems: list[str] = []
     for name, engine in self.engines.items():
-      like = params_lib.abstract(self.learners[name].config)
+      like = abstract(self.learners[name].config)
       weights = publish.read(self.store, name, "latest", like=like)
       engine.update(weights.params, weights.version.number)
       problems += weights.skipped

@@ -32,13 +32,17 @@ import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from mgrpo_jax.tasks.factbook import corpus as corpus_lib
-from mgrpo_jax.tasks.factbook import facts as facts_lib
 from mgrpo_jax.tasks.factbook import names, questions, specs
-from mgrpo_jax.tasks.factbook import splits as splits_lib
-from mgrpo_jax.tasks.factbook.corpus import Corpus, Page, Passage, index_text
-from mgrpo_jax.tasks.factbook.facts import Fact
+from mgrpo_jax.tasks.factbook.corpus import (
+    Corpus,
+    Page,
+    Passage,
+    build,
+    index_text,
+)
+from mgrpo_jax.tasks.factbook.facts import Fact, identifying, read
 from mgrpo_jax.tasks.factbook.places import Place
+from mgrpo_jax.tasks.factbook.splits import assign
 from mgrpo_jax.types import Task
 
 __all__ = [
@@ -146,7 +150,7 @@ def _base() -> (
     tuple[Corpus, tuple[Fact, ...], tuple[Fact, ...], Mapping[str, str]]
 ):
   """Builds what does not depend on the seed."""
-  corpus = corpus_lib.build()
-  facts = facts_lib.read(corpus)
-  keys = facts_lib.identifying(corpus, facts)
-  return corpus, facts, keys, MappingProxyType(splits_lib.assign(corpus))
+  corpus = build()
+  facts = read(corpus)
+  keys = identifying(corpus, facts)
+  return corpus, facts, keys, MappingProxyType(assign(corpus))
