@@ -34,7 +34,9 @@ async def train(
 
   Raises:
     NonFiniteError: a loss was not finite.
+    NoVersionError: no good version of a policy is left in the store.
     StorageError: something could not be written.
+    ValueError: a size, name or budget of the recipe is impossible.
   """
   total = curriculum.num_steps(setup.stages)
   async with open_run(setup, store) as run:

@@ -179,6 +179,9 @@ class Run:
     Args:
       setup: the recipe.
       store: where weights are published.
+
+    Raises:
+      ValueError: a size, name or budget of the recipe is impossible.
     """
     self.setup = setup
     self.store = store
@@ -397,7 +400,18 @@ class Run:
     return result
 
   def pieces(self, role: str, tokens: Sequence[int]) -> list[str]:
-    """The text of each token of a role's stream."""
+    """The text of each token of a role's stream.
+
+    Args:
+      role: its name.
+      tokens: ids.
+
+    Returns:
+      One text a token.
+
+    Raises:
+      ValueError: the role's policy has no tokenizer.
+    """
     policy = self.setup.team[role].policy
     tokenizer = self.setup.policies[policy].tokenizer
     if tokenizer is None:
