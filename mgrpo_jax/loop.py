@@ -13,7 +13,8 @@ from typing import Any
 from mgrpo_jax.evaluate import Evaluation
 from mgrpo_jax.journal import Entry, Journal
 from mgrpo_jax.metrics import Accuracy
-from mgrpo_jax.run import Run, Setup, open_run
+from mgrpo_jax.plan import Setup
+from mgrpo_jax.run import Run, open_run
 from mgrpo_jax.store import Store
 from mgrpo_jax.tasks import curriculum
 

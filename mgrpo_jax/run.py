@@ -1,6 +1,6 @@
 """A run's resources, and what each arrow of the loop does with them.
 
-`Setup` is what a recipe decides; `Run` owns what that takes while it runs:
+`plan.Setup` is what a recipe decides; `Run` owns what that takes while it runs:
 engines, learners, the store. `journal.Journal` keeps the run's files.
 """
 
@@ -11,8 +11,6 @@ import shutil
 import time
 from collections.abc import (
     AsyncIterator,
-    Callable,
-    Coroutine,
     Iterator,
     Mapping,
     Sequence,
@@ -36,14 +34,13 @@ from mgrpo_jax.agents.actor import Actor
 from mgrpo_jax.agents.call import turn_seed
 from mgrpo_jax.agents.context import Environment
 from mgrpo_jax.agents.team import Team
-from mgrpo_jax.agents.tools import Tool
 from mgrpo_jax.evaluate import Evaluation
 from mgrpo_jax.learner import Learner, Step
-from mgrpo_jax.packing import BatchShape, Credit
-from mgrpo_jax.policy.config import Policy
+from mgrpo_jax.packing import Credit
+from mgrpo_jax.plan import Setup
 from mgrpo_jax.policy.load.safetensors import save_directory
 from mgrpo_jax.policy.params import abstract
-from mgrpo_jax.rewards import RewardWeights, Rules, Scores
+from mgrpo_jax.rewards import Scores
 from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.store import Store
 from mgrpo_jax.tasks import curriculum
@@ -51,109 +48,7 @@ from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.tasks.pipeline import TaskStream
 from mgrpo_jax.types import RolloutGroup, Task, TrainState
 
-Demonstrate = Callable[[Task, int], Coroutine[Any, Any, RolloutGroup | None]]
-
 _FINAL_FRACTION = 0.1  # of the learning rate, where a stage decays it
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Method:
-  """The algorithm's choices: functions and numbers.
-
-  Attributes:
-    rules: how calls are graded.
-    reward_weights: what the components count, by role.
-    align: one of `alignment`'s strategies.
-    num_slots: D of every role but the root, which has 1.
-    advantage: one of `advantages`' normalisers.
-    policy_loss: minimised in stages that reinforce.
-    imitation_loss: minimised in stages that imitate.
-    minibatches: updates that a step's tasks are split into.
-    shape: of a micro-batch.
-    optimizer: how gradients become updates.
-    warmup_steps: updates of linear warm-up in every stage.
-  """
-
-  rules: Rules
-  reward_weights: Mapping[str, RewardWeights]
-  align: credit.Align
-  num_slots: int
-  advantage: credit.Advantage
-  policy_loss: update.PolicyLoss
-  imitation_loss: update.ImitationLoss
-  minibatches: int
-  shape: BatchShape
-  optimizer: optim.AdamW
-  warmup_steps: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampler:
-  """How rollouts are sampled.
-
-  Attributes:
-    engine: keyword arguments of every `Engine`.
-    temperature: of training rollouts, > 0.
-    evaluation_temperature: of evaluations; 0 is greedy.
-    turn_deadline: seconds a turn may take.
-    max_attempts: how often a failing call is made in all.
-    max_concurrent: rollouts in progress at the same time.
-  """
-
-  engine: Mapping[str, Any]
-  temperature: float
-  evaluation_temperature: float
-  turn_deadline: float
-  max_attempts: int
-  max_concurrent: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Setup:
-  """Everything a recipe decides about a run.
-
-  Attributes:
-    seed: of task order, sampling and alignment, in [0, 2**32).
-    stages: the curriculum.
-    tasks: training tasks by name of stage.
-    dev: questions for the looks during training.
-    test: questions before and after training.
-    tasks_per_step: B.
-    rollouts_per_task: K.
-    team: the roles.
-    policies: by name, with the weights to begin with.
-    actor: makes the actor of a policy from its engine.
-    tools: by name.
-    demonstrate: by name of stage, plays the scripted expert on a task, with a
-      seed; None where it cannot do the task.
-    method: the algorithm.
-    sampler: how rollouts are sampled.
-    evaluate_every: steps between looks at `dev`.
-    checkpoint_every: steps between checkpoints.
-    keep_checkpoints: how many stay on disk.
-    publish_every: steps between published versions.
-    keep_versions: how many stay in the store.
-  """
-
-  seed: int
-  stages: tuple[Stage, ...]
-  tasks: Mapping[str, tuple[Task, ...]]
-  dev: tuple[Task, ...]
-  test: tuple[Task, ...]
-  tasks_per_step: int
-  rollouts_per_task: int
-  team: Team
-  policies: Mapping[str, Policy]
-  actor: Callable[[str, Engine], Actor]
-  tools: Mapping[str, Tool]
-  demonstrate: Mapping[str, Demonstrate]
-  method: Method
-  sampler: Sampler
-  evaluate_every: int
-  checkpoint_every: int
-  keep_checkpoints: int
-  publish_every: int
-  keep_versions: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,8 @@ from ml_collections import config_flags
 from experiments import cli
 
 if typing.TYPE_CHECKING:
-  from mgrpo_jax.run import Run, Setup
+  from mgrpo_jax.plan import Setup
+  from mgrpo_jax.run import Run
   from mgrpo_jax.store import Store
   from mgrpo_jax.tasks.curriculum import Stage
 

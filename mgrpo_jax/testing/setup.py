@@ -1,5 +1,6 @@
 """A whole run in miniature: tiny policies, a small corpus, a few steps."""
 
+import dataclasses
 import functools
 
 import jax
@@ -20,9 +21,9 @@ from mgrpo_jax.agents import expert
 from mgrpo_jax.agents.actor import Actor, sampled
 from mgrpo_jax.agents.compact import COMPACT
 from mgrpo_jax.agents.team import Team
+from mgrpo_jax.plan import Method, Sampler, Setup
 from mgrpo_jax.policy import params as params_lib
 from mgrpo_jax.policy.config import Policy, TransformerConfig
-from mgrpo_jax.run import Method, Sampler, Setup
 from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.testing import corpus
@@ -107,21 +108,19 @@ def small_setup(
     )
 
   trained = frozenset(roles.policies)
-  stages = tuple(
-      Stage(
-          name=objective,
-          objective=objective,
-          steps=count,
-          families=(),
-          trained=trained,
-          learning_rate=3e-3,
-          decay=False,
-      )
-      for objective, count in (
-          ("imitate", imitation_steps),
-          ("reinforce", steps),
-      )
+  imitate = Stage(
+      name="imitate",
+      objective="imitate",
+      steps=imitation_steps,
+      families=(),
+      trained=trained,
+      learning_rate=3e-3,
+      decay=False,
   )
+  reinforce = dataclasses.replace(
+      imitate, name="reinforce", objective="reinforce", steps=steps
+  )
+  stages = (imitate, reinforce)
   questions = tasks()
   return Setup(
       seed=seed,
