@@ -1,9 +1,10 @@
+import fractions
 import functools
 
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracles import alignment as oracle
 
@@ -146,6 +147,7 @@ def test_same_key_same_slots():
   assert (first.index != other.index).any()
 
 
+@example([1] * 7 + [2] * 93, fractions.Fraction(7, 100))  # 0.07 * 100 > 7
 @given(
     st.lists(st.integers(0, 12), min_size=1, max_size=40),
     st.fractions(min_value="1/100", max_value=1, max_denominator=100),

@@ -66,19 +66,22 @@ transformer = functools.partial(
 )
 
 
+zeros = jax.jit(update.zeros)
+apply = jax.jit(functools.partial(update.apply, optimizer=OPTIMIZER))
+
+
 @functools.cache
-def programs(logprob_fn, objective):
-  """Jits as a training loop does."""
-  return (
-      jax.jit(functools.partial(update.score, logprob_fn=logprob_fn)),
-      jax.jit(update.zeros),
-      jax.jit(
-          functools.partial(
-              update.accumulate, objective=objective, logprob_fn=logprob_fn
-          ),
-          donate_argnums=0,
+def scorer(logprob_fn):
+  return jax.jit(functools.partial(update.score, logprob_fn=logprob_fn))
+
+
+@functools.cache
+def accumulator(logprob_fn, objective):
+  return jax.jit(
+      functools.partial(
+          update.accumulate, objective=objective, logprob_fn=logprob_fn
       ),
-      jax.jit(functools.partial(update.apply, optimizer=OPTIMIZER)),
+      donate_argnums=0,
   )
 
 
@@ -117,7 +120,7 @@ def differentiate(
     totals=None,
 ):
   """Accumulates over all micro-batches, with old and reference log-probs."""
-  score, zeros, accumulate, _ = programs(logprob_fn, objective)
+  score, accumulate = scorer(logprob_fn), accumulator(logprob_fn, objective)
   totals = packing.count(credits) if totals is None else totals
   gradient, tallies = zeros(params), []
   for batch in packing.pack(credits, shape=shape):
@@ -145,15 +148,12 @@ def padded(values):
   return np.array([np.pad(v, (0, width - len(v))) for v in values])
 
 
-RATIOS = ("token_ratio", "sequence_ratio", "geometric_ratio")
-AGGREGATIONS = (
-    "token_mean",
-    "sequence_mean_token_mean",
-    "sequence_mean_token_sum",
-    "sequence_mean_token_sum_norm",
-)
-CASES = [(ratio, AGGREGATIONS[1], PLAIN) for ratio in RATIOS]
-CASES += [(RATIOS[0], name, RICH) for name in AGGREGATIONS]
+CASES = [
+    ("token_ratio", "token_mean", RICH),
+    ("token_ratio", "sequence_mean_token_sum_norm", PLAIN),
+    ("sequence_ratio", "sequence_mean_token_mean", PLAIN),
+    ("geometric_ratio", "sequence_mean_token_sum", RICH),
+]
 
 
 @pytest.mark.parametrize("ratio, aggregation, base", CASES)
@@ -198,9 +198,7 @@ def test_update_equals_the_oracle(ratio, aggregation, base):
   np.testing.assert_allclose(
       gradient.grads["table"], slope, rtol=1e-3, atol=1e-5 * size
   )
-  state, applied = programs(bigram, objective)[3](
-      new_state(as_params(now)), gradient, RATE
-  )
+  state, applied = apply(new_state(as_params(now)), gradient, RATE)
   stepped = oracle.first_adamw_step(now, slope, rate=float(RATE), **ADAMW)
   np.testing.assert_allclose(state.params["table"], stepped, atol=2e-5)
   assert state.step == 1 and applied["nonfinite"] == 0
@@ -254,9 +252,7 @@ def transformer_update(credits, shape):
       shape=shape,
       old_params=old,
   )
-  state, applied = programs(transformer, RICH)[3](
-      new_state(params), gradient, RATE
-  )
+  state, applied = apply(new_state(params), gradient, RATE)
   return jax.device_get((state.params, applied))
 
 
@@ -282,7 +278,6 @@ def reference_update():
     [
         (8, 16, 1, 10),  # one trajectory at a time
         (3, 16, 8, 2),  # packed, two micro-batches
-        (10, 90, 10, 1),  # packed into one long row
     ],
 )
 def test_micro_batches_and_packing_do_not_matter(
@@ -310,7 +305,7 @@ def test_devices_do_not_matter():
   old = transformer_params(0)
   old = old.replace(final_norm=old.final_norm * 1.05)
   placed = sharding.params_shardings(specs, mesh)
-  score, zeros, accumulate, apply = programs(transformer, RICH)
+  score, accumulate = scorer(transformer), accumulator(transformer, RICH)
   with jax.set_mesh(mesh):
     params = jax.device_put(transformer_params(0), placed)
     batch = jax.device_put(batch, sharding.batch_shardings(batch, mesh))
@@ -336,7 +331,6 @@ def test_one_program_for_any_number_of_micro_batches():
   run = functools.partial(
       differentiate, objective=objective, logprob_fn=bigram, old_params=old
   )
-  apply = programs(bigram, objective)[3]
   gradient, _ = run(table, CREDITS)
   state, _ = apply(new_state(table), gradient, RATE)
   with metrics.count_compilations() as compiled:
@@ -379,9 +373,7 @@ def test_metrics_are_means_over_sampled_tokens():
       logprob_fn=bigram,
       old_params=as_params(old),
   )
-  _, applied = programs(bigram, RICH)[3](
-      new_state(as_params(now)), gradient, RATE
-  )
+  _, applied = apply(new_state(as_params(now)), gradient, RATE)
   summary = update.summarise(tallies, [applied, applied])
   picked = [c.trajectory.loss_mask > 0 for c in CREDITS]
 
@@ -440,7 +432,7 @@ def test_a_non_finite_update_is_not_made(broken):
   else:
     gradient = gradient.replace(loss=np.float32(np.inf))
   with jax.debug_nans(False):
-    after, applied = programs(bigram, PLAIN)[3](state, gradient, RATE)
+    after, applied = apply(state, gradient, RATE)
   assert applied["nonfinite"] == 1
   jax.tree.map(np.testing.assert_array_equal, after, state)
   assert (
