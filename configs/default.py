@@ -24,7 +24,7 @@ def role(policy: str) -> ml_collections.ConfigDict:
   config.format_share = 0.1
   config.correct_share = 0.9
   config.expert_share = 0.0
-  return config
+  return config.lock()
 
 
 def policy() -> ml_collections.ConfigDict:
@@ -41,7 +41,7 @@ def policy() -> ml_collections.ConfigDict:
   config.num_kv_heads = 4
   config.head_dim = 24
   config.mlp_dim = 288
-  return config
+  return config.lock()
 
 
 def stage(objective: str, steps: int) -> ml_collections.ConfigDict:
@@ -54,7 +54,7 @@ def stage(objective: str, steps: int) -> ml_collections.ConfigDict:
   config.learning_rate = 1e-3  # peak, > 0
   config.hasty = 0.0  # imitation: share of calls cut short, see expert.py
   config.decay = False  # along a cosine to a tenth of the peak
-  return config
+  return config.lock()
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -76,6 +76,9 @@ def get_config() -> ml_collections.ConfigDict:
   _add_method(config)
   _add_optimisation(config)
   _add_bookkeeping(config)
+  config.lock()  # a recipe that mistypes a key is told so
+  for named in (config.team.roles, config.policies, config.stages):
+    named.unlock()
   return config
 
 

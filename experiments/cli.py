@@ -1,14 +1,17 @@
 """The border of every command: flags in, one line and exit code 2 on misuse."""
 
 import contextlib
+import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags
 
 USAGE_ERROR = 2
-INTERRUPTED = 130  # as shells do
+INTERRUPTED = 128 + signal.SIGINT  # as shells do
+TERMINATED = 128 + signal.SIGTERM
 
 
 def fail(message: str) -> None:
@@ -31,6 +34,16 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
     yield
   except kinds as error:
     fail(_one_line(error))
+
+
+def need(package: str) -> None:
+  """Raises ModuleNotFoundError where a package is not installed.
+
+  Args:
+    package: as it is imported; it is not imported here.
+  """
+  if importlib.util.find_spec(package) is None:
+    raise ModuleNotFoundError(name=package)
 
 
 def _one_line(error: Exception) -> str:
@@ -59,9 +72,14 @@ def parse(argv: Sequence[str]) -> list[str]:
     return flags.FLAGS(list(argv))
   except flags.Error as error:
     fail(str(error))
-  except AttributeError as error:  # a key that the config does not have
+  except (
+      AttributeError,
+      KeyError,
+  ) as error:  # a key that the config does not have
     reason = str(error).replace("\\'", "'").replace("\\n", ". ").strip("'\"")
     fail(f"unknown config key {reason}")
+  except SyntaxError as error:  # in the recipe
+    fail(f"cannot read --config: {error}")
   except (OSError, TypeError, ValueError, ImportError) as error:
     fail(f"cannot read --config: {_last_line(error)}")
   raise AssertionError("fail() does not return")
@@ -94,11 +112,23 @@ def run(main: Callable[[], None], *, required: Sequence[str] = ()) -> None:
       fail(f"--{name} is required")
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # libraries' chatter
   os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+  code = INTERRUPTED
+
+  def terminate(number: int, frame: object) -> None:
+    """Ends as Ctrl-C does, so that files are closed and engines stop."""
+    del number, frame
+    nonlocal code
+    code = TERMINATED
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started by nohup
+      raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
+
+  signal.signal(signal.SIGTERM, terminate)
   try:
     main()
   except KeyboardInterrupt:
     print("interrupted; the same command continues", file=sys.stderr)
-    sys.exit(INTERRUPTED)
+    sys.exit(code)
 
 
 def _help() -> str:

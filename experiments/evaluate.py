@@ -18,7 +18,7 @@ from experiments import cli
 
 if typing.TYPE_CHECKING:
   from mgrpo_jax.evaluate import Evaluation
-  from mgrpo_jax.run import Setup
+  from mgrpo_jax.plan import Setup
   from mgrpo_jax.store import Store
 
 _SPLITS = ("test", "dev")
@@ -31,19 +31,18 @@ _TEMPERATURE = flags.DEFINE_float(
 
 def main() -> None:
   """Evaluates; see the module."""
-  from experiments import recipe
-  from mgrpo_jax import publish, workdir
-  from mgrpo_jax.report.progress import accuracies
+  with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
+    from experiments import recipe
+    from mgrpo_jax import publish, workdir
+    from mgrpo_jax.report.progress import accuracies
 
-  with cli.user_errors(
-      ValueError, OSError, ModuleNotFoundError, publish.NoVersionError
-  ):
     directory = workdir.Workdir(pathlib.Path(_WORKDIR.value))
     config = recipe.restore(directory.read_config())
     if _TEMPERATURE.value is not None:
       config.evaluation.temperature = _TEMPERATURE.value
     setup = recipe.build(config)
     store = recipe.open_store(config, directory)
+  with cli.user_errors(ValueError, OSError, publish.NoVersionError):
     evaluation = asyncio.run(_evaluate(setup, store))
   print(accuracies(evaluation.overall, evaluation.by_family))
   print(json.dumps(evaluation.summary()))

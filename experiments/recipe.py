@@ -6,16 +6,18 @@ Names in a config become functions here, in the dictionaries below.
 import dataclasses
 import functools
 import json
+import operator
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import ml_collections
 
-from experiments import world
+from experiments import checks, world
 from mgrpo_jax import (
     advantages,
     alignment,
     answers,
+    bucket,
     losses,
     optim,
     packing,
@@ -27,10 +29,11 @@ from mgrpo_jax.agents.actor import Actor, sampled
 from mgrpo_jax.agents.chat import Chat
 from mgrpo_jax.agents.protocol import Protocol
 from mgrpo_jax.agents.team import Role, Team
-from mgrpo_jax.run import Method, Sampler, Setup
+from mgrpo_jax.plan import Method, Sampler, Setup
 from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.tasks import factbook, pipeline
 from mgrpo_jax.tasks.curriculum import Stage
+from mgrpo_jax.tasks.factbook import Factbook
 from mgrpo_jax.types import Task
 from mgrpo_jax.workdir import Workdir
 
@@ -103,12 +106,21 @@ def check(config: ml_collections.ConfigDict) -> None:
   Raises:
     ValueError: a value is impossible; names the key and what is allowed.
   """
-  build_team(config)
-  build_stages(config)
+  values = config.to_dict()
+  checks.keys_and_types(values)
+  checks.ranges(values)
+  with checks.inside("team"):
+    team = build_team(config)
+  checks.combinations(values, team)
+  for stage in build_stages(config):
+    checks.learners(values, team, stage)
   build_method(config)
   build_sampler(config)
   pick(world.PROTOCOLS, config.team.protocol, "team.protocol")
-  _check_counts(config)
+  world.check_names(config, team)
+  if config.publish.bucket:
+    with checks.inside("publish.bucket"):
+      bucket.spec(config.publish.bucket)
 
 
 def open_store(
@@ -140,6 +152,7 @@ def build(config: ml_collections.ConfigDict) -> Setup:
   policies = world.policies(config, team, book)
   protocol = pick(world.PROTOCOLS, config.team.protocol, "team.protocol")
   chats = world.chats(team, policies, config.team.protocol)
+  world.check_prompts(team, chats, protocol, tools)
   demonstrator = world.Demonstrator(
       team=team,
       chats=chats,
@@ -154,9 +167,12 @@ def build(config: ml_collections.ConfigDict) -> Setup:
   return Setup(
       seed=config.seed,
       stages=stages,
-      tasks={s.name: _tasks(book.splits["train"], s.families) for s in stages},
-      dev=_tasks(book.splits["dev"], config.evaluation.families)[:dev],
-      test=_tasks(book.splits["test"], config.evaluation.families)[:test],
+      tasks={
+          stage.name: _tasks(book, "train", f"stages.{stage.name}", config)
+          for stage in stages
+      },
+      dev=_tasks(book, "dev", "evaluation", config)[:dev],
+      test=_tasks(book, "test", "evaluation", config)[:test],
       tasks_per_step=config.tasks.per_step,
       rollouts_per_task=config.rollout.per_task,
       team=team,
@@ -199,26 +215,48 @@ def build_stages(config: ml_collections.ConfigDict) -> tuple[Stage, ...]:
           f" {sorted(config.stages.keys())}"
       )
     one = config.stages[name]
-    unknown = sorted(set(one.trained) - set(config.policies.keys()))
-    if unknown:
-      raise ValueError(f"config.stages.{name}.trained: unknown {unknown}")
-    stages.append(
-        Stage(
-            name=name,
-            objective=one.objective,
-            steps=one.steps,
-            families=tuple(one.families),
-            trained=frozenset(one.trained or trainable) & trainable,
-            learning_rate=one.learning_rate,
-            decay=one.decay,
-        )
-    )
+    with checks.inside(f"stages.{name}"):
+      stages.append(
+          Stage(
+              name=name,
+              objective=one.objective,
+              steps=one.steps,
+              families=tuple(one.families),
+              trained=frozenset(one.trained or trainable) & trainable,
+              learning_rate=one.learning_rate,
+              decay=one.decay,
+          )
+      )
   return tuple(stages)
 
 
 def build_method(config: ml_collections.ConfigDict) -> Method:
   """Builds the algorithm of a recipe."""
   loss = config.loss
+  ratio = pick(RATIOS, loss.ratio, "loss.ratio")
+  aggregation = pick(AGGREGATIONS, loss.aggregation, "loss.aggregation")
+  kl = pick(KLS, loss.kl, "loss.kl")
+  importance = pick(IMPORTANCES, loss.importance, "loss.importance")
+  with checks.inside("loss"):
+    policy_loss = update.PolicyLoss(
+        ratio=ratio,
+        aggregation=aggregation,
+        clip_low=loss.clip_low,
+        clip_high=loss.clip_high,
+        kl=kl,
+        kl_coefficient=loss.kl_coefficient,
+        importance=importance,
+        importance_cap=loss.importance_cap,
+    )
+    imitation_loss = update.ImitationLoss(context_weight=loss.context_weight)
+  with checks.inside("batch"):
+    shape = packing.BatchShape(
+        rows=config.batch.rows,
+        row_tokens=config.batch.row_tokens,
+        trajectories=config.batch.trajectories,
+    )
+  with checks.inside("optimizer"):
+    optimizer = optim.AdamW(**config.optimizer)
   return Method(
       rules=rewards.Rules(
           format=pick(FORMATS, config.reward.format, "reward.format"),
@@ -239,41 +277,17 @@ def build_method(config: ml_collections.ConfigDict) -> Method:
       align=pick(ALIGNMENTS, config.alignment.strategy, "alignment.strategy"),
       num_slots=config.alignment.num_slots,
       advantage=pick(ADVANTAGES, config.advantage, "advantage"),
-      policy_loss=update.PolicyLoss(
-          ratio=pick(RATIOS, loss.ratio, "loss.ratio"),
-          aggregation=pick(AGGREGATIONS, loss.aggregation, "loss.aggregation"),
-          clip_low=loss.clip_low,
-          clip_high=loss.clip_high,
-          kl=pick(KLS, loss.kl, "loss.kl"),
-          kl_coefficient=loss.kl_coefficient,
-          importance=pick(IMPORTANCES, loss.importance, "loss.importance"),
-          importance_cap=loss.importance_cap,
-      ),
-      imitation_loss=update.ImitationLoss(context_weight=loss.context_weight),
+      policy_loss=policy_loss,
+      imitation_loss=imitation_loss,
       minibatches=config.batch.minibatches,
-      shape=packing.BatchShape(
-          rows=config.batch.rows,
-          row_tokens=config.batch.row_tokens,
-          trajectories=config.batch.trajectories,
-      ),
-      optimizer=optim.AdamW(**config.optimizer),
+      shape=shape,
+      optimizer=optimizer,
       warmup_steps=config.warmup_steps,
   )
 
 
 def build_sampler(config: ml_collections.ConfigDict) -> Sampler:
   """Builds how rollouts are sampled."""
-  deepest = max(role.max_context for role in config.team.roles.values())
-  if config.engine.context < deepest:
-    raise ValueError(
-        f"config.engine.context: {config.engine.context} must be at least"
-        f" {deepest}, the largest max_context of a role"
-    )
-  if config.batch.row_tokens < deepest:
-    raise ValueError(
-        f"config.batch.row_tokens: {config.batch.row_tokens} must be at least"
-        f" {deepest}, the largest max_context of a role"
-    )
   return Sampler(
       engine=dict(config.engine),
       temperature=config.rollout.temperature,
@@ -334,44 +348,19 @@ def _role(name: str, config: ml_collections.ConfigDict) -> Role:
 
 
 def _tasks(
-    tasks: tuple[Task, ...], families: tuple[str, ...]
+    book: Factbook, split: str, key: str, config: ml_collections.ConfigDict
 ) -> tuple[Task, ...]:
-  """Tasks of some families, all where none is named."""
-  return pipeline.select(tasks, stages=(), kinds=(), families=families)
-
-
-def _check_counts(config: ml_collections.ConfigDict) -> None:
-  """Raises unless counts that no other check covers are positive."""
-  counts = {
-      "tasks.per_step": config.tasks.per_step,
-      "rollout.per_task": config.rollout.per_task,
-      "rollout.max_concurrent": config.rollout.max_concurrent,
-      "alignment.num_slots": config.alignment.num_slots,
-      "batch.minibatches": config.batch.minibatches,
-      "evaluation.every": config.evaluation.every,
-      "evaluation.tasks": config.evaluation.tasks,
-      "evaluation.final_tasks": config.evaluation.final_tasks,
-      "checkpoint.every": config.checkpoint.every,
-      "checkpoint.keep": config.checkpoint.keep,
-      "publish.every": config.publish.every,
-      "publish.keep": config.publish.keep,
-  }
-  for key, value in counts.items():
-    if value < 1:
-      raise ValueError(f"config.{key}: {value} must be at least 1")
-  if not 0 <= config.seed < 2**32:
-    raise ValueError(f"config.seed: {config.seed} must be in [0, 2**32)")
-  shares = {"tasks.renamed": config.tasks.renamed} | {
-      f"stages.{name}.hasty": config.stages[name].hasty
-      for name in config.curriculum
-  }
-  for key, share in shares.items():
-    if not 0 <= share <= 1:
-      raise ValueError(f"config.{key}: {share} must be in [0, 1]")
-  if not config.rollout.temperature > 0:
+  """Tasks of a split, of the families that a config section names, or all."""
+  tasks = book.splits[split]
+  wanted = functools.reduce(operator.getitem, key.split("."), config).families
+  known = {str(task.meta["family"]) for task in tasks}
+  unknown = sorted(set(wanted) - known)
+  if unknown:
     raise ValueError(
-        f"config.rollout.temperature: {config.rollout.temperature} must be > 0"
+        f"config.{key}.families: no {split} question is of {unknown}, there"
+        f" are {sorted(known)}"
     )
+  return pipeline.select(tasks, stages=(), kinds=(), families=wanted)
 
 
 def _tuples(value: Any) -> Any:

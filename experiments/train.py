@@ -17,13 +17,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from experiments import cli
 
+with cli.user_errors(ModuleNotFoundError):
+  from ml_collections import config_flags
+
 if typing.TYPE_CHECKING:
   from mgrpo_jax.journal import Journal
-  from mgrpo_jax.run import Setup
+  from mgrpo_jax.plan import Setup
   from mgrpo_jax.store import Store
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -36,28 +38,29 @@ _WORKDIR = flags.DEFINE_string(
 
 def main() -> None:
   """Trains; see the module."""
-  with contextlib.ExitStack() as stack:
-    with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
-      from experiments import recipe
-      from mgrpo_jax import atomic, journal, workdir
-      from mgrpo_jax.tasks import curriculum
+  with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
+    from experiments import recipe
+    from mgrpo_jax import journal, workdir
+    from mgrpo_jax.tasks import curriculum
 
-      config = _CONFIG.value
-      recipe.check(config)
-      values = recipe.plain(config)
-      directory = stack.enter_context(workdir.hold(_WORKDIR.value, values))
-      kept = stack.enter_context(
-          journal.Journal(
-              directory,
-              total_steps=curriculum.num_steps(recipe.build_stages(config)),
-              keep_checkpoints=config.checkpoint.keep,
-              stream=sys.stderr,
-          )
-      )
-      setup = recipe.build(config)
-      store = recipe.open_store(config, directory)
-    with cli.user_errors(atomic.StorageError, journal.NonFiniteError):
-      _train(setup, store, kept, values)
+    cli.need("matplotlib")  # which only the report imports, at the very end
+    config = _CONFIG.value
+    recipe.check(config)
+    values = recipe.plain(config)
+    workdir.check(_WORKDIR.value, values)
+    setup = recipe.build(config)
+  failures = (OSError, workdir.ConfigMismatchError, journal.NonFiniteError)
+  with cli.user_errors(*failures), contextlib.ExitStack() as stack:
+    directory = stack.enter_context(workdir.hold(_WORKDIR.value, values))
+    kept = stack.enter_context(
+        journal.Journal(
+            directory,
+            total_steps=curriculum.num_steps(setup.stages),
+            keep_checkpoints=setup.keep_checkpoints,
+            stream=sys.stderr,
+        )
+    )
+    _train(setup, recipe.open_store(config, directory), kept, values)
 
 
 def _train(

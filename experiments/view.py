@@ -6,13 +6,14 @@ Command: python -m experiments.view --workdir=runs/quickstart
 from absl import flags
 
 from experiments import cli
-from mgrpo_jax.report import page
 
 flags.DEFINE_string("workdir", None, "a run's directory")
 
 
 def main() -> None:
   """Writes the report and says where it is."""
+  with cli.user_errors(ModuleNotFoundError):
+    from mgrpo_jax.report import page
   with cli.user_errors(page.NotARunError, OSError):
     report = page.write(flags.FLAGS.workdir)
   for problem in report.problems:

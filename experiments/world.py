@@ -7,13 +7,15 @@ import jax
 import ml_collections
 import numpy as np
 
+from experiments import checks
 from mgrpo_jax import rollout
 from mgrpo_jax.agents import chat as chat_lib
 from mgrpo_jax.agents import compact, expert, hermes, renaming
-from mgrpo_jax.agents.actor import Moment
+from mgrpo_jax.agents.actor import Moment, scripted
 from mgrpo_jax.agents.call import turn_seed
 from mgrpo_jax.agents.chat import Chat
-from mgrpo_jax.agents.protocol import Protocol
+from mgrpo_jax.agents.context import Environment
+from mgrpo_jax.agents.protocol import Action, Protocol
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.agents.tools import (
     SearchIndex,
@@ -22,6 +24,7 @@ from mgrpo_jax.agents.tools import (
     search,
     visit,
 )
+from mgrpo_jax.keys import check_name
 from mgrpo_jax.policy import load as load_lib
 from mgrpo_jax.policy import params as params_lib
 from mgrpo_jax.policy import tokenizer as tokenizer_lib
@@ -34,9 +37,36 @@ PROTOCOLS: Mapping[str, Protocol] = {
     "compact": compact.COMPACT,
     "hermes": hermes.HERMES,
 }
+TOOLS = ("calculate", "search", "visit")
 _TITLE_WEIGHT = 3  # how often a title counts as text in the search index
 _REMEMBERED_QUERIES = 100_000
 _TOKENIZER_SHARE = 0.15  # of training passages that a tokenizer learns from
+
+
+def check_names(config: ml_collections.ConfigDict, team: Team) -> None:
+  """Checks that a team uses what there is.
+
+  Args:
+    config: the whole recipe.
+    team: names tools and policies.
+
+  Raises:
+    ValueError: a tool does not exist, or a policy is not configured.
+  """
+  for role in team.roles:
+    unknown = sorted(set(role.tools) - set(TOOLS))
+    if unknown:
+      raise ValueError(
+          f"config.team.roles.{role.name}.tools: unknown {unknown}, allowed:"
+          f" {', '.join(TOOLS)}"
+      )
+    if role.policy not in config.policies:
+      raise ValueError(
+          f"config.team.roles.{role.name}.policy: {role.policy!r} is not in"
+          f" config.policies, which has {sorted(config.policies.keys())}"
+      )
+    with checks.inside("policies"):
+      check_name(role.policy, "policy")
 
 
 def tools(book: Factbook, config: ml_collections.ConfigDict) -> dict[str, Tool]:
@@ -76,21 +106,17 @@ def policies(
     Policies by name.
 
   Raises:
-    ValueError: a policy is not configured, or its source cannot be loaded.
+    ValueError: the source of one cannot be loaded.
   """
-  missing = sorted(set(team.policies) - set(config.policies.keys()))
-  if missing:
-    raise ValueError(f"config.policies: missing {missing}, which roles use")
   loaded: dict[str, Policy] = {}
   for position, name in enumerate(team.policies):
     one = config.policies[name]
     if one.source == "random":
-      loaded[name] = _random(config, team, book, name, position)
+      with checks.inside(f"policies.{name}"):
+        loaded[name] = _random(config, team, book, name, position)
       continue
-    try:
+    with checks.inside(f"policies.{name}.source"):
       loaded[name] = load_lib.load(one.source)
-    except ValueError as error:
-      raise ValueError(f"config.policies.{name}.source: {error}") from error
     if loaded[name].tokenizer is None:
       raise ValueError(
           f"config.policies.{name}.source: {one.source!r} has no tokenizer"
@@ -130,6 +156,41 @@ def chats(
           policy.tokenizer, default_system=chat_lib.SMOLLM2_SYSTEM
       )
   return made
+
+
+def check_prompts(
+    team: Team,
+    made: Mapping[str, Chat],
+    protocol: Protocol,
+    available: Mapping[str, Tool],
+) -> None:
+  """Checks that every role's prompt leaves it room to say something.
+
+  Args:
+    team: the roles.
+    made: chat formats by policy.
+    protocol: what a system message says.
+    available: tools by name.
+
+  Raises:
+    ValueError: one does not.
+  """
+
+  def silent(moment: Moment) -> Action:
+    raise RuntimeError(f"{moment.role.name} is only looked at")
+
+  with checks.inside("team"):
+    Environment(  # checks itself
+        team=team,
+        actors={
+            name: scripted(silent, chat=chat, protocol=protocol)
+            for name, chat in made.items()
+        },
+        tools=available,
+        temperature=0.0,
+        turn_deadline=1.0,
+        max_attempts=1,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,23 @@ class Workdir:
     return config
 
 
+def check(path: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+  """Checks that a directory may be used for a run, and changes nothing.
+
+  Args:
+    path: the directory; may be missing.
+    config: nested dictionaries of JSON values.
+
+  Raises:
+    ConfigMismatchError: it belongs to another run; lists the differences.
+    StorageError: it cannot be used.
+  """
+  directory = Workdir(pathlib.Path(path))
+  _check_ours(directory)
+  if _is_there(directory.path / CONFIG_FILE):
+    _compare(directory, config)
+
+
 @contextlib.contextmanager
 def hold(
     path: str | os.PathLike[str], config: Mapping[str, Any]
@@ -95,7 +112,7 @@ def hold(
   _check_ours(directory)
   with atomic.exclusive(directory.path / _LOCK_FILE):
     atomic.sweep(directory.path)
-    if (directory.path / CONFIG_FILE).exists():
+    if _is_there(directory.path / CONFIG_FILE):
       _compare(directory, config)
     else:
       atomic.write_json(directory.path / CONFIG_FILE, dict(config))
@@ -134,7 +151,7 @@ def _check_ours(directory: Workdir) -> None:
   """Raises where a directory with other things in it would be written to."""
   path = directory.path
   try:
-    entries = sorted(p.name for p in path.iterdir()) if path.exists() else []
+    entries = sorted(os.listdir(path)) if _is_there(path) else []
   except OSError as error:
     raise atomic.StorageError(
         f"workdir {path}: {atomic.reason(error)}"
@@ -144,6 +161,19 @@ def _check_ours(directory: Workdir) -> None:
         f"workdir {path} is not empty and holds no {CONFIG_FILE}; give an empty"
         " directory or that of a run"
     )
+
+
+def _is_there(path: pathlib.Path) -> bool:
+  """Whether something has that name, be it readable or not."""
+  try:
+    os.stat(path)
+  except FileNotFoundError:
+    return False
+  except OSError as error:
+    raise atomic.StorageError(
+        f"workdir {path}: {atomic.reason(error)}"
+    ) from error
+  return True
 
 
 def _compare(directory: Workdir, config: Mapping[str, Any]) -> None:

@@ -78,6 +78,7 @@ def test_train_names_weights_that_are_not_there(tmp_path):
       "--config.policies.main.source=nowhere",
   )
   assert "config.policies.main.source" in refused(result)
+  assert not (tmp_path / "run").exists()  # mended, the command must run
 
 
 @pytest.mark.parametrize("name", ["evaluate", "view"])

@@ -65,6 +65,37 @@ def test_the_main_agent_must_delegate():
     ("key", "value", "message"),
     [
         ("seed", -1, "config.seed"),
+        ("seed", 2**32, "config.seed"),
+        ("seed", None, "config.seed: None must be int"),
+        ("seed", True, "config.seed: True must be int"),
+        ("curriculum", "easy", "config.curriculum: 'easy' must be a tuple"),
+        ("optimizer", 3, "config.optimizer: 3 must be a ConfigDict"),
+        ("optimizer.beta", 0.9, "config.optimizer.beta: unknown key"),
+        ("tasks.per_stop", 8, "did you mean 'per_step'"),
+        ("tasks.per_step", 10**9, "at most"),
+        ("tasks.seed", -1, "config.tasks.seed"),
+        ("tools.max_chars", 0, "config.tools.max_chars"),
+        ("tools.deadline", 0.0, "config.tools.deadline"),
+        ("rollout.turn_deadline", -1.0, "config.rollout.turn_deadline"),
+        ("rollout.max_attempts", 0, "config.rollout.max_attempts"),
+        ("rollout.temperature", float("inf"), "finite"),
+        ("evaluation.temperature", -1.0, "config.evaluation.temperature"),
+        ("engine.num_slots", 0, "config.engine.num_slots"),
+        ("engine.block", 512, "config.engine.block: 512 must be at most 256"),
+        ("engine.prefill_buckets", (), "config.engine.prefill_buckets"),
+        ("engine.prefill_buckets", (64, 16), "ascending"),
+        ("engine.prefill_buckets", (16, "32"), r"prefill_buckets\[1\]: '32'"),
+        ("alignment.num_slots", 10**9, "config.alignment.num_slots"),
+        ("batch.minibatches", 17, "at most 16, config.tasks.per_step"),
+        ("optimizer.eps", float("nan"), "config.optimizer.eps"),
+        ("warmup_steps", -1, "config.warmup_steps"),
+        ("publish.bucket", "/tmp/bucket", "config.publish.bucket"),
+        ("team.roles.main.policy", "ghost", "main.policy: 'ghost'"),
+        ("team.roles.main.max_calls", 10**6, "researcher may be called"),
+        ("team.roles.main.format_share", 2.0, "main.format_share"),
+        ("team.roles.researcher.tools", ("searhc",), "searhc"),
+        ("policies.main.trainable", "no", "main.trainable: 'no'"),
+        ("stages.easy.families", (("a",),), r"easy.families\[0\]"),
         ("tasks.per_step", 0, "config.tasks.per_step"),
         ("tasks.renamed", 1.5, "config.tasks.renamed"),
         ("rollout.per_task", 0, "config.rollout.per_task"),
@@ -99,10 +130,44 @@ def test_the_main_agent_must_delegate():
 )
 def test_impossible_values_are_named(key, value, message):
   config = quickstart.get_config()
-  with config.ignore_type():
+  with config.ignore_type(), config.unlocked():
     config.update_from_flattened_dict({key: value})
   with pytest.raises(ValueError, match=message):
     recipe.check(config)
+
+
+def test_frozen_policies_cannot_be_asked_to_learn():
+  config = quickstart.get_config("main_only")
+  config.stages.easy.trained = ("researcher",)
+  with pytest.raises(ValueError, match="'researcher' is frozen"):
+    recipe.check(config)
+
+
+def test_a_stage_in_which_nothing_learns_is_refused():
+  config = quickstart.get_config("main_only")
+  config.team.roles.main.trainable = False
+  with pytest.raises(ValueError, match="stages.easy.trained: nothing learns"):
+    recipe.check(config)
+  config.stages.easy.steps = config.stages.hard.steps = 0
+  recipe.check(config)
+
+
+def test_a_key_that_a_stored_config_lacks_is_named():
+  values = recipe.plain(quickstart.get_config())
+  del values["stages"]["hard"]["decay"]
+  with pytest.raises(ValueError, match="config.stages.hard.decay: missing"):
+    recipe.check(recipe.restore(values))
+
+
+@pytest.mark.parametrize(
+    "section", ["engine", "stages.easy", "team.roles.main"]
+)
+def test_a_recipe_that_mistypes_a_key_is_told_so(section):
+  config = quickstart.get_config()
+  for part in section.split("."):
+    config = config[part]
+  with pytest.raises(AttributeError, match="max_truns"):
+    config.max_truns = 3
 
 
 def test_arms_that_do_not_exist_are_listed():
@@ -117,4 +182,7 @@ def test_every_hyper_parameter_is_in_the_defaults():
 
 
 def test_the_defaults_are_a_locked_config():
-  assert isinstance(default.get_config(), ml_collections.ConfigDict)
+  config = default.get_config()
+  assert isinstance(config, ml_collections.ConfigDict)
+  assert config.is_locked
+  assert config.optimizer.is_locked

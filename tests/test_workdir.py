@@ -30,6 +30,16 @@ def test_the_same_config_resumes_and_another_lists_differences(tmp_path):
   assert "ratio" not in text
 
 
+def test_checking_changes_nothing(tmp_path):
+  workdir.check(tmp_path / "new", CONFIG)
+  assert not (tmp_path / "new").exists()
+  with workdir.hold(tmp_path / "old", CONFIG):
+    pass
+  workdir.check(tmp_path / "old", CONFIG)
+  with pytest.raises(workdir.ConfigMismatchError, match="seed: 0 -> 1"):
+    workdir.check(tmp_path / "old", CONFIG | {"seed": 1})
+
+
 def test_two_processes_cannot_hold_one_directory(tmp_path):
   with workdir.hold(tmp_path, CONFIG):
     with pytest.raises(atomic.StorageError, match="in use"):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import IO, Any, SupportsFloat
 
 from tensorboardX.proto import event_pb2, summary_pb2
@@ -34,16 +35,20 @@ class MetricsWriter:
     Args:
       workdir: the run's directory.
       last_step: the last step that counts, -1 for a new run.
+
+    Raises:
+      StorageError: the files cannot be written.
     """
-    workdir = pathlib.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / METRICS_FILE
-    truncate_after(path, last_step)
+    self._workdir = pathlib.Path(workdir)
     self._last_step = last_step
-    self._lines: IO[str] = path.open("a", encoding="ascii")
-    self._events = _EventFile(
-        workdir / TENSORBOARD_DIRECTORY, first_step=last_step + 1
-    )
+    path = self._workdir / METRICS_FILE
+    with self._writing():
+      self._workdir.mkdir(parents=True, exist_ok=True)
+      truncate_after(path, last_step)
+      self._lines: IO[str] = path.open("a", encoding="ascii")
+      self._events = _EventFile(
+          self._workdir / TENSORBOARD_DIRECTORY, first_step=last_step + 1
+      )
 
   def write(
       self, step: int, stage: str, values: Mapping[str, SupportsFloat]
@@ -56,6 +61,7 @@ class MetricsWriter:
       values: name -> number, NumPy or JAX scalar.
 
     Raises:
+      StorageError: the files cannot be written.
       ValueError: a name that is not defined, or a step out of order.
     """
     if step <= self._last_step:
@@ -65,15 +71,28 @@ class MetricsWriter:
     numbers = {name: float(value) for name, value in values.items()}
     now = time.time()
     row = {"step": step, "stage": stage, "time": round(now, 3)}
-    self._lines.write(_encode_row(row | numbers) + "\n")
-    self._lines.flush()
-    self._events.write(step, numbers, now)
+    with self._writing():
+      self._lines.write(_encode_row(row | numbers) + "\n")
+      self._lines.flush()
+      self._events.write(step, numbers, now)
     self._last_step = step
 
   def close(self) -> None:
     """Closes the files."""
-    self._lines.close()
-    self._events.close()
+    with self._writing(), contextlib.closing(self._events):
+      self._lines.close()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Says where it was that the disk refused."""
+    try:
+      yield
+    except atomic.StorageError:
+      raise
+    except OSError as error:
+      raise atomic.StorageError(
+          f"cannot write metrics in {self._workdir}: {atomic.reason(error)}"
+      ) from error
 
   def __enter__(self) -> MetricsWriter:
     """Returns itself."""

@@ -1,0 +1,248 @@
+"""What a config may hold: its keys, the types of its values, their ranges.
+
+What a dataclass of `mgrpo_jax` checks itself is not repeated here.
+"""
+
+import contextlib
+import difflib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from configs import default
+from mgrpo_jax.agents.team import Team
+from mgrpo_jax.tasks.curriculum import Stage
+
+_MOST = 1_000_000  # of anything that is counted
+_MOST_CALLS = 4096  # of one role in a rollout, and slots for them
+
+_RANGES = {  # lowest and highest allowed
+    "seed": (0, 2**32 - 1),
+    "tasks.per_step": (1, _MOST),
+    "tasks.seed": (0, 2**32 - 1),
+    "tools.search_results": (1, _MOST),
+    "tools.max_chars": (1, _MOST),
+    "rollout.per_task": (1, _MOST),
+    "rollout.max_attempts": (1, _MOST),
+    "rollout.max_concurrent": (1, _MOST),
+    "engine.num_slots": (1, _MOST),
+    "engine.context": (1, _MOST),
+    "engine.block": (1, _MOST),
+    "engine.prefill_tokens": (1, _MOST),
+    "engine.decode_steps": (1, _MOST),
+    "alignment.num_slots": (1, _MOST_CALLS),
+    "batch.minibatches": (1, _MOST),
+    "batch.rows": (1, _MOST),
+    "batch.row_tokens": (1, _MOST),
+    "batch.trajectories": (1, _MOST),
+    "warmup_steps": (0, _MOST),
+    "evaluation.every": (1, _MOST),
+    "evaluation.tasks": (1, _MOST),
+    "evaluation.final_tasks": (1, _MOST),
+    "evaluation.temperature": (0, math.inf),
+    "checkpoint.every": (1, _MOST),
+    "checkpoint.keep": (1, _MOST),
+    "publish.every": (1, _MOST),
+    "publish.keep": (1, _MOST),
+}
+_POSITIVE = ("rollout.temperature", "rollout.turn_deadline", "tools.deadline")
+_SHARES = ("format_share", "correct_share", "expert_share")
+
+
+@contextlib.contextmanager
+def inside(key: str) -> Iterator[None]:
+  """Says of every ValueError raised inside which config key it is about.
+
+  Args:
+    key: dotted.
+
+  Yields:
+    Nothing.
+  """
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f"config.{key}: {error}") from error
+
+
+def keys_and_types(values: Mapping[str, Any]) -> None:
+  """Compares the keys of a config, and the types of its values, with default's.
+
+  Args:
+    values: of the config, nested.
+
+  Raises:
+    ValueError: a key is unknown or missing, or a value has another type.
+  """
+  known = default.get_config().to_dict()
+  open_ended = {  # recipes name what is in these
+      "team.roles": default.role("policy").to_dict(),
+      "policies": default.policy().to_dict(),
+      "stages": default.stage("reinforce", 1).to_dict(),
+  }
+  _compare(values, known, "", open_ended)
+
+
+def ranges(values: Mapping[str, Any]) -> None:
+  """Checks the numbers of a config that no dataclass checks.
+
+  Args:
+    values: of the config, nested; with the right keys and types.
+
+  Raises:
+    ValueError: a number is out of range; names the key and what is allowed.
+  """
+  for key, (low, high) in _RANGES.items():
+    number = _at(values, key)
+    if number < low:
+      raise ValueError(f"config.{key}: {number} must be at least {low}")
+    if number > high:
+      raise ValueError(f"config.{key}: {number} must be at most {high}")
+  for key in _POSITIVE:
+    if not _at(values, key) > 0:
+      raise ValueError(f"config.{key}: {_at(values, key)} must be > 0")
+  shares = {"tasks.renamed": values["tasks"]["renamed"]}
+  for name, stage in values["stages"].items():
+    shares[f"stages.{name}.hasty"] = stage["hasty"]
+  for name, role in values["team"]["roles"].items():
+    shares |= {f"team.roles.{name}.{key}": role[key] for key in _SHARES}
+  for key, share in shares.items():
+    if not 0 <= share <= 1:
+      raise ValueError(f"config.{key}: {share} must be in [0, 1]")
+
+
+def combinations(values: Mapping[str, Any], team: Team) -> None:
+  """Checks numbers that must go together.
+
+  Args:
+    values: of the config, nested; each in its range.
+    team: of the config.
+
+  Raises:
+    ValueError: they do not; names the key and what is allowed.
+  """
+  engine, batch = values["engine"], values["batch"]
+  deepest = max(role.max_context for role in team.roles)
+  for key, size in (
+      ("engine.context", engine["context"]),
+      ("batch.row_tokens", batch["row_tokens"]),
+  ):
+    if size < deepest:
+      raise ValueError(
+          f"config.{key}: {size} must be at least {deepest}, the largest"
+          " max_context of a role"
+      )
+  if engine["block"] > engine["context"]:
+    raise ValueError(
+        f"config.engine.block: {engine['block']} must be at most"
+        f" {engine['context']}, config.engine.context"
+    )
+  buckets = engine["prefill_buckets"]
+  ascending = all(a < b for a, b in zip((0, *buckets), buckets, strict=False))
+  if not buckets or not ascending:
+    raise ValueError(
+        f"config.engine.prefill_buckets: {buckets} must be one or more"
+        " positive numbers, ascending"
+    )
+  if batch["minibatches"] > values["tasks"]["per_step"]:
+    raise ValueError(
+        f"config.batch.minibatches: {batch['minibatches']} must be at most"
+        f" {values['tasks']['per_step']}, config.tasks.per_step"
+    )
+  for role in team.roles:
+    if team.most_calls(role.name) > _MOST_CALLS:
+      raise ValueError(
+          f"config.team.roles: {role.name} may be called"
+          f" {team.most_calls(role.name)} times in a rollout, allowed:"
+          f" {_MOST_CALLS}; lower a max_calls"
+      )
+
+
+def learners(values: Mapping[str, Any], team: Team, stage: Stage) -> None:
+  """Checks that a stage names policies that can learn, and that one does.
+
+  Args:
+    values: of the config, nested.
+    team: of the config.
+    stage: of the config.
+
+  Raises:
+    ValueError: a policy is unknown or frozen, or none is left.
+  """
+  key = f"config.stages.{stage.name}.trained"
+  policies = values["policies"]
+  for name in values["stages"][stage.name]["trained"]:
+    if name not in policies:
+      raise ValueError(
+          f"{key}: unknown policy {name!r}, allowed: {sorted(policies)}"
+      )
+    if not policies[name]["trainable"]:
+      raise ValueError(
+          f"{key}: policy {name!r} is frozen, config.policies.{name}.trainable"
+          " is False"
+      )
+  learning = {role.policy for role in team.roles if role.trainable}
+  if stage.steps and not learning & stage.trained:
+    raise ValueError(
+        f"{key}: nothing learns in this stage; its policies are frozen, or all"
+        " roles that use them"
+    )
+
+
+def _compare(
+    values: Mapping[str, Any],
+    known: Mapping[str, Any],
+    prefix: str,
+    open_ended: Mapping[str, Mapping[str, Any]],
+) -> None:
+  """Compares one level of a config, and what is below it."""
+  for key in values:
+    if key not in known:
+      near = difflib.get_close_matches(str(key), known, n=1)
+      hint = f"; did you mean {near[0]!r}?" if near else ""
+      raise ValueError(f"config.{prefix}{key}: unknown key{hint}")
+  for key, like in known.items():
+    name = f"{prefix}{key}"
+    if key not in values:
+      raise ValueError(f"config.{name}: missing")
+    value = values[key]
+    if not isinstance(like, Mapping):
+      _check_type(name, value, like)
+      continue
+    if not isinstance(value, Mapping):
+      raise ValueError(f"config.{name}: {value!r} must be a ConfigDict")
+    entry = open_ended.get(name)
+    below = dict.fromkeys(value, entry) if entry else like
+    _compare(value, below, f"{name}.", open_ended)
+
+
+def _check_type(name: str, value: Any, like: Any) -> None:
+  """Raises unless a value has the type of the default one."""
+  if isinstance(like, tuple):
+    item = like[0] if like else ""  # what is empty by default holds names
+    if not isinstance(value, tuple | list):
+      raise ValueError(
+          f"config.{name}: {value!r} must be a tuple of {_kind(item)}"
+      )
+    for number, one in enumerate(value):
+      _check_type(f"{name}[{number}]", one, item)
+    return
+  if type(value) is not type(like) and not (
+      type(like) is float and type(value) is int
+  ):
+    raise ValueError(f"config.{name}: {value!r} must be {_kind(like)}")
+  if isinstance(value, float) and not math.isfinite(value):
+    raise ValueError(f"config.{name}: {value} must be finite")
+
+
+def _kind(like: Any) -> str:
+  """Names the type of a default value."""
+  names = {bool: "True or False", int: "int", float: "a number", str: "text"}
+  return names[type(like)]
+
+
+def _at(values: Mapping[str, Any], key: str) -> Any:
+  """The value of a dotted key."""
+  for part in key.split("."):
+    values = values[part]
+  return values
