@@ -25,10 +25,10 @@ from mgrpo_jax.agents.tools import (
     visit,
 )
 from mgrpo_jax.keys import check_name
-from mgrpo_jax.policy import load as load_lib
 from mgrpo_jax.policy import params as params_lib
 from mgrpo_jax.policy import tokenizer as tokenizer_lib
 from mgrpo_jax.policy.config import Policy, TransformerConfig
+from mgrpo_jax.policy.load import load
 from mgrpo_jax.tasks import factbook
 from mgrpo_jax.tasks.factbook import Factbook
 from mgrpo_jax.types import RolloutGroup, Task
@@ -116,7 +116,7 @@ def policies(
         loaded[name] = _random(config, team, book, name, position)
       continue
     with checks.inside(f"policies.{name}.source"):
-      loaded[name] = load_lib.load(one.source)
+      loaded[name] = load(one.source)
     if loaded[name].tokenizer is None:
       raise ValueError(
           f"config.policies.{name}.source: {one.source!r} has no tokenizer"

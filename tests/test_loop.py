@@ -12,7 +12,7 @@ import pytest
 from mgrpo_jax import loop, metrics, publish, store, workdir
 from mgrpo_jax.agents.errors import InfrastructureError
 from mgrpo_jax.journal import Journal, NonFiniteError
-from mgrpo_jax.policy import load
+from mgrpo_jax.policy.load import load
 from mgrpo_jax.report import records
 from mgrpo_jax.report.writer import read_metrics
 from mgrpo_jax.tasks import curriculum
@@ -90,7 +90,7 @@ def test_both_policies_moved_and_what_is_published_is_what_is_saved(finished):
   directory, setup, _ = finished
   bucket = store.open_folder(directory / "bucket")
   for name, before in setup.policies.items():
-    saved = load.load(directory / "policies" / name)
+    saved = load(directory / "policies" / name)
     read = publish.read(bucket, name, "latest", like=before.params)
     assert not equal(before, saved)
     assert all(
@@ -137,7 +137,7 @@ def test_a_frozen_policy_stays_as_it_is(tmp_path):
   setup = dataclasses.replace(setup, stages=stages)
   train(tmp_path / "run", setup)
   for name, before in setup.policies.items():
-    after = load.load(tmp_path / "run" / "policies" / name)
+    after = load(tmp_path / "run" / "policies" / name)
     assert equal(before, after) == (name == "researcher")
 
 

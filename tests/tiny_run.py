@@ -14,7 +14,7 @@ import numpy as np
 
 from mgrpo_jax import loop, store, workdir
 from mgrpo_jax.journal import Journal
-from mgrpo_jax.policy import load
+from mgrpo_jax.policy.load import load
 from mgrpo_jax.tasks import curriculum
 from mgrpo_jax.testing import setup as setup_lib
 
@@ -40,7 +40,7 @@ def digest(directory: pathlib.Path) -> str:
   """A digest over every parameter of every policy of a finished run."""
   total = hashlib.sha256()
   for path in sorted((directory / "policies").iterdir()):
-    for leaf in jax.tree.leaves(load.load(path).params):
+    for leaf in jax.tree.leaves(load(path).params):
       total.update(np.asarray(leaf).tobytes())
   return total.hexdigest()
 
