@@ -104,27 +104,20 @@ def test_dropped_calls_are_drawn_uniformly(strategy):
 
 
 def test_expected_gradient_of_copies_is_inverse_counts():
-  # A linear functional of per-call gradients g, averaged over keys; standard
+  # A linear functional of per-call gradients g, over many draws; standard
   # error of the mean is measured, 5 of it are allowed.
-  num_calls = np.array([[0, 1, 2, 3, 5]], np.int32)
-  rng = np.random.default_rng(0)
-  g = rng.normal(size=(5, 5))
-
-  def gradients(strategy, key):
-    aligned = strategy(key, num_calls, num_slots=NUM_SLOTS)
-    values = jax.numpy.take_along_axis(
-        jax.numpy.asarray(g[None], np.float32), aligned.index, axis=2
-    )
-    return (values * aligned.weight).sum() / aligned.weight.sum()
-
-  keys = jax.random.split(jax.random.key(1), 4000)
+  counts, trials = [0, 1, 2, 3, 5], 4000
+  g = np.random.default_rng(0).normal(size=(5, 5))
   means, errors = [], []
   for strategy in (alignment.duplicate_or_drop, alignment.inverse_count):
-    run = jax.jit(jax.vmap(functools.partial(gradients, strategy)))
-    drawn = np.asarray(run(keys), np.float64)
+    aligned = align(strategy, [counts] * trials, seed=1)
+    per_call = np.broadcast_to(g, (trials, 5, 5))
+    values = np.take_along_axis(per_call, aligned.index, axis=2)
+    weight = aligned.weight.astype(np.float64)
+    drawn = (values * weight).sum((1, 2)) / weight.sum((1, 2))
     means.append(drawn.mean())
-    errors.append(drawn.std() / np.sqrt(len(keys)))
-  exact = np.mean([g[k, :d].mean() for k, d in enumerate([0, 1, 2, 3, 5]) if d])
+    errors.append(drawn.std() / np.sqrt(trials))
+  exact = np.mean([g[k, :d].mean() for k, d in enumerate(counts) if d])
   for mean, error in zip(means, errors, strict=True):
     assert abs(mean - exact) <= 5 * error + 1e-6
   assert errors[1] < errors[0]  # that is what it is for

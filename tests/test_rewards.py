@@ -210,12 +210,14 @@ def test_callers_correctness_in_a_deeper_tree():
           root(result_text="Quito"),
           call(result_text="Lima"),
           call(number=1, parent=1, result_text="Cusco"),
+          root(1, result_text="Lima"),
+          call(1, parent=3, result_text="Cusco"),
       ],
-      1,
+      2,
   )
   rules = dataclasses.replace(RULES, correct_of=rewards.of_parent)
   scores = rewards.score(tree, weights=PAPER, rules=rules)
-  np.testing.assert_array_equal(scores.correct, [0, 0, 1])
+  np.testing.assert_array_equal(scores.correct, [0, 0, 1, 1, 1])
 
 
 def test_calls_are_sorted_by_task_rollout_and_order():
