@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import logging
 import os
 import signal
 import sys
@@ -112,6 +113,8 @@ def run(main: Callable[[], None], *, required: Sequence[str] = ()) -> None:
       fail(f"--{name} is required")
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # libraries' chatter
   os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+  for library in ("checkpoint", "publish"):  # commands say what was skipped
+    logging.getLogger(f"mgrpo_jax.{library}").setLevel(logging.ERROR)
   code = INTERRUPTED
 
   def terminate(number: int, frame: object) -> None:

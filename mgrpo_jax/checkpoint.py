@@ -11,6 +11,7 @@ Arrays go through the host as numpy, so neither way compiles anything.
 """
 
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -150,6 +151,7 @@ class Checkpoints:
         }
     )
     self._saving = step
+    self._check_space(sum(array.nbytes for array in arrays.values()))
     try:
       self._manager.save(  # orbax copies the arrays before it returns
           step,
@@ -291,6 +293,23 @@ class Checkpoints:
         ) from error
     if steps:
       self._manager.reload()
+
+  def _check_space(self, needed: int) -> None:
+    """Raises where the disk is too full, before orbax finds out.
+
+    Orbax closes its event loop at the first write that fails; the others then
+    each print a traceback.
+    """
+    try:
+      free = shutil.disk_usage(self._directory).free
+    except OSError as error:
+      raise self._write_error(error) from error
+    if free < needed:
+      raise CheckpointError(
+          f"cannot write checkpoint {self._saving} to {self._directory}:"
+          f" {os.strerror(errno.ENOSPC)}, {needed / 1e6:.0f} MB are needed and"
+          f" {free / 1e6:.0f} MB free"
+      )
 
   def _write_error(self, error: BaseException) -> CheckpointError:
     """Removes what a failed save left, and returns what to raise for it."""

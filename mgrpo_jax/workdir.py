@@ -150,8 +150,10 @@ def differences(
 def _check_ours(directory: Workdir) -> None:
   """Raises where a directory with other things in it would be written to."""
   path = directory.path
+  if not _is_there(path):
+    return
   try:
-    entries = sorted(os.listdir(path)) if _is_there(path) else []
+    entries = os.listdir(path)
   except OSError as error:
     raise atomic.StorageError(
         f"workdir {path}: {atomic.reason(error)}"

@@ -306,6 +306,18 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tmp_path):
   assert sorted(p.name for p in where.iterdir()) == ["0", "1"]
 
 
+def test_a_checkpoint_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):
+  usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+  with checkpoint.Checkpoints(tmp_path / "c", max_to_keep=2) as saved:
+    with monkeypatch.context() as full:
+      full.setattr(shutil, "disk_usage", lambda path: usage)
+      with pytest.raises(checkpoint.CheckpointError, match="No space left"):
+        saved.save(0, {"main": killed.tree(0)}, {})
+    assert list((tmp_path / "c").iterdir()) == []
+    saved.save(0, {"main": killed.tree(0)}, {})
+    assert saved.steps() == [0]
+
+
 def test_a_killed_save_never_damages_earlier_checkpoints(tmp_path):
   rounds = 4
   script = pathlib.Path(killed.__file__)

@@ -62,6 +62,13 @@ def test_a_corrupt_config_is_named(tmp_path):
       pass
 
 
+def test_a_directory_below_a_file_is_named_once(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(atomic.StorageError) as error:
+    workdir.check(tmp_path / "file/run", CONFIG)
+  assert str(error.value) == f"workdir {tmp_path}/file/run: Not a directory"
+
+
 def test_a_file_in_the_place_of_the_directory(tmp_path):
   (tmp_path / "run").write_text("")
   with pytest.raises(atomic.StorageError, match="run"):
