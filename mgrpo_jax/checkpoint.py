@@ -146,7 +146,8 @@ class Checkpoints:
             "format": FORMAT,
             "step": step,
             "policies": sorted(states),
-            "host": dict(host),
+            # A copy to the ground: the caller's may change while it is written.
+            "host": json.loads(json.dumps(dict(host))),
             "arrays": {name: leaves.describe(a) for name, a in arrays.items()},
         }
     )

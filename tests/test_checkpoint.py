@@ -146,6 +146,18 @@ def test_arrays_may_change_while_a_save_is_under_way(tmp_path):
   np.testing.assert_array_equal(found.states["main"]["w"], wanted)
 
 
+def test_host_state_may_change_while_a_save_is_under_way(tmp_path):
+  host = {"waiting": {"easy": []}}
+  with opened(tmp_path / "checkpoints") as checkpoints:
+    for step in range(5):  # whether the write has begun is a matter of luck
+      checkpoints.save(step, run(1), host)
+      host["waiting"][f"hard{step}"] = ["peru"]
+    found = checkpoints.restore(run(0))
+  assert found is not None
+  assert found.skipped == ()
+  assert len(found.host["waiting"]) == 5
+
+
 def test_only_so_many_are_kept(tmp_path):
   with opened(tmp_path, keep=2) as checkpoints:
     for step in range(4):

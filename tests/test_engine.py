@@ -140,7 +140,7 @@ def test_traffic_changes_no_bit(seed):
   async def disturb(engine, numbers):
     for number in numbers:
       task = asyncio.create_task(converse(engine, number, pause=rng))
-      await asyncio.sleep(rng.random() * 0.1)
+      await asyncio.sleep(rng.random() * 0.01)
       task.cancel()  # whether it is waiting, being sampled, or done
       await asyncio.gather(task, return_exceptions=True)
       engine.release(str(number))
