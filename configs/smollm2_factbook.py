@@ -58,6 +58,7 @@ def get_config(arm: str = "full") -> ml_collections.ConfigDict:
   config.evaluation.families = quickstart.FAMILIES
   config.engine.num_slots = 32
   config.engine.context = 1024
+  config.engine.block = 256
   config.engine.prefill_buckets = (32, 64, 128, 256, 512)
   config.batch.rows = 4
   config.batch.row_tokens = 1024
