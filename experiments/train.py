@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+import time
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -38,29 +39,39 @@ _WORKDIR = flags.DEFINE_string(
 
 def main() -> None:
   """Trains; see the module."""
-  with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
-    from experiments import recipe
-    from mgrpo_jax import journal, workdir
-    from mgrpo_jax.tasks import curriculum
+  started = time.monotonic()
+  with contextlib.ExitStack() as stack:
+    with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
+      from experiments import recipe
+      from mgrpo_jax import journal, metrics, publish, workdir
+      from mgrpo_jax.tasks import curriculum
 
-    cli.need("matplotlib")  # which only the report imports, at the very end
-    config = _CONFIG.value
-    recipe.check(config)
-    values = recipe.plain(config)
-    workdir.check(_WORKDIR.value, values)
-    setup = recipe.build(config)
-  failures = (OSError, workdir.ConfigMismatchError, journal.NonFiniteError)
-  with cli.user_errors(*failures), contextlib.ExitStack() as stack:
-    directory = stack.enter_context(workdir.hold(_WORKDIR.value, values))
-    kept = stack.enter_context(
-        journal.Journal(
-            directory,
-            total_steps=curriculum.num_steps(setup.stages),
-            keep_checkpoints=setup.keep_checkpoints,
-            stream=sys.stderr,
-        )
+      cli.need("matplotlib")  # which only the report imports, at the very end
+      compiled = stack.enter_context(metrics.count_compilations())
+      config = _CONFIG.value
+      recipe.check(config)
+      values = recipe.plain(config)
+      workdir.check(_WORKDIR.value, values)
+      setup = recipe.build(config)
+    failures = (
+        OSError,
+        workdir.ConfigMismatchError,
+        journal.NonFiniteError,
+        publish.NoVersionError,
     )
-    _train(setup, recipe.open_store(config, directory), kept, values)
+    with cli.user_errors(*failures):
+      directory = stack.enter_context(workdir.hold(_WORKDIR.value, values))
+      kept = stack.enter_context(
+          journal.Journal(
+              directory,
+              total_steps=curriculum.num_steps(setup.stages),
+              keep_checkpoints=setup.keep_checkpoints,
+              stream=sys.stderr,
+              started=started,
+              compiled=compiled,
+          )
+      )
+      _train(setup, recipe.open_store(config, directory), kept, values)
 
 
 def _train(

@@ -58,14 +58,18 @@ class Journal:
       total_steps: int,
       keep_checkpoints: int,
       stream: TextIO,
+      started: float,
+      compiled: metrics.Compilations,
   ) -> None:
-    """Starts the clock and the counters.
+    """Opens nothing yet.
 
     Args:
       workdir: the run directory, held by this process.
       total_steps: of the whole curriculum.
       keep_checkpoints: how many stay.
       stream: where the progress line goes.
+      started: when this process began with the run, `time.monotonic()`.
+      compiled: counts compilations since then.
     """
     self.workdir = workdir
     self.progress = Progress(
@@ -76,13 +80,13 @@ class Journal:
     )
     self._keep = keep_checkpoints
     self._stack = contextlib.ExitStack()
-    self._started = time.monotonic()
+    self._started = started
+    self._compiled = compiled
     self._carried: dict[str, float] = {}  # of the processes before this one
     self._pending: Entry | None = None
 
   def __enter__(self) -> Self:
-    """Opens the checkpoints and counts compilations from here on."""
-    self._compiled = self._stack.enter_context(metrics.count_compilations())
+    """Opens the checkpoints."""
     self._checkpoints = self._stack.enter_context(
         Checkpoints(self.workdir.checkpoints, max_to_keep=self._keep)
     )

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import io
 import json
+import time
 
 import jax
 import numpy as np
@@ -35,12 +36,15 @@ def small(**changes):
 def train(directory, setup):
   """Runs a setup; returns the summary."""
   with (
+      metrics.count_compilations() as compiled,
       workdir.hold(directory, {"seed": setup.seed}) as held,
       Journal(
           held,
           total_steps=curriculum.num_steps(setup.stages),
           keep_checkpoints=2,
           stream=io.StringIO(),
+          started=time.monotonic(),
+          compiled=compiled,
       ) as journal,
   ):
     bucket = store.open_folder(held.bucket)

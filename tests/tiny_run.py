@@ -8,11 +8,12 @@ import hashlib
 import pathlib
 import sys
 import tempfile
+import time
 
 import jax
 import numpy as np
 
-from mgrpo_jax import loop, store, workdir
+from mgrpo_jax import loop, metrics, store, workdir
 from mgrpo_jax.journal import Journal
 from mgrpo_jax.policy.load import load
 from mgrpo_jax.tasks import curriculum
@@ -23,12 +24,15 @@ def run(directory: pathlib.Path, *, seed: int, steps: int, stream) -> dict:
   """Trains, or continues; returns the summary."""
   setup = setup_lib.small_setup(seed=seed, imitation_steps=2, steps=steps)
   with (
+      metrics.count_compilations() as compiled,
       workdir.hold(directory, {"seed": seed, "steps": steps}) as held,
       Journal(
           held,
           total_steps=curriculum.num_steps(setup.stages),
           keep_checkpoints=2,
           stream=stream,
+          started=time.monotonic(),
+          compiled=compiled,
       ) as journal,
   ):
     bucket = store.open_folder(held.bucket)
