@@ -39,7 +39,7 @@ from mgrpo_jax.sampler.slots import Request, Slot, SlotTable
 from mgrpo_jax.types import Completion
 
 _COPIES = 8  # slots copied by one call
-_YIELDS = 3  # turns of the event loop in which finished callers may ask again
+_YIELDS = 5  # turns of the event loop in which finished callers may ask again
 
 
 class EngineError(RuntimeError):
