@@ -127,8 +127,7 @@ class PolicyLoss:
     now = numerics.masked(logprobs, mask)
     old = numerics.masked(batch.old_logprobs, mask)
     sampler = numerics.masked(batch.sampler_logprobs, mask)
-    gains = numerics.masked(batch.advantage, batch.weight)
-    advantages = gains[:, None] + jnp.zeros_like(mask)
+    advantages = batch.advantage[:, None] + jnp.zeros_like(mask)
     ratio = self.ratio(now, old, mask)
     objective = losses.clipped_surrogate(
         ratio, advantages, clip_low=self.clip_low, clip_high=self.clip_high
