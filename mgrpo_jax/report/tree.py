@@ -105,7 +105,7 @@ def _head(call: TrajectoryRecord) -> str:
   facts = {
       "reward": _number(call["rewards"].get("total")),
       "advantage": _signed(call["advantage"]),
-      "policy version": str(call["version_max"]),
+      "version": str(call["version_max"]),
   }
   chips = "".join(
       f'<span class="chip">{name} <b>{value}</b></span>'
@@ -168,8 +168,8 @@ def _bar(advantage: float | None, scale: float) -> str:
   left = 50 if gain >= 0 else 50 - width
   side = "up" if gain >= 0 else "down"
   return (
-      f'<span class="bar"><i class="{side}" style="left:{left:.1f}%;'
-      f'width:{width:.1f}%"></i></span> {_signed(advantage)}'
+      f'{_signed(advantage)} <span class="bar"><i class="{side}"'
+      f' style="left:{left:.1f}%;width:{width:.1f}%"></i></span>'
   )
 
 
