@@ -46,6 +46,9 @@ class Page(html.parser.HTMLParser):
     classes = [(e, e.get("class", "").split()) for e in self.elements]
     return [e for e, own in classes if name in own]
 
+  def handle_comment(self, data):
+    raise AssertionError(f"a comment: {data}")
+
   def tokens(self):
     """(depth, role, text) of every token of the stream."""
     shown = [e for e in self.of_class("token") if "title" in e]
@@ -176,8 +179,8 @@ def test_what_models_and_pages_wrote_stays_text(tmp_path):
   recorded = record(tmp_path, hostile)
   recorded["task"]["answers"] = list(HOSTILE)
   for call in recorded["trajectories"]:
-    call["role"] = HOSTILE[1]
-    call["status"] = HOSTILE[2]
+    call["role"] = HOSTILE[0]
+    call["status"] = HOSTILE[1]
     call["rewards"] = {HOSTILE[0]: 1.0}
     call["pieces"] = [HOSTILE[i % 7] for i in range(len(call["tokens"]))]
   recorded = json.loads(json.dumps(recorded))
@@ -189,6 +192,21 @@ def test_what_models_and_pages_wrote_stays_text(tmp_path):
   assert all(e.keys() <= known for e in page.elements)
   assert "\u202e" not in drawn and "\x1b" not in drawn
   assert "document.title='owned'" in page.of_class("question")[0]["text"]
+
+
+def test_question_answers_and_evidence_stand_above(tmp_path):
+  page = Page(tree.draw(record(tmp_path, make_group()), rollout=0))
+  assert page.of_class("question")[0]["text"] == "Capital of Peru?"
+  hint = page.of_class("hint")[0]["text"]
+  assert "accepted: Lima" in hint
+  assert "capital of Peru → peru/government#capital" in hint
+
+
+def test_line_feeds_are_seen_and_still_break_the_line(tmp_path):
+  recorded = record(tmp_path, make_group())
+  recorded["trajectories"][0]["pieces"][0] = "1 Peru\n"
+  page = Page(tree.draw(recorded, rollout=0))
+  assert page.tokens()[0] == (1, "prompt", "1 Peru↵\n")
 
 
 @pytest.mark.parametrize("rollout", [-1, 2])

@@ -40,7 +40,8 @@ def draw(group: GroupRecord, *, rollout: int) -> str:
     raise ValueError(
         f"rollout: {rollout}, allowed: 0 to {group['num_rollouts'] - 1}"
     )
-  style = (importlib.resources.files(__package__) / "tree.css").read_text()
+  folder = importlib.resources.files(__package__)
+  style = (folder / "tree.css").read_text("utf-8")
   parts = [
       f'<div class="team-tree"><style>{style}</style>',
       *_question(group),
