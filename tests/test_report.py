@@ -231,6 +231,20 @@ def test_damaged_records_are_named_skipped_and_counted(tmp_path):
   assert "belongs to another rollout" in read.problems[6]
 
 
+@pytest.mark.parametrize("count", [10**12, 3, -1, 2.0, "2", None])
+def test_a_false_number_of_rollouts_costs_no_memory(tmp_path, count):
+  path = write(tmp_path, 2, [make_group(num_rollouts=2)])
+  record = json.loads(gzip.decompress(path.read_bytes()))
+  record["trajectories"] = record["trajectories"][:2]
+  path.write_bytes(gzip.compress(json.dumps(record).encode() + b"\n"))
+  assert len(records.read_step(path).groups) == 1
+  record["num_rollouts"] = count
+  path.write_bytes(gzip.compress(json.dumps(record).encode() + b"\n"))
+  read = records.read_step(path)
+  assert not read.groups
+  assert "rollouts of 2 trajectories" in read.problems[0]
+
+
 def test_truncated_file_gives_its_whole_records(tmp_path):
   groups = [make_group(f"task-{i}", num_rollouts=8) for i in range(40)]
   path = write(tmp_path, 2, groups)

@@ -341,6 +341,9 @@ def _checked(record: Any) -> GroupRecord:
   wanted = {field.name for field in dataclasses.fields(Task)}
   if not isinstance(task, dict) or not wanted <= task.keys():
     raise ValueError("task is not whole")
+  count = record["num_rollouts"]
+  if type(count) is not int or not 0 <= count <= len(calls):
+    raise ValueError(f"{count!r} rollouts of {len(calls)} trajectories")
   for position, trajectory in enumerate(calls):
     problem = _trajectory_problem(trajectory, calls[:position])
     if not problem and not 0 <= trajectory["rollout"] < record["num_rollouts"]:
