@@ -4,12 +4,12 @@ from mgrpo_jax import statistics
 from mgrpo_jax.packing import Credit
 from mgrpo_jax.rewards import Scores
 from mgrpo_jax.types import (
-  Alignment,
-  RolloutGroup,
-  Status,
-  Task,
-  Trajectory,
-  Turn,
+    Alignment,
+    RolloutGroup,
+    Status,
+    Task,
+    Trajectory,
+    Turn,
 )
 
 
