@@ -1,4 +1,4 @@
-r"""Warm start: the weights that the quickstart begins from, made again.
+r"""Warm start: imitation, to give the quickstart weights to begin from.
 
 Question: how far does imitating a scripted expert carry two 0.4M-parameter
 policies? The expert works on training places only; four of five
