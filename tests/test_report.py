@@ -231,6 +231,27 @@ def test_damaged_records_are_named_skipped_and_counted(tmp_path):
   assert "belongs to another rollout" in read.problems[6]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("turns", [5]),
+        ("turns", {"a": {}}),
+        ("rewards", [1.0]),
+        ("rewards", {"total": "much"}),
+        ("pieces", [None] * 11),
+        ("logprobs", "aaaaaa"),
+    ],
+)
+def test_fields_of_another_type_are_a_damaged_record(tmp_path, name, value):
+  path = write(tmp_path, 2, [make_group()])
+  record = json.loads(gzip.decompress(path.read_bytes()))
+  record["trajectories"][0][name] = value
+  path.write_bytes(gzip.compress(json.dumps(record).encode() + b"\n"))
+  read = records.read_step(path)
+  assert not read.groups
+  assert f"trajectory 0: {name} does not hold" in read.problems[0]
+
+
 @pytest.mark.parametrize("count", [10**12, 3, -1, 2.0, "2", None])
 def test_a_false_number_of_rollouts_costs_no_memory(tmp_path, count):
   path = write(tmp_path, 2, [make_group(num_rollouts=2)])

@@ -16,6 +16,7 @@ import math
 import os
 import pathlib
 import re
+import types
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypedDict, cast
@@ -341,6 +342,9 @@ def _checked(record: Any) -> GroupRecord:
   wanted = {field.name for field in dataclasses.fields(Task)}
   if not isinstance(task, dict) or not wanted <= task.keys():
     raise ValueError("task is not whole")
+  hops = task["evidence"]
+  if type(hops) is not list or not all(isinstance(h, dict) for h in hops):
+    raise ValueError("task.evidence is no list of objects")
   count = record["num_rollouts"]
   if type(count) is not int or not 0 <= count <= len(calls):
     raise ValueError(f"{count!r} rollouts of {len(calls)} trajectories")
@@ -353,6 +357,15 @@ def _checked(record: Any) -> GroupRecord:
   return cast(GroupRecord, record)
 
 
+# Field -> what it is, and what it holds.
+_INNER: Mapping[str, tuple[type, type | types.UnionType]] = {
+    "pieces": (list, str),
+    "logprobs": (list, int | float),
+    "turns": (list, dict),
+    "rewards": (dict, int | float | None),
+}
+
+
 def _trajectory_problem(trajectory: Any, earlier: Sequence[Any]) -> str:
   """Says what is wrong with a trajectory's record; empty if nothing is."""
   if not isinstance(trajectory, dict):
@@ -360,6 +373,16 @@ def _trajectory_problem(trajectory: Any, earlier: Sequence[Any]) -> str:
   missing = sorted(TrajectoryRecord.__required_keys__ - trajectory.keys())
   if missing:
     return f"missing {', '.join(missing)}"
+  return _inner_problem(trajectory) or _place_problem(trajectory, earlier)
+
+
+def _inner_problem(trajectory: Mapping[str, Any]) -> str:
+  """Says which field is of another type or length than promised."""
+  for name, (kind, of) in _INNER.items():
+    value = trajectory[name]
+    items = value.values() if isinstance(value, dict) else value
+    if type(value) is not kind or not all(isinstance(i, of) for i in items):
+      return f"{name} does not hold what it should"
   length = len(trajectory["tokens"])
   if len(trajectory["pieces"]) != length:
     return f"{len(trajectory['pieces'])} pieces for {length} tokens"
@@ -368,6 +391,13 @@ def _trajectory_problem(trajectory: Any, earlier: Sequence[Any]) -> str:
   sampled = sum(n for role, n in trajectory["spans"] if role == "sampled")
   if len(trajectory["logprobs"]) != sampled:
     return f"{len(trajectory['logprobs'])} log-probs for {sampled} samples"
+  return ""
+
+
+def _place_problem(
+    trajectory: Mapping[str, Any], earlier: Sequence[Any]
+) -> str:
+  """Says what is wrong with where in the tree it stands, and how it ended."""
   parent = trajectory["parent"]
   if not NO_PARENT <= parent < len(earlier):
     return f"parent {parent} is not an earlier trajectory"
