@@ -123,13 +123,14 @@ def _add_method(config: ml_collections.ConfigDict) -> None:
   config.alignment.strategy = "duplicate_or_drop"  # mask, inverse_count
   config.alignment.num_slots = 8  # D, slots a sub role has; the paper's 8
 
-  config.advantage = "per_task"  # or mean_only, leave_one_out
+  # per_task, mean_only, leave_one_out, per_call_index or per_batch
+  config.advantage = "per_task"
 
   config.loss = ml_collections.ConfigDict()
   config.loss.ratio = "token"  # or sequence (the paper's), geometric
   config.loss.aggregation = "sequence_mean_token_mean"  # see losses.py
-  config.loss.clip_low = 0.2  # ratio >= 1 - clip_low, in (0, 1)
-  config.loss.clip_high = 0.2  # ratio <= 1 + clip_high, > 0
+  config.loss.clip_low = 0.2  # ratio >= 1 - clip_low, in [0, 1]
+  config.loss.clip_high = 0.2  # ratio <= 1 + clip_high, >= 0
   config.loss.kl = "none"  # or k1, k2, k3, against the weights at the start
   config.loss.kl_coefficient = 0.0  # >= 0
   config.loss.importance = "token"  # none, sequence, sequence_rejection
