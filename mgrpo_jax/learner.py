@@ -75,16 +75,21 @@ class Learner:
     self.state: TrainState = _begin(params, seed, optimizer=optimizer)
     self._reference = jax.device_get(params) if needs_reference else None
 
-  def score(self, credits: Sequence[Credit]) -> tuple[TrainBatch, ...]:
-    """Packs trajectories and fills in old and reference log-probs.
+  def pack(
+      self, credits: Sequence[Credit], objective: update.Objective
+  ) -> tuple[TrainBatch, ...]:
+    """Packs trajectories; fills in old and reference log-probs if needed.
 
     Args:
       credits: what to train on.
+      objective: what will be minimised; imitation compares with nothing.
 
     Returns:
       Micro-batches, still on the host but for the log-probs.
     """
     batches = packing.pack(credits, shape=self._shape)
+    if isinstance(objective, update.ImitationLoss):
+      return batches
     return tuple(self._scored(batch) for batch in batches)
 
   def _scored(self, batch: TrainBatch) -> TrainBatch:

@@ -211,7 +211,10 @@ class Run:
         split[part_of[one.trajectory.task_id]].append(one)
       learner = self.learners[policy]
       batches = [
-          (learner.score(_with_gradient(part, objective)), packing.count(part))
+          (
+              learner.pack(_with_gradient(part, objective), objective),
+              packing.count(part),
+          )
           for part in split
       ]
       dispatched[policy] = learner.step(
