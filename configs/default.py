@@ -41,6 +41,9 @@ def policy() -> ml_collections.ConfigDict:
   config.num_kv_heads = 4
   config.head_dim = 24
   config.mlp_dim = 288
+  config.rope_base = 10_000.0  # of the rotary frequencies, > 0
+  config.norm_eps = 1e-5  # added to mean squares, >= 0
+  config.tokenizer_share = 0.15  # of the training text it learns pieces from
   return config.lock()
 
 
@@ -53,7 +56,8 @@ def stage(objective: str, steps: int) -> ml_collections.ConfigDict:
   config.trained = ()  # policies that learn; empty for all trainable ones
   config.learning_rate = 1e-3  # peak, > 0
   config.hasty = 0.0  # imitation: share of calls cut short, see expert.py
-  config.decay = False  # along a cosine to a tenth of the peak
+  # The rate falls along a cosine to this share of the peak; 1 keeps it.
+  config.final_fraction = 1.0  # in [0, 1]
   return config.lock()
 
 
@@ -91,6 +95,7 @@ def _add_tasks(config: ml_collections.ConfigDict) -> None:
 
   config.tools = ml_collections.ConfigDict()
   config.tools.search_results = 3  # results a search lists, >= 1
+  config.tools.title_weight = 10  # times a title counts as text, >= 1
   config.tools.max_chars = 160  # characters of one tool result, >= 1
   config.tools.deadline = 10.0  # seconds, > 0
 
@@ -117,6 +122,8 @@ def _add_method(config: ml_collections.ConfigDict) -> None:
   """Rewards, alignment, advantages and loss; functions by name."""
   config.reward = ml_collections.ConfigDict()
   config.reward.format = "well_formed"  # or answered; see rewards.py
+  config.reward.correct = "matches"  # or mentions: in a sentence; answers.py
+  config.reward.opened_share = 0.5  # of the expert's grade; the report's: rest
   config.reward.correct_of = "root"  # or parent: whose correctness calls share
 
   config.alignment = ml_collections.ConfigDict()

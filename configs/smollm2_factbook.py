@@ -43,6 +43,7 @@ def get_config(arm: str = "full") -> ml_collections.ConfigDict:
     role.max_new_tokens = 64
     role.max_context = 1024
   config.tools.max_chars = 400
+  config.reward.correct = "mentions"  # it answers in sentences
 
   # Untrained, the main agent never delegates: it has to see it done first.
   config.curriculum = ("imitation", "easy", "hard")

@@ -41,7 +41,7 @@ def get_config(arm: str = "team") -> ml_collections.ConfigDict:
   config.stages.hasty.hasty = 0.6
   for name in config.curriculum:
     config.stages[name].families = quickstart.FAMILIES
-    config.stages[name].decay = True
+    config.stages[name].final_fraction = 0.1
   config.tasks.per_step = 32
   config.batch.minibatches = 1
   config.warmup_steps = 30

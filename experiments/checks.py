@@ -21,6 +21,7 @@ _RANGES = {  # lowest and highest allowed
     "tasks.per_step": (1, _MOST),
     "tasks.seed": (0, 2**32 - 1),
     "tools.search_results": (1, _MOST),
+    "tools.title_weight": (1, 1000),
     "tools.max_chars": (1, _MOST),
     "rollout.per_task": (1, _MOST),
     "rollout.max_attempts": (1, _MOST),
@@ -101,12 +102,7 @@ def ranges(values: Mapping[str, Any]) -> None:
   for key in _POSITIVE:
     if not _at(values, key) > 0:
       raise ValueError(f"config.{key}: {_at(values, key)} must be > 0")
-  shares = {"tasks.renamed": values["tasks"]["renamed"]}
-  for name, stage in values["stages"].items():
-    shares[f"stages.{name}.hasty"] = stage["hasty"]
-  for name, role in values["team"]["roles"].items():
-    shares |= {f"team.roles.{name}.{key}": role[key] for key in _SHARES}
-  for key, share in shares.items():
+  for key, share in _shares(values).items():
     if not 0 <= share <= 1:
       raise ValueError(f"config.{key}: {share} must be in [0, 1]")
 
@@ -187,6 +183,21 @@ def learners(values: Mapping[str, Any], team: Team, stage: Stage) -> None:
         f"{key}: nothing learns in this stage; its policies are frozen, or all"
         " roles that use them"
     )
+
+
+def _shares(values: Mapping[str, Any]) -> dict[str, float]:
+  """Everything that must be in 0..1, by its key."""
+  shares = {
+      "tasks.renamed": values["tasks"]["renamed"],
+      "reward.opened_share": values["reward"]["opened_share"],
+  }
+  for name, policy in values["policies"].items():
+    shares[f"policies.{name}.tokenizer_share"] = policy["tokenizer_share"]
+  for name, stage in values["stages"].items():
+    shares[f"stages.{name}.hasty"] = stage["hasty"]
+  for name, role in values["team"]["roles"].items():
+    shares |= {f"team.roles.{name}.{key}": role[key] for key in _SHARES}
+  return shares
 
 
 def _compare(

@@ -69,6 +69,7 @@ IMPORTANCES = {
     "sequence": losses.sequence_importance,
     "sequence_rejection": losses.sequence_rejection,
 }
+CORRECT = {"matches": answers.matches, "mentions": answers.mentions}
 FORMATS = {"answered": rewards.answered, "well_formed": rewards.well_formed}
 CORRECT_OF = {"root": rewards.of_root, "parent": rewards.of_parent}
 
@@ -224,7 +225,7 @@ def build_stages(config: ml_collections.ConfigDict) -> tuple[Stage, ...]:
               families=tuple(one.families),
               trained=frozenset(one.trained or trainable) & trainable,
               learning_rate=one.learning_rate,
-              decay=one.decay,
+              final_fraction=one.final_fraction,
           )
       )
   return tuple(stages)
@@ -257,11 +258,16 @@ def build_method(config: ml_collections.ConfigDict) -> Method:
     )
   with checks.inside("optimizer"):
     optimizer = optim.AdamW(**config.optimizer)
+  correct = pick(CORRECT, config.reward.correct, "reward.correct")
   return Method(
       rules=rewards.Rules(
           format=pick(FORMATS, config.reward.format, "reward.format"),
-          correct=answers.matches,
-          expert=rewards.evidence_grade,
+          correct=correct,
+          expert=functools.partial(
+              rewards.evidence_grade,
+              matches=correct,
+              opened_share=config.reward.opened_share,
+          ),
           correct_of=pick(
               CORRECT_OF, config.reward.correct_of, "reward.correct_of"
           ),

@@ -38,9 +38,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
     "hermes": hermes.HERMES,
 }
 TOOLS = ("calculate", "search", "visit")
-_TITLE_WEIGHT = 3  # how often a title counts as text in the search index
 _REMEMBERED_QUERIES = 100_000
-_TOKENIZER_SHARE = 0.15  # of training passages that a tokenizer learns from
 
 
 def check_names(config: ml_collections.ConfigDict, team: Team) -> None:
@@ -81,7 +79,9 @@ def tools(book: Factbook, config: ml_collections.ConfigDict) -> dict[str, Tool]:
   """
   passages = tuple(book.corpus.passages.values())
   index = SearchIndex(
-      passages, title_weight=_TITLE_WEIGHT, cache_size=_REMEMBERED_QUERIES
+      passages,
+      title_weight=config.title_weight,
+      cache_size=_REMEMBERED_QUERIES,
   )
   limits = {"deadline": config.deadline, "max_chars": config.max_chars}
   made = (
@@ -267,7 +267,7 @@ def _random(
 ) -> Policy:
   """A policy from scratch, its tokenizer learned from training places."""
   one = config.policies[name]
-  lines = _lines(book, config.tools.max_chars)
+  lines = _lines(book, one.tokenizer_share, config.tools.max_chars)
   model = tokenizer_lib.train_sentencepiece(
       lines,
       vocab_size=one.vocab_size,
@@ -282,8 +282,8 @@ def _random(
       num_kv_heads=one.num_kv_heads,
       head_dim=one.head_dim,
       mlp_dim=one.mlp_dim,
-      rope_base=10_000.0,
-      norm_eps=1e-5,
+      rope_base=one.rope_base,
+      norm_eps=one.norm_eps,
       tied_embeddings=True,
       dtype="float32",
   )
@@ -303,17 +303,19 @@ def _init(
   return params_lib.init(key, config)
 
 
-def _lines(book: Factbook, max_chars: int) -> list[str]:
-  """Text of training places only: names, questions, passages."""
+def _lines(book: Factbook, share: float, max_chars: int) -> list[str]:
+  """Training places' names, and a share of their questions and passages."""
   train = {p for p, split in book.place_splits.items() if split == "train"}
   random = np.random.default_rng(0)
   lines = list(factbook.training_names(book))
-  for task in book.splits["train"][::6]:
+  for task in book.splits["train"]:
+    if random.random() >= share:
+      continue
     lines.append(task.question)
     for hop in task.evidence:
       lines += [hop.question, hop.query, hop.answers[0]]
   for passage in book.corpus.passages.values():
     own = passage.id.split("/")[0] in train
-    if own and random.random() < _TOKENIZER_SHARE:
+    if own and random.random() < share:
       lines += [passage.title, passage.text[:max_chars]]
   return lines

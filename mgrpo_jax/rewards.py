@@ -25,8 +25,6 @@ from mgrpo_jax.types import (
 
 Matches = Callable[[str, Sequence[str]], bool]
 
-OPENED_SHARE = 0.5  # of the expert's grade; the report earns the rest
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardWeights:
@@ -255,11 +253,15 @@ def well_formed(trajectory: Trajectory) -> bool:
 
 
 def evidence_grade(
-    task: Task, trajectory: Trajectory, *, matches: Matches = answers.matches
+    task: Task,
+    trajectory: Trajectory,
+    *,
+    matches: Matches,
+    opened_share: float,
 ) -> float:
   """Grades a call by the evidence it was sent for.
 
-      0.5 · opened the passage + 0.5 · its report is the passage's answer
+      o · opened the passage + (1 - o) · its report is the passage's answer
 
   The evidence is the task's look-up whose question is nearest the request, by
   F1 of words; the best grade among equally near ones.
@@ -267,15 +269,16 @@ def evidence_grade(
   Args:
     task: with its evidence; without any the grade is 0.
     trajectory: the call.
-    matches: text, accepted answers -> whether a report is right;
-      `answers.mentions` where reports are sentences.
+    matches: text, accepted answers -> whether a report is right, such as
+      `answers.matches`, or `answers.mentions` where reports are sentences.
+    opened_share: o, what opening alone is worth, in [0, 1].
 
   Returns:
-    0, 0.5 or 1.
+    0, o, 1 - o or 1.
   """
   grades = [
-      OPENED_SHARE * _opened(trajectory, evidence)
-      + (1 - OPENED_SHARE) * _reports(trajectory, evidence, matches)
+      opened_share * _opened(trajectory, evidence)
+      + (1 - opened_share) * _reports(trajectory, evidence, matches)
       for evidence in nearest_evidence(task, trajectory.request)
   ]
   return max(grades, default=0.0)
@@ -373,11 +376,12 @@ def _own_correct(
   """Grades a root against the task, a call against its evidence."""
   if trajectory.status != Status.COMPLETED:
     return 0.0
-  if trajectory.parent == NO_PARENT:
-    right = rules.correct(trajectory.result_text, task.answers)
-    return None if right is None else float(right)
-  hops = nearest_evidence(task, trajectory.request)
-  return float(any(_reports(trajectory, h, answers.matches) for h in hops))
+  accepted = [task.answers]
+  if trajectory.parent != NO_PARENT:
+    hops = nearest_evidence(task, trajectory.request)
+    accepted = [hop.answers for hop in hops]
+  judged = [rules.correct(trajectory.result_text, each) for each in accepted]
+  return None if None in judged else float(any(judged))
 
 
 def _reports(

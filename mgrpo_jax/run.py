@@ -48,8 +48,6 @@ from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.tasks.pipeline import TaskStream
 from mgrpo_jax.types import RolloutGroup, Task, TrainState
 
-_FINAL_FRACTION = 0.1  # of the learning rate, where a stage decays it
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Credits:
@@ -191,11 +189,12 @@ class Run:
   ) -> dict[str, Step]:
     """Arrow 6: dispatches the updates of every policy that learns."""
     parts = self.setup.method.minibatches
+    warmup = self.setup.method.warmup_steps
     schedule = optim.Schedule(
         peak=stage.learning_rate,
-        warmup_steps=self.setup.method.warmup_steps,
-        decay_steps=stage.steps * parts if stage.decay else 0,
-        final_fraction=_FINAL_FRACTION,
+        warmup_steps=warmup,
+        decay_steps=max(stage.steps * parts - warmup, 0),
+        final_fraction=stage.final_fraction,
     )
     part_of = {group.task.id: b % parts for b, group in enumerate(groups)}
     method = self.setup.method

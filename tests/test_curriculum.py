@@ -11,7 +11,7 @@ def stage(name="easy", **changes):
       "families": (),
       "trained": frozenset({"main"}),
       "learning_rate": 1e-3,
-      "decay": False,
+      "final_fraction": 1.0,
   }
   return curriculum.Stage(**{**fields, **changes})
 

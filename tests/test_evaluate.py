@@ -1,19 +1,14 @@
 import asyncio
 
-from mgrpo_jax import answers, evaluate, rewards
+from rules import RULES
+
+from mgrpo_jax import evaluate
 from mgrpo_jax.agents import expert
 from mgrpo_jax.agents.compact import COMPACT
 from mgrpo_jax.agents.errors import InfrastructureError
 from mgrpo_jax.testing import corpus
 from mgrpo_jax.testing import setup as setup_lib
 from mgrpo_jax.testing import team as team_lib
-
-RULES = rewards.Rules(
-    format=rewards.well_formed,
-    correct=answers.matches,
-    expert=rewards.evidence_grade,
-    correct_of=rewards.of_root,
-)
 
 
 def ask(tasks, act):

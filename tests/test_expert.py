@@ -2,16 +2,31 @@ import asyncio
 import dataclasses
 
 import pytest
+from rules import grade
 
-from mgrpo_jax import answers, rewards, rollout
+from mgrpo_jax import answers, rollout
 from mgrpo_jax.agents import expert
 from mgrpo_jax.agents.compact import COMPACT
 from mgrpo_jax.agents.hermes import HERMES
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.testing import corpus
 from mgrpo_jax.testing import team as team_lib
-from mgrpo_jax.types import Status
+from mgrpo_jax.types import Evidence, Status
 
+CHAIN = dataclasses.replace(
+    corpus.task(),
+    question="currency of where the capital is the capital of Peru?",
+    answers=("Sol",),
+    evidence=(
+        corpus.task().evidence[0],
+        Evidence(
+            page="peru/facts#currency",
+            question="currency of where the capital is Lima",
+            query="Lima currency",
+            answers=("Sol",),
+        ),
+    ),
+)
 TITLES = {p.id: p.title for p in corpus.passages()}
 
 
@@ -42,18 +57,51 @@ def test_the_careful_expert_is_right_and_earns_everything(protocol):
   assert answers.matches(root.result_text, group.task.answers)
   assert [call.result_text for call in calls] == ["Lima", "CFA franc"]
   for call in calls:
-    assert rewards.evidence_grade(group.task, call) == 1.0
+    assert grade(group.task, call) == 1.0
     assert [turn.name for turn in call.turns] == ["search", "visit", ""]
   assert all(t.loss_mask.sum() > 0 for t in group.trajectories)
 
 
+def is_researcher(moment):
+  return moment.role.name == "researcher"
+
+
 def test_the_hasty_researcher_reports_a_title_without_opening_it():
-  group = play(COMPACT, hasty=lambda moment: moment.role.name == "researcher")
-  _, *calls = group.trajectories
-  assert [call.result_text for call in calls] == ["Peru", "Chad"]
-  for call in calls:
-    assert [turn.name for turn in call.turns] == ["search", ""]
-    assert rewards.evidence_grade(group.task, call) == 0.0
+  group = play(COMPACT, hasty=is_researcher, task=CHAIN)
+  _, first, _ = group.trajectories
+  assert first.result_text == "Peru"
+  assert [turn.name for turn in first.turns] == ["search", ""]
+  assert grade(group.task, first) == 0.0
+
+
+def test_a_chain_that_goes_well_ends_with_the_last_report():
+  root, *calls = play(COMPACT, task=CHAIN).trajectories
+  assert [call.result_text for call in calls] == ["Lima", "Sol"]
+  assert root.result_text == "Sol"
+
+
+def test_the_caller_takes_a_wrong_report_as_it_is():
+  root, first, second = play(
+      COMPACT, hasty=is_researcher, task=CHAIN
+  ).trajectories
+  assert first.request == "capital of Peru"
+  assert second.request == "currency of where the capital is Peru"
+  assert second.turns[0].argument == "Peru currency"
+  assert root.result_text == second.result_text == "Peru"
+
+
+def test_what_the_evidence_does_not_tell_is_guessed_even_without_haste():
+  def hasty_at_first(moment):
+    return moment.request == "capital of Peru"
+
+  root, _, second = play(COMPACT, hasty=hasty_at_first, task=CHAIN).trajectories
+  assert [turn.name for turn in second.turns] == ["search", ""]
+  assert root.result_text == "Peru"
+
+
+def test_nothing_is_computed_from_wrong_reports():
+  with pytest.raises(expert.LostError, match="nothing known follows"):
+    play(COMPACT, hasty=is_researcher)
 
 
 def test_the_hasty_main_agent_answers_with_the_first_report():

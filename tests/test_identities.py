@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import advantages as oracle
+from rules import RULES
 from trajectories import group, random_trajectory, task
 
 from mgrpo_jax import (
     advantages,
     alignment,
-    answers,
     losses,
     packing,
     rewards,
@@ -166,14 +166,8 @@ def test_4_a_team_without_calls_is_a_single_agent(strategy):
       for row in texts
   ]
   weights = rewards.RewardWeights(format=0.1, correct=0.9, expert=0.0)
-  rules = rewards.Rules(
-      format=rewards.well_formed,
-      correct=answers.matches,
-      expert=rewards.evidence_grade,
-      correct_of=rewards.of_root,
-  )
   scores = [
-      rewards.score(g, weights={"main": weights}, rules=rules) for g in groups
+      rewards.score(g, weights={"main": weights}, rules=RULES) for g in groups
   ]
   assert assign(groups, scores, "researcher", strategy, 3) == ()
   found = assign(groups, scores, "main", strategy, 1)

@@ -154,8 +154,10 @@ def test_a_stage_in_which_nothing_learns_is_refused():
 
 def test_a_key_that_a_stored_config_lacks_is_named():
   values = recipe.plain(quickstart.get_config())
-  del values["stages"]["hard"]["decay"]
-  with pytest.raises(ValueError, match="config.stages.hard.decay: missing"):
+  del values["stages"]["hard"]["final_fraction"]
+  with pytest.raises(
+      ValueError, match="config.stages.hard.final_fraction: missing"
+  ):
     recipe.check(recipe.restore(values))
 
 

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import rewards as oracle
+from rules import RULES, grade
 from trajectories import evidence, group, task, trajectory, turn
 
 from mgrpo_jax import answers, rewards
@@ -14,12 +15,6 @@ PAPER = {
     "main": rewards.RewardWeights(format=0.1, correct=0.9, expert=0.0),
     "researcher": rewards.RewardWeights(format=0.1, correct=0.4, expert=0.5),
 }
-RULES = rewards.Rules(
-    format=rewards.well_formed,
-    correct=answers.matches,
-    expert=rewards.evidence_grade,
-    correct_of=rewards.of_root,
-)
 CAPITAL = evidence("peru/government#capital", "capital of Peru", "Lima")
 AREA = evidence("peru/geography#area", "area of Peru", "1,285,216 sq km")
 TASK = task(CAPITAL, AREA, answers=("Lima",))
@@ -156,7 +151,7 @@ def test_formats(fields, answered, well_formed):
 
 
 @pytest.mark.parametrize(
-    "fields, grade",
+    "fields, expected",
     [
         ({}, 1.0),
         ({"turns": ()}, 0.5),
@@ -174,15 +169,21 @@ def test_formats(fields, answered, well_formed):
         ({"status": Status.TRUNCATED}, 0.5),
     ],
 )
-def test_expert_grades_the_call_by_its_evidence(fields, grade):
-  assert rewards.evidence_grade(TASK, call(**fields)) == grade
+def test_expert_grades_the_call_by_its_evidence(fields, expected):
+  assert grade(TASK, call(**fields)) == expected
 
 
 def test_reports_may_be_sentences():
   sentence = call(result_text="The capital of Peru is Lima.")
-  assert rewards.evidence_grade(TASK, sentence) == 0.5
-  lenient = rewards.evidence_grade(TASK, sentence, matches=answers.mentions)
-  assert lenient == 1.0
+  assert grade(TASK, sentence) == 0.5
+  assert grade(TASK, sentence, matches=answers.mentions) == 1.0
+
+
+def test_what_opening_the_passage_is_worth_can_be_chosen():
+  opened = call(result_text="Quito")
+  assert grade(TASK, opened, opened_share=0.2) == 0.2
+  reported = call(turns=())
+  assert grade(TASK, reported, opened_share=0.2) == 0.8
 
 
 def test_a_request_is_matched_to_the_nearest_look_up():
@@ -190,17 +191,15 @@ def test_a_request_is_matched_to_the_nearest_look_up():
   assert rewards.nearest_evidence(TASK, "what area has Peru") == (AREA,)
   # A request that says nothing is graded by what was found at best.
   assert rewards.nearest_evidence(TASK, "blah") == (CAPITAL, AREA)
-  assert rewards.evidence_grade(TASK, call(request="blah")) == 1.0
-  assert rewards.evidence_grade(task(), call()) == 0.0
+  assert grade(TASK, call(request="blah")) == 1.0
+  assert grade(task(), call()) == 0.0
 
 
 @given(st.text(max_size=300), st.text(max_size=300))
 @settings(max_examples=100, deadline=None)
 def test_any_text_can_be_graded(request, report):
-  grade = rewards.evidence_grade(
-      TASK, call(request=request, result_text=report)
-  )
-  assert grade in (0.5, 1.0)
+  graded = grade(TASK, call(request=request, result_text=report))
+  assert graded in (0.5, 1.0)
 
 
 def test_callers_correctness_in_a_deeper_tree():

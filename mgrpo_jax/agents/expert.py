@@ -6,8 +6,9 @@ stands there. Its turns go through the same agent calls as a policy's, so what
 is imitated is what a policy would have had to write.
 
 In some calls the expert is hasty: it answers with the first report though hops
-are left, or reports a title without opening the passage. Whoever imitates it
-knows the moves; which of them pay is left to be learned from rewards.
+are left, or reports a title without opening the passage. Its caller takes a
+report as it is, right or wrong. Whoever imitates it knows the moves; which of
+them pay is left to be learned from rewards.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -50,8 +51,8 @@ def environment(
     hasty: whether it cuts the call short at this moment.
 
   Returns:
-    What `rollout.run_group` takes; a rollout raises `LostError` where a
-    search does not list the passage that the evidence names.
+    What `rollout.run_group` takes; a rollout raises `LostError` where the
+    evidence does not help.
   """
 
   def act(moment: Moment) -> Action:
@@ -88,8 +89,8 @@ def next_action(
     The next action.
 
   Raises:
-    LostError: the request is no hop of the task, or the search did not list
-      the passage that holds the answer.
+    LostError: the request is no hop of the task, the search did not list the
+      passage that holds the answer, or nothing follows from wrong reports.
   """
   if moment.turns and hasty(moment):
     return _shortcut(moment.turns[-1])
@@ -100,7 +101,7 @@ def next_action(
   for hop in task.evidence:
     if hop.question == moment.request:
       return _look_up((hop,), hop.answers[0], moment.turns, titles)
-  raise LostError(f"{moment.request!r} is no hop of task {task.id}")
+  return _guess(moment, task)
 
 
 def never(moment: Moment) -> bool:
@@ -119,16 +120,44 @@ def _shortcut(turn: Turn) -> Action:
   return answer(first)
 
 
+def _guess(moment: Moment, task: Task) -> Action:
+  """Looks for what no evidence tells, and reports what is listed first."""
+  if moment.turns:
+    return _shortcut(moment.turns[-1])
+  for number, hop in enumerate(task.evidence):
+    for earlier in task.evidence[:number]:
+      known = earlier.answers[0]
+      head, found, tail = hop.question.partition(known)
+      name = moment.request.removeprefix(head).removesuffix(tail)
+      if found and moment.request == head + name + tail:
+        return _search(hop.query.replace(known, name))
+  raise LostError(f"{moment.request!r} is no hop of task {task.id}")
+
+
 def _delegate(moment: Moment, task: Task) -> Action:
-  """Asks the first child for each hop in turn, then answers."""
-  done = sum(turn.kind == "call" for turn in moment.turns)
-  if done == len(task.evidence):
-    return answer(task.answers[0])
+  """Asks the first child for each hop in turn, then answers.
+
+  What was reported goes into the next hop and the answer, right or wrong.
+  """
+  reports = [turn.result for turn in moment.turns if turn.kind == "call"]
+  if len(reports) == len(task.evidence):
+    return answer(_conclusion(task, reports))
+  question = task.evidence[len(reports)].question
+  for hop, report in zip(task.evidence, reports, strict=False):
+    question = question.replace(hop.answers[0], report)
   return Action(
-      kind="call",
-      name=moment.role.calls[0],
-      arguments={"request": task.evidence[done].question},
+      kind="call", name=moment.role.calls[0], arguments={"request": question}
   )
+
+
+def _conclusion(task: Task, reports: Sequence[str]) -> str:
+  """The last report, or what follows from all of them."""
+  if task.answers[0] == task.evidence[-1].answers[0]:
+    return reports[-1]
+  for hop, report in zip(task.evidence, reports, strict=True):
+    if report != hop.answers[0]:
+      raise LostError(f"nothing known follows from {report!r}")
+  return task.answers[0]
 
 
 def _look_up(
@@ -143,9 +172,14 @@ def _look_up(
     return answer(report)
   hop = hops[done]
   if not turns or turns[-1].name != "search":
-    return Action(kind="tool", name="search", arguments={"query": hop.query})
+    return _search(hop.query)
   number = _listed(titles[hop.page], turns[-1].result)
   return Action(kind="tool", name="visit", arguments={"page": number})
+
+
+def _search(query: str) -> Action:
+  """Searches the passages."""
+  return Action(kind="tool", name="search", arguments={"query": query})
 
 
 def _listed(title: str, results: str) -> str:

@@ -17,7 +17,8 @@ class Stage:
       for all.
     trained: names of the policies that learn; the others are frozen.
     learning_rate: peak, > 0.
-    decay: whether the rate falls along a cosine to a tenth over the stage.
+    final_fraction: what is left of the rate at the end of the stage, in
+      [0, 1]; it falls along a cosine. 1 keeps the peak.
 
   Raises:
     ValueError: naming the field that is out of range.
@@ -29,7 +30,7 @@ class Stage:
   families: tuple[str, ...]
   trained: frozenset[str]
   learning_rate: float
-  decay: bool
+  final_fraction: float
 
   def __post_init__(self) -> None:
     """Checks every field."""
@@ -46,6 +47,11 @@ class Stage:
       raise ValueError(
           f"stage {self.name!r}: learning_rate must be > 0, got"
           f" {self.learning_rate}"
+      )
+    if not 0 <= self.final_fraction <= 1:
+      raise ValueError(
+          f"stage {self.name!r}: final_fraction must be in [0, 1], got"
+          f" {self.final_fraction}"
       )
 
 

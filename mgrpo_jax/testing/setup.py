@@ -115,7 +115,7 @@ def small_setup(
       families=(),
       trained=trained,
       learning_rate=3e-3,
-      decay=False,
+      final_fraction=1.0,
   )
   reinforce = dataclasses.replace(
       imitate, name="reinforce", objective="reinforce", steps=steps

@@ -12,8 +12,8 @@ r"""Questions over the CIA World Factbook, with the documents that answer them.
 
 Passage ids are `peru/government#capital`, titles `Peru: Capital`. A passage's
 text opens with the fact itself ('Lima\ngeographic coordinates: ...'), so show
-the title above it. For a lexical index, `index_text` repeats the title and cuts
-the text; do not drop stop words: '.is', '.in' and '.no' are internet codes.
+the title above it. A lexical index should weigh titles ten times and drop no
+stop words: '.is', '.in' and '.no' are internet codes.
 
 `Task.meta` holds `kind` ('1hop:capital', '1hop:capital-of',
 '2hop:capital-of>internet-code', '2hop:longest-border>capital',
@@ -33,13 +33,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from mgrpo_jax.tasks.factbook import names, questions, specs
-from mgrpo_jax.tasks.factbook.corpus import (
-    Corpus,
-    Page,
-    Passage,
-    build,
-    index_text,
-)
+from mgrpo_jax.tasks.factbook.corpus import Corpus, Page, Passage, build
 from mgrpo_jax.tasks.factbook.facts import Fact, identifying, read
 from mgrpo_jax.tasks.factbook.places import Place
 from mgrpo_jax.tasks.factbook.splits import assign
@@ -52,7 +46,6 @@ __all__ = [
     "Page",
     "Passage",
     "Place",
-    "index_text",
     "load",
     "training_names",
 ]

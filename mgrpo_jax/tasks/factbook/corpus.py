@@ -161,20 +161,6 @@ def build() -> Corpus:
   )
 
 
-def index_text(passage: Passage, *, title_weight: int, head: int) -> str:
-  """Returns what a lexical index should see of a passage.
-
-  Args:
-    passage: the passage.
-    title_weight: how often the title is repeated, 1 or more.
-    head: how many characters of the text are indexed.
-
-  Returns:
-    The repeated title, then the head of the text.
-  """
-  return "\n".join([passage.title] * title_weight + [passage.text[:head]])
-
-
 def names(by_id: Mapping[str, Place]) -> dict[str, str]:
   """Maps every unambiguous name or alias of a place to the place's id."""
   owners: dict[str, set[str]] = {}

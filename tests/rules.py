@@ -1,0 +1,15 @@
+"""The rules that the quickstart grades with."""
+
+import functools
+
+from mgrpo_jax import answers, rewards
+
+grade = functools.partial(
+    rewards.evidence_grade, matches=answers.matches, opened_share=0.5
+)
+RULES = rewards.Rules(
+    format=rewards.well_formed,
+    correct=answers.matches,
+    expert=grade,
+    correct_of=rewards.of_root,
+)
