@@ -45,7 +45,7 @@ def main() -> None:
   with cli.user_errors(ValueError, OSError, publish.NoVersionError):
     evaluation = asyncio.run(_evaluate(setup, store))
   print(accuracies(evaluation.overall, evaluation.by_family))
-  print(json.dumps(evaluation.summary()))
+  print(json.dumps(evaluation.overall.summary()))
 
 
 async def _evaluate(setup: Setup, store: Store) -> Evaluation:

@@ -1,18 +1,19 @@
-"""Arrows 4 and 5 for one role: graded calls in, credited ones out."""
+"""Arrows 4 and 5: graded calls in, credited ones out."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from mgrpo_jax import packing
+from mgrpo_jax import advantages, packing, rewards
+from mgrpo_jax.agents.team import Team
 from mgrpo_jax.alignment import gather
 from mgrpo_jax.packing import Credit
-from mgrpo_jax.rewards import RoleCalls
-from mgrpo_jax.types import Alignment
+from mgrpo_jax.rewards import RoleCalls, Scores
+from mgrpo_jax.types import Alignment, RolloutGroup
 
 Align = Callable[..., Alignment]
 Advantage = Callable[[Array, Array], Array]
@@ -27,12 +28,109 @@ class Assignment:
     alignment: of the calls, on the host.
     rewards: [B, K, D] float32, of the aligned slots.
     advantages: [B, K, D] float32, of the aligned slots.
+    has_spread: [B] bool, whether the rewards of a task's slots differ.
   """
 
   credits: tuple[Credit, ...]
   alignment: Alignment
   rewards: np.ndarray
   advantages: np.ndarray
+  has_spread: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Credits:
+  """What one step trains on.
+
+  Attributes:
+    by_policy: trajectories with advantage and weight.
+    advantages: for each group [M] float32, NaN where the update does not see
+      the call.
+    assignments: by role; of roles whose calls were compared.
+  """
+
+  by_policy: Mapping[str, tuple[Credit, ...]]
+  advantages: tuple[np.ndarray, ...]
+  assignments: Mapping[str, Assignment]
+
+
+def copied(
+    groups: Sequence[RolloutGroup], scores: Sequence[Scores], team: Team
+) -> Credits:
+  """Credits demonstrations: every call counts once, nothing is compared.
+
+  Args:
+    groups: B demonstrations.
+    scores: of the groups; calls of weight 0 are left out.
+    team: the roles; those that are not trainable are left out.
+
+  Returns:
+    The credits, every advantage 0.
+  """
+  by_policy: dict[str, list[Credit]] = {}
+  for group, graded in zip(groups, scores, strict=True):
+    for trajectory, counted in zip(
+        group.trajectories, graded.weight > 0, strict=True
+    ):
+      role = team[trajectory.role]
+      if counted and role.trainable:
+        by_policy.setdefault(role.policy, []).append(
+            Credit(trajectory=trajectory, advantage=0.0, weight=1.0)
+        )
+  return Credits(
+      by_policy={name: tuple(part) for name, part in by_policy.items()},
+      advantages=_unseen(groups),
+      assignments={},
+  )
+
+
+def compared(
+    groups: Sequence[RolloutGroup],
+    scores: Sequence[Scores],
+    *,
+    team: Team,
+    trained: Collection[str],
+    align: Align,
+    advantage: Advantage,
+    num_slots: int,
+    seeds: Mapping[str, int],
+) -> Credits:
+  """Aligns and compares the calls of every role that learns.
+
+  Args:
+    groups: B groups of K rollouts each.
+    scores: of the groups.
+    team: the roles.
+    trained: names of the policies that learn.
+    align: one of `alignment`'s strategies.
+    advantage: one of `advantages`' normalisers.
+    num_slots: D of every role but the root, which has 1.
+    seeds: of the alignment's draws, by role, in [0, 2**32).
+
+  Returns:
+    The credits.
+  """
+  gains = _unseen(groups)
+  by_policy: dict[str, tuple[Credit, ...]] = {}
+  assignments: dict[str, Assignment] = {}
+  for role in team.roles:
+    if role.policy not in trained or not role.trainable:
+      continue
+    calls = rewards.by_role(
+        groups, scores, role=role.name, max_calls=team.most_calls(role.name)
+    )
+    assignment = assign(
+        calls,
+        align=align,
+        advantage=advantage,
+        num_slots=1 if role.name == team.root else num_slots,
+        seed=seeds[role.name],
+    )
+    scatter(assignment, calls, gains)
+    assignments[role.name] = assignment
+    earlier = by_policy.get(role.policy, ())
+    by_policy[role.policy] = (*earlier, *assignment.credits)
+  return Credits(by_policy=by_policy, advantages=gains, assignments=assignments)
 
 
 def assign(
@@ -63,46 +161,59 @@ def assign(
       advantage=advantage,
       num_slots=num_slots,
   )
-  alignment, rewards, gains = jax.device_get(aligned)
+  alignment, gathered, gains, has_spread = jax.device_get(aligned)
   return Assignment(
       credits=packing.fold(calls.calls, alignment, gains),
       alignment=alignment,
-      rewards=rewards,
+      rewards=gathered,
       advantages=gains,
+      has_spread=has_spread,
   )
 
 
 def scatter(
     assignment: Assignment,
     calls: RoleCalls,
-    advantages: Sequence[np.ndarray],
+    gains: Sequence[np.ndarray],
 ) -> None:
   """Writes each call's advantage to the call's place in its group.
 
   Args:
     assignment: of the calls.
     calls: the same that were assigned.
-    advantages: for each group [M] float, changed in place; calls that fill no
-      slot are left as they are.
+    gains: for each group [M] float, changed in place; calls that fill no slot
+      are left as they are.
   """
   index = np.asarray(assignment.alignment.index)
   weight = np.asarray(assignment.alignment.weight)
   for b, k, slot in np.argwhere(weight > 0).tolist():
     position = calls.positions[b][k][int(index[b, k, slot])]
-    advantages[b][position] = assignment.advantages[b, k, slot]
+    gains[b][position] = assignment.advantages[b, k, slot]
+
+
+def _unseen(groups: Sequence[RolloutGroup]) -> tuple[np.ndarray, ...]:
+  """NaN for every call."""
+  return tuple(np.full(len(g.trajectories), np.nan) for g in groups)
 
 
 @functools.partial(jax.jit, static_argnames=("align", "advantage", "num_slots"))
 def _aligned(
     seed: Int[Array, ""],
     num_calls: Int[Array, "B K"],
-    rewards: Float[Array, "B K C"],
+    earned: Float[Array, "B K C"],
     *,
     align: Align,
     advantage: Advantage,
     num_slots: int,
-) -> tuple[Alignment, Float[Array, "B K D"], Float[Array, "B K D"]]:
+) -> tuple[
+    Alignment, Float[Array, "B K D"], Float[Array, "B K D"], Bool[Array, " B"]
+]:
   """Alignment first, then the statistics over it."""
-  alignment = align(jax.random.key(seed), num_calls, num_slots=num_slots)
-  gathered = gather(rewards, alignment)
-  return alignment, gathered, advantage(gathered, alignment.weight)
+  aligned = align(jax.random.key(seed), num_calls, num_slots=num_slots)
+  gathered = gather(earned, aligned)
+  return (
+      aligned,
+      gathered,
+      advantage(gathered, aligned.weight),
+      advantages.has_spread(gathered, aligned.weight),
+  )

@@ -18,18 +18,12 @@ class Evaluation:
   Attributes:
     overall: over all questions that no machine failed on.
     by_family: the same by family of questions.
-    failed: questions left out because a machine or judge failed.
     groups: the rollouts, one a question.
   """
 
   overall: Accuracy
   by_family: Mapping[str, Accuracy]
-  failed: int
   groups: tuple[RolloutGroup, ...]
-
-  def summary(self) -> dict[str, object]:
-    """What `summary.json` says: accuracy, n and the 95% Wilson interval."""
-    return self.overall.summary() | {"failed": self.failed}
 
 
 async def evaluate(
@@ -59,25 +53,24 @@ async def evaluate(
       seed=seed,
       max_concurrent=max_concurrent,
   )
-  right: collections.Counter[str] = collections.Counter()
-  asked: collections.Counter[str] = collections.Counter()
-  failed = 0
+  found: dict[str, list[bool | None]] = collections.defaultdict(list)
   for group in groups:
-    correct = _correct(group, rules)
-    if correct is None:
-      failed += 1
-      continue
     family = str(group.task.meta.get("family", ""))
-    asked[family] += 1
-    right[family] += correct
+    found[family].append(_correct(group, rules))
   return Evaluation(
-      overall=Accuracy(correct=right.total(), n=asked.total()),
-      by_family={
-          family: Accuracy(correct=right[family], n=n)
-          for family, n in sorted(asked.items())
-      },
-      failed=failed,
+      overall=_accuracy([one for part in found.values() for one in part]),
+      by_family={name: _accuracy(found[name]) for name in sorted(found)},
       groups=tuple(groups),
+  )
+
+
+def _accuracy(found: Sequence[bool | None]) -> Accuracy:
+  """Counts what was right, and what could not be told."""
+  failed = sum(one is None for one in found)
+  return Accuracy(
+      correct=sum(one is True for one in found),
+      n=len(found) - failed,
+      failed=failed,
   )
 
 

@@ -83,6 +83,7 @@ class Journal:
     self._started = started
     self._compiled = compiled
     self._carried: dict[str, float] = {}  # of the processes before this one
+    self._corrupt = 0
     self._pending: Entry | None = None
 
   def __enter__(self) -> Self:
@@ -110,13 +111,18 @@ class Journal:
     last_step = checkpoint.step if checkpoint else -1
     if checkpoint:
       self._carried = dict(checkpoint.host["totals"])
-      for problem in checkpoint.skipped:
-        self.progress.note(f"skipped {problem}")
+      self.skipped(checkpoint.skipped)
     records.remove_after(self.workdir.rollouts, last_step)
     self._writer = self._stack.enter_context(
         MetricsWriter(self.workdir.path, last_step=last_step)
     )
     return checkpoint
+
+  def skipped(self, problems: Sequence[str]) -> None:
+    """Names and counts what was found damaged and passed over."""
+    self._corrupt += len(problems)
+    for problem in problems:
+      self.progress.note(f"skipped {problem}")
 
   def rollouts(
       self,
@@ -127,7 +133,16 @@ class Journal:
       advantages: Sequence[np.ndarray],
       pieces: records.Pieces,
   ) -> None:
-    """Writes every token of a step's rollouts."""
+    """Writes every token of a step's rollouts.
+
+    Args:
+      step: its number.
+      stage: name of the curriculum's stage.
+      groups: B rollout groups.
+      scores: of the groups.
+      advantages: for each group [M], NaN where the update does not see a call.
+      pieces: role, token ids -> a text for each.
+    """
     records.write_step(
         self.workdir.rollouts,
         step,
@@ -164,6 +179,7 @@ class Journal:
     totals = self.totals()
     values["compilations"] = totals["compilations"]
     values["compile_seconds"] = totals["compile_seconds"]
+    values["corrupt_records"] = totals["corrupt_records"]
     values["peak_rss_bytes"] = float(metrics.peak_rss_bytes())
     self._writer.write(entry.step, entry.stage, values)
     self.progress.update(entry.step + 1, entry.stage, values)
@@ -174,7 +190,13 @@ class Journal:
       states: Mapping[str, TrainState],
       host: Mapping[str, Any],
   ) -> None:
-    """Writes a checkpoint behind the last step that was flushed."""
+    """Writes a checkpoint behind the last step that was flushed.
+
+    Args:
+      step: the last one that the checkpoint holds.
+      states: by policy.
+      host: what else a resumed run needs, as JSON.
+    """
     self.flush()
     self._checkpoints.save(step, states, {**host, "totals": self.totals()})
 
@@ -188,6 +210,7 @@ class Journal:
         "compile_seconds": (
             carried.get("compile_seconds", 0.0) + self._compiled.seconds
         ),
+        "corrupt_records": carried.get("corrupt_records", 0.0) + self._corrupt,
     }
 
   def summarise(self, summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,6 +230,7 @@ class Journal:
         "seconds": round(totals["seconds"], 3),
         "peak_rss_bytes": metrics.peak_rss_bytes(),
         "compilations": int(totals["compilations"]),
+        "corrupt_records": int(totals["corrupt_records"]),
     }
     atomic.write_json(self.workdir.summary, whole)
     return whole

@@ -6,6 +6,7 @@ What each arrow does stands in `run.Run`; what is written down, in
 `journal.Journal`.
 """
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -46,8 +47,7 @@ async def train(
       await _step(run, journal, step, last=step == total - 1, before=before)
     journal.flush()
     run.save_policies(journal.workdir.policies)
-    for problem in run.read_published():
-      journal.progress.note(f"skipped {problem}")
+    journal.skipped(run.read_published())
     after = _numbers(await run.evaluate(setup.test, "test"))
     summary = {
         "seed": setup.seed,
@@ -66,7 +66,7 @@ async def train(
 
 async def _begin(
     run: Run, journal: Journal
-) -> tuple[int, dict[str, list[int]]]:
+) -> tuple[int, dict[str, dict[str, int]]]:
   """Resumes, or measures where the team starts and publishes version 0."""
   checkpoint = journal.restore(run.states)
   if checkpoint is not None:
@@ -84,7 +84,7 @@ async def _step(
     step: int,
     *,
     last: bool,
-    before: Mapping[str, list[int]],
+    before: Mapping[str, Mapping[str, int]],
 ) -> None:
   """One step of the curriculum."""
   setup = run.setup
@@ -112,30 +112,28 @@ async def _step(
     journal.save(step, run.states, host)
 
 
-def _numbers(evaluation: Evaluation) -> dict[str, list[int]]:
-  """Correct answers and questions by family, as JSON."""
+def _numbers(evaluation: Evaluation) -> dict[str, dict[str, int]]:
+  """What was counted for each family of questions, as JSON."""
   return {
-      family: [accuracy.correct, accuracy.n]
+      family: dataclasses.asdict(accuracy)
       for family, accuracy in evaluation.by_family.items()
   }
 
 
-def _overall(numbers: Mapping[str, list[int]]) -> Accuracy:
+def _overall(numbers: Mapping[str, Mapping[str, int]]) -> Accuracy:
   """The accuracy over all families."""
+  names = [field.name for field in dataclasses.fields(Accuracy)]
   return Accuracy(
-      correct=sum(correct for correct, _ in numbers.values()),
-      n=sum(n for _, n in numbers.values()),
+      **{name: sum(part[name] for part in numbers.values()) for name in names}
   )
 
 
 def _table(
-    before: Mapping[str, list[int]], after: Mapping[str, list[int]]
+    before: Mapping[str, Mapping[str, int]],
+    after: Mapping[str, Mapping[str, int]],
 ) -> dict[str, tuple[Accuracy, Accuracy]]:
   """Before and after: all questions first, then by family."""
   rows = {"all": (_overall(before), _overall(after))}
-  for family in sorted({*before, *after}):
-    rows[family] = (
-        _overall({family: before.get(family, [0, 0])}),
-        _overall({family: after.get(family, [0, 0])}),
-    )
+  for family in sorted(before):
+    rows[family] = (Accuracy(**before[family]), Accuracy(**after[family]))
   return rows

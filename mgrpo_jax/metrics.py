@@ -124,7 +124,9 @@ METRICS: Mapping[str, Metric] = dict((
     _metric("generated_tokens", "", "tokens", "", "sampled so far"),
     _metric("trained_tokens", "", "tokens", "", "trained on so far"),
     _metric("rollouts", "", "rollouts", "", "finished so far"),
-    _metric("retried", "", "rollouts", "lower", "rollouts run again so far"),
+    _metric("retried", "", "tasks", "lower", "tasks to be asked again so far"),
+    _metric("waiting", "", "tasks", "lower",
+            "of these, tasks not yet asked again"),
     _metric("corrupt_records", "", "records", "lower",
             "checkpoints, versions or records found damaged so far"),
     _metric("tokens_per_second", "phase", "tokens/s", "higher",
@@ -204,11 +206,13 @@ class Accuracy:
 
   Attributes:
     correct: questions answered correctly.
-    n: questions asked.
+    n: questions asked, but for those that failed.
+    failed: questions left out because a machine or judge failed.
   """
 
   correct: int
   n: int
+  failed: int
 
   @property
   def share(self) -> float:
@@ -221,9 +225,13 @@ class Accuracy:
     return wilson(self.correct, self.n)
 
   def summary(self) -> dict[str, Any]:
-    """What `summary.json` says of it: `accuracy`, `n` and `ci95`."""
-    share = self.share if self.n else None
-    return {"accuracy": share, "n": self.n, "ci95": list(self.interval)}
+    """What `summary.json` says of it, accuracy None where n is 0."""
+    return {
+        "accuracy": self.share if self.n else None,
+        "n": self.n,
+        "ci95": list(self.interval),
+        "failed": self.failed,
+    }
 
 
 @dataclasses.dataclass

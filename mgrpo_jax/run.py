@@ -9,12 +9,7 @@ import dataclasses
 import pathlib
 import shutil
 import time
-from collections.abc import (
-    AsyncIterator,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +28,7 @@ from mgrpo_jax import (
 from mgrpo_jax.agents.actor import Actor
 from mgrpo_jax.agents.call import turn_seed
 from mgrpo_jax.agents.context import Environment
-from mgrpo_jax.agents.team import Team
+from mgrpo_jax.credit import Credits
 from mgrpo_jax.evaluate import Evaluation
 from mgrpo_jax.learner import Learner, Step
 from mgrpo_jax.packing import Credit
@@ -45,22 +40,8 @@ from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.store import Store
 from mgrpo_jax.tasks import curriculum
 from mgrpo_jax.tasks.curriculum import Stage
-from mgrpo_jax.tasks.pipeline import TaskStream
+from mgrpo_jax.tasks.pipeline import TaskQueue
 from mgrpo_jax.types import RolloutGroup, Task, TrainState
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Credits:
-  """What one step trains on.
-
-  Attributes:
-    by_policy: trajectories with advantage and weight.
-    advantages: for each group [M] float32, NaN where the update does not see
-      the call.
-  """
-
-  by_policy: Mapping[str, tuple[Credit, ...]]
-  advantages: tuple[np.ndarray, ...]
 
 
 class Run:
@@ -79,11 +60,10 @@ class Run:
     self.setup = setup
     self.store = store
     self.values: dict[str, float] = {}  # metrics of the step under way
-    self.requeued: dict[str, list[str]] = {}  # stage -> ids of tasks to repeat
     self.trained_tokens = 0
     self.rollouts = 0
     self.retried = 0
-    self._versions: dict[str, int] = {}  # of the weights sampled from
+    self._versions = dict.fromkeys(setup.policies, 0)  # sampled from
     self._generated_carried = 0  # by earlier processes
     self._generated_before = 0  # when the last step ended
     method = setup.method
@@ -108,12 +88,9 @@ class Run:
         )
         for name, learner in self.learners.items()
     }
-    self._streams = {
-        stage.name: TaskStream(setup.tasks[stage.name], seed=setup.seed)
+    self._queues = {
+        stage.name: TaskQueue(setup.tasks[stage.name], seed=setup.seed)
         for stage in setup.stages
-    }
-    self._by_id = {
-        task.id: task for tasks in setup.tasks.values() for task in tasks
     }
     actors = {n: setup.actor(n, e) for n, e in self.engines.items()}
     self._training = self._environment(actors, setup.sampler.temperature)
@@ -123,11 +100,7 @@ class Run:
 
   def take(self, stage: Stage) -> tuple[Task, ...]:
     """Arrow 1: the next tasks, those that are to be repeated first."""
-    waiting = self.requeued.get(stage.name, [])
-    count = self.setup.tasks_per_step
-    again, self.requeued[stage.name] = waiting[:count], waiting[count:]
-    fresh = self._streams[stage.name].take(count - len(again))
-    return (*(self._by_id[name] for name in again), *fresh)
+    return self._queues[stage.name].take(self.setup.tasks_per_step)
 
   async def collect(
       self, stage: Stage, tasks: Sequence[Task], step: int
@@ -158,7 +131,7 @@ class Run:
             group, weights=method.reward_weights, rules=method.rules
         )
         if not np.all(graded.weight > 0):
-          self.requeued.setdefault(stage.name, []).append(group.task.id)
+          self._queues[stage.name].put_back(group.task.id)
           self.retried += 1
           nothing = np.zeros_like(graded.weight)
           graded = dataclasses.replace(graded, weight=nothing)
@@ -177,8 +150,14 @@ class Run:
     """Arrows 4 and 5: alignment, then advantages, role by role."""
     with self.timed("align"):
       if stage.objective == "imitate":
-        return _copied(groups, scores, self.setup.team)
-      return self._assigned(stage, groups, scores, step)
+        return credit.copied(groups, scores, self.setup.team)
+      credits = self._compared(stage, groups, scores, step)
+    for role, assignment in credits.assignments.items():
+      self.values |= statistics.of_assignment(role, assignment)
+    for policy, part in credits.by_policy.items():
+      age = statistics.staleness(part, self._versions[policy])
+      self.values[f"staleness/{policy}"] = age
+    return credits
 
   def update(
       self,
@@ -337,6 +316,7 @@ class Run:
         "trained_tokens": float(self.trained_tokens),
         "rollouts": float(self.rollouts),
         "retried": float(self.retried),
+        "waiting": float(sum(q.waiting for q in self._queues.values())),
     }
 
   @property
@@ -353,8 +333,7 @@ class Run:
   def host_state(self) -> dict[str, Any]:
     """What a checkpoint keeps beside the arrays, as JSON."""
     return {
-        "streams": {n: s.get_state() for n, s in self._streams.items()},
-        "requeued": self.requeued,
+        "tasks": {name: q.get_state() for name, q in self._queues.items()},
         "generated_tokens": self.generated_tokens,
         "trained_tokens": self.trained_tokens,
         "rollouts": self.rollouts,
@@ -374,9 +353,8 @@ class Run:
       host: what `host_state` returned.
       version: number of the weights.
     """
-    for name, stream in self._streams.items():
-      stream.set_state(host["streams"][name])
-    self.requeued = {k: list(v) for k, v in host["requeued"].items()}
+    for name, queue in self._queues.items():
+      queue.set_state(host["tasks"][name])
     self._generated_carried = host["generated_tokens"]
     self._generated_before = self.generated_tokens
     self.trained_tokens = host["trained_tokens"]
@@ -424,7 +402,7 @@ class Run:
         max_attempts=sampler.max_attempts,
     )
 
-  def _assigned(
+  def _compared(
       self,
       stage: Stage,
       groups: Sequence[RolloutGroup],
@@ -432,33 +410,20 @@ class Run:
       step: int,
   ) -> Credits:
     """Aligns and compares the calls of every role whose policy learns."""
-    gains = tuple(np.full(len(g.trajectories), np.nan) for g in groups)
-    by_policy: dict[str, tuple[Credit, ...]] = {}
-    method, team = self.setup.method, self.setup.team
-    for position, role in enumerate(team.roles):
-      if role.policy not in stage.trained or not role.trainable:
-        continue
-      calls = rewards.by_role(
-          groups, scores, role=role.name, max_calls=team.most_calls(role.name)
-      )
-      assignment = credit.assign(
-          calls,
-          align=method.align,
-          advantage=method.advantage,
-          num_slots=1 if role.name == team.root else method.num_slots,
-          seed=turn_seed(self.setup.seed, "align", step, position) % 2**32,
-      )
-      credit.scatter(assignment, calls, gains)
-      self.values |= statistics.of_alignment(
-          role.name, assignment.alignment, assignment.rewards
-      )
-      earlier = by_policy.get(role.policy, ())
-      by_policy[role.policy] = (*earlier, *assignment.credits)
-    for policy, credits in by_policy.items():
-      self.values[f"staleness/{policy}"] = statistics.staleness(
-          credits, self._versions[policy]
-      )
-    return Credits(by_policy=by_policy, advantages=gains)
+    method, team, seed = self.setup.method, self.setup.team, self.setup.seed
+    return credit.compared(
+        groups,
+        scores,
+        team=team,
+        trained=stage.trained,
+        align=method.align,
+        advantage=method.advantage,
+        num_slots=method.num_slots,
+        seeds={
+            role.name: turn_seed(seed, "align", step, position) % 2**32
+            for position, role in enumerate(team.roles)
+        },
+    )
 
 
 @contextlib.asynccontextmanager
@@ -477,26 +442,6 @@ async def open_run(setup: Setup, store: Store) -> AsyncIterator[Run]:
     for engine in run.engines.values():
       await stack.enter_async_context(engine)
     yield run
-
-
-def _copied(
-    groups: Sequence[RolloutGroup], scores: Sequence[Scores], team: Team
-) -> Credits:
-  """Every call of a whole demonstration counts once; nothing is compared."""
-  by_policy: dict[str, list[Credit]] = {}
-  for group, graded in zip(groups, scores, strict=True):
-    for trajectory, counted in zip(
-        group.trajectories, graded.weight > 0, strict=True
-    ):
-      role = team[trajectory.role]
-      if counted and role.trainable:
-        by_policy.setdefault(role.policy, []).append(
-            Credit(trajectory=trajectory, advantage=0.0, weight=1.0)
-        )
-  return Credits(
-      by_policy={name: tuple(part) for name, part in by_policy.items()},
-      advantages=tuple(np.full(len(g.trajectories), np.nan) for g in groups),
-  )
 
 
 def _with_gradient(

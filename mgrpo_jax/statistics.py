@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mgrpo_jax.credit import Assignment
 from mgrpo_jax.packing import Credit
 from mgrpo_jax.rewards import Scores
-from mgrpo_jax.types import Alignment, RolloutGroup, Status
+from mgrpo_jax.types import RolloutGroup, Status
 
 _ENDINGS = {
     "completed": Status.COMPLETED,
@@ -46,35 +47,28 @@ def of_role(
   return values | _rewards(groups, scores, role)
 
 
-def of_alignment(
-    role: str,
-    alignment: Alignment,
-    rewards: np.ndarray,
-) -> dict[str, float]:
+def of_assignment(role: str, assignment: Assignment) -> dict[str, float]:
   """Says what the alignment dropped and how rewards spread within groups.
 
   Args:
     role: its name.
-    alignment: of one role's calls.
-    rewards: [B, K, D] float32, of the aligned slots.
+    assignment: of the role's calls.
 
   Returns:
     `dropped`, `spread` and `flat_groups` of the role.
   """
-  weight = np.asarray(alignment.weight, np.float64)
-  num_calls = np.asarray(alignment.num_calls)
-  num_slots = weight.shape[-1]
-  groups = [
-      (weight[b].ravel(), np.asarray(rewards)[b].ravel())
-      for b in range(len(weight))
+  weight = np.asarray(assignment.alignment.weight, np.float64)
+  num_calls = np.asarray(assignment.alignment.num_calls)
+  tasks = np.flatnonzero(weight.sum((1, 2)) > 0)
+  spreads = [
+      _spread(weight[b].ravel(), assignment.rewards[b].ravel()) for b in tasks
   ]
-  spreads = np.array([_spread(w, r) for w, r in groups if w.sum() > 0])
+  dropped = np.maximum(num_calls - weight.shape[-1], 0).sum()
+  flat = ~assignment.has_spread[tasks]
   return {
-      f"dropped/{role}": float(np.maximum(num_calls - num_slots, 0).sum()),
-      f"spread/{role}": float(spreads.mean()) if spreads.size else 0.0,
-      f"flat_groups/{role}": (
-          float((spreads < _FLAT).mean()) if spreads.size else 1.0
-      ),
+      f"dropped/{role}": float(dropped),
+      f"spread/{role}": float(np.mean(spreads)) if tasks.size else 0.0,
+      f"flat_groups/{role}": float(np.mean(flat)) if tasks.size else 1.0,
   }
 
 
@@ -92,9 +86,6 @@ def staleness(credits: Sequence[Credit], version: int) -> float:
   sampled = [c.trajectory for c in credits if c.trajectory.loss_mask.any()]
   oldest = min((t.version_min for t in sampled), default=version)
   return float(max(version - oldest, 0))
-
-
-_FLAT = 1e-6  # rewards are float32 of order 1: below it they are equal
 
 
 def _spread(weight: np.ndarray, rewards: np.ndarray) -> float:

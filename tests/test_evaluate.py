@@ -55,5 +55,5 @@ def test_right_wrong_and_failed_are_told_apart():
   found = ask([right, wrong, broken], act)
   assert [f.overall.correct for f in found] == [1, 0, 0]
   assert [f.overall.n for f in found] == [1, 1, 0]
-  assert [f.failed for f in found] == [0, 0, 1]
+  assert [f.overall.failed for f in found] == [0, 0, 1]
   assert found[0].by_family["Capital"].n == 1

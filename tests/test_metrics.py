@@ -108,12 +108,12 @@ def test_wilson_knows_nothing_of_nothing_and_refuses_nonsense():
 
 
 def test_accuracy_summary_is_what_the_run_directory_promises():
-  summary = metrics.Accuracy(correct=81, n=263).summary()
+  summary = metrics.Accuracy(correct=81, n=263, failed=0).summary()
   assert json.loads(json.dumps(summary, allow_nan=False)) == summary
-  assert list(summary) == ["accuracy", "n", "ci95"]
+  assert list(summary) == ["accuracy", "n", "ci95", "failed"]
   assert summary["accuracy"] == 81 / 263
-  empty = metrics.Accuracy(correct=0, n=0).summary()
-  assert empty == {"accuracy": None, "n": 0, "ci95": [0.0, 1.0]}
+  empty = metrics.Accuracy(correct=0, n=0, failed=0).summary()
+  assert empty == {"accuracy": None, "n": 0, "ci95": [0.0, 1.0], "failed": 0}
 
 
 def test_compilations_are_counted_while_the_context_is_open():

@@ -423,8 +423,14 @@ def test_durations_read_as_people_write_them(seconds, text):
 def test_comparison_table_shows_intervals_and_change():
   table = progress.comparison(
       {
-          "test": (Accuracy(correct=156, n=500), Accuracy(correct=265, n=500)),
-          "3 hops": (Accuracy(correct=0, n=90), Accuracy(correct=9, n=91)),
+          "test": (
+              Accuracy(correct=156, n=500, failed=0),
+              Accuracy(correct=265, n=500, failed=0),
+          ),
+          "3 hops": (
+              Accuracy(correct=0, n=90, failed=0),
+              Accuracy(correct=9, n=91, failed=0),
+          ),
       }
   )
   header, test, hops = table.splitlines()

@@ -57,8 +57,8 @@ def make_run(directory, *, finished=True, steps=4, tasks=2):
   }
   (directory / "config.json").write_text(json.dumps(config))
   if finished:
-    before = metrics.Accuracy(correct=30, n=100).summary()
-    after = metrics.Accuracy(correct=60, n=100).summary()
+    before = metrics.Accuracy(correct=30, n=100, failed=0).summary()
+    after = metrics.Accuracy(correct=60, n=100, failed=0).summary()
     summary = {"steps": 60, "seconds": 83.0, "commit": "f" * 40}
     summary |= {"peak_rss_bytes": 3 << 30, "compilations": 41, "seed": 3}
     summary["eval"] = {"before": before, "after": after}

@@ -1,6 +1,7 @@
 import numpy as np
 
 from mgrpo_jax import statistics
+from mgrpo_jax.credit import Assignment
 from mgrpo_jax.packing import Credit
 from mgrpo_jax.rewards import Scores
 from mgrpo_jax.types import (
@@ -106,7 +107,14 @@ def test_alignment_counts_what_it_drops_and_flat_groups():
   rewards = np.array(
       [[[0.0, 1.0], [0.5, 99.0]], [[0.7, 0.7], [0.7, 0.7]], [[1, 2], [3, 4]]]
   )
-  found = statistics.of_alignment("r", alignment, rewards)
+  assignment = Assignment(
+      credits=(),
+      alignment=alignment,
+      rewards=rewards,
+      advantages=np.zeros_like(rewards),
+      has_spread=np.array([True, False, False]),
+  )
+  found = statistics.of_assignment("r", assignment)
   assert found["dropped/r"] == (4 - 2) + (3 - 2)
   assert found["flat_groups/r"] == 0.5  # of two groups with calls
   np.testing.assert_allclose(

@@ -1,8 +1,8 @@
-"""Tasks as an endless, shuffled, checkpointable stream (grain)."""
+"""Tasks as an endless, shuffled, checkpointable stream (grain) and a queue."""
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import grain
@@ -131,3 +131,52 @@ class TaskStream(Iterator[Task]):
           f" {state['tasks']}, this stream has {self._tasks}"
       )
     self._iterator.set_state(state["grain"])
+
+
+class TaskQueue:
+  """A stream whose tasks may be put back, to be taken again first."""
+
+  def __init__(self, tasks: Sequence[Task], *, seed: int):
+    """Starts at the first task of the first epoch.
+
+    Args:
+      tasks: at least one, with distinct ids.
+      seed: of the shuffle, 0 .. 2**32 - 1.
+
+    Raises:
+      ValueError: see `TaskStream`.
+    """
+    self._stream = TaskStream(tasks, seed=seed)
+    self._by_id = {task.id: task for task in tasks}
+    self._waiting: list[str] = []
+
+  def take(self, count: int) -> tuple[Task, ...]:
+    """Returns `count` tasks, those that were put back first."""
+    again, self._waiting = self._waiting[:count], self._waiting[count:]
+    fresh = self._stream.take(count - len(again))
+    return (*(self._by_id[name] for name in again), *fresh)
+
+  def put_back(self, task_id: str) -> None:
+    """Has a task taken again."""
+    self._waiting.append(task_id)
+
+  @property
+  def waiting(self) -> int:
+    """Number of tasks that were put back and not yet taken again."""
+    return len(self._waiting)
+
+  def get_state(self) -> dict[str, Any]:
+    """Returns the position, as JSON values."""
+    return {"stream": self._stream.get_state(), "waiting": list(self._waiting)}
+
+  def set_state(self, state: Mapping[str, Any]) -> None:
+    """Continues from a position.
+
+    Args:
+      state: what `get_state` returned for the same tasks and seed.
+
+    Raises:
+      ValueError: where it is the position of another stream.
+    """
+    self._stream.set_state(state["stream"])
+    self._waiting = list(state["waiting"])
