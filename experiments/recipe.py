@@ -121,7 +121,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   world.check_names(config, team)
   if config.publish.bucket:
     with checks.inside("publish.bucket"):
-      bucket.spec(config.publish.bucket)
+      if bucket.spec(config.publish.bucket)["driver"] == "memory":
+        raise ValueError("memory:// ends with the run; nothing could read it")
 
 
 def open_store(

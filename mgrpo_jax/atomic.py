@@ -4,8 +4,7 @@ Everything small that a run leaves on the local disk (summary.json, pages,
 pictures, finished rollout files) is written through `write`: to a temporary
 file beside the target, flushed to the disk, then renamed over it. A reader, or
 a run started again after SIGKILL, sees the old contents or the new ones.
-Growing files (metrics.jsonl) are cut back to their last whole line with
-`trim_lines`. `exclusive` keeps a second run out of a run directory.
+`exclusive` keeps a second run out of a run directory.
 
 Failures are `StorageError`s whose text is one line: what, where, why.
 """
@@ -122,31 +121,6 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     raise StorageError(f"cannot read {path}: {reason(error)}") from error
   except ValueError as error:
     raise CorruptError(f"{path} is not JSON: {reason(error)}") from error
-
-
-def trim_lines(path: str | os.PathLike[str]) -> int:
-  """Cuts a half-written last line off a file that grows by lines.
-
-  Args:
-    path: the file; a missing one is left missing.
-
-  Returns:
-    How many bytes were cut off.
-
-  Raises:
-    StorageError: the file cannot be changed.
-  """
-  path = pathlib.Path(path)
-  try:
-    if not path.exists():
-      return 0
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-      os.truncate(path, whole)
-    return len(data) - whole
-  except OSError as error:
-    raise StorageError(f"cannot trim {path}: {reason(error)}") from error
 
 
 def sweep(directory: str | os.PathLike[str]) -> int:

@@ -46,6 +46,8 @@ def spec(url: str) -> dict[str, Any]:
   if parts.scheme not in OPTIONS or parts.fragment:
     allowed = ", ".join(f"{scheme}://" for scheme in OPTIONS)
     raise ValueError(f"url: {url!r} must start with one of {allowed}")
+  if parts.scheme in ("gs", "s3") and not parts.netloc:
+    raise ValueError(f"url: {url!r} must name a bucket, {parts.scheme}://NAME")
   unknown = sorted(options.keys() - OPTIONS[parts.scheme])
   if unknown:
     raise ValueError(f"url: unknown option {unknown[0]!r} in {url!r}")

@@ -106,11 +106,6 @@ class Store:
     check_key(key)
     self._wait("delete", key, self._kvstore.write(key, None))
 
-  def delete_prefix(self, prefix: str) -> None:
-    """Removes every key below a folder, `prefix` without trailing slash."""
-    self.discard(prefix)
-    self.settle()
-
   def discard(self, prefix: str) -> None:
     """Starts removing every key below a folder and returns at once.
 

@@ -84,18 +84,6 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize(
-    ("text", "left"),
-    [("", ""), ("a\nb\n", "a\nb\n"), ("a\n{", "a\n"), ("{", "")],
-)
-def test_a_half_written_line_is_cut_off(tmp_path, text, left):
-  path = tmp_path / "metrics.jsonl"
-  assert atomic.trim_lines(path) == 0
-  path.write_text(text)
-  assert atomic.trim_lines(path) == len(text) - len(left)
-  assert path.read_text() == left
-
-
 def _hold(path: str, ready) -> None:
   with atomic.exclusive(path):
     ready.set()

@@ -90,6 +90,7 @@ def test_the_main_agent_must_delegate():
         ("optimizer.eps", float("nan"), "config.optimizer.eps"),
         ("warmup_steps", -1, "config.warmup_steps"),
         ("publish.bucket", "/tmp/bucket", "config.publish.bucket"),
+        ("publish.bucket", "memory://x", "ends with the run"),
         ("team.roles.main.policy", "ghost", "main.policy: 'ghost'"),
         ("team.roles.main.max_calls", 10**6, "researcher may be called"),
         ("team.roles.main.format_share", 2.0, "main.format_share"),

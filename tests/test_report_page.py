@@ -412,7 +412,7 @@ def test_view_writes_the_report_and_says_where(tmp_path):
 
 
 def test_what_is_not_a_run_is_refused_before_anything_is_written(tmp_path):
-  with pytest.raises(page.NotARunError, match="nowhere: no such directory"):
+  with pytest.raises(page.NotARunError, match="nowhere: does not exist"):
     page.write(tmp_path / "nowhere")
   with pytest.raises(page.NotARunError, match=r"no config\.json"):
     page.write(tmp_path)

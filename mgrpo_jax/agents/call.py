@@ -49,7 +49,8 @@ async def call_agent(
   try:
     status = await call.run()
   except (InfrastructureError, OSError) as error:  # TimeoutError is an OSError
-    _LOG.warning("%s failed: %s", call.session, error)
+    reason = str(error) or type(error).__name__  # a deadline says nothing
+    _LOG.warning("%s failed: %s", call.session, reason)
     status = Status.FAILED
   finally:
     call.actor.release(call.session)

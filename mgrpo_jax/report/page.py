@@ -62,7 +62,8 @@ def write(workdir: str | os.PathLike[str]) -> Report:
   """
   workdir = pathlib.Path(workdir)
   if not workdir.is_dir():
-    raise NotARunError(f"workdir {workdir}: no such directory")
+    what = "is no directory" if workdir.exists() else "does not exist"
+    raise NotARunError(f"workdir {workdir}: {what}")
   if not (workdir / "config.json").is_file():
     raise NotARunError(f"workdir {workdir}: no config.json, so not a run's")
   config = atomic.read_json(workdir / "config.json")
