@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import optax
 
+from mgrpo_jax import fields
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -36,11 +38,13 @@ class Schedule:
 
   def __post_init__(self) -> None:
     """Checks every field."""
-    _check("peak", self.peak, 0 < self.peak < math.inf, "> 0")
-    _check("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, ">= 0")
-    _check("decay_steps", self.decay_steps, self.decay_steps >= 0, ">= 0")
+    fields.check("peak", self.peak, 0 < self.peak < math.inf, "> 0")
+    fields.check(
+        "warmup_steps", self.warmup_steps, self.warmup_steps >= 0, ">= 0"
+    )
+    fields.check("decay_steps", self.decay_steps, self.decay_steps >= 0, ">= 0")
     within = 0 <= self.final_fraction <= 1
-    _check("final_fraction", self.final_fraction, within, "in [0, 1]")
+    fields.check("final_fraction", self.final_fraction, within, "in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,12 +71,12 @@ class AdamW:
 
   def __post_init__(self) -> None:
     """Checks every field."""
-    _check("b1", self.b1, 0 <= self.b1 < 1, "in [0, 1)")
-    _check("b2", self.b2, 0 <= self.b2 < 1, "in [0, 1)")
-    _check("eps", self.eps, 0 < self.eps < math.inf, "> 0")
+    fields.check("b1", self.b1, 0 <= self.b1 < 1, "in [0, 1)")
+    fields.check("b2", self.b2, 0 <= self.b2 < 1, "in [0, 1)")
+    fields.check("eps", self.eps, 0 < self.eps < math.inf, "> 0")
     decays = 0 <= self.weight_decay < math.inf
-    _check("weight_decay", self.weight_decay, decays, ">= 0")
-    _check("clip_norm", self.clip_norm, self.clip_norm > 0, "> 0")
+    fields.check("weight_decay", self.weight_decay, decays, ">= 0")
+    fields.check("clip_norm", self.clip_norm, self.clip_norm > 0, "> 0")
 
 
 def learning_rate(schedule: Schedule, step: int) -> float:
@@ -121,9 +125,3 @@ def adamw(config: AdamW) -> optax.GradientTransformation:
 def _matrices(params: Any) -> Any:
   """Marks parameters of two or more dimensions."""
   return jax.tree.map(lambda param: param.ndim >= 2, params)
-
-
-def _check(name: str, value: float, valid: bool, allowed: str) -> None:
-  """Raises ValueError naming the field."""
-  if not valid:
-    raise ValueError(f"{name} must be {allowed}, got {value}")

@@ -28,7 +28,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from mgrpo_jax import losses, numerics, sharding
+from mgrpo_jax import fields, losses, numerics, sharding
 from mgrpo_jax.types import TrainBatch, TrainState
 
 # (params, tokens, positions, segment_ids) -> log-probs, all [N, T].
@@ -96,14 +96,16 @@ class PolicyLoss:
 
   def __post_init__(self) -> None:
     """Checks every number."""
-    _check("clip_low", self.clip_low, 0 <= self.clip_low <= 1, "in [0, 1]")
-    _check("clip_high", self.clip_high, self.clip_high >= 0, ">= 0")
+    fields.check(
+        "clip_low", self.clip_low, 0 <= self.clip_low <= 1, "in [0, 1]"
+    )
+    fields.check("clip_high", self.clip_high, self.clip_high >= 0, ">= 0")
     valid = self.kl_coefficient >= 0 and (
         self.kl is not None or self.kl_coefficient == 0
     )
     allowed = ">= 0, and 0 where kl is None"
-    _check("kl_coefficient", self.kl_coefficient, valid, allowed)
-    _check(
+    fields.check("kl_coefficient", self.kl_coefficient, valid, allowed)
+    fields.check(
         "importance_cap", self.importance_cap, self.importance_cap >= 1, ">= 1"
     )
 
@@ -172,7 +174,7 @@ class ImitationLoss:
   def __post_init__(self) -> None:
     """Checks the field."""
     valid = self.context_weight >= 0
-    _check("context_weight", self.context_weight, valid, ">= 0")
+    fields.check("context_weight", self.context_weight, valid, ">= 0")
 
   def __call__(
       self,
@@ -368,9 +370,3 @@ def _tally(
           for name, values in maxima.items()
       },
   )
-
-
-def _check(name: str, value: float, valid: bool, allowed: str) -> None:
-  """Raises ValueError naming the field."""
-  if not valid:
-    raise ValueError(f"{name} must be {allowed}, got {value}")

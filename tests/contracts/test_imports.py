@@ -11,6 +11,7 @@ PACKAGE = ROOT / "mgrpo_jax"
 
 PURE = (
     "types",
+    "fields",
     "numerics",
     "alignment",
     "advantages",
