@@ -1,6 +1,7 @@
-r"""Scores a run's newest weights on held-out questions again.
+r"""Scores a run's published weights on held-out questions again.
 
     python -m experiments.evaluate --workdir=runs/quickstart [--split=test]
+        [--version=40]
 
 The weights are read from the run's bucket, checked against their digests.
 """
@@ -24,6 +25,9 @@ if typing.TYPE_CHECKING:
 _SPLITS = ("test", "dev")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _SPLIT = flags.DEFINE_enum("split", "test", _SPLITS, "Which questions.")
+_VERSION = flags.DEFINE_integer(
+    "version", None, "Of the weights; the newest if not given."
+)
 _TEMPERATURE = flags.DEFINE_float(
     "temperature", None, "Of sampling, >= 0; the run's own if not given."
 )
@@ -53,7 +57,9 @@ async def _evaluate(setup: Setup, store: Store) -> Evaluation:
   from mgrpo_jax import run as run_lib
 
   async with run_lib.open_run(setup, store) as run:
-    for problem in run.read_published():
+    for problem in run.read_published(
+        "latest" if _VERSION.value is None else _VERSION.value
+    ):
       print(f"skipped {problem}")
     questions = setup.test if _SPLIT.value == "test" else setup.dev
     return await run.evaluate(questions, _SPLIT.value)

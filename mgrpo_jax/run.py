@@ -10,7 +10,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -226,19 +226,25 @@ class Run:
               meta={"step": step},
           )
 
-  def read_published(self) -> list[str]:
-    """Samples from the newest versions in the store from now on.
+  def read_published(
+      self, version: int | Literal["latest"] = "latest"
+  ) -> list[str]:
+    """Samples from published weights from now on.
+
+    Args:
+      version: of every policy; `latest` is the newest good one of each.
 
     Returns:
       What was found corrupt on the way, a line each.
 
     Raises:
-      NoVersionError: a policy has no good version in the store.
+      CorruptError: the version asked for by number is corrupt.
+      NoVersionError: a policy has no such version in the store.
     """
     problems: list[str] = []
     for name, engine in self.engines.items():
       like = abstract(self.learners[name].config)
-      weights = publish.read(self.store, name, "latest", like=like)
+      weights = publish.read(self.store, name, version, like=like)
       engine.update(weights.params, weights.version.number)
       problems += weights.skipped
     return problems

@@ -33,6 +33,23 @@ from mgrpo_jax.types import Evidence, RolloutGroup, Task, Trajectory
 CONTEXT = 160
 
 
+_SAMPLER = Sampler(
+    engine={
+        "num_slots": 18,
+        "context": CONTEXT,
+        "block": 32,
+        "prefill_tokens": 128,
+        "prefill_buckets": (32, 64),
+        "decode_steps": 8,
+    },
+    temperature=1.0,
+    evaluation_temperature=0.0,
+    turn_deadline=60.0,
+    max_attempts=2,
+    max_concurrent=9,
+)
+
+
 def tasks() -> tuple[Task, ...]:
   """A question for every passage of the small corpus."""
   made = []
@@ -107,20 +124,7 @@ def small_setup(
         task, environment=scripted, num_rollouts=1, seed=seed
     )
 
-  trained = frozenset(roles.policies)
-  imitate = Stage(
-      name="imitate",
-      objective="imitate",
-      steps=imitation_steps,
-      families=(),
-      trained=trained,
-      learning_rate=3e-3,
-      final_fraction=1.0,
-  )
-  reinforce = dataclasses.replace(
-      imitate, name="reinforce", objective="reinforce", steps=steps
-  )
-  stages = (imitate, reinforce)
+  stages = _stages(roles, imitation_steps, steps)
   questions = tasks()
   return Setup(
       seed=seed,
@@ -136,21 +140,7 @@ def small_setup(
       tools=tools,
       demonstrate={stage.name: demonstrate for stage in stages},
       method=method or small_method(roles),
-      sampler=Sampler(
-          engine={
-              "num_slots": 18,
-              "context": CONTEXT,
-              "block": 32,
-              "prefill_tokens": 128,
-              "prefill_buckets": (32, 64),
-              "decode_steps": 8,
-          },
-          temperature=1.0,
-          evaluation_temperature=0.0,
-          turn_deadline=60.0,
-          max_attempts=2,
-          max_concurrent=9,
-      ),
+      sampler=_SAMPLER,
       evaluate_every=3,
       checkpoint_every=checkpoint_every,
       keep_checkpoints=2,
@@ -204,6 +194,25 @@ def evenness(task: Task, trajectory: Trajectory) -> float:
   del task
   ids = trajectory.tokens[trajectory.loss_mask > 0]
   return float(np.mean(ids % 2 == 0)) if len(ids) else 0.0
+
+
+def _stages(
+    team: Team, imitation_steps: int, steps: int
+) -> tuple[Stage, Stage]:
+  """Imitation, then reinforcement of every policy."""
+  imitate = Stage(
+      name="imitate",
+      objective="imitate",
+      steps=imitation_steps,
+      families=(),
+      trained=frozenset(team.policies),
+      learning_rate=3e-3,
+      final_fraction=1.0,
+  )
+  reinforce = dataclasses.replace(
+      imitate, name="reinforce", objective="reinforce", steps=steps
+  )
+  return imitate, reinforce
 
 
 def _policy(team: Team, number: int) -> Policy:
