@@ -109,7 +109,7 @@ def run(main: Callable[[], None], *, required: Sequence[str] = ()) -> None:
   if len(rest) > 1:
     fail(f"unexpected argument {rest[1]!r}; flags look like --name=value")
   for name in required:
-    if getattr(flags.FLAGS, name) is None:
+    if not getattr(flags.FLAGS, name):
       fail(f"--{name} is required")
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # libraries' chatter
   os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

@@ -23,7 +23,7 @@ if typing.TYPE_CHECKING:
   from mgrpo_jax.store import Store
 
 _SPLITS = ("test", "dev")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run.")
 _SPLIT = flags.DEFINE_enum("split", "test", _SPLITS, "Which questions.")
 _VERSION = flags.DEFINE_integer(
     "version", None, "Of the weights; the newest if not given."
@@ -54,9 +54,9 @@ def main() -> None:
 
 async def _evaluate(setup: Setup, store: Store) -> Evaluation:
   """Reads the weights and asks the questions."""
-  from mgrpo_jax import run as run_lib
+  from mgrpo_jax.run import open_run
 
-  async with run_lib.open_run(setup, store) as run:
+  async with open_run(setup, store) as run:
     for problem in run.read_published(
         "latest" if _VERSION.value is None else _VERSION.value
     ):

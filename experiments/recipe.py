@@ -22,9 +22,9 @@ from mgrpo_jax import (
     optim,
     packing,
     rewards,
+    store,
     update,
 )
-from mgrpo_jax import store as store_lib
 from mgrpo_jax.agents.actor import Actor, sampled
 from mgrpo_jax.agents.chat import Chat
 from mgrpo_jax.agents.protocol import Protocol
@@ -127,11 +127,11 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 def open_store(
     config: ml_collections.ConfigDict, directory: Workdir
-) -> store_lib.Store:
+) -> store.Store:
   """Opens the bucket that a config names, or that of the run directory."""
   if config.publish.bucket:
-    return store_lib.open(config.publish.bucket)
-  return store_lib.open_folder(directory.bucket)
+    return store.open(config.publish.bucket)
+  return store.open_folder(directory.bucket)
 
 
 def build(config: ml_collections.ConfigDict) -> Setup:

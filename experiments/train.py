@@ -33,7 +33,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "recipe, such as configs/quickstart.py"
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "directory of the run; made, or resumed"
+    "workdir", "", "directory of the run; made, or resumed"
 )
 
 

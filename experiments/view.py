@@ -7,7 +7,7 @@ from absl import flags
 
 from experiments import cli
 
-flags.DEFINE_string("workdir", None, "a run's directory")
+flags.DEFINE_string("workdir", "", "a run's directory")
 
 
 def main() -> None:

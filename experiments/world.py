@@ -9,8 +9,7 @@ import numpy as np
 
 from experiments import checks
 from mgrpo_jax import rollout
-from mgrpo_jax.agents import chat as chat_lib
-from mgrpo_jax.agents import compact, expert, hermes, renaming
+from mgrpo_jax.agents import chat, compact, expert, hermes, renaming
 from mgrpo_jax.agents.actor import Moment, scripted
 from mgrpo_jax.agents.call import turn_seed
 from mgrpo_jax.agents.chat import Chat
@@ -25,10 +24,14 @@ from mgrpo_jax.agents.tools import (
     visit,
 )
 from mgrpo_jax.keys import check_name
-from mgrpo_jax.policy import params as params_lib
-from mgrpo_jax.policy import tokenizer as tokenizer_lib
 from mgrpo_jax.policy.config import Policy, TransformerConfig
 from mgrpo_jax.policy.load import load
+from mgrpo_jax.policy.params import Params
+from mgrpo_jax.policy.params import init as init_params
+from mgrpo_jax.policy.tokenizer import (
+    SentencePieceTokenizer,
+    train_sentencepiece,
+)
 from mgrpo_jax.tasks import factbook
 from mgrpo_jax.tasks.factbook import Factbook
 from mgrpo_jax.types import RolloutGroup, Task
@@ -117,10 +120,6 @@ def policies(
       continue
     with checks.inside(f"policies.{name}.source"):
       loaded[name] = load(one.source)
-    if loaded[name].tokenizer is None:
-      raise ValueError(
-          f"config.policies.{name}.source: {one.source!r} has no tokenizer"
-      )
   return loaded
 
 
@@ -138,22 +137,25 @@ def chats(
     Chat formats by policy.
 
   Raises:
-    ValueError: a policy speaks another format than the protocol needs.
+    ValueError: a policy has no tokenizer, or speaks another format than the
+      protocol needs.
   """
   made: dict[str, Chat] = {}
   for name, policy in loaded.items():
+    if policy.tokenizer is None:
+      raise ValueError(f"config.policies.{name}.source: holds no tokenizer")
     if (policy.chat == "compact") != (protocol == "compact"):
       raise ValueError(
           f"config.team.protocol: {protocol!r} does not go with the chat format"
           f" {policy.chat!r} of policy {name!r}"
       )
     if policy.chat == "compact":
-      made[name] = chat_lib.compact(
+      made[name] = chat.compact(
           policy.tokenizer, tags=compact.compact_tags(team)
       )
     else:
-      made[name] = chat_lib.chatml(
-          policy.tokenizer, default_system=chat_lib.SMOLLM2_SYSTEM
+      made[name] = chat.chatml(
+          policy.tokenizer, default_system=chat.SMOLLM2_SYSTEM
       )
   return made
 
@@ -229,7 +231,7 @@ class Demonstrator:
       not list the passage it needs.
     """
     random = np.random.default_rng(turn_seed(seed, task.id))
-    names = {}
+    names: Mapping[str, str] = {}
     if random.random() < self.renamed:
       names = renaming.draw(task, self.names, random).names
     told = renaming.Renaming(names=names)
@@ -268,12 +270,12 @@ def _random(
   """A policy from scratch, its tokenizer learned from training places."""
   one = config.policies[name]
   lines = _lines(book, one.tokenizer_share, config.tools.max_chars)
-  model = tokenizer_lib.train_sentencepiece(
+  model = train_sentencepiece(
       lines,
       vocab_size=one.vocab_size,
       special_tokens=compact.compact_tags(team),
   )
-  tokenizer = tokenizer_lib.SentencePieceTokenizer(model)
+  tokenizer = SentencePieceTokenizer(model)
   sizes = TransformerConfig(
       vocab_size=tokenizer.vocab_size,
       embed_dim=one.embed_dim,
@@ -295,12 +297,10 @@ def _random(
   )
 
 
-def _init(
-    seed: int, position: int, *, config: TransformerConfig
-) -> params_lib.Params:
+def _init(seed: int, position: int, *, config: TransformerConfig) -> Params:
   """Draws parameters; policies of a run differ by their position."""
   key = jax.random.fold_in(jax.random.key(seed), position)
-  return params_lib.init(key, config)
+  return init_params(key, config)
 
 
 def _lines(book: Factbook, share: float, max_chars: int) -> list[str]:

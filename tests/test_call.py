@@ -6,12 +6,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mgrpo_jax.agents import call as call_lib
 from mgrpo_jax.agents.actor import scripted
 from mgrpo_jax.agents.call import (
     NO_VERSION,
     call_agent,
     call_with_retries,
+    fit,
     turn_seed,
 )
 from mgrpo_jax.agents.compact import COMPACT
@@ -562,11 +562,11 @@ def test_fit_finds_the_longest_prefix():
   def encode(text):
     return [0, *text.encode(), 0]
 
-  assert call_lib.fit("abcdef", encode, 8) == "abcdef"
-  assert call_lib.fit("abcdef", encode, 7) == "abcde"
-  assert call_lib.fit("abcdef", encode, 3) == "a"
-  assert call_lib.fit("abcdef", encode, 2) == ""
-  assert call_lib.fit("日本", encode, 6) == "日"
+  assert fit("abcdef", encode, 8) == "abcdef"
+  assert fit("abcdef", encode, 7) == "abcde"
+  assert fit("abcdef", encode, 3) == "a"
+  assert fit("abcdef", encode, 2) == ""
+  assert fit("日本", encode, 6) == "日"
 
 
 def test_memory_belongs_to_the_call():

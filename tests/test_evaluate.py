@@ -8,12 +8,12 @@ from mgrpo_jax.agents.compact import COMPACT
 from mgrpo_jax.agents.errors import InfrastructureError
 from mgrpo_jax.testing import corpus
 from mgrpo_jax.testing import setup as setup_lib
-from mgrpo_jax.testing import team as team_lib
+from mgrpo_jax.testing.team import chat_of, small_team, small_tools
 
 
 def ask(tasks, act):
   """Asks a team whose every role is played by a function of the task."""
-  roles = team_lib.small_team()
+  roles = small_team()
   by_question = {task.question: task for task in tasks}
   titles = {p.id: p.title for p in corpus.passages()}
 
@@ -21,9 +21,9 @@ def ask(tasks, act):
     return expert.environment(
         task,
         team=roles,
-        chats={n: team_lib.chat_of(COMPACT, roles) for n in roles.policies},
+        chats={n: chat_of(COMPACT, roles) for n in roles.policies},
         protocol=COMPACT,
-        tools=team_lib.small_tools(),
+        tools=small_tools(),
         titles=titles,
         hasty=lambda moment: act(moment, by_question),
     )

@@ -10,7 +10,7 @@ from mgrpo_jax.agents.compact import COMPACT
 from mgrpo_jax.agents.hermes import HERMES
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.testing import corpus
-from mgrpo_jax.testing import team as team_lib
+from mgrpo_jax.testing.team import chat_of, small_team, small_tools
 from mgrpo_jax.types import Evidence, Status
 
 CHAIN = dataclasses.replace(
@@ -31,16 +31,14 @@ TITLES = {p.id: p.title for p in corpus.passages()}
 
 
 def play(protocol, *, hasty=expert.never, task=None, titles=TITLES, roles=None):
-  roles = roles or team_lib.small_team()
+  roles = roles or small_team()
   task = task or corpus.task()
   environment = expert.environment(
       task,
       team=roles,
-      chats={
-          name: team_lib.chat_of(protocol, roles) for name in roles.policies
-      },
+      chats={name: chat_of(protocol, roles) for name in roles.policies},
       protocol=protocol,
-      tools=team_lib.small_tools(),
+      tools=small_tools(),
       titles=titles,
       hasty=hasty,
   )
@@ -117,7 +115,7 @@ def test_it_says_so_where_the_evidence_does_not_help():
 
 
 def test_one_agent_with_all_tools_looks_every_hop_up_itself():
-  _, researcher = team_lib.small_team().roles
+  _, researcher = small_team().roles
   solo = dataclasses.replace(researcher, max_turns=9)
   group = play(COMPACT, roles=Team(roles=(solo,), root="researcher"))
   (only,) = group.trajectories

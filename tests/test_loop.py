@@ -17,7 +17,7 @@ from mgrpo_jax.policy.load import load
 from mgrpo_jax.report import records
 from mgrpo_jax.report.writer import read_metrics
 from mgrpo_jax.tasks import curriculum
-from mgrpo_jax.testing import setup as setup_lib
+from mgrpo_jax.testing.setup import small_setup
 
 MAX_GAP = 1e-4  # nats, float32 on a CPU
 
@@ -29,7 +29,7 @@ def small(**changes):
       if key in changes
   }
   return dataclasses.replace(
-      setup_lib.small_setup(seed=changes.pop("seed", 0), **steps), **changes
+      small_setup(seed=changes.pop("seed", 0), **steps), **changes
   )
 
 

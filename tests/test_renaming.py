@@ -7,7 +7,7 @@ import numpy as np
 from mgrpo_jax.agents import renaming
 from mgrpo_jax.agents.tools import Memory
 from mgrpo_jax.testing import corpus
-from mgrpo_jax.testing import team as team_lib
+from mgrpo_jax.testing.team import small_tools
 
 POOL = ("Vitebsk", "Majuro Atoll", "Moxico Leste", "Ain Defla", "Semien")
 
@@ -50,7 +50,7 @@ def test_parts_of_words_are_left_alone():
 
 def test_a_renamed_tool_is_asked_and_answers_under_other_names():
   told = renaming.Renaming(names={"Peru": "Vitebsk", "Lima": "Ain Defla"})
-  tools = {n: told.tool(t) for n, t in team_lib.small_tools().items()}
+  tools = {n: told.tool(t) for n, t in small_tools().items()}
   memory = Memory()
   found = asyncio.run(tools["search"].run({"query": "Vitebsk capital"}, memory))
   assert found.text.splitlines()[0] == "1 Vitebsk: Capital"

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgrpo_jax import rollout as rollout_lib
 from mgrpo_jax.agents.compact import COMPACT
 from mgrpo_jax.agents.hermes import HERMES
 from mgrpo_jax.agents.protocol import Action, Utterance, answer
+from mgrpo_jax.rollout import run_group, run_groups
 from mgrpo_jax.testing import corpus
 from mgrpo_jax.testing.generate import drawing, recording
 from mgrpo_jax.testing.team import (
@@ -120,11 +120,7 @@ def test_trained_tokens_are_the_sampled_ones(protocol, budgets, seed, stream):
   setting = environment(
       {"main": generate, "researcher": generate}, team=team, protocol=protocol
   )
-  group = run(
-      rollout_lib.run_group(
-          TASK, environment=setting, num_rollouts=2, seed=seed
-      )
-  )
+  group = run(run_group(TASK, environment=setting, num_rollouts=2, seed=seed))
   sessions = {}
   for entry in log:
     sessions.setdefault(entry.session.rsplit("/", 1)[0], []).append(entry)
@@ -201,9 +197,7 @@ def test_traffic_covers_every_outcome(protocol):
   setting = environment(
       {"main": generate, "researcher": generate}, team=team, protocol=protocol
   )
-  group = run(
-      rollout_lib.run_group(TASK, environment=setting, num_rollouts=60, seed=0)
-  )
+  group = run(run_group(TASK, environment=setting, num_rollouts=60, seed=0))
   statuses = {t.status for t in group.trajectories}
   assert statuses == {Status.COMPLETED, Status.TRUNCATED, Status.MALFORMED}
   kinds = {turn.kind for t in group.trajectories for turn in t.turns}
@@ -241,7 +235,7 @@ def test_results_do_not_depend_on_scheduling():
       ("reversed", lambda seed: 6 / 1000 - seed % 7 / 1000, 2),
   ):
     groups[name] = run(
-        rollout_lib.run_groups(
+        run_groups(
             tasks,
             environment=lively(pause=pause),
             num_rollouts=4,
@@ -253,11 +247,7 @@ def test_results_do_not_depend_on_scheduling():
   for other in ("hasty", "reversed"):
     for one, two in zip(groups["calm"], groups[other], strict=True):
       same(one, two)
-  alone = run(
-      rollout_lib.run_group(
-          tasks[4], environment=lively(), num_rollouts=4, seed=3
-      )
-  )
+  alone = run(run_group(tasks[4], environment=lively(), num_rollouts=4, seed=3))
   same(alone, groups["calm"][4])
 
 
@@ -268,7 +258,7 @@ def streams(group):
 def test_rollouts_seeds_and_repeated_tasks_differ():
   def groups(seed, tasks):
     return run(
-        rollout_lib.run_groups(
+        run_groups(
             tasks,
             environment=lively(),
             num_rollouts=8,
@@ -303,7 +293,7 @@ def test_concurrency_is_bounded_and_used():
   )
   tasks = [dataclasses.replace(TASK, id=str(i)) for i in range(9)]
   run(
-      rollout_lib.run_groups(
+      run_groups(
           tasks, environment=setting, num_rollouts=3, seed=0, max_concurrent=2
       )
   )
@@ -323,9 +313,7 @@ def test_a_failed_rollout_leaves_the_others_alone():
   setting = environment(
       {"main": generate, "researcher": generate}, team=team, protocol=COMPACT
   )
-  group = run(
-      rollout_lib.run_group(TASK, environment=setting, num_rollouts=3, seed=0)
-  )
+  group = run(run_group(TASK, environment=setting, num_rollouts=3, seed=0))
   assert [t.status for t in group.trajectories] == [
       Status.COMPLETED,
       Status.FAILED,
@@ -342,7 +330,7 @@ def test_a_programming_error_ends_the_run_as_itself():
   )
   with pytest.raises(ZeroDivisionError, match="bug"):
     run(
-        rollout_lib.run_groups(
+        run_groups(
             [TASK],
             environment=setting,
             num_rollouts=3,
@@ -362,4 +350,4 @@ def test_a_programming_error_ends_the_run_as_itself():
 def test_wrong_numbers_are_refused(fields, message):
   numbers = {"num_rollouts": 1, "max_concurrent": 1, "seed": 0} | fields
   with pytest.raises(ValueError, match=message):
-    run(rollout_lib.run_groups([TASK], environment=lively(), **numbers))
+    run(run_groups([TASK], environment=lively(), **numbers))

@@ -17,12 +17,12 @@ from mgrpo_jax import loop, metrics, store, workdir
 from mgrpo_jax.journal import Journal
 from mgrpo_jax.policy.load import load
 from mgrpo_jax.tasks import curriculum
-from mgrpo_jax.testing import setup as setup_lib
+from mgrpo_jax.testing.setup import small_setup
 
 
 def run(directory: pathlib.Path, *, seed: int, steps: int, stream) -> dict:
   """Trains, or continues; returns the summary."""
-  setup = setup_lib.small_setup(seed=seed, imitation_steps=2, steps=steps)
+  setup = small_setup(seed=seed, imitation_steps=2, steps=steps)
   with (
       metrics.count_compilations() as compiled,
       workdir.hold(directory, {"seed": seed, "steps": steps}) as held,

@@ -45,8 +45,7 @@ PHASES = ("rollout", "reward", "align", "update", "publish")
 def main() -> None:
   """Measures; see the module."""
   from experiments import recipe
-  from mgrpo_jax import atomic, metrics
-  from mgrpo_jax import store as store_lib
+  from mgrpo_jax import atomic, metrics, store
 
   with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
     if min(_STEPS.value, _WARMUP.value) < 1:
@@ -56,7 +55,7 @@ def main() -> None:
       tempfile.TemporaryDirectory() as folder,
       metrics.count_compilations() as compiled,
   ):
-    rows = asyncio.run(_measure(setup, store_lib.open_folder(folder)))
+    rows = asyncio.run(_measure(setup, store.open_folder(folder)))
   timed = rows[_WARMUP.value :]
   result = {
       "config": _CONFIG.value.name,
@@ -73,11 +72,11 @@ def main() -> None:
 
 async def _measure(setup: Setup, store: Store) -> list[Row]:
   """Runs steps; returns (seconds, tokens) by phase for each."""
-  from mgrpo_jax import run as run_lib
+  from mgrpo_jax.run import open_run
 
   stage = setup.stages[-1]
   rows = []
-  async with run_lib.open_run(setup, store) as run:
+  async with open_run(setup, store) as run:
     run.publish(tuple(run.learners), -1, 0)
     for step in range(_WARMUP.value + _STEPS.value):
       rows.append(await _step(run, stage, step))

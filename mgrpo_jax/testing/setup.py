@@ -22,8 +22,9 @@ from mgrpo_jax.agents.actor import Actor, sampled
 from mgrpo_jax.agents.compact import COMPACT
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.plan import Method, Sampler, Setup
-from mgrpo_jax.policy import params as params_lib
 from mgrpo_jax.policy.config import Policy, TransformerConfig
+from mgrpo_jax.policy.params import Params
+from mgrpo_jax.policy.params import init as init_params
 from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.testing import corpus
@@ -240,6 +241,6 @@ def _policy(team: Team, number: int) -> Policy:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _init(number: int, *, config: TransformerConfig) -> params_lib.Params:
+def _init(number: int, *, config: TransformerConfig) -> Params:
   """Parameters of the policy of that number."""
-  return params_lib.init(jax.random.key(number), config)
+  return init_params(jax.random.key(number), config)
