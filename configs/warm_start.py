@@ -9,7 +9,7 @@ demonstrations are told under other names, so that copying is learned.
     rm -r configs/quickstart_weights
     cp -r runs/warm_start/policies configs/quickstart_weights
 
-Hardware: two CPU cores, about 15 minutes.
+The shipped weights were made so. Hardware: two CPU cores, about 20 minutes.
 """
 
 import ml_collections
