@@ -34,7 +34,7 @@ from mgrpo_jax.policy.tokenizer import (
 )
 from mgrpo_jax.tasks import factbook
 from mgrpo_jax.tasks.factbook import Factbook
-from mgrpo_jax.types import RolloutGroup, Task
+from mgrpo_jax.types import RolloutGroup, Status, Task
 
 PROTOCOLS: Mapping[str, Protocol] = {
     "compact": compact.COMPACT,
@@ -228,7 +228,7 @@ class Demonstrator:
 
     Returns:
       One rollout, or None where the expert cannot do the task: a search does
-      not list the passage it needs.
+      not list the passage it needs, or a turn of its does not fit a budget.
     """
     random = np.random.default_rng(turn_seed(seed, task.id))
     names: Mapping[str, str] = {}
@@ -240,8 +240,7 @@ class Demonstrator:
     def hasty(moment: Moment) -> bool:
       identity = (seed, task.id, moment.role.name, moment.request)
       draws = np.random.default_rng(turn_seed(*identity))
-      is_first = sum(t.kind != "answer" for t in moment.turns) == 1
-      return is_first and bool(draws.random() < self.hasty)
+      return len(moment.turns) == 1 and bool(draws.random() < self.hasty)
 
     environment = expert.environment(
         other,
@@ -253,11 +252,13 @@ class Demonstrator:
         hasty=hasty,
     )
     try:
-      return await rollout.run_group(
+      group = await rollout.run_group(
           other, environment=environment, num_rollouts=1, seed=seed
       )
     except expert.LostError:
       return None
+    endings = {trajectory.status for trajectory in group.trajectories}
+    return group if endings == {Status.COMPLETED} else None
 
 
 def _random(

@@ -107,21 +107,23 @@ class Learner:
       minibatches: Sequence[tuple[tuple[TrainBatch, ...], losses.Totals]],
       *,
       objective: update.Objective,
-      learning_rate: float,
+      learning_rates: Sequence[float],
   ) -> Step:
     """Makes one update for each minibatch, without waiting for the device.
 
     Args:
       minibatches: micro-batches and the denominators of all of them.
       objective: what is minimised; hashable.
-      learning_rate: > 0.
+      learning_rates: one for each minibatch, > 0.
 
     Returns:
       What was dispatched.
     """
     tallies: list[update.Tally] = []
     applied: list[Mapping[str, jax.Array]] = []
-    for batches, totals in minibatches:
+    for (batches, totals), rate in zip(
+        minibatches, learning_rates, strict=True
+    ):
       if not batches:
         continue
       gradient = _zeros(self.state.params)
@@ -139,7 +141,7 @@ class Learner:
       self.state, metrics = _apply(
           self.state,
           gradient,
-          np.float32(learning_rate),
+          np.float32(rate),
           optimizer=self._optimizer,
       )
       applied.append(metrics)

@@ -198,7 +198,10 @@ class Run:
       dispatched[policy] = learner.step(
           batches,
           objective=objective,
-          learning_rate=optim.learning_rate(schedule, number * parts),
+          learning_rates=[
+              optim.learning_rate(schedule, number * parts + part)
+              for part in range(parts)
+          ],
       )
       self.trained_tokens += dispatched[policy].tokens
     return dispatched
