@@ -91,6 +91,7 @@ def _add_tasks(config: ml_collections.ConfigDict) -> None:
   config.tasks = ml_collections.ConfigDict()
   config.tasks.seed = 0  # of which questions are drawn, and their wordings
   config.tasks.per_step = 8  # B, tasks a step, >= 1
+  config.tasks.max_retries = 3  # of a task that a machine failed on, >= 0
   config.tasks.renamed = 0.8  # share of demonstrations under other names
 
   config.tools = ml_collections.ConfigDict()
@@ -167,7 +168,7 @@ def _add_bookkeeping(config: ml_collections.ConfigDict) -> None:
   config.evaluation = ml_collections.ConfigDict()
   config.evaluation.every = 10  # steps between looks at dev, >= 1
   config.evaluation.tasks = 64  # dev questions a look, >= 1
-  config.evaluation.final_tasks = 500  # test questions before and after
+  config.evaluation.final_tasks = 500  # at most; test, before and after
   config.evaluation.temperature = 0.0  # 0 is greedy
   config.evaluation.families = ()  # of questions; empty for all
 

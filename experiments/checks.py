@@ -19,6 +19,7 @@ _MOST_CALLS = 4096  # of one role in a rollout, and slots for them
 _RANGES = {  # lowest and highest allowed
     "seed": (0, 2**32 - 1),
     "tasks.per_step": (1, _MOST),
+    "tasks.max_retries": (0, _MOST),
     "tasks.seed": (0, 2**32 - 1),
     "tools.search_results": (1, _MOST),
     "tools.title_weight": (1, 1000),

@@ -1,9 +1,10 @@
 r"""Scores a run's published weights on held-out questions again.
 
     python -m experiments.evaluate --workdir=runs/quickstart [--split=test]
-        [--version=40]
+        [--version=99] [--temperature=1.0]
 
-The weights are read from the run's bucket, checked against their digests.
+The weights are read from the run's bucket, which keeps the last few versions
+(config.publish.keep), and checked against their digests.
 """
 
 from __future__ import annotations

@@ -176,6 +176,7 @@ def build(config: ml_collections.ConfigDict) -> Setup:
       dev=_tasks(book, "dev", "evaluation", config)[:dev],
       test=_tasks(book, "test", "evaluation", config)[:test],
       tasks_per_step=config.tasks.per_step,
+      max_retries=config.tasks.max_retries,
       rollouts_per_task=config.rollout.per_task,
       team=team,
       policies=policies,
@@ -239,6 +240,9 @@ def build_method(config: ml_collections.ConfigDict) -> Method:
   aggregation = pick(AGGREGATIONS, loss.aggregation, "loss.aggregation")
   kl = pick(KLS, loss.kl, "loss.kl")
   importance = pick(IMPORTANCES, loss.importance, "loss.importance")
+  if aggregation is losses.sequence_mean_token_sum_norm:
+    longest = max(role.max_context for role in config.team.roles.values())
+    aggregation = functools.partial(aggregation, max_tokens=longest)
   with checks.inside("loss"):
     policy_loss = update.PolicyLoss(
         ratio=ratio,

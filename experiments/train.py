@@ -44,6 +44,7 @@ def main() -> None:
     with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
       from experiments import recipe
       from mgrpo_jax import journal, metrics, publish, workdir
+      from mgrpo_jax.sampler.engine import EngineError
       from mgrpo_jax.tasks import curriculum
 
       cli.need("matplotlib")  # which only the report imports, at the very end
@@ -58,6 +59,7 @@ def main() -> None:
         workdir.ConfigMismatchError,
         journal.NonFiniteError,
         publish.NoVersionError,
+        EngineError,
     )
     with cli.user_errors(*failures):
       directory = stack.enter_context(workdir.hold(_WORKDIR.value, values))

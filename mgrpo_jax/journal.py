@@ -180,7 +180,7 @@ class Journal:
     values["compilations"] = totals["compilations"]
     values["compile_seconds"] = totals["compile_seconds"]
     values["corrupt_records"] = totals["corrupt_records"]
-    values["peak_rss_bytes"] = float(metrics.peak_rss_bytes())
+    values["peak_rss_bytes"] = totals["peak_rss_bytes"]
     self._writer.write(entry.step, entry.stage, values)
     self.progress.update(entry.step + 1, entry.stage, values)
 
@@ -211,6 +211,9 @@ class Journal:
             carried.get("compile_seconds", 0.0) + self._compiled.seconds
         ),
         "corrupt_records": carried.get("corrupt_records", 0.0) + self._corrupt,
+        "peak_rss_bytes": max(
+            carried.get("peak_rss_bytes", 0.0), float(metrics.peak_rss_bytes())
+        ),
     }
 
   def summarise(self, summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,7 +231,7 @@ class Journal:
         **summary,
         "commit": commit(),
         "seconds": round(totals["seconds"], 3),
-        "peak_rss_bytes": metrics.peak_rss_bytes(),
+        "peak_rss_bytes": int(totals["peak_rss_bytes"]),
         "compilations": int(totals["compilations"]),
         "corrupt_records": int(totals["corrupt_records"]),
     }
@@ -253,10 +256,21 @@ class Journal:
 
 
 def commit() -> str:
-  """Names the commit of the code that runs; empty outside a repository."""
+  """Names the commit of the code that runs, `-dirty` where it was changed.
+
+  Returns:
+    The hash; empty outside a repository.
+  """
   try:
     found = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
+        [
+            "git",
+            "describe",
+            "--always",
+            "--dirty",
+            "--abbrev=40",
+            "--exclude=*",
+        ],
         cwd=atomic.__file__.rsplit("/", 1)[0],
         capture_output=True,
         text=True,

@@ -57,8 +57,9 @@ async def train(
             "after": _overall(after).summary(),
         },
         "tokens": {
-            "generated": run.generated_tokens,
-            "trained": run.trained_tokens,
+            "generated": run.work.generated_tokens,
+            "trained": run.work.trained_tokens,
+            "evaluated": run.work.evaluation_tokens,
         },
     }
     return summary, _table(before, after)
@@ -70,8 +71,7 @@ async def _begin(
   """Resumes, or measures where the team starts and publishes version 0."""
   checkpoint = journal.restore(run.states)
   if checkpoint is not None:
-    run.resume(checkpoint.states, checkpoint.host["run"], checkpoint.step + 1)
-    run.publish(tuple(run.learners), checkpoint.step, checkpoint.step + 1)
+    run.resume(checkpoint.states, checkpoint.host["run"], checkpoint.step)
     return checkpoint.step + 1, checkpoint.host["before"]
   run.publish(tuple(run.learners), -1, 0)
   before = await run.evaluate(run.setup.test, "test")
@@ -90,7 +90,7 @@ async def _step(
   setup = run.setup
   started = time.monotonic()
   stage, number = curriculum.stage_at(setup.stages, step)
-  run.values = {}
+  run.begin_step()
   tasks = run.take(stage)
   groups = await run.collect(stage, tasks, step)
   scores = run.grade(stage, groups)
@@ -103,7 +103,7 @@ async def _step(
   )
   if last or (step + 1) % setup.evaluate_every == 0:
     await run.evaluate(setup.dev, "dev")
-  values = run.totals(dispatched, time.monotonic() - started)
+  values = run.totals(time.monotonic() - started)
   journal.add(
       Entry(step=step, stage=stage.name, values=values, dispatched=dispatched)
   )

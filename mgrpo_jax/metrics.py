@@ -37,7 +37,7 @@ class Metric:
   """
 
   name: str
-  per: Literal["", "role", "policy", "split", "phase"]
+  per: Literal["", "role", "policy", "split", "phase", "event"]
   unit: str
   better: Literal["higher", "lower", ""]
   meaning: str
@@ -56,7 +56,7 @@ def _metric(
 METRICS: Mapping[str, Metric] = dict((
     # What the team achieves.
     _metric("accuracy", "split", "1", "higher",
-            "share of held-out questions answered correctly, greedily"),
+            "share of held-out questions answered correctly"),
     _metric("accuracy_low", "split", "1", "",
             "lower end of the 95% Wilson interval of accuracy"),
     _metric("accuracy_high", "split", "1", "",
@@ -67,7 +67,7 @@ METRICS: Mapping[str, Metric] = dict((
     _metric("reward", "role", "1", "higher", "mean total reward"),
     _metric("format", "role", "1", "higher", "mean format component"),
     _metric("correct", "role", "1", "higher",
-            "mean correctness component: the root's answer is right"),
+            "mean correctness component, of the root or the caller"),
     _metric("expert", "role", "1", "higher",
             "mean grade of the call itself by the expert"),
     # Calls and how they ended.
@@ -86,16 +86,17 @@ METRICS: Mapping[str, Metric] = dict((
     _metric("dropped", "role", "calls", "lower",
             "calls beyond the slots of the alignment, not trained on"),
     _metric("spread", "role", "1", "",
-            "mean standard deviation of the rewards within a group"),
+            "mean standard deviation of the rewards within a task"),
     _metric("flat_groups", "role", "1", "lower",
-            "share of groups without spread, whose advantages are zero"),
-    # Update.
+            "share of tasks whose calls all earned the same"),
+    # Update; over tokens that the gradient sees, so without a KL term those of
+    # calls whose advantage is not zero.
     _metric("loss", "policy", "1", "lower",
             "negated surrogate objective (Eq. 14-19), mean of the updates"),
     _metric("nll", "policy", "nats", "lower",
             "negative log-likelihood of a demonstrated token"),
     _metric("kl", "policy", "nats", "",
-            "k3 divergence from the reference weights, mean per token"),
+            "loss.kl, the divergence from the reference, mean per token"),
     _metric("old_kl", "policy", "nats", "",
             "k3 divergence from the weights before the step's updates"),
     _metric("clip_fraction", "policy", "1", "",
@@ -115,24 +116,34 @@ METRICS: Mapping[str, Metric] = dict((
     _metric("update_norm", "policy", "1", "", "global norm of the update"),
     _metric("param_norm", "policy", "1", "", "global norm of the weights"),
     _metric("learning_rate", "policy", "1", "", "of the step's last update"),
-    _metric("version", "policy", "versions", "", "newest published version"),
-    _metric("staleness", "policy", "updates", "lower",
+    _metric("version", "policy", "versions", "", "that is sampled from"),
+    _metric("staleness", "policy", "versions", "lower",
             "largest age of a trained trajectory's oldest token"),
     _metric("nonfinite", "policy", "updates", "lower",
             "updates whose loss or gradient was not finite"),
     # Work and its cost.
-    _metric("generated_tokens", "", "tokens", "", "sampled so far"),
+    _metric("generated_tokens", "", "tokens", "",
+            "sampled in training rollouts so far"),
+    _metric("evaluation_tokens", "", "tokens", "",
+            "sampled in evaluations so far"),
     _metric("trained_tokens", "", "tokens", "", "trained on so far"),
     _metric("rollouts", "", "rollouts", "", "finished so far"),
-    _metric("retried", "", "tasks", "lower", "tasks to be asked again so far"),
+    _metric("retried", "", "tasks", "lower",
+            "tasks put back because a machine failed on them, so far"),
     _metric("waiting", "", "tasks", "lower",
             "of these, tasks not yet asked again"),
+    _metric("abandoned", "", "tasks", "lower",
+            "tasks that machines failed on too often, so far"),
+    _metric("lost", "", "tasks", "lower",
+            "tasks that the expert could not demonstrate, so far"),
+    _metric("events", "event", "events", "",
+            "of the step's agent calls; `agents.context` names them"),
     _metric("corrupt_records", "", "records", "lower",
             "checkpoints, versions or records found damaged so far"),
     _metric("tokens_per_second", "phase", "tokens/s", "higher",
             "tokens generated or trained on in the phase, per second of it"),
     _metric("seconds", "phase", "s", "lower",
-            "wall time of a phase of the step; `step` is all of it"),
+            "wall time of a phase; `step` is all of it but checkpoints"),
     _metric("compilations", "", "programs", "lower",
             "XLA programs compiled or read from the cache so far"),
     _metric("compile_seconds", "", "s", "lower", "spent compiling so far"),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from mgrpo_jax import losses
+from mgrpo_jax import fields, losses
 from mgrpo_jax.types import Alignment, TrainBatch, Trajectory
 
 
@@ -54,10 +54,8 @@ class BatchShape:
     """Checks every field."""
     least = {"rows": 1, "row_tokens": 2, "trajectories": 1}
     for name, minimum in least.items():
-      if getattr(self, name) < minimum:
-        raise ValueError(
-            f"{name} must be >= {minimum}, got {getattr(self, name)}"
-        )
+      value = getattr(self, name)
+      fields.check(name, value, value >= minimum, f">= {minimum}")
 
 
 def fold(

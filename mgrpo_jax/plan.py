@@ -81,6 +81,7 @@ class Setup:
     dev: questions for the looks during training.
     test: questions before and after training.
     tasks_per_step: B.
+    max_retries: how often a task is asked again that a machine failed on.
     rollouts_per_task: K.
     team: the roles.
     policies: by name, with the weights to begin with.
@@ -103,6 +104,7 @@ class Setup:
   dev: tuple[Task, ...]
   test: tuple[Task, ...]
   tasks_per_step: int
+  max_retries: int
   rollouts_per_task: int
   team: Team
   policies: Mapping[str, Policy]

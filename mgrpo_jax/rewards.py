@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from mgrpo_jax import answers
+from mgrpo_jax import answers, fields
 from mgrpo_jax.types import (
     NO_PARENT,
     Evidence,
@@ -47,8 +47,7 @@ class RewardWeights:
     """Checks every field."""
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if not 0 <= value < math.inf:
-        raise ValueError(f"{field.name} must be >= 0, got {value}")
+      fields.check(field.name, value, 0 <= value < math.inf, ">= 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,7 @@ from mgrpo_jax.tasks import curriculum
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.tasks.pipeline import TaskQueue
 from mgrpo_jax.types import RolloutGroup, Task, TrainState
+from mgrpo_jax.work import Work
 
 
 class Run:
@@ -60,12 +61,9 @@ class Run:
     self.setup = setup
     self.store = store
     self.values: dict[str, float] = {}  # metrics of the step under way
-    self.trained_tokens = 0
-    self.rollouts = 0
-    self.retried = 0
+    self.work = Work()
+    self._work_before = Work()  # when the step under way began
     self._versions = dict.fromkeys(setup.policies, 0)  # sampled from
-    self._generated_carried = 0  # by earlier processes
-    self._generated_before = 0  # when the last step ended
     method = setup.method
     self.learners = {
         name: Learner(
@@ -89,7 +87,11 @@ class Run:
         for name, learner in self.learners.items()
     }
     self._queues = {
-        stage.name: TaskQueue(setup.tasks[stage.name], seed=setup.seed)
+        stage.name: TaskQueue(
+            setup.tasks[stage.name],
+            seed=setup.seed,
+            max_retries=setup.max_retries,
+        )
         for stage in setup.stages
     }
     actors = {n: setup.actor(n, e) for n, e in self.engines.items()}
@@ -97,6 +99,11 @@ class Run:
     self._testing = self._environment(
         actors, setup.sampler.evaluation_temperature
     )
+
+  def begin_step(self) -> None:
+    """Forgets the metrics of the step before."""
+    self.values = {}
+    self._work_before = dataclasses.replace(self.work)
 
   def take(self, stage: Stage) -> tuple[Task, ...]:
     """Arrow 1: the next tasks, those that are to be repeated first."""
@@ -107,18 +114,24 @@ class Run:
   ) -> list[RolloutGroup]:
     """Arrow 2: K rollouts a task, or a demonstration each."""
     seed = turn_seed(self.setup.seed, "step", step)
+    counters = self._training.counters
+    events = dict(counters)
+    before = self._sampled()
     with self.timed("rollout"):
-      before = self.generated_tokens
       if stage.objective == "imitate":
         demonstrate = self.setup.demonstrate[stage.name]
         played = [await demonstrate(task, seed) for task in tasks]
         groups = [group for group in played if group is not None]
+        self.work.lost += len(played) - len(groups)
       else:
         groups = await self._roll_out(tasks, seed)
-    sampled = self.generated_tokens - before
+    sampled = self._sampled() - before
+    self.work.generated_tokens += sampled
+    self.work.rollouts += sum(group.num_rollouts for group in groups)
     spent = max(self.values["seconds/rollout"], 1e-9)
     self.values["tokens_per_second/rollout"] = sampled / spent
-    self.rollouts += sum(group.num_rollouts for group in groups)
+    for name, count in counters.items():
+      self.values[f"events/{name}"] = float(count - events.get(name, 0))
     return groups
 
   def grade(self, stage: Stage, groups: Sequence[RolloutGroup]) -> list[Scores]:
@@ -131,8 +144,10 @@ class Run:
             group, weights=method.reward_weights, rules=method.rules
         )
         if not np.all(graded.weight > 0):
-          self._queues[stage.name].put_back(group.task.id)
-          self.retried += 1
+          if self._queues[stage.name].put_back(group.task.id):
+            self.work.retried += 1
+          else:
+            self.work.abandoned += 1
           nothing = np.zeros_like(graded.weight)
           graded = dataclasses.replace(graded, weight=nothing)
         scores.append(graded)
@@ -203,7 +218,7 @@ class Run:
               for part in range(parts)
           ],
       )
-      self.trained_tokens += dispatched[policy].tokens
+      self.work.trained_tokens += dispatched[policy].tokens
     return dispatched
 
   def publish(self, policies: Sequence[str], step: int, version: int) -> None:
@@ -267,6 +282,7 @@ class Run:
 
   async def evaluate(self, tasks: Sequence[Task], split: str) -> Evaluation:
     """Asks the team held-out questions, greedily unless configured."""
+    before = self._sampled()
     with self.timed("evaluate"):
       result = await evaluate.evaluate(
           tasks,
@@ -275,6 +291,7 @@ class Run:
           seed=self.setup.seed,
           max_concurrent=self.setup.sampler.max_concurrent,
       )
+    self.work.evaluation_tokens += self._sampled() - before
     low, high = result.overall.interval
     self.values |= {
         f"accuracy/{split}": result.overall.share,
@@ -303,36 +320,28 @@ class Run:
       raise ValueError(f"policy {policy!r} has no tokenizer")
     return [tokenizer.token_text(token) for token in tokens]
 
-  def totals(
-      self, dispatched: Mapping[str, Step], seconds: float
-  ) -> dict[str, float]:
+  def totals(self, seconds: float) -> dict[str, float]:
     """The metrics of the step, with what has been done so far.
 
     Args:
-      dispatched: updates by policy.
       seconds: that the step took.
 
     Returns:
       Metrics by name.
     """
-    trained = sum(step.tokens for step in dispatched.values())
-    sampled = self.generated_tokens - self._generated_before
-    self._generated_before = self.generated_tokens
-    return self.values | {
-        "seconds/step": seconds,
-        "tokens_per_second/step": (trained + sampled) / max(seconds, 1e-9),
-        "generated_tokens": float(self.generated_tokens),
-        "trained_tokens": float(self.trained_tokens),
-        "rollouts": float(self.rollouts),
-        "retried": float(self.retried),
-        "waiting": float(sum(q.waiting for q in self._queues.values())),
-    }
-
-  @property
-  def generated_tokens(self) -> int:
-    """Tokens sampled so far, by earlier processes of the run too."""
-    own = sum(e.stats()["generated"] for e in self.engines.values())
-    return self._generated_carried + own
+    done, before = self.work, self._work_before
+    tokens = done.trained_tokens - before.trained_tokens
+    tokens += done.generated_tokens - before.generated_tokens
+    work = dataclasses.asdict(done)
+    return (
+        self.values
+        | {name: float(count) for name, count in work.items()}
+        | {
+            "seconds/step": seconds,
+            "tokens_per_second/step": tokens / max(seconds, 1e-9),
+            "waiting": float(sum(q.waiting for q in self._queues.values())),
+        }
+    )
 
   @property
   def states(self) -> dict[str, TrainState]:
@@ -343,35 +352,26 @@ class Run:
     """What a checkpoint keeps beside the arrays, as JSON."""
     return {
         "tasks": {name: q.get_state() for name, q in self._queues.items()},
-        "generated_tokens": self.generated_tokens,
-        "trained_tokens": self.trained_tokens,
-        "rollouts": self.rollouts,
-        "retried": self.retried,
+        "versions": self._versions,
+        "work": dataclasses.asdict(self.work),
     }
 
   def resume(
-      self,
-      states: Mapping[str, TrainState],
-      host: Mapping[str, Any],
-      version: int,
+      self, states: Mapping[str, TrainState], host: Mapping[str, Any], step: int
   ) -> None:
     """Continues from a checkpoint.
 
     Args:
       states: by policy.
       host: what `host_state` returned.
-      version: number of the weights.
+      step: the last one that the checkpoint holds.
     """
     for name, queue in self._queues.items():
       queue.set_state(host["tasks"][name])
-    self._generated_carried = host["generated_tokens"]
-    self._generated_before = self.generated_tokens
-    self.trained_tokens = host["trained_tokens"]
-    self.rollouts = host["rollouts"]
-    self.retried = host["retried"]
+    self.work = Work(**host["work"])
     for name, state in states.items():
       self.learners[name].state = state
-      self.engines[name].update(state.params, version)
+      self.publish((name,), step, host["versions"][name])
 
   @contextlib.contextmanager
   def timed(self, phase: str) -> Iterator[None]:
@@ -383,6 +383,10 @@ class Run:
       name = f"seconds/{phase}"
       spent = time.monotonic() - started
       self.values[name] = self.values.get(name, 0.0) + spent
+
+  def _sampled(self) -> int:
+    """Tokens that this process has sampled so far."""
+    return sum(engine.stats()["generated"] for engine in self.engines.values())
 
   async def _roll_out(
       self, tasks: Sequence[Task], seed: int

@@ -55,7 +55,8 @@ def of_assignment(role: str, assignment: Assignment) -> dict[str, float]:
     assignment: of the role's calls.
 
   Returns:
-    `dropped`, `spread` and `flat_groups` of the role.
+    `dropped`, `spread` and `flat_groups` of the role; the last two are missing
+    where nobody called it.
   """
   weight = np.asarray(assignment.alignment.weight, np.float64)
   num_calls = np.asarray(assignment.alignment.num_calls)
@@ -65,11 +66,11 @@ def of_assignment(role: str, assignment: Assignment) -> dict[str, float]:
   ]
   dropped = np.maximum(num_calls - weight.shape[-1], 0).sum()
   flat = ~assignment.has_spread[tasks]
-  return {
-      f"dropped/{role}": float(dropped),
-      f"spread/{role}": float(np.mean(spreads)) if tasks.size else 0.0,
-      f"flat_groups/{role}": float(np.mean(flat)) if tasks.size else 1.0,
-  }
+  values = {f"dropped/{role}": float(dropped)}
+  if tasks.size:
+    values[f"spread/{role}"] = float(np.mean(spreads))
+    values[f"flat_groups/{role}"] = float(np.mean(flat))
+  return values
 
 
 def staleness(credits: Sequence[Credit], version: int) -> float:

@@ -144,9 +144,9 @@ class PolicyLoss:
     maxima = {"ratio_max": ratio, "logprob_gap_max": jnp.abs(old - sampler)}
     if self.importance is not None:
       weights = self.importance(old, sampler, mask, cap=self.importance_cap)
+      whole = self.importance(old, sampler, mask, cap=jnp.inf)
       objective = objective * weights
-      cut = (weights >= self.importance_cap) | (weights == 0)
-      sums["truncated_weights"] = cut.astype(jnp.float32)
+      sums["truncated_weights"] = (weights != whole).astype(jnp.float32)
     if self.kl is not None:
       kl = self.kl(now, numerics.masked(batch.ref_logprobs, mask))
       objective = objective - self.kl_coefficient * kl

@@ -1,27 +1,14 @@
-import jax
 import numpy as np
+from trajectories import group as rollout_group
+from trajectories import task, trajectory
 
 from mgrpo_jax import advantages, alignment, credit, rewards
-from mgrpo_jax.types import Status, Trajectory
+from mgrpo_jax.testing.team import small_team
 
 
-def trajectory(task, rollout, call):
-  return Trajectory(
-      task_id=task,
-      rollout=rollout,
-      role="researcher",
-      call=call,
-      parent=0,
-      request="",
-      tokens=np.zeros(2, np.int32),
-      loss_mask=np.array([0, 1], np.float32),
-      sampler_logprobs=np.zeros(2, np.float32),
-      version_min=0,
-      version_max=0,
-      status=Status.COMPLETED,
-      turns=(),
-      result_text="",
-      seconds=0.0,
+def researched(question, rollout, call):
+  return trajectory(
+      task_id=question, role="researcher", rollout=rollout, call=call, parent=0
   )
 
 
@@ -34,7 +21,7 @@ def role_calls(grid):
   return rewards.RoleCalls(
       calls=tuple(
           tuple(
-              tuple(trajectory(f"t{b}", k, d) for d in range(len(values)))
+              tuple(researched(f"t{b}", k, d) for d in range(len(values)))
               for k, values in enumerate(row)
           )
           for b, row in enumerate(grid)
@@ -100,8 +87,70 @@ def test_advantages_go_to_the_call_they_belong_to():
 
 
 def test_one_program_for_all_batches_of_a_shape():
-  with jax.log_compiles(False):
-    assigned([[[1.0], [0.0]]], align=alignment.mask, num_slots=3)
-    before = credit._aligned._cache_size()
-    assigned([[[0.3], [0.9]]], align=alignment.mask, num_slots=3)
-    assert credit._aligned._cache_size() == before
+  assigned([[[1.0], [0.0]]], align=alignment.mask, num_slots=3)
+  before = credit._aligned._cache_size()
+  assigned([[[0.3], [0.9]]], align=alignment.mask, num_slots=3)
+  assert credit._aligned._cache_size() == before
+
+
+def graded(totals, weights=None):
+  totals = np.float32(totals)
+  return rewards.Scores(
+      format=np.ones_like(totals),
+      correct=totals,
+      expert=totals,
+      total=totals,
+      weight=np.float32(np.ones_like(totals) if weights is None else weights),
+  )
+
+
+def two_rollouts():
+  """Main is called once and the researcher twice in each of two rollouts."""
+  calls = []
+  for k in range(2):
+    calls.append(trajectory(rollout=k))
+    calls += [researched("t", k, call) for call in range(2)]
+  return rollout_group(task(), calls, 2)
+
+
+def compared(totals, **changes):
+  settings = {
+      "team": small_team(),
+      "trained": {"main", "researcher"},
+      "align": alignment.mask,
+      "advantage": advantages.mean_only,
+      "num_slots": 2,
+      "seeds": {"main": 0, "researcher": 1},
+  }
+  return credit.compared(
+      [two_rollouts()], [graded(totals)], **(settings | changes)
+  )
+
+
+def test_every_role_is_compared_with_itself():
+  found = compared([1, 0, 0.5, 0, 0.5, 1])
+  np.testing.assert_allclose(
+      found.advantages[0], [0.5, -0.5, 0, -0.5, 0, 0.5], atol=1e-6
+  )
+  assert {n: len(c) for n, c in found.by_policy.items()} == {
+      "main": 2,
+      "researcher": 4,
+  }
+  assert found.assignments["main"].alignment.index.shape == (1, 2, 1)
+
+
+def test_a_role_that_does_not_learn_has_no_credit_and_no_advantage():
+  found = compared([1, 0, 0.5, 0, 0.5, 1], trained={"main"})
+  np.testing.assert_allclose(
+      found.advantages[0], [0.5, np.nan, np.nan, -0.5, np.nan, np.nan]
+  )
+  assert set(found.by_policy) == set(found.assignments) == {"main"}
+
+
+def test_demonstrations_are_copied_but_for_calls_that_failed():
+  scores = graded([1, 1, 1, 1, 1, 1], weights=[1, 1, 0, 1, 1, 1])
+  found = credit.copied([two_rollouts()], [scores], small_team())
+  assert [c.weight for c in found.by_policy["main"]] == [1.0, 1.0]
+  assert len(found.by_policy["researcher"]) == 3
+  assert all(c.advantage == 0 for c in found.by_policy["researcher"])
+  assert np.isnan(found.advantages[0]).all()

@@ -116,6 +116,49 @@ def test_sampler_and_trainer_agree_on_every_step(finished):
   assert max(gaps) < MAX_GAP
 
 
+def test_every_update_has_its_own_learning_rate(finished):
+  directory, setup, _ = finished
+  rows = read_metrics(directory / "metrics.jsonl")
+  last = [row["learning_rate/main"] for row in rows]  # of two updates a step
+  warmup, peak = setup.method.warmup_steps, setup.stages[0].learning_rate
+  assert (warmup, setup.method.minibatches) == (2, 2)
+  np.testing.assert_allclose(last, [peak] * len(rows), rtol=1e-6)
+
+
+def test_evaluations_are_counted_apart(finished):
+  directory, setup, summary = finished
+  rows = read_metrics(directory / "metrics.jsonl")
+  for before, row in zip([None, *rows], rows, strict=False):
+    sampled, trained = row["generated_tokens"], row["trained_tokens"]
+    if before:
+      sampled -= before["generated_tokens"]
+      trained -= before["trained_tokens"]
+    np.testing.assert_allclose(
+        row["tokens_per_second/step"] * row["seconds/step"], sampled + trained
+    )
+  assert rows[0]["generated_tokens"] == 0  # of a demonstration
+  assert rows[0]["evaluation_tokens"] > 0  # before the first step
+  assert summary["tokens"]["evaluated"] > rows[-1]["evaluation_tokens"]
+
+
+def test_demonstrations_that_cannot_be_given_are_counted(tmp_path):
+  setup = small(imitation_steps=2, steps=0)
+  demonstrate = setup.demonstrate["imitate"]
+  lost = []
+
+  async def sometimes(task, seed):
+    if len(lost) < 2:
+      lost.append(task.id)
+      return None
+    return await demonstrate(task, seed)
+
+  changed = setup.demonstrate | {"imitate": sometimes}
+  train(tmp_path / "run", dataclasses.replace(setup, demonstrate=changed))
+  rows = read_metrics(tmp_path / "run/metrics.jsonl")
+  assert [row["lost"] for row in rows] == [2, 2]
+  assert [row["rollouts"] for row in rows] == [1, 4]
+
+
 def test_another_run_of_the_same_shapes_compiles_nothing(finished, tmp_path):
   del finished
   with metrics.count_compilations() as compiled:

@@ -79,18 +79,21 @@ def test_impossible_streams_are_refused():
 
 
 def test_what_is_put_back_comes_first_and_survives_a_restart():
-  queue = pipeline.TaskQueue(make(5), seed=1)
+  queue = pipeline.TaskQueue(make(5), seed=1, max_retries=1)
   order = [task.id for task in pipeline.TaskStream(make(5), seed=1).take(5)]
   assert [t.id for t in queue.take(3)] == order[:3]
-  queue.put_back(order[2])
-  queue.put_back(order[0])
+  assert queue.put_back(order[2])
+  assert queue.put_back(order[0])
   assert queue.waiting == 2
   state = json.loads(json.dumps(queue.get_state()))
-  for one in (queue, pipeline.TaskQueue(make(5), seed=1)):
+  for one in (queue, pipeline.TaskQueue(make(5), seed=1, max_retries=1)):
     one.set_state(state)
     taken = [t.id for t in (*one.take(1), *one.take(3))]
     assert taken == [order[2], order[0], *order[3:]]
     assert one.waiting == 0
+    assert not one.put_back(order[2])  # a second time is too often
+    assert one.put_back(order[3])
+    assert one.waiting == 1
 
 
 def test_select():

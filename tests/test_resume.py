@@ -86,7 +86,15 @@ def test_every_step_is_in_the_metrics_once(runs):
   rows = read_metrics(broken / "metrics.jsonl")
   steps = collections.Counter(row["step"] for row in rows)
   assert steps == dict.fromkeys(range(TOTAL), 1)
-  for name in ("reward/main", "loss/main", "trained_tokens", "rollouts"):
+  for name in (
+      "reward/main",
+      "loss/main",
+      "version/main",
+      "trained_tokens",
+      "generated_tokens",
+      "evaluation_tokens",
+      "rollouts",
+  ):
     expected = [row[name] for row in read_metrics(whole / "metrics.jsonl")]
     assert [row[name] for row in rows] == expected
 

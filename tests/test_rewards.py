@@ -199,7 +199,7 @@ def test_a_request_is_matched_to_the_nearest_look_up():
 @settings(max_examples=100, deadline=None)
 def test_any_text_can_be_graded(request, report):
   graded = grade(TASK, call(request=request, result_text=report))
-  assert graded in (0.5, 1.0)
+  assert 0 <= graded <= 1
 
 
 def test_callers_correctness_in_a_deeper_tree():

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 
 from mgrpo_jax import statistics
@@ -130,4 +132,25 @@ def test_staleness_is_the_age_of_the_oldest_token():
       for v in (5, 3)
   ]
   assert statistics.staleness(credits, 5) == 2.0
+  silent = dataclasses.replace(
+      trajectory("main", version=-1), loss_mask=np.zeros(3, np.float32)
+  )
+  unsampled = Credit(trajectory=silent, advantage=1.0, weight=1.0)
+  assert statistics.staleness([*credits, unsampled], 5) == 2.0
   assert statistics.staleness([], 5) == 0.0
+
+
+def test_a_role_that_nobody_called_has_no_spread_to_speak_of():
+  nothing = np.zeros((2, 2, 2), np.float32)
+  assignment = Assignment(
+      credits=(),
+      alignment=Alignment(
+          index=nothing.astype(np.int32),
+          weight=nothing,
+          num_calls=np.zeros((2, 2), np.int32),
+      ),
+      rewards=nothing,
+      advantages=nothing,
+      has_spread=np.zeros(2, bool),
+  )
+  assert statistics.of_assignment("r", assignment) == {"dropped/r": 0.0}

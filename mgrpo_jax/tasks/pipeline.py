@@ -136,19 +136,22 @@ class TaskStream(Iterator[Task]):
 class TaskQueue:
   """A stream whose tasks may be put back, to be taken again first."""
 
-  def __init__(self, tasks: Sequence[Task], *, seed: int):
+  def __init__(self, tasks: Sequence[Task], *, seed: int, max_retries: int):
     """Starts at the first task of the first epoch.
 
     Args:
       tasks: at least one, with distinct ids.
       seed: of the shuffle, 0 .. 2**32 - 1.
+      max_retries: how often a task may be put back, 0 or more.
 
     Raises:
       ValueError: see `TaskStream`.
     """
     self._stream = TaskStream(tasks, seed=seed)
     self._by_id = {task.id: task for task in tasks}
+    self._max_retries = max_retries
     self._waiting: list[str] = []
+    self._retries: dict[str, int] = {}
 
   def take(self, count: int) -> tuple[Task, ...]:
     """Returns `count` tasks, those that were put back first."""
@@ -156,9 +159,21 @@ class TaskQueue:
     fresh = self._stream.take(count - len(again))
     return (*(self._by_id[name] for name in again), *fresh)
 
-  def put_back(self, task_id: str) -> None:
-    """Has a task taken again."""
+  def put_back(self, task_id: str) -> bool:
+    """Has a task taken again, unless it was put back too often.
+
+    Args:
+      task_id: of a task that was taken.
+
+    Returns:
+      Whether it will be taken again.
+    """
+    retries = self._retries.get(task_id, 0)
+    if retries == self._max_retries:
+      return False
+    self._retries[task_id] = retries + 1
     self._waiting.append(task_id)
+    return True
 
   @property
   def waiting(self) -> int:
@@ -167,7 +182,11 @@ class TaskQueue:
 
   def get_state(self) -> dict[str, Any]:
     """Returns the position, as JSON values."""
-    return {"stream": self._stream.get_state(), "waiting": list(self._waiting)}
+    return {
+        "stream": self._stream.get_state(),
+        "waiting": list(self._waiting),
+        "retries": dict(self._retries),
+    }
 
   def set_state(self, state: Mapping[str, Any]) -> None:
     """Continues from a position.
@@ -180,3 +199,4 @@ class TaskQueue:
     """
     self._stream.set_state(state["stream"])
     self._waiting = list(state["waiting"])
+    self._retries = dict(state["retries"])

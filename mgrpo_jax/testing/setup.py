@@ -134,6 +134,7 @@ def small_setup(
       dev=questions[:2],
       test=questions[2:5],
       tasks_per_step=3,
+      max_retries=3,
       rollouts_per_task=3,
       team=roles,
       policies={n: _policy(roles, i) for i, n in enumerate(roles.policies)},
