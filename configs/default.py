@@ -42,7 +42,7 @@ def policy() -> ml_collections.ConfigDict:
   config.head_dim = 24
   config.mlp_dim = 288
   config.rope_base = 10_000.0  # of the rotary frequencies, > 0
-  config.norm_eps = 1e-5  # added to mean squares, >= 0
+  config.norm_eps = 1e-5  # added to mean squares, > 0
   config.tokenizer_share = 0.15  # of the training text it learns pieces from
   return config.lock()
 
@@ -97,7 +97,7 @@ def _add_tasks(config: ml_collections.ConfigDict) -> None:
   config.tools = ml_collections.ConfigDict()
   config.tools.search_results = 3  # results a search lists, >= 1
   config.tools.title_weight = 10  # times a title counts as text, >= 1
-  config.tools.max_chars = 160  # characters of one tool result, >= 1
+  config.tools.max_chars = 160  # characters of one tool result, >= 32
   config.tools.deadline = 10.0  # seconds, > 0
 
 

@@ -23,7 +23,7 @@ _RANGES = {  # lowest and highest allowed
     "tasks.seed": (0, 2**32 - 1),
     "tools.search_results": (1, _MOST),
     "tools.title_weight": (1, 1000),
-    "tools.max_chars": (1, _MOST),
+    "tools.max_chars": (32, _MOST),  # a number must fit
     "rollout.per_task": (1, _MOST),
     "rollout.max_attempts": (1, _MOST),
     "rollout.max_concurrent": (1, _MOST),
@@ -48,6 +48,16 @@ _RANGES = {  # lowest and highest allowed
     "publish.keep": (1, _MOST),
 }
 _POSITIVE = ("rollout.temperature", "rollout.turn_deadline", "tools.deadline")
+_SIZES = (
+    "vocab_size",
+    "embed_dim",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "mlp_dim",
+)
+_RATES = ("rope_base", "norm_eps")
 _SHARES = ("format_share", "correct_share", "expert_share")
 
 
@@ -94,13 +104,19 @@ def ranges(values: Mapping[str, Any]) -> None:
   Raises:
     ValueError: a number is out of range; names the key and what is allowed.
   """
-  for key, (low, high) in _RANGES.items():
+  sizes = dict(_RANGES)
+  for name in values["policies"]:
+    sizes |= {f"policies.{name}.{key}": (1, _MOST) for key in _SIZES}
+  for key, (low, high) in sizes.items():
     number = _at(values, key)
     if number < low:
       raise ValueError(f"config.{key}: {number} must be at least {low}")
     if number > high:
       raise ValueError(f"config.{key}: {number} must be at most {high}")
-  for key in _POSITIVE:
+  rates = [
+      f"policies.{name}.{key}" for name in values["policies"] for key in _RATES
+  ]
+  for key in (*_POSITIVE, *rates):
     if not _at(values, key) > 0:
       raise ValueError(f"config.{key}: {_at(values, key)} must be > 0")
   for key, share in _shares(values).items():

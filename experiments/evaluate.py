@@ -43,6 +43,7 @@ def main() -> None:
 
     directory = workdir.Workdir(pathlib.Path(_WORKDIR.value))
     config = recipe.restore(directory.read_config())
+    recipe.check(config)
     if _TEMPERATURE.value is not None:
       config.evaluation.temperature = _TEMPERATURE.value
     setup = recipe.build(config)

@@ -291,14 +291,16 @@ def _random(
       dtype="float32",
   )
   params = jax.jit(_init, static_argnames="config")(
-      config.seed, position, config=sizes
+      np.uint32(config.seed), position, config=sizes
   )
   return Policy(
       config=sizes, params=params, tokenizer=tokenizer, chat="compact"
   )
 
 
-def _init(seed: int, position: int, *, config: TransformerConfig) -> Params:
+def _init(
+    seed: np.uint32, position: int, *, config: TransformerConfig
+) -> Params:
   """Draws parameters; policies of a run differ by their position."""
   key = jax.random.fold_in(jax.random.key(seed), position)
   return init_params(key, config)

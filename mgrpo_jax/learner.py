@@ -66,13 +66,15 @@ class Learner:
       optimizer: how gradients become updates.
       temperature: of the distribution that was sampled from, > 0.
       needs_reference: whether the loss compares with the first weights.
-      seed: of the state's random key.
+      seed: of the state's random key, in [0, 2**32).
     """
     self.config = config
     self._shape = shape
     self._optimizer = optimizer
     self._temperature = temperature
-    self.state: TrainState = _begin(params, seed, optimizer=optimizer)
+    self.state: TrainState = _begin(
+        params, np.uint32(seed), optimizer=optimizer
+    )
     self._reference = jax.device_get(params) if needs_reference else None
 
   def pack(
@@ -155,7 +157,9 @@ class Learner:
 
 
 @functools.partial(jax.jit, static_argnames="optimizer")
-def _begin(params: Any, seed: int, *, optimizer: optim.AdamW) -> TrainState:
+def _begin(
+    params: Any, seed: np.uint32, *, optimizer: optim.AdamW
+) -> TrainState:
   """A fresh train state; its arrays share nothing with the arguments."""
   params = jax.tree.map(jnp.copy, params)
   return TrainState(

@@ -35,6 +35,7 @@ from mgrpo_jax.packing import Credit
 from mgrpo_jax.plan import Setup
 from mgrpo_jax.policy.load.safetensors import save_directory
 from mgrpo_jax.policy.params import abstract
+from mgrpo_jax.publish import NoVersionError
 from mgrpo_jax.rewards import Scores
 from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.store import Store
@@ -64,6 +65,7 @@ class Run:
     self.work = Work()
     self._work_before = Work()  # when the step under way began
     self._versions = dict.fromkeys(setup.policies, 0)  # sampled from
+    self._unpublished: set[str] = set()  # newer than what the store has
     method = setup.method
     self.learners = {
         name: Learner(
@@ -221,10 +223,14 @@ class Run:
       self.work.trained_tokens += dispatched[policy].tokens
     return dispatched
 
-  def publish(self, policies: Sequence[str], step: int, version: int) -> None:
+  def publish(self, policies: Sequence[str], version: int) -> None:
     """Arrow 7: a version for the next rollout and, when due, for the store.
 
     The version after the last step is always due: it is what is evaluated.
+
+    Args:
+      policies: whose weights are new.
+      version: how many steps they have behind them.
     """
     is_last = version == curriculum.num_steps(self.setup.stages)
     is_due = is_last or version % self.setup.publish_every == 0
@@ -233,16 +239,18 @@ class Run:
         params = self.learners[policy].state.params
         self.engines[policy].update(params, version)
         self._versions[policy] = version
+        self._unpublished.add(policy)
         self.values[f"version/{policy}"] = float(version)
-        if is_due:
-          publish.publish(
-              self.store,
-              policy,
-              version,
-              params,
-              keep=self.setup.keep_versions,
-              meta={"step": step},
-          )
+      for policy in sorted(self._unpublished) if is_due else ():
+        publish.publish(
+            self.store,
+            policy,
+            self._versions[policy],
+            self.learners[policy].state.params,
+            keep=self.setup.keep_versions,
+            meta={"step": self._versions[policy] - 1},
+        )
+        self._unpublished.remove(policy)
 
   def read_published(
       self, version: int | Literal["latest"] = "latest"
@@ -250,19 +258,32 @@ class Run:
     """Samples from published weights from now on.
 
     Args:
-      version: of every policy; `latest` is the newest good one of each.
+      version: `latest` for the newest good one of each policy, or a number:
+        that version or, where a policy was not trained then, the one before.
 
     Returns:
       What was found corrupt on the way, a line each.
 
     Raises:
       CorruptError: the version asked for by number is corrupt.
-      NoVersionError: a policy has no such version in the store.
+      NoVersionError: the store does not keep such a version of any policy, or
+        none as old of one of them.
     """
+    kept = {name: publish.versions(self.store, name) for name in self.engines}
+    if version != "latest" and not any(
+        version in numbers for numbers in kept.values()
+    ):
+      raise NoVersionError(
+          f"there is no version {version} in {self.store.url}, which keeps"
+          f" {sorted(set().union(*kept.values()))}"
+      )
     problems: list[str] = []
     for name, engine in self.engines.items():
       like = abstract(self.learners[name].config)
-      weights = publish.read(self.store, name, version, like=like)
+      number: int | Literal["latest"] = "latest"
+      if version != "latest":
+        number = max((n for n in kept[name] if n <= version), default=version)
+      weights = publish.read(self.store, name, number, like=like)
       engine.update(weights.params, weights.version.number)
       problems += weights.skipped
     return problems
@@ -357,21 +378,20 @@ class Run:
     }
 
   def resume(
-      self, states: Mapping[str, TrainState], host: Mapping[str, Any], step: int
+      self, states: Mapping[str, TrainState], host: Mapping[str, Any]
   ) -> None:
     """Continues from a checkpoint.
 
     Args:
       states: by policy.
       host: what `host_state` returned.
-      step: the last one that the checkpoint holds.
     """
     for name, queue in self._queues.items():
       queue.set_state(host["tasks"][name])
     self.work = Work(**host["work"])
     for name, state in states.items():
       self.learners[name].state = state
-      self.publish((name,), step, host["versions"][name])
+      self.publish((name,), host["versions"][name])
 
   @contextlib.contextmanager
   def timed(self, phase: str) -> Iterator[None]:

@@ -114,6 +114,51 @@ def test_it_says_so_where_the_evidence_does_not_help():
     play(COMPACT, titles=dict.fromkeys(TITLES, "Atlantis"))
 
 
+def test_names_are_replaced_as_whole_words_only():
+  first, second = CHAIN.evidence
+  short = dataclasses.replace(
+      CHAIN,
+      evidence=(
+          dataclasses.replace(first, answers=("Li", "Lima")),
+          dataclasses.replace(
+              second,
+              question="currency of Li, not of Lima",
+              query="Li or Lima currency",
+          ),
+      ),
+  )
+  _, _, second_call = play(
+      COMPACT, hasty=is_researcher, task=short
+  ).trajectories
+  assert second_call.request == "currency of Peru, not of Lima"
+  assert second_call.turns[0].argument == "Peru or Lima currency"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evidence": ()}, "has no evidence"),
+        ({"titles": {}}, "has no title"),
+    ],
+)
+def test_what_a_task_lacks_is_said(changes, message):
+  titles = changes.pop("titles", TITLES)
+  with pytest.raises(expert.LostError, match=message):
+    play(COMPACT, task=dataclasses.replace(CHAIN, **changes), titles=titles)
+
+
+@pytest.mark.parametrize("budget", [{"max_turns": 1}, {"max_calls": 1}])
+def test_errors_are_no_reports(budget):
+  main, researcher = small_team().roles
+  if "max_turns" in budget:
+    researcher = dataclasses.replace(researcher, **budget)
+  else:
+    main = dataclasses.replace(main, **budget)
+  roles = Team(roles=(main, researcher), root="main")
+  with pytest.raises(expert.LostError, match="came back with 'error: no"):
+    play(COMPACT, roles=roles, task=CHAIN)
+
+
 def test_one_agent_with_all_tools_looks_every_hop_up_itself():
   _, researcher = small_team().roles
   solo = dataclasses.replace(researcher, max_turns=9)

@@ -16,6 +16,7 @@ from mgrpo_jax.journal import Journal, NonFiniteError
 from mgrpo_jax.policy.load import load
 from mgrpo_jax.report import records
 from mgrpo_jax.report.writer import read_metrics
+from mgrpo_jax.run import open_run
 from mgrpo_jax.tasks import curriculum
 from mgrpo_jax.testing.setup import small_setup
 
@@ -173,6 +174,33 @@ def test_the_last_version_is_published_whatever_the_rhythm(tmp_path):
   for name in setup.policies:
     assert publish.versions(bucket, name) == [0, 2]
     assert publish.latest(bucket, name) == 2
+
+
+@pytest.mark.parametrize("seed", [2**31, 2**32 - 1])
+def test_every_seed_works(tmp_path, seed):
+  summary = train(tmp_path / "run", small(seed=seed, steps=1))
+  assert summary["steps"] == 2
+
+
+def test_versions_of_a_policy_that_is_not_trained_stay_in_the_store(tmp_path):
+  setup = small(imitation_steps=2, steps=3, publish_every=2)
+  easy, hard = setup.stages
+  hard = dataclasses.replace(hard, trained=frozenset({"main"}))
+  easy = dataclasses.replace(easy, steps=1)
+  setup = dataclasses.replace(setup, stages=(easy, hard), keep_versions=9)
+  train(tmp_path / "run", setup)
+  bucket = store.open_folder(tmp_path / "run/bucket")
+  assert publish.versions(bucket, "main") == [0, 2, 4]
+  # Trained in the first step only, published when that is next due.
+  assert publish.versions(bucket, "researcher") == [0, 1, 4]
+
+  async def read(version):
+    async with open_run(setup, bucket) as run:
+      return run.read_published(version)
+
+  assert asyncio.run(read(2)) == []
+  with pytest.raises(publish.NoVersionError, match=r"no version 3.*\[0, 1, 2"):
+    asyncio.run(read(3))
 
 
 def test_a_frozen_policy_stays_as_it_is(tmp_path):

@@ -19,7 +19,7 @@ from mgrpo_jax.agents.context import CallContext
 from mgrpo_jax.agents.errors import InfrastructureError
 from mgrpo_jax.agents.protocol import Action, Malformed, Utterance
 from mgrpo_jax.agents.team import Role
-from mgrpo_jax.agents.tools import Memory, Observation, run_tool
+from mgrpo_jax.agents.tools import ERROR, Memory, Observation, run_tool
 from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.types import Completion, Status, Trajectory, Turn
 
@@ -283,7 +283,7 @@ class _Call:
   async def _act(self, action: Action | Malformed) -> Observation:
     """Runs the tool, makes the child call, or explains what is wrong."""
     if isinstance(action, Malformed):
-      return Observation(text=f"error: {action.reason}", outcome="error")
+      return Observation(text=ERROR + action.reason, outcome="error")
     if action.kind == "call":
       return await self._delegate(action)
     tool = self.environment.tools[action.name]
@@ -296,7 +296,7 @@ class _Call:
     """Makes the child call, unless none is left."""
     if self.num_children == self.role.max_calls:
       self.environment.counters["refused_calls"] += 1
-      return Observation(text="error: no calls left", outcome="error")
+      return Observation(text=ERROR + "no calls left", outcome="error")
     self.num_children += 1
     child = self.environment.team[action.name]
     context = dataclasses.replace(self.context, parent=self.position)
@@ -306,7 +306,7 @@ class _Call:
     if report.status == Status.FAILED:
       raise _ChildFailedError(f"the call to {child.name!r} failed")
     if report.status != Status.COMPLETED:
-      return Observation(text="error: no answer", outcome="error")
+      return Observation(text=ERROR + "no answer", outcome="error")
     return Observation(text=report.result_text)
 
   def _record(

@@ -11,6 +11,7 @@ report as it is, right or wrong. Whoever imitates it knows the moves; which of
 them pay is left to be learned from rewards.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from mgrpo_jax.agents.actor import Moment, scripted
@@ -18,7 +19,7 @@ from mgrpo_jax.agents.chat import Chat
 from mgrpo_jax.agents.context import Environment
 from mgrpo_jax.agents.protocol import Action, Protocol, answer
 from mgrpo_jax.agents.team import Team
-from mgrpo_jax.agents.tools import Tool
+from mgrpo_jax.agents.tools import ERROR, Tool
 from mgrpo_jax.types import Evidence, Task, Turn
 
 _TURN_DEADLINE = 60.0  # seconds; a scripted turn takes none
@@ -130,7 +131,7 @@ def _guess(moment: Moment, task: Task) -> Action:
       head, found, tail = hop.question.partition(known)
       name = moment.request.removeprefix(head).removesuffix(tail)
       if found and moment.request == head + name + tail:
-        return _search(hop.query.replace(known, name))
+        return _search(_retold(hop.query, {known: name}))
   raise LostError(f"{moment.request!r} is no hop of task {task.id}")
 
 
@@ -139,14 +140,20 @@ def _delegate(moment: Moment, task: Task) -> Action:
 
   What was reported goes into the next hop and the answer, right or wrong.
   """
+  if not task.evidence:
+    raise LostError(f"task {task.id} has no evidence")
   reports = [turn.result for turn in moment.turns if turn.kind == "call"]
+  if reports and reports[-1].startswith(ERROR):
+    raise LostError(f"a call came back with {reports[-1]!r}")
   if len(reports) == len(task.evidence):
     return answer(_conclusion(task, reports))
-  question = task.evidence[len(reports)].question
-  for hop, report in zip(task.evidence, reports, strict=False):
-    question = question.replace(hop.answers[0], report)
+  told = {
+      hop.answers[0]: report
+      for hop, report in zip(task.evidence, reports, strict=False)
+  }
+  request = _retold(task.evidence[len(reports)].question, told)
   return Action(
-      kind="call", name=moment.role.calls[0], arguments={"request": question}
+      kind="call", name=moment.role.calls[0], arguments={"request": request}
   )
 
 
@@ -158,6 +165,15 @@ def _conclusion(task: Task, reports: Sequence[str]) -> str:
     if report != hop.answers[0]:
       raise LostError(f"nothing known follows from {report!r}")
   return task.answers[0]
+
+
+def _retold(text: str, names: Mapping[str, str]) -> str:
+  """Replaces names where they stand as whole words, all at once."""
+  if not names:
+    return text
+  longest_first = sorted(map(re.escape, names), key=len, reverse=True)
+  pattern = rf"(?<!\w)({'|'.join(longest_first)})(?!\w)"
+  return re.sub(pattern, lambda match: names[match[1]], text)
 
 
 def _look_up(
@@ -173,6 +189,8 @@ def _look_up(
   hop = hops[done]
   if not turns or turns[-1].name != "search":
     return _search(hop.query)
+  if hop.page not in titles:
+    raise LostError(f"the passage {hop.page} has no title")
   number = _listed(titles[hop.page], turns[-1].result)
   return Action(kind="tool", name="visit", arguments={"page": number})
 

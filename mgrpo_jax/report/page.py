@@ -93,7 +93,7 @@ def _optional_json(
     return {}, ()
   try:
     value = atomic.read_json(path)
-  except atomic.CorruptError as error:
+  except atomic.StorageError as error:
     return {}, (str(error),)
   if not isinstance(value, dict):
     return {}, (f"{path} is not a JSON object",)
@@ -106,6 +106,8 @@ def _metrics(
   """Reads the metrics, none where there are none yet."""
   if not path.exists():
     return [], ()
+  if not path.is_file():
+    return [], (f"{path} is no file",)
   rows = writer.read_metrics(path)
   lost = len(path.read_bytes().splitlines()) - len(rows)
   if not lost:

@@ -105,7 +105,9 @@ def list_steps(
   matches = [
       (_FILE_NAME.fullmatch(path.name), path) for path in directory.iterdir()
   ]
-  found = {int(match[1]): path for match, path in matches if match}
+  found = {
+      int(match[1]): path for match, path in matches if match and path.is_file()
+  }
   return dict(sorted(found.items()))
 
 

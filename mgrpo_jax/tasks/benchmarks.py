@@ -8,12 +8,13 @@ of evidence entries), `evidence` (objects with `page`, `question`, `query`,
 """
 
 import json
+import math
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from mgrpo_jax import atomic
+from mgrpo_jax import answers, atomic
 from mgrpo_jax.types import Evidence, Task
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -76,7 +77,9 @@ def parse(line: str) -> Task:
     ValueError: naming the field that is missing, unknown or out of range.
   """
   try:
-    data = json.loads(line, parse_constant=_refuse_constant)
+    data = json.loads(
+        line, parse_constant=_refuse_constant, parse_float=_finite
+    )
   except json.JSONDecodeError as error:
     raise ValueError(f"not JSON: {error.msg} at {error.colno}") from error
   except RecursionError as error:
@@ -172,6 +175,8 @@ def _text(name: str, value: Any) -> str:
   """Returns a text that is not blank."""
   if not isinstance(value, str) or not value.strip():
     raise ValueError(f"{name} must be a text that is not blank, got {value!r}")
+  if any("\ud800" <= char <= "\udfff" for char in value):
+    raise ValueError(f"{name} must be Unicode text, has a lone surrogate")
   return value
 
 
@@ -187,7 +192,19 @@ def _answers(name: str, value: Any) -> tuple[str, ...]:
   entries = _list(name, value)
   if not entries:
     raise ValueError(f"{name} must not be empty")
-  return tuple(_text(f"{name}[{i}]", v) for i, v in enumerate(entries))
+  accepted = tuple(_text(f"{name}[{i}]", v) for i, v in enumerate(entries))
+  for i, text in enumerate(accepted):
+    if not answers.words(text):
+      raise ValueError(f"{name}[{i}] must hold a word or number, got {text!r}")
+  return accepted
+
+
+def _finite(digits: str) -> float:
+  """Refuses numbers too large for a float, which JSON could not write."""
+  number = float(digits)
+  if not math.isfinite(number):
+    raise ValueError(f"{digits} is too large")
+  return number
 
 
 def _refuse_constant(name: str) -> float:

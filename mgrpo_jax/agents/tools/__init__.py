@@ -2,10 +2,17 @@
 
 from mgrpo_jax.agents.tools.calculate import calculate
 from mgrpo_jax.agents.tools.search import SearchIndex, search
-from mgrpo_jax.agents.tools.tool import Memory, Observation, Tool, run_tool
+from mgrpo_jax.agents.tools.tool import (
+    ERROR,
+    Memory,
+    Observation,
+    Tool,
+    run_tool,
+)
 from mgrpo_jax.agents.tools.visit import visit
 
 __all__ = [
+    "ERROR",
     "Memory",
     "Observation",
     "SearchIndex",

@@ -8,6 +8,8 @@ from mgrpo_jax.agents.deadline import DeadlineExceededError, within
 from mgrpo_jax.agents.errors import InfrastructureError, ToolError
 from mgrpo_jax.agents.protocol import Function, scrub
 
+ERROR = "error: "  # how a result begins that says why there is none
+
 
 class Passage(Protocol):
   """What the tools need of a document."""
@@ -124,10 +126,10 @@ async def run_tool(
     observation = await within(tool.deadline, tool.run(arguments, memory))
   except DeadlineExceededError as error:
     observation = Observation(
-        text=f"error: {tool.name} {error}", outcome="timeout"
+        text=f"{ERROR}{tool.name} {error}", outcome="timeout"
     )
   except ToolError as error:
-    observation = Observation(text=f"error: {error}", outcome="error")
+    observation = Observation(text=f"{ERROR}{error}", outcome="error")
   except InfrastructureError:
     raise
   except Exception as error:
