@@ -24,10 +24,11 @@ from mgrpo_jax.agents.tools import (
     visit,
 )
 from mgrpo_jax.keys import check_name
-from mgrpo_jax.policy.config import Policy, TransformerConfig
+from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.load import load
 from mgrpo_jax.policy.params import Params
 from mgrpo_jax.policy.params import init as init_params
+from mgrpo_jax.policy.policy import Policy
 from mgrpo_jax.policy.tokenizer import (
     SentencePieceTokenizer,
     train_sentencepiece,

@@ -9,7 +9,7 @@ from mgrpo_jax.agents.actor import Actor
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.agents.tools import Tool
 from mgrpo_jax.packing import BatchShape
-from mgrpo_jax.policy.config import Policy
+from mgrpo_jax.policy.policy import Policy
 from mgrpo_jax.rewards import RewardWeights, Rules
 from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.tasks.curriculum import Stage

@@ -16,8 +16,8 @@ import safetensors.numpy
 import tiny_llama
 
 from mgrpo_jax.policy import tokenizer
-from mgrpo_jax.policy.config import Policy
 from mgrpo_jax.policy.load import load, save_directory
+from mgrpo_jax.policy.policy import Policy
 
 TINY = tiny_llama.config(
     vocab_size=300, embed_dim=64, head_dim=16, mlp_dim=96, rope_base=10000.0

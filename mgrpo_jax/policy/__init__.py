@@ -9,8 +9,9 @@ from mgrpo_jax.policy import (
     tokenizer,
     transformer,
 )
-from mgrpo_jax.policy.config import Policy, TransformerConfig
+from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.load import load
+from mgrpo_jax.policy.policy import Policy
 
 __all__ = [
     "Policy",

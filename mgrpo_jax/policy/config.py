@@ -1,13 +1,8 @@
-"""What a policy is made of: sizes, weights, tokenizer, chat format."""
+"""The sizes of a transformer."""
 
 from __future__ import annotations
 
 import dataclasses
-import typing
-
-if typing.TYPE_CHECKING:
-  from mgrpo_jax.policy.params import Params
-  from mgrpo_jax.policy.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16")
 
@@ -67,20 +62,3 @@ class TransformerConfig:
   def group_size(self) -> int:
     """G, the number of query heads that share a key and value head."""
     return self.num_heads // self.num_kv_heads
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Policy:
-  """One set of weights with what it takes to talk to it.
-
-  Attributes:
-    config: sizes.
-    params: weights.
-    tokenizer: None where the source of the weights holds none.
-    chat: name of the chat format (`compact`, `chatml`), or None likewise.
-  """
-
-  config: TransformerConfig
-  params: Params
-  tokenizer: Tokenizer | None
-  chat: str | None

@@ -22,9 +22,10 @@ from mgrpo_jax.agents.actor import Actor, sampled
 from mgrpo_jax.agents.compact import COMPACT
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.plan import Method, Sampler, Setup
-from mgrpo_jax.policy.config import Policy, TransformerConfig
+from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import Params
 from mgrpo_jax.policy.params import init as init_params
+from mgrpo_jax.policy.policy import Policy
 from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.testing import corpus

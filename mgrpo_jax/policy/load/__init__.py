@@ -4,13 +4,13 @@ import importlib.util
 import os
 import pathlib
 
-from mgrpo_jax.policy.config import Policy
 from mgrpo_jax.policy.load.gguf import load_gguf
 from mgrpo_jax.policy.load.safetensors import (
     load_directory,
     load_tokenizer,
     save_directory,
 )
+from mgrpo_jax.policy.policy import Policy
 
 __all__ = [
     "load",

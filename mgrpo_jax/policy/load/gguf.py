@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from mgrpo_jax.policy.bpe import BPETokenizer
-from mgrpo_jax.policy.config import Policy, TransformerConfig
+from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.load import llama
 from mgrpo_jax.policy.params import Params
+from mgrpo_jax.policy.policy import Policy
 
 ARCHITECTURE = "llama"
 QUANTIZATIONS = (

@@ -22,9 +22,10 @@ import safetensors.numpy
 
 from mgrpo_jax import atomic
 from mgrpo_jax.policy import bpe
-from mgrpo_jax.policy.config import Policy, TransformerConfig
+from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.load import llama
 from mgrpo_jax.policy.params import Params
+from mgrpo_jax.policy.policy import Policy
 from mgrpo_jax.policy.tokenizer import (
     SENTENCEPIECE_FILE,
     SentencePieceTokenizer,
