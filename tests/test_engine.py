@@ -13,9 +13,8 @@ import pytest
 from mgrpo_jax.policy import logprobs, params
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.sampling import Sampling
-from mgrpo_jax.sampler import batching, device
+from mgrpo_jax.sampler import device
 from mgrpo_jax.sampler.engine import Engine, EngineError
-from mgrpo_jax.sampler.slots import Slot
 
 CONTEXT = 64
 STOP = 3
@@ -561,25 +560,3 @@ def test_engines_of_one_configuration_share_their_programs():
     asyncio.run(run())
   finally:
     jax.monitoring.unregister_event_duration_listener(listen)
-
-
-def test_calls_have_the_shapes_of_their_buckets():
-  slots = [Slot(index=i, stream=np.arange(n)) for i, n in enumerate((5, 45, 4))]
-  pieces = [
-      p for s in slots for p in batching.cut(s, len(s.stream), buckets=(4, 16))
-  ]
-  got = list(batching.calls(pieces, call_tokens=32))
-  assert [call.tokens.shape for call in got] == [
-      (8, 4),
-      (2, 16),
-      (2, 16),
-      (2, 16),
-  ]
-  filled = {}
-  for call in got:
-    for row in range(len(call.slots)):
-      stream = filled.setdefault(int(call.slots[row]), [])
-      if call.lengths[row]:
-        assert call.starts[row] == len(stream)
-      stream += call.tokens[row, : call.lengths[row]].tolist()
-  assert filled == {i: list(range(n)) for i, n in enumerate((5, 45, 4))}

@@ -4,6 +4,7 @@ The engine alternates between the event loop, where requests come, go and are
 cancelled, and one worker thread, where the device works. A round trip is a
 *visit*: new requests are given slots, their new tokens are prefilled, and up to
 `decode_steps` tokens are sampled for every busy slot. Tools run on meanwhile.
+What a visit does is decided in `schedule`.
 
 What a request yields depends on the weights, its tokens, its seed and, if it
 belongs to a session, the session's earlier requests; on the CPU bit for bit.
@@ -17,12 +18,9 @@ live at a time avoid it.
 from __future__ import annotations
 
 import asyncio
-import collections
 import concurrent.futures
-import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -30,12 +28,11 @@ import numpy as np
 from mgrpo_jax.policy import sampling as drawing
 from mgrpo_jax.policy.cache import KVCache
 from mgrpo_jax.policy.config import TransformerConfig
-from mgrpo_jax.policy.decode import Slots
 from mgrpo_jax.policy.params import Params
 from mgrpo_jax.policy.sampling import Sampling
-from mgrpo_jax.sampler import batching, device
-from mgrpo_jax.sampler.batching import Call, Piece
-from mgrpo_jax.sampler.slots import Request, Slot, SlotTable
+from mgrpo_jax.sampler import device
+from mgrpo_jax.sampler.schedule import Schedule, Visit, completion
+from mgrpo_jax.sampler.slots import Request
 from mgrpo_jax.types import Completion
 
 _COPIES = 8  # slots copied by one call
@@ -44,18 +41,6 @@ _YIELDS = 5  # turns of the event loop in which finished callers may ask again
 
 class EngineError(RuntimeError):
   """The engine cannot go on; every waiting request gets one."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Work:
-  """One visit of the device."""
-
-  params: Params
-  version: int
-  prefills: list[Call]
-  copies: list[tuple[int, int]]  # (source, target)
-  slots: Slots
-  busy: list[tuple[Slot, Request]]
 
 
 class Engine:
@@ -110,23 +95,24 @@ class Engine:
         raise ValueError(f"{name} must be >= 1, got {size!r}")
     self._config = config
     self._context = context
-    self._buckets = sorted(set(prefill_buckets))
-    self._prefill_tokens = prefill_tokens
     self._decode_steps = decode_steps
     self._device = jax.local_devices()[0]
     self._params = jax.device_put(params, self._device)
-    self._version = version
     self._cache: KVCache = jax.device_put(
         device.init_cache(
             config=config, num_slots=num_slots, length=context, block=block
         ),
         self._device,
     )
-    self._table = SlotTable(num_slots)
-    self._inputs = _idle_slots(num_slots)
-    self._queue: collections.deque[Request] = collections.deque()
+    self._schedule = Schedule(
+        version,
+        num_slots=num_slots,
+        context=context,
+        prefill_tokens=prefill_tokens,
+        prefill_buckets=prefill_buckets,
+        decode_steps=decode_steps,
+    )
     self._sessions: set[str] = set()  # with a request queued or being sampled
-    self._counts: collections.Counter[str] = collections.Counter()
     self._wake = asyncio.Event()
     self._closing = False
     self._task: asyncio.Task[None] | None = None
@@ -195,9 +181,9 @@ class Engine:
         future=asyncio.get_running_loop().create_future(),
     )
     if limit == len(stream):
-      request.versions.append(self._version)
-      return _completion(request, self._context)
-    self._queue.append(request)
+      request.versions.append(self._schedule.version)
+      return completion(request, self._context)
+    self._schedule.add(request)
     self._wake.set()
     if session is None:
       return await request.future
@@ -213,10 +199,7 @@ class Engine:
     Args:
       session: unknown ones are ignored.
     """
-    for request in self._queue:
-      if request.session == session:
-        request.session = None
-    self._table.release(session)
+    self._schedule.release(session)
 
   def update(self, params: Params, version: int) -> None:
     """Swaps the weights before the next visit.
@@ -229,8 +212,7 @@ class Engine:
       version: their number.
     """
     self._params = jax.device_put(params, self._device)
-    self._version = version
-    self._table.forget()
+    self._schedule.renew(version)
 
   def stats(self) -> dict[str, Any]:
     """Counts what was done so far.
@@ -241,14 +223,7 @@ class Engine:
       instead of prefilled; `cancelled` requests; `evictions` of idle sessions,
       and `mismatches`, sessions whose tokens did not extend their cache.
     """
-    names = ("prefilled", "generated", "visits", "copied", "cancelled")
-    return {name: self._counts[name] for name in names} | {
-        "compilations": device.compilations(),
-        "slots": self._table.counts(),
-        "requests": len(self._queue),
-        "evictions": self._table.evictions,
-        "mismatches": self._table.mismatches,
-    }
+    return {**self._schedule.stats(), "compilations": device.compilations()}
 
   def _checked(self, tokens: Sequence[int]) -> np.ndarray:
     """Turns a stream into an array, or says what is wrong with it."""
@@ -272,13 +247,15 @@ class Engine:
     with concurrent.futures.ThreadPoolExecutor(1, "sampler") as worker:
       try:
         while not self._closing:
-          work = self._plan()
-          if work is None:
+          visit = self._schedule.plan()
+          if visit is None:
             self._wake.clear()
             await self._wake.wait()
             continue
-          results = await loop.run_in_executor(worker, self._visit, work)
-          self._absorb(work, *results)
+          results = await loop.run_in_executor(
+              worker, self._visit, self._params, visit
+          )
+          self._schedule.absorb(visit, *results)
           for _ in range(_YIELDS):
             await asyncio.sleep(0)
       except Exception as error:  # whatever it is, nobody may wait for ever
@@ -287,100 +264,21 @@ class Engine:
         self._abandon(failure)
 
   def _abandon(self, failure: Exception) -> None:
-    """Fails every request and empties the table."""
-    waiting = list(self._queue)
-    self._queue.clear()
-    for slot, request in self._table.busy():
-      waiting.append(request)
-      self._table.free(slot)
-    self._table.forget()
-    self._inputs.budget[:] = 0
-    for request in waiting:
+    """Fails every request and empties the slots."""
+    for request in self._schedule.clear():
       if not request.future.done():
         error = EngineError(f"the engine stopped: {failure}")
         error.__cause__ = failure
         request.future.set_exception(error)
 
-  def _plan(self) -> _Work | None:
-    """Decides the next visit; None if there is nothing to do."""
-    for slot, request in self._table.busy():
-      if request.future.done():
-        self._counts["cancelled"] += 1
-        self._inputs.budget[slot.index] = 0
-        self._table.free(slot)
-    prefills, copies = self._fill(self._admit())
-    busy = self._table.busy()
-    if not busy:
-      return None
-    for slot, request in busy:
-      self._inputs.budget[slot.index] = min(
-          request.limit - slot.cached - 1, self._decode_steps
-      )
-    return _Work(
-        params=self._params,
-        version=self._version,
-        prefills=prefills,
-        copies=copies,
-        slots=jax.tree.map(np.copy, self._inputs),
-        busy=busy,
-    )
-
-  def _admit(self) -> list[tuple[Slot, Request]]:
-    """Gives slots to waiting requests: sessions' own first, then in order."""
-    placed = []
-    fresh = functools.partial(self._table.place, version=self._version)
-    for place in (self._table.resume, fresh):
-      waiting: collections.deque[Request] = collections.deque()
-      while self._queue:
-        request = self._queue.popleft()
-        if request.future.done():
-          self._counts["cancelled"] += 1
-          continue
-        slot = place(request)
-        if slot is None:
-          waiting.append(request)
-        else:
-          placed.append((slot, request))
-      self._queue = waiting
-    return placed
-
-  def _fill(
-      self, placed: list[tuple[Slot, Request]]
-  ) -> tuple[list[Call], list[tuple[int, int]]]:
-    """Plans how the new requests' tokens get into the cache."""
-    pieces: list[Piece] = []
-    copies = []
-    for slot, request in placed:
-      self._describe(slot.index, request)
-      donor = self._table.donor(slot) if slot.cached == 0 else None
-      end = len(slot.stream) - 1
-      if donor is not None:
-        copies.append((donor.index, slot.index))
-        self._counts["copied"] += 1
-      else:
-        self._counts["prefilled"] += end - slot.cached
-        pieces += batching.cut(slot, end, buckets=self._buckets)
-      slot.cached = end
-      self._inputs.length[slot.index] = end
-    calls = batching.calls(pieces, call_tokens=self._prefill_tokens)
-    return list(calls), copies
-
-  def _describe(self, index: int, request: Request) -> None:
-    """Writes what the device must know about a new request."""
-    inputs = self._inputs
-    stops = request.sampling.stop_ids
-    inputs.token[index] = request.tokens[-1]
-    inputs.seed[index] = request.seed
-    inputs.temperature[index] = request.sampling.temperature
-    inputs.stop_ids[index] = drawing.NO_TOKEN
-    inputs.stop_ids[index, : len(stops)] = stops
-
-  def _visit(self, work: _Work) -> tuple[np.ndarray, np.ndarray]:
+  def _visit(
+      self, params: Params, visit: Visit
+  ) -> tuple[np.ndarray, np.ndarray]:
     """Works on the device; the only code that runs in the worker thread."""
     cache = self._cache
-    for call in work.prefills:
+    for call in visit.prefills:
       cache = device.prefill(
-          work.params,
+          params,
           cache,
           call.tokens,
           call.lengths,
@@ -388,79 +286,16 @@ class Engine:
           call.starts,
           config=self._config,
       )
-    for first in range(0, len(work.copies), _COPIES):
-      pairs = work.copies[first : first + _COPIES]
+    for first in range(0, len(visit.copies), _COPIES):
+      pairs = visit.copies[first : first + _COPIES]
       pairs = pairs + pairs[-1:] * (_COPIES - len(pairs))
       sources, targets = np.asarray(pairs, np.int32).T
       cache = device.copy_slots(cache, sources, targets)
     self._cache, tokens, logprobs = device.decode(
-        work.params,
+        params,
         cache,
-        work.slots,
+        visit.slots,
         config=self._config,
         num_steps=self._decode_steps,
     )
     return np.asarray(tokens), np.asarray(logprobs)
-
-  def _absorb(
-      self, work: _Work, tokens: np.ndarray, logprobs: np.ndarray
-  ) -> None:
-    """Takes a visit's tokens in and answers the requests that are done."""
-    if not np.isfinite(logprobs).all():
-      raise FloatingPointError(
-          f"log-probabilities under version {work.version} are not finite"
-      )
-    counts = np.sum(tokens != drawing.NO_TOKEN, axis=0)
-    self._inputs.length[:] += counts.astype(np.int32)
-    self._counts["visits"] += 1
-    self._counts["generated"] += int(counts.sum())
-    for slot, request in work.busy:
-      count, index = int(counts[slot.index]), slot.index
-      request.sampled += tokens[:count, index].tolist()
-      request.logprobs += logprobs[:count, index].tolist()
-      request.versions.append(work.version)
-      slot.cached += count
-      self._inputs.token[index] = request.sampled[-1]
-      stopped = request.sampled[-1] in request.sampling.stop_ids
-      if request.future.done() or not (
-          stopped or slot.cached + 1 == request.limit
-      ):
-        continue
-      slot.stream = np.append(
-          request.tokens, np.asarray(request.sampled, np.int32)
-      )
-      self._inputs.budget[index] = 0
-      self._table.finish(slot, self._version)
-      request.future.set_result(_completion(request, self._context))
-
-
-def _idle_slots(num_slots: int) -> Slots:
-  """Describes slots in which nothing is being sampled, on the host."""
-  stops = (num_slots, drawing.MAX_STOP_IDS)
-  return Slots(
-      token=np.zeros(num_slots, np.int32),
-      length=np.zeros(num_slots, np.int32),
-      budget=np.zeros(num_slots, np.int32),
-      seed=np.zeros((num_slots, 2), np.uint32),
-      temperature=np.ones(num_slots, np.float32),
-      stop_ids=np.full(stops, drawing.NO_TOKEN, np.int32),
-  )
-
-
-def _completion(request: Request, context: int) -> Completion:
-  """Says what a finished request yielded, and why it ended."""
-  tokens = request.sampled
-  finish: Literal["stop", "length", "context"]
-  if tokens and tokens[-1] in request.sampling.stop_ids:
-    finish = "stop"
-  elif len(request.tokens) + len(tokens) == context:
-    finish = "context"
-  else:
-    finish = "length"
-  return Completion(
-      tokens=np.asarray(tokens, np.int32),
-      logprobs=np.asarray(request.logprobs, np.float32),
-      finish=finish,
-      version_min=request.versions[0],
-      version_max=request.versions[-1],
-  )
