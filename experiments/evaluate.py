@@ -59,7 +59,7 @@ async def _evaluate(setup: Setup, store: Store) -> Evaluation:
   from mgrpo_jax.run import open_run
 
   async with open_run(setup, store) as run:
-    for problem in run.read_published(
+    for problem in run.resources.read_published(
         "latest" if _VERSION.value is None else _VERSION.value
     ):
       print(f"skipped {problem}")

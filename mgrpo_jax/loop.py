@@ -46,8 +46,8 @@ async def train(
     for step in range(first, total):
       await _step(run, journal, step, last=step == total - 1, before=before)
     journal.flush()
-    run.save_policies(journal.workdir.policies)
-    journal.skipped(run.read_published())
+    run.resources.save_policies(journal.workdir.policies)
+    journal.skipped(run.resources.read_published())
     after = _numbers(await run.evaluate(setup.test, "test"))
     summary = {
         "seed": setup.seed,
@@ -69,11 +69,11 @@ async def _begin(
     run: Run, journal: Journal
 ) -> tuple[int, dict[str, dict[str, int]]]:
   """Resumes, or measures where the team starts and publishes version 0."""
-  checkpoint = journal.restore(run.states)
+  checkpoint = journal.restore(run.resources.states)
   if checkpoint is not None:
     run.resume(checkpoint.states, checkpoint.host["run"])
     return checkpoint.step + 1, checkpoint.host["before"]
-  run.publish(tuple(run.learners), 0)
+  run.publish(tuple(run.resources.learners), 0)
   before = await run.evaluate(run.setup.test, "test")
   return 0, _numbers(before)
 
@@ -97,7 +97,7 @@ async def _step(
   credits = run.assign(stage, groups, scores, step)
   dispatched = run.update(stage, number, groups, credits)
   journal.flush()
-  run.publish(tuple(run.learners if last else dispatched), step + 1)
+  run.publish(tuple(run.resources.learners if last else dispatched), step + 1)
   journal.rollouts(
       step, stage.name, groups, scores, credits.advantages, run.pieces
   )
@@ -109,7 +109,7 @@ async def _step(
   )
   if last or (step + 1) % setup.checkpoint_every == 0:
     host = {"run": run.host_state(), "before": dict(before)}
-    journal.save(step, run.states, host)
+    journal.save(step, run.resources.states, host)
 
 
 def _numbers(evaluation: Evaluation) -> dict[str, dict[str, int]]:

@@ -1,16 +1,14 @@
-"""A run's resources, and what each arrow of the loop does with them.
+"""What each arrow of the loop does.
 
-`plan.Setup` is what a recipe decides; `Run` owns what that takes while it runs:
-engines, learners, the store. `journal.Journal` keeps the run's files.
+`plan.Setup` is what a recipe decides, `resources.Resources` what that takes
+while it runs. `journal.Journal` keeps the run's files.
 """
 
 import contextlib
 import dataclasses
-import pathlib
-import shutil
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -25,82 +23,37 @@ from mgrpo_jax import (
     statistics,
     update,
 )
-from mgrpo_jax.agents.actor import Actor
 from mgrpo_jax.agents.call import turn_seed
-from mgrpo_jax.agents.context import Environment
 from mgrpo_jax.credit import Credits
 from mgrpo_jax.evaluate import Evaluation
-from mgrpo_jax.learner import Learner, Step
+from mgrpo_jax.learner import Step
 from mgrpo_jax.packing import Credit
 from mgrpo_jax.plan import Setup
-from mgrpo_jax.policy.load.safetensors import save_directory
-from mgrpo_jax.policy.params import abstract
-from mgrpo_jax.publish import NoVersionError
+from mgrpo_jax.resources import Resources, open_resources
 from mgrpo_jax.rewards import Scores
-from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.store import Store
 from mgrpo_jax.tasks import curriculum
 from mgrpo_jax.tasks.curriculum import Stage
-from mgrpo_jax.tasks.pipeline import TaskQueue
 from mgrpo_jax.types import RolloutGroup, Task, TrainState
 from mgrpo_jax.work import Work
 
 
 class Run:
-  """Owns engines, learners and the task streams; `open_run` makes one."""
+  """Does what each arrow does, and counts it; `open_run` makes one."""
 
-  def __init__(self, setup: Setup, store: Store) -> None:
-    """Puts every policy on the device and opens the task streams.
+  def __init__(self, resources: Resources) -> None:
+    """Starts with nothing done.
 
     Args:
-      setup: the recipe.
-      store: where weights are published.
-
-    Raises:
-      ValueError: a size, name or budget of the recipe is impossible.
+      resources: with the engines started.
     """
-    self.setup = setup
-    self.store = store
+    self.setup = resources.setup
+    self.resources = resources
     self.values: dict[str, float] = {}  # metrics of the step under way
     self.work = Work()
     self._work_before = Work()  # when the step under way began
-    self._versions = dict.fromkeys(setup.policies, 0)  # sampled from
+    self._versions = dict.fromkeys(self.setup.policies, 0)  # sampled from
     self._unpublished: set[str] = set()  # newer than what the store has
-    method = setup.method
-    self.learners = {
-        name: Learner(
-            policy.config,
-            policy.params,
-            shape=method.shape,
-            optimizer=method.optimizer,
-            temperature=setup.sampler.temperature,
-            needs_reference=method.policy_loss.kl is not None,
-            seed=setup.seed,
-        )
-        for name, policy in setup.policies.items()
-    }
-    self.engines = {
-        name: Engine(
-            learner.config,
-            learner.state.params,
-            0,
-            **setup.sampler.engine,
-        )
-        for name, learner in self.learners.items()
-    }
-    self._queues = {
-        stage.name: TaskQueue(
-            setup.tasks[stage.name],
-            seed=setup.seed,
-            max_retries=setup.max_retries,
-        )
-        for stage in setup.stages
-    }
-    actors = {n: setup.actor(n, e) for n, e in self.engines.items()}
-    self._training = self._environment(actors, setup.sampler.temperature)
-    self._testing = self._environment(
-        actors, setup.sampler.evaluation_temperature
-    )
 
   def begin_step(self) -> None:
     """Forgets the metrics of the step before."""
@@ -109,16 +62,16 @@ class Run:
 
   def take(self, stage: Stage) -> tuple[Task, ...]:
     """Arrow 1: the next tasks, those that are to be repeated first."""
-    return self._queues[stage.name].take(self.setup.tasks_per_step)
+    return self.resources.queues[stage.name].take(self.setup.tasks_per_step)
 
   async def collect(
       self, stage: Stage, tasks: Sequence[Task], step: int
   ) -> list[RolloutGroup]:
     """Arrow 2: K rollouts a task, or a demonstration each."""
     seed = turn_seed(self.setup.seed, "step", step)
-    counters = self._training.counters
+    counters = self.resources.training.counters
     events = dict(counters)
-    before = self._sampled()
+    before = self.resources.sampled()
     with self.timed("rollout"):
       if stage.objective == "imitate":
         demonstrate = self.setup.demonstrate[stage.name]
@@ -127,7 +80,7 @@ class Run:
         self.work.lost += len(played) - len(groups)
       else:
         groups = await self._roll_out(tasks, seed)
-    sampled = self._sampled() - before
+    sampled = self.resources.sampled() - before
     self.work.generated_tokens += sampled
     self.work.rollouts += sum(group.num_rollouts for group in groups)
     spent = max(self.values["seconds/rollout"], 1e-9)
@@ -146,7 +99,7 @@ class Run:
             group, weights=method.reward_weights, rules=method.rules
         )
         if not np.all(graded.weight > 0):
-          if self._queues[stage.name].put_back(group.task.id):
+          if self.resources.queues[stage.name].put_back(group.task.id):
             self.work.retried += 1
           else:
             self.work.abandoned += 1
@@ -204,7 +157,7 @@ class Run:
       split: list[list[Credit]] = [[] for _ in range(parts)]
       for one in credits.by_policy[policy]:
         split[part_of[one.trajectory.task_id]].append(one)
-      learner = self.learners[policy]
+      learner = self.resources.learners[policy]
       batches = [
           (
               learner.pack(_with_gradient(part, objective), objective),
@@ -236,83 +189,34 @@ class Run:
     is_due = is_last or version % self.setup.publish_every == 0
     with self.timed("publish"):
       for policy in policies:
-        params = self.learners[policy].state.params
-        self.engines[policy].update(params, version)
+        params = self.resources.learners[policy].state.params
+        self.resources.engines[policy].update(params, version)
         self._versions[policy] = version
         self._unpublished.add(policy)
         self.values[f"version/{policy}"] = float(version)
       for policy in sorted(self._unpublished) if is_due else ():
         publish.publish(
-            self.store,
+            self.resources.store,
             policy,
             self._versions[policy],
-            self.learners[policy].state.params,
+            self.resources.learners[policy].state.params,
             keep=self.setup.keep_versions,
             meta={"step": self._versions[policy] - 1},
         )
         self._unpublished.remove(policy)
 
-  def read_published(
-      self, version: int | Literal["latest"] = "latest"
-  ) -> list[str]:
-    """Samples from published weights from now on.
-
-    Args:
-      version: `latest` for the newest good one of each policy, or a number:
-        that version or, where a policy was not trained then, the one before.
-
-    Returns:
-      What was found corrupt on the way, a line each.
-
-    Raises:
-      CorruptError: the version asked for by number is corrupt.
-      NoVersionError: the store does not keep such a version of any policy, or
-        none as old of one of them.
-    """
-    kept = {name: publish.versions(self.store, name) for name in self.engines}
-    if version != "latest" and not any(
-        version in numbers for numbers in kept.values()
-    ):
-      raise NoVersionError(
-          f"there is no version {version} in {self.store.url}, which keeps"
-          f" {sorted(set().union(*kept.values()))}"
-      )
-    problems: list[str] = []
-    for name, engine in self.engines.items():
-      like = abstract(self.learners[name].config)
-      number: int | Literal["latest"] = "latest"
-      if version != "latest":
-        number = max((n for n in kept[name] if n <= version), default=version)
-      weights = publish.read(self.store, name, number, like=like)
-      engine.update(weights.params, weights.version.number)
-      problems += weights.skipped
-    return problems
-
-  def save_policies(self, directory: pathlib.Path) -> None:
-    """Writes every policy as a directory that `policy.load` reads.
-
-    Args:
-      directory: what an earlier process left in it is replaced.
-    """
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    for name, policy in self.setup.policies.items():
-      params = self.learners[name].state.params
-      trained = dataclasses.replace(policy, params=params)
-      save_directory(directory / name, trained)
-
   async def evaluate(self, tasks: Sequence[Task], split: str) -> Evaluation:
     """Asks the team held-out questions, greedily unless configured."""
-    before = self._sampled()
+    before = self.resources.sampled()
     with self.timed("evaluate"):
       result = await evaluate.evaluate(
           tasks,
-          environment=self._testing,
+          environment=self.resources.testing,
           rules=self.setup.method.rules,
           seed=self.setup.seed,
           max_concurrent=self.setup.sampler.max_concurrent,
       )
-    self.work.evaluation_tokens += self._sampled() - before
+    self.work.evaluation_tokens += self.resources.sampled() - before
     low, high = result.overall.interval
     self.values |= {
         f"accuracy/{split}": result.overall.share,
@@ -354,25 +258,22 @@ class Run:
     tokens = done.trained_tokens - before.trained_tokens
     tokens += done.generated_tokens - before.generated_tokens
     work = dataclasses.asdict(done)
+    queues = self.resources.queues.values()
     return (
         self.values
         | {name: float(count) for name, count in work.items()}
         | {
             "seconds/step": seconds,
             "tokens_per_second/step": tokens / max(seconds, 1e-9),
-            "waiting": float(sum(q.waiting for q in self._queues.values())),
+            "waiting": float(sum(queue.waiting for queue in queues)),
         }
     )
 
-  @property
-  def states(self) -> dict[str, TrainState]:
-    """Of every policy."""
-    return {name: learner.state for name, learner in self.learners.items()}
-
   def host_state(self) -> dict[str, Any]:
     """What a checkpoint keeps beside the arrays, as JSON."""
+    queues = self.resources.queues
     return {
-        "tasks": {name: q.get_state() for name, q in self._queues.items()},
+        "tasks": {name: q.get_state() for name, q in queues.items()},
         "versions": self._versions,
         "work": dataclasses.asdict(self.work),
     }
@@ -386,11 +287,11 @@ class Run:
       states: by policy.
       host: what `host_state` returned.
     """
-    for name, queue in self._queues.items():
+    for name, queue in self.resources.queues.items():
       queue.set_state(host["tasks"][name])
     self.work = Work(**host["work"])
     for name, state in states.items():
-      self.learners[name].state = state
+      self.resources.learners[name].state = state
       self.publish((name,), host["versions"][name])
 
   @contextlib.contextmanager
@@ -404,10 +305,6 @@ class Run:
       spent = time.monotonic() - started
       self.values[name] = self.values.get(name, 0.0) + spent
 
-  def _sampled(self) -> int:
-    """Tokens that this process has sampled so far."""
-    return sum(engine.stats()["generated"] for engine in self.engines.values())
-
   async def _roll_out(
       self, tasks: Sequence[Task], seed: int
   ) -> list[RolloutGroup]:
@@ -415,24 +312,10 @@ class Run:
     per_task = self.setup.rollouts_per_task
     return await rollout.run_groups(
         tasks,
-        environment=self._training,
+        environment=self.resources.training,
         num_rollouts=per_task,
         seed=seed,
         max_concurrent=max(1, self.setup.sampler.max_concurrent // per_task),
-    )
-
-  def _environment(
-      self, actors: Mapping[str, Actor], temperature: float
-  ) -> Environment:
-    """What agent calls share, at one temperature."""
-    sampler = self.setup.sampler
-    return Environment(
-        team=self.setup.team,
-        actors=actors,
-        tools=self.setup.tools,
-        temperature=temperature,
-        turn_deadline=sampler.turn_deadline,
-        max_attempts=sampler.max_attempts,
     )
 
   def _compared(
@@ -470,11 +353,8 @@ async def open_run(setup: Setup, store: Store) -> AsyncIterator[Run]:
   Yields:
     The run.
   """
-  run = Run(setup, store)
-  async with contextlib.AsyncExitStack() as stack:
-    for engine in run.engines.values():
-      await stack.enter_async_context(engine)
-    yield run
+  async with open_resources(setup, store) as resources:
+    yield Run(resources)
 
 
 def _with_gradient(

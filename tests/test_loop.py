@@ -196,7 +196,7 @@ def test_versions_of_a_policy_that_is_not_trained_stay_in_the_store(tmp_path):
 
   async def read(version):
     async with open_run(setup, bucket) as run:
-      return run.read_published(version)
+      return run.resources.read_published(version)
 
   assert asyncio.run(read(2)) == []
   with pytest.raises(publish.NoVersionError, match=r"no version 3.*\[0, 1, 2"):

@@ -77,7 +77,7 @@ async def _measure(setup: Setup, store: Store) -> list[Row]:
   stage = setup.stages[-1]
   rows = []
   async with open_run(setup, store) as run:
-    run.publish(tuple(run.learners), 0)
+    run.publish(tuple(run.resources.learners), 0)
     for step in range(_WARMUP.value + _STEPS.value):
       rows.append(await _step(run, stage, step))
   return rows
@@ -94,7 +94,7 @@ async def _step(run: Run, stage: Stage, step: int) -> Row:
   credits = run.assign(stage, groups, scores, step)
   marks.append(time.perf_counter())
   dispatched = run.update(stage, step, groups, credits)
-  jax.block_until_ready(run.states)
+  jax.block_until_ready(run.resources.states)
   marks.append(time.perf_counter())
   run.publish(tuple(dispatched), step + 1)
   marks.append(time.perf_counter())

@@ -1,0 +1,181 @@
+"""What a run takes while it lasts: engines, learners, task streams, the store.
+
+Built from a recipe, `plan.Setup`; `run.Run` puts them to use.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import AsyncIterator, Mapping
+from typing import Literal
+
+from mgrpo_jax import publish
+from mgrpo_jax.agents.actor import Actor
+from mgrpo_jax.agents.context import Environment
+from mgrpo_jax.learner import Learner
+from mgrpo_jax.plan import Setup
+from mgrpo_jax.policy.load.safetensors import save_directory
+from mgrpo_jax.policy.params import abstract
+from mgrpo_jax.publish import NoVersionError
+from mgrpo_jax.sampler.engine import Engine
+from mgrpo_jax.store import Store
+from mgrpo_jax.tasks.pipeline import TaskQueue
+from mgrpo_jax.types import TrainState
+
+
+class Resources:
+  """Owns engines, learners and task streams; `open_resources` makes some.
+
+  Attributes:
+    setup: the recipe.
+    store: where weights are published.
+    learners: by policy.
+    engines: by policy.
+    queues: task streams, by name of stage.
+    training: what agent calls share in rollouts.
+    testing: what they share in evaluations.
+  """
+
+  def __init__(self, setup: Setup, store: Store) -> None:
+    """Puts every policy on the device and opens the task streams.
+
+    Args:
+      setup: the recipe.
+      store: where weights are published.
+
+    Raises:
+      ValueError: a size, name or budget of the recipe is impossible.
+    """
+    self.setup = setup
+    self.store = store
+    method = setup.method
+    self.learners = {
+        name: Learner(
+            policy.config,
+            policy.params,
+            shape=method.shape,
+            optimizer=method.optimizer,
+            temperature=setup.sampler.temperature,
+            needs_reference=method.policy_loss.kl is not None,
+            seed=setup.seed,
+        )
+        for name, policy in setup.policies.items()
+    }
+    self.engines = {
+        name: Engine(
+            learner.config,
+            learner.state.params,
+            0,
+            **setup.sampler.engine,
+        )
+        for name, learner in self.learners.items()
+    }
+    self.queues = {
+        stage.name: TaskQueue(
+            setup.tasks[stage.name],
+            seed=setup.seed,
+            max_retries=setup.max_retries,
+        )
+        for stage in setup.stages
+    }
+    actors = {n: setup.actor(n, e) for n, e in self.engines.items()}
+    self.training = self._environment(actors, setup.sampler.temperature)
+    self.testing = self._environment(
+        actors, setup.sampler.evaluation_temperature
+    )
+
+  @property
+  def states(self) -> dict[str, TrainState]:
+    """Of every policy."""
+    return {name: learner.state for name, learner in self.learners.items()}
+
+  def sampled(self) -> int:
+    """Tokens that this process has sampled so far."""
+    return sum(engine.stats()["generated"] for engine in self.engines.values())
+
+  def read_published(
+      self, version: int | Literal["latest"] = "latest"
+  ) -> list[str]:
+    """Samples from published weights from now on.
+
+    Args:
+      version: `latest` for the newest good one of each policy, or a number:
+        that version or, where a policy was not trained then, the one before.
+
+    Returns:
+      What was found corrupt on the way, a line each.
+
+    Raises:
+      CorruptError: the version asked for by number is corrupt.
+      NoVersionError: the store does not keep such a version of any policy, or
+        none as old of one of them.
+    """
+    kept = {name: publish.versions(self.store, name) for name in self.engines}
+    if version != "latest" and not any(
+        version in numbers for numbers in kept.values()
+    ):
+      raise NoVersionError(
+          f"there is no version {version} in {self.store.url}, which keeps"
+          f" {sorted(set().union(*kept.values()))}"
+      )
+    problems: list[str] = []
+    for name, engine in self.engines.items():
+      like = abstract(self.learners[name].config)
+      number: int | Literal["latest"] = "latest"
+      if version != "latest":
+        number = max((n for n in kept[name] if n <= version), default=version)
+      weights = publish.read(self.store, name, number, like=like)
+      engine.update(weights.params, weights.version.number)
+      problems += weights.skipped
+    return problems
+
+  def save_policies(self, directory: pathlib.Path) -> None:
+    """Writes every policy as a directory that `policy.load` reads.
+
+    Args:
+      directory: what an earlier process left in it is replaced.
+    """
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    for name, policy in self.setup.policies.items():
+      params = self.learners[name].state.params
+      trained = dataclasses.replace(policy, params=params)
+      save_directory(directory / name, trained)
+
+  def _environment(
+      self, actors: Mapping[str, Actor], temperature: float
+  ) -> Environment:
+    """What agent calls share, at one temperature."""
+    sampler = self.setup.sampler
+    return Environment(
+        team=self.setup.team,
+        actors=actors,
+        tools=self.setup.tools,
+        temperature=temperature,
+        turn_deadline=sampler.turn_deadline,
+        max_attempts=sampler.max_attempts,
+    )
+
+
+@contextlib.asynccontextmanager
+async def open_resources(
+    setup: Setup, store: Store
+) -> AsyncIterator[Resources]:
+  """Starts the engines that a recipe takes, and stops them.
+
+  Args:
+    setup: the recipe.
+    store: where weights are published.
+
+  Yields:
+    The resources.
+
+  Raises:
+    ValueError: a size, name or budget of the recipe is impossible.
+  """
+  resources = Resources(setup, store)
+  async with contextlib.AsyncExitStack() as stack:
+    for engine in resources.engines.values():
+      await stack.enter_async_context(engine)
+    yield resources
