@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import pathlib
 import re
 import types
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
@@ -187,21 +188,15 @@ def read_step(path: str | os.PathLike[str]) -> StepRecords:
   groups: list[GroupRecord] = []
   problems: list[str] = []
   number = 0
-  with path.open("rb") as raw:
-    lines = _decompressed_lines(raw)
-    while True:
-      try:
-        line = next(lines, None)
-      except (EOFError, OSError, zlib.error) as error:
-        problems.append(f"{path.name}: after record {number}: {error}")
-        break
-      if line is None:
-        break
-      number += 1
-      try:
-        groups.append(_checked(json.loads(line)))
-      except (ValueError, TypeError, KeyError, RecursionError) as error:
-        problems.append(f"{path.name}: record {number}: {_one_line(error)}")
+  with gzip.open(path) as lines:
+    try:
+      for number, line in enumerate(lines, 1):
+        try:
+          groups.append(_checked(json.loads(line)))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+          problems.append(f"{path.name}: record {number}: {_one_line(error)}")
+    except (EOFError, OSError, zlib.error) as error:  # the stream is damaged
+      problems.append(f"{path.name}: after record {number}: {error}")
   return StepRecords(groups=tuple(groups), problems=tuple(problems))
 
 
@@ -248,13 +243,11 @@ def _group_record(
 
 def _task_record(task: Task) -> dict[str, Any]:
   """Builds the JSON object of a task."""
-  fields = {
-      field.name: getattr(task, field.name)
-      for field in dataclasses.fields(task)
+  return {
+      **vars(task),
+      "evidence": [dataclasses.asdict(hop) for hop in task.evidence],
+      "meta": dict(task.meta),
   }
-  fields["evidence"] = [dataclasses.asdict(hop) for hop in task.evidence]
-  fields["meta"] = dict(task.meta)
-  return fields
 
 
 def _trajectory_record(
@@ -294,10 +287,8 @@ def _spans(sampled: np.ndarray) -> list[tuple[TokenRole, int]]:
   if not sampled.size:
     return []
   borders = np.flatnonzero(np.diff(sampled)) + 1
-  starts = [0, *borders.tolist()]
-  ends = [*borders.tolist(), sampled.size]
   spans: list[tuple[TokenRole, int]] = []
-  for start, end in zip(starts, ends, strict=True):
+  for start, end in itertools.pairwise([0, *borders.tolist(), sampled.size]):
     other: TokenRole = "result" if start else "prompt"
     spans.append(("sampled" if sampled[start] else other, end - start))
   return spans
@@ -327,12 +318,6 @@ def _compressed(records: Iterable[GroupRecord]) -> bytes:
   return buffer.getvalue()
 
 
-def _decompressed_lines(raw: Any) -> Iterator[bytes]:
-  """Yields complete lines; raises where the compressed stream is damaged."""
-  with gzip.GzipFile(fileobj=raw, mode="rb") as stream:
-    yield from stream
-
-
 def _checked(record: Any) -> GroupRecord:
   """Returns the record if it has the promised shape, else raises."""
   if not isinstance(record, dict) or record.get("format") != FORMAT:
@@ -352,8 +337,8 @@ def _checked(record: Any) -> GroupRecord:
     raise ValueError(f"{count!r} rollouts of {len(calls)} trajectories")
   for position, trajectory in enumerate(calls):
     problem = _trajectory_problem(trajectory, calls[:position])
-    if not problem and not 0 <= trajectory["rollout"] < record["num_rollouts"]:
-      problem = f"rollout {trajectory['rollout']} of {record['num_rollouts']}"
+    if not problem and not 0 <= trajectory["rollout"] < count:
+      problem = f"rollout {trajectory['rollout']} of {count}"
     if problem:
       raise ValueError(f"trajectory {position}: {problem}")
   return cast(GroupRecord, record)
