@@ -24,6 +24,7 @@ from mgrpo_jax.types import (
 )
 
 Matches = Callable[[str, Sequence[str]], bool]
+PerCall = Float[np.ndarray, " M"]  # of a group's M trajectories
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ class Rules:
   format: Callable[[Trajectory], bool]
   correct: Callable[[str, Sequence[str]], bool | None]
   expert: Callable[[Task, Trajectory], float | None]
-  correct_of: Callable[[RolloutGroup, np.ndarray], np.ndarray]
+  correct_of: Callable[[RolloutGroup, PerCall], PerCall]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,11 +85,11 @@ class Scores:
       are then 0 and mean nothing.
   """
 
-  format: Float[np.ndarray, " M"]
-  correct: Float[np.ndarray, " M"]
-  expert: Float[np.ndarray, " M"]
-  total: Float[np.ndarray, " M"]
-  weight: Float[np.ndarray, " M"]
+  format: PerCall
+  correct: PerCall
+  expert: PerCall
+  total: PerCall
+  weight: PerCall
 
   def records(self) -> list[dict[str, float]]:
     """Lists components and total by name; nothing where weight is 0."""
@@ -303,9 +304,7 @@ def nearest_evidence(task: Task, request: str) -> tuple[Evidence, ...]:
   )
 
 
-def of_root(
-    group: RolloutGroup, correct: Float[np.ndarray, " M"]
-) -> Float[np.ndarray, " M"]:
+def of_root(group: RolloutGroup, correct: PerCall) -> PerCall:
   """Gives every call the correctness of its rollout's root (the paper's).
 
   Args:
@@ -321,9 +320,7 @@ def of_root(
   return roots[np.asarray(group.rollout)]
 
 
-def of_parent(
-    group: RolloutGroup, correct: Float[np.ndarray, " M"]
-) -> Float[np.ndarray, " M"]:
+def of_parent(group: RolloutGroup, correct: PerCall) -> PerCall:
   """Gives every call the correctness of its caller, the root its own.
 
   Args:
