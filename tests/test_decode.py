@@ -10,21 +10,15 @@ import pytest
 
 from mgrpo_jax.policy import cache as caching
 from mgrpo_jax.policy import decode, logprobs, params, sampling, transformer
-from mgrpo_jax.policy.config import TransformerConfig
+from mgrpo_jax.testing.sizes import tiny_config
 
 SLOTS, LENGTH, BLOCK, STEPS = 6, 48, 16, 5
 CONFIGS = {
-    "plain": TransformerConfig(
-        vocab_size=61, embed_dim=16, num_layers=2, num_heads=2,
-        num_kv_heads=2, head_dim=8, mlp_dim=24, rope_base=1e4, norm_eps=1e-5,
-        tied_embeddings=True, dtype="float32",
+    "plain": tiny_config(num_kv_heads=2),
+    "grouped": tiny_config(
+        num_heads=6, num_kv_heads=2, head_dim=4, tied_embeddings=False
     ),
-    "grouped": TransformerConfig(
-        vocab_size=61, embed_dim=16, num_layers=2, num_heads=6,
-        num_kv_heads=2, head_dim=4, mlp_dim=24, rope_base=1e4, norm_eps=1e-5,
-        tied_embeddings=False, dtype="float32",
-    ),
-}  # fmt: skip
+}
 PLAIN = CONFIGS["plain"]
 CONFIGS["half"] = dataclasses.replace(PLAIN, dtype="bfloat16")
 

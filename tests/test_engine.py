@@ -11,18 +11,14 @@ import numpy as np
 import pytest
 
 from mgrpo_jax.policy import logprobs, params
-from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.sampler import device
 from mgrpo_jax.sampler.engine import Engine, EngineError
+from mgrpo_jax.testing.sizes import tiny_config
 
 CONTEXT = 64
 STOP = 3
-CONFIG = TransformerConfig(
-    vocab_size=61, embed_dim=16, num_layers=2, num_heads=4,
-    num_kv_heads=2, head_dim=4, mlp_dim=24, rope_base=1e4, norm_eps=1e-5,
-    tied_embeddings=True, dtype="float32",
-)  # fmt: skip
+CONFIG = tiny_config(num_heads=4, num_kv_heads=2, head_dim=4)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from trajectories import random_trajectory
 from mgrpo_jax import losses, metrics, optim, packing, sharding, update
 from mgrpo_jax.policy import logprobs as policy_logprobs
 from mgrpo_jax.policy import params as policy_params
-from mgrpo_jax.policy.config import TransformerConfig
+from mgrpo_jax.testing.sizes import tiny_config
 from mgrpo_jax.types import TrainState
 
 VOCAB = 11
@@ -39,18 +39,8 @@ RICH = dataclasses.replace(
     kl_coefficient=0.3,
     importance=losses.token_importance,
 )
-CONFIG = TransformerConfig(
-    vocab_size=VOCAB,
-    embed_dim=16,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    mlp_dim=16,
-    rope_base=1e4,
-    norm_eps=1e-5,
-    tied_embeddings=False,
-    dtype="float32",
+CONFIG = tiny_config(
+    vocab_size=VOCAB, num_layers=1, mlp_dim=16, tied_embeddings=False
 )
 
 

@@ -30,6 +30,7 @@ from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.testing import corpus
 from mgrpo_jax.testing import team as team_lib
+from mgrpo_jax.testing.sizes import tiny_config
 from mgrpo_jax.types import Evidence, RolloutGroup, Task, Trajectory
 
 CONTEXT = 160
@@ -221,19 +222,7 @@ def _stages(
 def _policy(team: Team, number: int) -> Policy:
   """A transformer of a few thousand parameters."""
   tokenizer = team_lib.tokenizer(team)
-  config = TransformerConfig(
-      vocab_size=tokenizer.vocab_size,
-      embed_dim=16,
-      num_layers=2,
-      num_heads=2,
-      num_kv_heads=1,
-      head_dim=8,
-      mlp_dim=32,
-      rope_base=10_000.0,
-      norm_eps=1e-5,
-      tied_embeddings=True,
-      dtype="float32",
-  )
+  config = tiny_config(vocab_size=tokenizer.vocab_size, mlp_dim=32)
   return Policy(
       config=config,
       params=_init(number, config=config),
