@@ -125,7 +125,7 @@ class PolicyLoss:
     Returns:
       The loss and the tally.
     """
-    mask = jnp.where(batch.weight[:, None] > 0, batch.loss_mask, 0.0)
+    mask = _counted(batch)
     now = numerics.masked(logprobs, mask)
     old = numerics.masked(batch.old_logprobs, mask)
     sampler = numerics.masked(batch.sampler_logprobs, mask)
@@ -354,11 +354,16 @@ def _unpack(
   return jnp.where(predicted, values, 0.0)
 
 
+def _counted(batch: TrainBatch) -> Float[Array, "M L"]:
+  """Marks the sampled tokens that count."""
+  return jnp.where(batch.weight[:, None] > 0, batch.loss_mask, 0.0)
+
+
 def _tally(
     batch: TrainBatch, sums: dict[str, Array], maxima: dict[str, Array]
 ) -> Tally:
   """Reduces metrics [M, L] over the sampled tokens that count."""
-  counted = jnp.where(batch.weight[:, None] > 0, batch.loss_mask, 0.0)
+  counted = _counted(batch)
   return Tally(
       count=jnp.sum(counted),
       sums={
