@@ -1,27 +1,18 @@
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trajectories import random_trajectory, trajectory
+from trajectories import random_credits, trajectory
 
 from mgrpo_jax import packing
 from mgrpo_jax.types import Alignment
 
-VOCAB = 50
-
-
-def credits_of(lengths, seed=0):
-  rng = np.random.default_rng(seed)
-  return [
-      packing.Credit(
-          trajectory=random_trajectory(rng, n, VOCAB, rollout=i),
-          advantage=float(np.float32(rng.normal())),
-          weight=float(rng.choice([0.25, 1.0, 3.0])),
-      )
-      for i, n in enumerate(lengths)
-  ]
+credits_of = functools.partial(
+    random_credits, vocab_size=50, weights=(0.25, 1.0, 3.0)
+)
 
 
 def unpacked(batch):

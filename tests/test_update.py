@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from oracles import losses as loss_oracle
 from oracles import update as oracle
-from trajectories import random_trajectory
+from trajectories import random_credits
 
 from mgrpo_jax import losses, metrics, optim, packing, sharding, update
 from mgrpo_jax.policy import logprobs as policy_logprobs
@@ -100,16 +100,9 @@ def new_state(params):
   )
 
 
-def credits_of(lengths, seed=0):
-  rng = np.random.default_rng(seed)
-  return [
-      packing.Credit(
-          trajectory=random_trajectory(rng, n, VOCAB, rollout=i),
-          advantage=float(np.float32(rng.normal())),
-          weight=float(rng.choice([0.5, 1.0, 2.0])),
-      )
-      for i, n in enumerate(lengths)
-  ]
+credits_of = functools.partial(
+    random_credits, vocab_size=VOCAB, weights=(0.5, 1.0, 2.0)
+)
 
 
 CREDITS = credits_of([7, 16, 3, 9, 12, 5, 5, 10, 2, 14])

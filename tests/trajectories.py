@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from mgrpo_jax.packing import Credit
 from mgrpo_jax.types import (
     NO_PARENT,
     Evidence,
@@ -45,6 +46,19 @@ def random_trajectory(rng, length, vocab_size, **fields):
       sampler_logprobs=np.float32(mask * -rng.uniform(0.5, 3.0, length)),
       **fields,
   )
+
+
+def random_credits(lengths, *, vocab_size, weights, seed=0):
+  """A trajectory of each length, with any advantage and one of the weights."""
+  rng = np.random.default_rng(seed)
+  return [
+      Credit(
+          trajectory=random_trajectory(rng, n, vocab_size, rollout=i),
+          advantage=float(np.float32(rng.normal())),
+          weight=float(rng.choice(weights)),
+      )
+      for i, n in enumerate(lengths)
+  ]
 
 
 def turn(kind, **fields):
