@@ -4,20 +4,19 @@ import asyncio
 import dataclasses
 import io
 import json
-import time
 
 import jax
 import numpy as np
 import pytest
+import tiny_run
 
-from mgrpo_jax import loop, metrics, publish, store, workdir
+from mgrpo_jax import metrics, publish, store
 from mgrpo_jax.agents.errors import InfrastructureError
-from mgrpo_jax.journal import Journal, NonFiniteError
+from mgrpo_jax.journal import NonFiniteError
 from mgrpo_jax.policy.load import load
 from mgrpo_jax.report import records
 from mgrpo_jax.report.writer import read_metrics
 from mgrpo_jax.run import open_run
-from mgrpo_jax.tasks import curriculum
 from mgrpo_jax.testing.setup import small_setup
 
 MAX_GAP = 1e-4  # nats, float32 on a CPU
@@ -36,21 +35,9 @@ def small(**changes):
 
 def train(directory, setup):
   """Runs a setup; returns the summary."""
-  with (
-      metrics.count_compilations() as compiled,
-      workdir.hold(directory, {"seed": setup.seed}) as held,
-      Journal(
-          held,
-          total_steps=curriculum.num_steps(setup.stages),
-          keep_checkpoints=2,
-          stream=io.StringIO(),
-          started=time.monotonic(),
-          compiled=compiled,
-      ) as journal,
-  ):
-    bucket = store.open_folder(held.bucket)
-    summary, _ = asyncio.run(loop.train(setup, bucket, journal))
-    return journal.summarise({"config": {}} | summary)
+  return tiny_run.train(
+      directory, setup, config={"seed": setup.seed}, stream=io.StringIO()
+  )
 
 
 def weights(policy):

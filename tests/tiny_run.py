@@ -15,17 +15,19 @@ import numpy as np
 
 from mgrpo_jax import loop, metrics, store, workdir
 from mgrpo_jax.journal import Journal
+from mgrpo_jax.plan import Setup
 from mgrpo_jax.policy.load import load
 from mgrpo_jax.tasks import curriculum
 from mgrpo_jax.testing.setup import small_setup
 
 
-def run(directory: pathlib.Path, *, seed: int, steps: int, stream) -> dict:
+def train(
+    directory: pathlib.Path, setup: Setup, *, config: dict, stream
+) -> dict:
   """Trains, or continues; returns the summary."""
-  setup = small_setup(seed=seed, imitation_steps=2, steps=steps)
   with (
       metrics.count_compilations() as compiled,
-      workdir.hold(directory, {"seed": seed, "steps": steps}) as held,
+      workdir.hold(directory, config) as held,
       Journal(
           held,
           total_steps=curriculum.num_steps(setup.stages),
@@ -54,10 +56,11 @@ def main() -> None:
   jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   directory, seed, steps = sys.argv[1:]
-  run(
+  config = {"seed": int(seed), "steps": int(steps)}
+  train(
       pathlib.Path(directory),
-      seed=int(seed),
-      steps=int(steps),
+      small_setup(imitation_steps=2, **config),
+      config=config,
       stream=sys.stderr,
   )
   print(digest(pathlib.Path(directory)))
