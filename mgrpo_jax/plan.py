@@ -81,7 +81,8 @@ class Setup:
     dev: questions for the looks during training.
     test: questions before and after training.
     tasks_per_step: B.
-    max_retries: how often a task is asked again that a machine failed on.
+    max_retries: how often in a row a task is asked again that a machine failed
+      on.
     rollouts_per_task: K.
     team: the roles.
     policies: by name, with the weights to begin with.

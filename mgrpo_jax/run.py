@@ -91,21 +91,23 @@ class Run:
 
   def grade(self, stage: Stage, groups: Sequence[RolloutGroup]) -> list[Scores]:
     """Arrow 3: rewards; tasks that a machine failed on are asked again."""
-    method = self.setup.method
+    method, queue = self.setup.method, self.resources.queues[stage.name]
     scores = []
     with self.timed("reward"):
       for group in groups:
         graded = rewards.score(
             group, weights=method.reward_weights, rules=method.rules
         )
-        if not np.all(graded.weight > 0):
-          if self.resources.queues[stage.name].put_back(group.task.id):
-            self.work.retried += 1
-          else:
-            self.work.abandoned += 1
-          nothing = np.zeros_like(graded.weight)
-          graded = dataclasses.replace(graded, weight=nothing)
-        scores.append(graded)
+        if np.all(graded.weight > 0):
+          queue.settle(group.task.id)
+          scores.append(graded)
+          continue
+        if queue.put_back(group.task.id):
+          self.work.retried += 1
+        else:
+          self.work.abandoned += 1
+        nothing = np.zeros_like(graded.weight)
+        scores.append(dataclasses.replace(graded, weight=nothing))
     for role in self.setup.team.roles:
       self.values |= statistics.of_role(groups, scores, role.name)
     return scores

@@ -235,6 +235,9 @@ def test_a_task_that_a_machine_failed_on_is_asked_again(tmp_path):
   assert all(t["rewards"] == {} for t in failed["trajectories"])
   assert all(t["advantage"] is None for t in failed["trajectories"])
   assert "FAILED" not in {t["status"] for t in repeated["trajectories"]}
+  stored = (tmp_path / "run/checkpoints/3/record/metadata").read_text()
+  queue = json.loads(stored)["host"]["run"]["tasks"]["reinforce"]
+  assert queue["retries"] == {}  # it went well, so what failed is forgotten
 
 
 def broken_ratio(logprobs, old_logprobs, mask):

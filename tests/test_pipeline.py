@@ -96,6 +96,17 @@ def test_what_is_put_back_comes_first_and_survives_a_restart():
     assert one.waiting == 1
 
 
+def test_only_failures_in_a_row_count():
+  queue = pipeline.TaskQueue(make(1), seed=1, max_retries=1)
+  (task,) = queue.take(1)
+  for _ in range(3):  # once in every epoch
+    assert queue.put_back(task.id)
+    queue.settle(task.id)  # asked again, it went well
+  assert queue.put_back(task.id)
+  assert not queue.put_back(task.id)
+  assert queue.put_back(task.id)  # in a later epoch
+
+
 def test_select():
   def ids(stages=(), kinds=(), families=()):
     kept = pipeline.select(

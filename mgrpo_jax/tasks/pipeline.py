@@ -142,7 +142,7 @@ class TaskQueue:
     Args:
       tasks: at least one, with distinct ids.
       seed: of the shuffle, 0 .. 2**32 - 1.
-      max_retries: how often a task may be put back, 0 or more.
+      max_retries: how often in a row a task may be put back, 0 or more.
 
     Raises:
       ValueError: see `TaskStream`.
@@ -168,12 +168,20 @@ class TaskQueue:
     Returns:
       Whether it will be taken again.
     """
-    retries = self._retries.get(task_id, 0)
+    retries = self._retries.pop(task_id, 0)
     if retries == self._max_retries:
-      return False
+      return False  # in a later epoch it starts anew
     self._retries[task_id] = retries + 1
     self._waiting.append(task_id)
     return True
+
+  def settle(self, task_id: str) -> None:
+    """Forgets a task's retries, because this time nothing failed.
+
+    Args:
+      task_id: of a task that was taken.
+    """
+    self._retries.pop(task_id, None)
 
   @property
   def waiting(self) -> int:
