@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+_PARTIAL = ".partial"
 _count = itertools.count()
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # as TensorStore says it
 
@@ -64,7 +65,7 @@ def write(path: str | os.PathLike[str], data: bytes | str) -> None:
     StorageError: the file cannot be written (disk full, no permission, …).
   """
   path = pathlib.Path(path)
-  name = f".{path.name}.{os.getpid()}.{next(_count)}.partial"
+  name = f".{path.name}.{os.getpid()}.{next(_count)}{_PARTIAL}"
   temporary = path.with_name(name)
   payload = data.encode("utf-8") if isinstance(data, str) else data
   try:
@@ -123,6 +124,19 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     raise CorruptError(f"{path} is not JSON: {reason(error)}") from error
 
 
+def is_partial(name: str, target: str) -> bool:
+  """Says whether a file is what a killed `write` of a target left.
+
+  Args:
+    name: of the file.
+    target: name of what was being written.
+
+  Returns:
+    Whether it is.
+  """
+  return name.startswith(f".{target}.") and name.endswith(_PARTIAL)
+
+
 def sweep(directory: str | os.PathLike[str]) -> int:
   """Removes the temporary files that killed writers left behind.
 
@@ -139,7 +153,7 @@ def sweep(directory: str | os.PathLike[str]) -> int:
   """
   removed = 0
   try:
-    for path in pathlib.Path(directory).rglob(".*.partial"):
+    for path in pathlib.Path(directory).rglob(f".*{_PARTIAL}"):
       path.unlink()
       removed += 1
   except OSError as error:

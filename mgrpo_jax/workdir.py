@@ -158,7 +158,12 @@ def _check_ours(directory: Workdir) -> None:
     raise atomic.StorageError(
         f"workdir {path}: {atomic.reason(error)}"
     ) from error
-  if entries and entries != [_LOCK_FILE] and CONFIG_FILE not in entries:
+  foreign = [
+      name
+      for name in entries  # a run killed at its very first write leaves ours
+      if name != _LOCK_FILE and not atomic.is_partial(name, CONFIG_FILE)
+  ]
+  if foreign and CONFIG_FILE not in entries:
     raise atomic.StorageError(
         f"workdir {path} is not empty and holds no {CONFIG_FILE}; give an empty"
         " directory or that of a run"

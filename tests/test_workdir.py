@@ -1,5 +1,8 @@
 import json
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -53,6 +56,35 @@ def test_a_directory_with_other_things_is_left_alone(tmp_path):
     with workdir.hold(tmp_path, CONFIG):
       pass
   assert sorted(os.listdir(tmp_path)) == ["thesis.tex"]
+
+
+KILLED_AT_THE_RENAME = """
+import os, signal, sys
+from mgrpo_jax import workdir
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+with workdir.hold(sys.argv[1], {}):
+  pass
+"""
+
+
+def test_a_directory_whose_first_write_was_killed_can_be_used(tmp_path):
+  ended = subprocess.run(
+      [sys.executable, "-c", KILLED_AT_THE_RENAME, tmp_path], check=False
+  )
+  assert ended.returncode == -signal.SIGKILL
+  left = sorted(os.listdir(tmp_path))
+  assert len(left) == 2 and left[0].startswith(".config.json.")
+  workdir.check(tmp_path, CONFIG)
+  with workdir.hold(tmp_path, CONFIG):
+    assert sorted(os.listdir(tmp_path)) == [".lock", "config.json"]
+
+
+def test_another_programs_partial_file_is_left_alone(tmp_path):
+  (tmp_path / ".thesis.tex.7.partial").write_text("precious")
+  with pytest.raises(atomic.StorageError, match="not empty"):
+    with workdir.hold(tmp_path, CONFIG):
+      pass
+  assert os.listdir(tmp_path) == [".thesis.tex.7.partial"]
 
 
 def test_a_corrupt_config_is_named(tmp_path):
