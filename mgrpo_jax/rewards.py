@@ -25,6 +25,7 @@ from mgrpo_jax.types import (
 
 Matches = Callable[[str, Sequence[str]], bool]
 PerCall = Float[np.ndarray, " M"]  # of a group's M trajectories
+Positions = Int[np.ndarray, " M"]  # among them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,14 +63,14 @@ class Rules:
       `answers.matches`; None if the judge failed.
     expert: task, trajectory -> grade of the call in 0..1, such as
       `evidence_grade`; None if the judge failed.
-    correct_of: group, each call's own correctness -> the one that counts for
-      each call; `of_root` or `of_parent`.
+    correct_of: group -> for each call, which one's correctness counts; only
+      these are judged; `of_root` or `of_parent`.
   """
 
   format: Callable[[Trajectory], bool]
   correct: Callable[[str, Sequence[str]], bool | None]
   expert: Callable[[Task, Trajectory], float | None]
-  correct_of: Callable[[RolloutGroup, PerCall], PerCall]
+  correct_of: Callable[[RolloutGroup], Positions]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,19 +149,21 @@ def score(
   missing = {t.role for t in group.trajectories} - weights.keys()
   if missing:
     raise ValueError(f"weights must name roles {sorted(missing)}, which ran")
-  own = [_own_correct(group.task, t, rules) for t in group.trajectories]
+  counting = rules.correct_of(group)
+  own = {
+      m: _own_correct(group.task, group.trajectories[m], rules)
+      for m in set(counting.tolist())
+  }
   broken = {
       t.rollout
-      for t, right in zip(group.trajectories, own, strict=True)
-      if t.status == Status.FAILED or right is None
+      for t, m in zip(group.trajectories, counting, strict=True)
+      if t.status == Status.FAILED or own[m] is None
   }
-  known = np.array([grade or 0.0 for grade in own], np.float64)
-  correct = rules.correct_of(group, known)
   rows = [
       None
       if t.rollout in broken
-      else _grade(group.task, t, float(correct[m]), weights[t.role], rules)
-      for m, t in enumerate(group.trajectories)
+      else _grade(group.task, t, own[m] or 0.0, weights[t.role], rules)
+      for t, m in zip(group.trajectories, counting, strict=True)
   ]
   table = np.array([row or (0.0,) * 4 for row in rows], np.float32)
   table = table.reshape(len(rows), 4)
@@ -304,35 +307,33 @@ def nearest_evidence(task: Task, request: str) -> tuple[Evidence, ...]:
   )
 
 
-def of_root(group: RolloutGroup, correct: PerCall) -> PerCall:
+def of_root(group: RolloutGroup) -> Positions:
   """Gives every call the correctness of its rollout's root (the paper's).
 
   Args:
     group: the rollouts.
-    correct: each call's own correctness.
 
   Returns:
-    [M], what counts for each call.
+    [M] int, where the root of each call's rollout stands.
   """
-  roots = np.zeros(group.num_rollouts, correct.dtype)
-  is_root = np.asarray(group.parent) == NO_PARENT
-  roots[np.asarray(group.rollout)[is_root]] = correct[is_root]
-  return roots[np.asarray(group.rollout)]
+  rollout = np.asarray(group.rollout)
+  (where,) = np.nonzero(np.asarray(group.parent) == NO_PARENT)
+  roots = np.zeros(group.num_rollouts, np.int64)
+  roots[rollout[where]] = where
+  return roots[rollout]
 
 
-def of_parent(group: RolloutGroup, correct: PerCall) -> PerCall:
+def of_parent(group: RolloutGroup) -> Positions:
   """Gives every call the correctness of its caller, the root its own.
 
   Args:
     group: the rollouts.
-    correct: each call's own correctness.
 
   Returns:
-    [M], what counts for each call.
+    [M] int, where each call's caller stands.
   """
   parents = np.asarray(group.parent)
-  itself = np.arange(len(parents))
-  return correct[np.where(parents == NO_PARENT, itself, parents)]
+  return np.where(parents == NO_PARENT, np.arange(len(parents)), parents)
 
 
 def _grade(

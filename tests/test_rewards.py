@@ -219,6 +219,32 @@ def test_callers_correctness_in_a_deeper_tree():
   np.testing.assert_array_equal(scores.correct, [0, 0, 1, 1, 1])
 
 
+@pytest.mark.parametrize(
+    "correct_of, asked",
+    [
+        (rewards.of_root, ["Cusco", "Quito"]),
+        (rewards.of_parent, ["Cusco", "Lima", "Quito"]),
+    ],
+)
+def test_only_calls_whose_correctness_counts_are_judged(correct_of, asked):
+  judged = []
+
+  def correct(text, accepted):
+    judged.append(text)
+    return None if text == "unsure" else answers.matches(text, accepted)
+
+  tree = [
+      root(result_text="Quito"),
+      call(result_text="Lima"),
+      call(number=1, parent=1, result_text="unsure"),  # nobody counts it
+      root(1, result_text="Cusco"),
+  ]
+  rules = dataclasses.replace(RULES, correct=correct, correct_of=correct_of)
+  scores = score(tree, 2, rules=rules)
+  assert sorted(judged) == asked
+  np.testing.assert_array_equal(scores.weight, 1)
+
+
 def test_calls_are_sorted_by_task_rollout_and_order():
   first = group(
       TASK, [root(0), call(0), call(0, 1, result_text="Quito"), root(1)], 2
