@@ -71,9 +71,9 @@ async def _begin(
   """Resumes, or measures where the team starts and publishes version 0."""
   checkpoint = journal.restore(run.resources.states)
   if checkpoint is not None:
-    run.resume(checkpoint.states, checkpoint.host["run"])
+    journal.skipped(run.resume(checkpoint.states, checkpoint.host["run"]))
     return checkpoint.step + 1, checkpoint.host["before"]
-  run.publish(tuple(run.resources.learners), 0)
+  journal.skipped(run.publish(tuple(run.resources.learners), 0))
   before = await run.evaluate(run.setup.test, "test")
   return 0, _numbers(before)
 
@@ -97,7 +97,8 @@ async def _step(
   credits = run.assign(stage, groups, scores, step)
   dispatched = run.update(stage, number, groups, credits)
   journal.flush()
-  run.publish(tuple(run.resources.learners if last else dispatched), step + 1)
+  trained = tuple(run.resources.learners if last else dispatched)
+  journal.skipped(run.publish(trained, step + 1))
   journal.rollouts(
       step, stage.name, groups, scores, credits.advantages, run.pieces
   )

@@ -139,7 +139,7 @@ METRICS: Mapping[str, Metric] = dict((
     _metric("events", "event", "events", "",
             "of the step's agent calls; `agents.context` names them"),
     _metric("corrupt_records", "", "records", "lower",
-            "checkpoints, versions or records found damaged so far"),
+            "checkpoints, versions, leases or records found damaged so far"),
     _metric("tokens_per_second", "phase", "tokens/s", "higher",
             "tokens generated or trained on in the phase, per second of it"),
     _metric("seconds", "phase", "s", "lower",

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -55,6 +56,19 @@ class Weights:
   skipped: tuple[str, ...]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Published:
+  """What was written.
+
+  Attributes:
+    version: the version.
+    damaged: leases that cannot be read, a line each; their versions stay.
+  """
+
+  version: PolicyVersion
+  damaged: tuple[str, ...]
+
+
 def publish(
     store: Store,
     policy: str,
@@ -63,7 +77,7 @@ def publish(
     *,
     keep: int,
     meta: Mapping[str, Any],
-) -> PolicyVersion:
+) -> Published:
   """Writes a version of a policy's weights and points LATEST at it.
 
   Publishing equal weights under the same number again writes nothing but the
@@ -79,7 +93,7 @@ def publish(
     meta: JSON kept beside the weights (step, stage, …).
 
   Returns:
-    The version.
+    The version, and what was found damaged.
 
   Raises:
     StorageError: the store cannot be written; LATEST is then as before.
@@ -118,8 +132,8 @@ def publish(
       raise
   pointer = {"number": number, "path": path, "digest": version.digest}
   store.put(_pointer_key(policy), json.dumps(pointer).encode())
-  _retain(store, policy, number, keep)
-  return version
+  damaged = _retain(store, policy, number, keep)
+  return Published(version=version, damaged=tuple(damaged))
 
 
 def read(
@@ -323,15 +337,16 @@ def _is_whole(store: Store, version: PolicyVersion) -> bool:
   return True
 
 
-def _retain(store: Store, policy: str, number: int, keep: int) -> None:
-  """Deletes what is neither among the newest, nor leased, nor pointed to."""
+def _retain(store: Store, policy: str, number: int, keep: int) -> list[str]:
+  """Deletes what is neither new, nor leased, nor pointed to; see `_leased`."""
   root = f"policies/{policy}"
   keys = [key.removeprefix(f"{root}/") for key in store.list(root)]
   present = {int(m[1]) for m in map(_VERSION.match, keys) if m}
   past = sorted(n for n in present if n <= number)
-  kept = {number, *past[-keep:], *_leased(store, root, keys)}
-  for old in sorted(present - kept):
+  leased, damaged = _leased(store, root, keys)
+  for old in sorted(present - {number, *past[-keep:], *leased}):
     _remove(store, _path(policy, old))  # gone by the next publication
+  return damaged
 
 
 def _remove(store: Store, path: str) -> None:
@@ -341,20 +356,26 @@ def _remove(store: Store, path: str) -> None:
   store.discard(path)
 
 
-def _leased(store: Store, root: str, keys: list[str]) -> set[int]:
-  """Returns the versions under a lease that has not run out."""
-  names = [f"{root}/{key}" for key in keys if key.startswith("leases/")]
-  leased = set()
-  for key in names:
-    number = int(key.removeprefix(f"{root}/leases/v").split("/")[0])
-    value = store.get(key)
-    if value is None:
+def _leased(
+    store: Store, root: str, keys: list[str]
+) -> tuple[set[int], list[str]]:
+  """Returns the versions under a lease, and what is wrong with leases."""
+  leased, damaged = set[int](), list[str]()
+  for key in (key for key in keys if key.startswith("leases/")):
+    if (value := store.get(f"{root}/{key}")) is None:
       continue
-    if json.loads(value)["until"] > time.time():
-      leased.add(number)
-    else:
-      store.delete(key)
-  return leased
+    found = _VERSION.match(key.removeprefix("leases/"))
+    try:
+      until = float(json.loads(value)["until"]) if found else math.nan
+    except (ValueError, KeyError, TypeError):
+      until = math.nan
+    if math.isnan(until):
+      damaged.append(f"lease {store.url}/{root}/{key}: it cannot be read")
+    if found and not until <= time.time():
+      leased.add(int(found[1]))
+    elif found:
+      store.delete(f"{root}/{key}")
+  return leased, damaged
 
 
 def _check(policy: str, number: int) -> None:

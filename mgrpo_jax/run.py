@@ -54,6 +54,7 @@ class Run:
     self._work_before = Work()  # when the step under way began
     self._versions = dict.fromkeys(self.setup.policies, 0)  # sampled from
     self._unpublished: set[str] = set()  # newer than what the store has
+    self._told: set[str] = set()  # problems of the store
 
   def begin_step(self) -> None:
     """Forgets the metrics of the step before."""
@@ -178,7 +179,7 @@ class Run:
       self.work.trained_tokens += dispatched[policy].tokens
     return dispatched
 
-  def publish(self, policies: Sequence[str], version: int) -> None:
+  def publish(self, policies: Sequence[str], version: int) -> list[str]:
     """Arrow 7: a version for the next rollout and, when due, for the store.
 
     The version after the last step is always due: it is what is evaluated.
@@ -186,7 +187,11 @@ class Run:
     Args:
       policies: whose weights are new.
       version: how many steps they have behind them.
+
+    Returns:
+      What was found damaged in the store and not told before, a line each.
     """
+    problems: list[str] = []
     is_last = version == curriculum.num_steps(self.setup.stages)
     is_due = is_last or version % self.setup.publish_every == 0
     with self.timed("publish"):
@@ -197,7 +202,7 @@ class Run:
         self._unpublished.add(policy)
         self.values[f"version/{policy}"] = float(version)
       for policy in sorted(self._unpublished) if is_due else ():
-        publish.publish(
+        published = publish.publish(
             self.resources.store,
             policy,
             self._versions[policy],
@@ -206,6 +211,9 @@ class Run:
             meta={"step": self._versions[policy] - 1},
         )
         self._unpublished.remove(policy)
+        problems += [p for p in published.damaged if p not in self._told]
+        self._told.update(problems)
+    return problems
 
   async def evaluate(self, tasks: Sequence[Task], split: str) -> Evaluation:
     """Asks the team held-out questions, greedily unless configured."""
@@ -282,19 +290,24 @@ class Run:
 
   def resume(
       self, states: Mapping[str, TrainState], host: Mapping[str, Any]
-  ) -> None:
+  ) -> list[str]:
     """Continues from a checkpoint.
 
     Args:
       states: by policy.
       host: what `host_state` returned.
+
+    Returns:
+      What was found damaged in the store, a line each.
     """
+    problems: list[str] = []
     for name, queue in self.resources.queues.items():
       queue.set_state(host["tasks"][name])
     self.work = Work(**host["work"])
     for name, state in states.items():
       self.resources.learners[name].state = state
-      self.publish((name,), host["versions"][name])
+      problems += self.publish((name,), host["versions"][name])
+    return problems
 
   @contextlib.contextmanager
   def timed(self, phase: str) -> Iterator[None]:

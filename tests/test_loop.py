@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_run
 
-from mgrpo_jax import metrics, publish, store
+from mgrpo_jax import metrics, publish, store, workdir
 from mgrpo_jax.agents.errors import InfrastructureError
 from mgrpo_jax.journal import NonFiniteError
 from mgrpo_jax.policy.load import load
@@ -188,6 +188,16 @@ def test_versions_of_a_policy_that_is_not_trained_stay_in_the_store(tmp_path):
   assert asyncio.run(read(2)) == []
   with pytest.raises(publish.NoVersionError, match=r"no version 3.*\[0, 1, 2"):
     asyncio.run(read(3))
+
+
+def test_a_damaged_lease_is_counted_once_and_stops_nothing(tmp_path):
+  with workdir.hold(tmp_path / "run", {"seed": 0}) as held:
+    lease = held.bucket / "policies/main/leases/v1/reader"
+  lease.parent.mkdir(parents=True)
+  lease.write_text("{")
+  train(tmp_path / "run", small(steps=2))
+  *_, last = read_metrics(tmp_path / "run/metrics.jsonl")
+  assert last["corrupt_records"] == 1
 
 
 def test_a_frozen_policy_stays_as_it_is(tmp_path):

@@ -56,7 +56,7 @@ def read(bucket, number="latest"):
 
 
 def test_what_is_published_is_what_is_read(bucket):
-  version = put(bucket, 0)
+  version = put(bucket, 0).version
   weights = read(bucket)
   assert weights.version == version
   assert weights.meta == {"step": 0}
@@ -84,11 +84,11 @@ def test_policies_do_not_see_each_other(bucket):
 
 
 def test_the_same_weights_again_are_not_written_again(bucket, tmp_path):
-  version = put(bucket, 0)
+  version = put(bucket, 0).version
   put(bucket, 1)
   chunk = tmp_path / version.path / "embed/c/0/0"
   before = chunk.stat().st_mtime_ns
-  assert put(bucket, 0) == version
+  assert put(bucket, 0).version == version
   assert chunk.stat().st_mtime_ns == before
   assert publish.latest(bucket, "main") == 0
 
@@ -117,6 +117,25 @@ def test_retention_keeps_the_newest_and_the_leased(bucket, tmp_path):
   assert publish.versions(bucket, "main") == [3, 4]
   root = tmp_path / "policies/main"
   assert sorted(p.name for p in root.glob("v*")) == ["v3", "v4"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b'{"until": "soon"}', b'{"until": NaN}', b"\xff", b"{}"],
+)
+def test_a_lease_that_cannot_be_read_is_named_and_kept(bucket, content):
+  put(bucket, 0, keep=1)
+  publish.lease(bucket, "main", 0, holder="reader", seconds=9)
+  key = "policies/main/leases/v0/reader"
+  bucket.put(key, content)
+  bucket.put("policies/main/leases/notes", b"0")
+  published = put(bucket, 1, keep=1)
+  assert [key in line for line in published.damaged] == [False, True]
+  assert "leases/notes" in published.damaged[0]
+  assert publish.versions(bucket, "main") == [0, 1]
+  publish.release(bucket, "main", 0, holder="reader")
+  assert len(put(bucket, 2, keep=1).damaged) == 1
+  assert publish.versions(bucket, "main") == [2]
 
 
 def test_only_what_exists_can_be_leased(bucket):
