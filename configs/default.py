@@ -140,7 +140,7 @@ def _add_method(config: ml_collections.ConfigDict) -> None:
   config.loss.clip_low = 0.2  # ratio >= 1 - clip_low, in [0, 1]
   config.loss.clip_high = 0.2  # ratio <= 1 + clip_high, >= 0
   config.loss.kl = "none"  # or k1, k2, k3, against the weights at the start
-  config.loss.kl_coefficient = 0.0  # >= 0
+  config.loss.kl_coefficient = 0.0  # > 0 with a kl, 0 without
   config.loss.importance = "token"  # none, sequence, sequence_rejection
   config.loss.importance_cap = 2.0  # on exp(old - sampler), >= 1
   config.loss.context_weight = 0.1  # imitation: unsampled tokens' share, >= 0

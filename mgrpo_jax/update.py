@@ -76,7 +76,7 @@ class PolicyLoss:
     clip_low: ε_low, in 0..1.
     clip_high: ε_high, ≥ 0.
     kl: `losses.kl_k1`, `kl_k2` or `kl_k3` to the reference, or None.
-    kl_coefficient: β, ≥ 0; 0 where kl is None.
+    kl_coefficient: β, > 0; 0 where kl is None.
     importance: c, the trainer-over-sampler weight; `losses.token_importance`,
       `sequence_importance`, `sequence_rejection`, or None for 1.
     importance_cap: its largest value, ≥ 1.
@@ -100,10 +100,10 @@ class PolicyLoss:
         "clip_low", self.clip_low, 0 <= self.clip_low <= 1, "in [0, 1]"
     )
     fields.check("clip_high", self.clip_high, self.clip_high >= 0, ">= 0")
-    valid = self.kl_coefficient >= 0 and (
-        self.kl is not None or self.kl_coefficient == 0
-    )
-    allowed = ">= 0, and 0 where kl is None"
+    if self.kl is None:  # a term without a weight would cost and do nothing
+      valid, allowed = self.kl_coefficient == 0, "0 where kl is none"
+    else:
+      valid, allowed = self.kl_coefficient > 0, "> 0 where kl is not none"
     fields.check("kl_coefficient", self.kl_coefficient, valid, allowed)
     fields.check(
         "importance_cap", self.importance_cap, self.importance_cap >= 1, ">= 1"
