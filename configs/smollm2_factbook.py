@@ -57,6 +57,8 @@ def get_config(arm: str = "full") -> ml_collections.ConfigDict:
   config.stages.hard.learning_rate = 1e-6
   config.stages.hard.families = quickstart.FAMILIES
   config.evaluation.families = quickstart.FAMILIES
+  config.rollout.max_concurrent = 32
+  config.rollout.turn_deadline = 3600.0  # compiling takes minutes
   config.engine.num_slots = 32
   config.engine.context = 1024
   config.engine.block = 256
@@ -75,7 +77,6 @@ def shorten(config: ml_collections.ConfigDict, stage: str) -> None:
   config.stages[stage].steps = 3
   config.tasks.per_step = 2
   config.rollout.per_task = 4
-  config.rollout.turn_deadline = 3600.0
   config.batch.minibatches = 1
   config.batch.rows = 1
   config.evaluation.every = 1000
