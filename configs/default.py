@@ -111,7 +111,7 @@ def _add_sampling(config: ml_collections.ConfigDict) -> None:
   config.rollout.max_concurrent = 64  # rollouts in progress at a time, >= 1
 
   config.engine = ml_collections.ConfigDict()
-  config.engine.num_slots = 64  # concurrent token streams of a policy, >= 1
+  config.engine.num_slots = 64  # token streams of a policy; >= its open calls
   config.engine.context = 256  # tokens a slot holds, >= the roles' contexts
   config.engine.block = 32  # tokens of cache attended or skipped together
   config.engine.prefill_tokens = 1024  # of one prefill call, padding included

@@ -169,6 +169,7 @@ def combinations(values: Mapping[str, Any], team: Team) -> None:
           f" {team.most_calls(role.name)} times in a rollout, allowed:"
           f" {_MOST_CALLS}; lower a max_calls"
       )
+  _concurrency(values, team)
 
 
 def learners(values: Mapping[str, Any], team: Team, stage: Stage) -> None:
@@ -200,6 +201,35 @@ def learners(values: Mapping[str, Any], team: Team, stage: Stage) -> None:
         f"{key}: nothing learns in this stage; its policies are frozen, or all"
         " roles that use them"
     )
+
+
+def _concurrency(values: Mapping[str, Any], team: Team) -> None:
+  """Raises where rollouts are more than wanted, or more than slots hold.
+
+  A session that loses its slot is prefilled anew, which rounds differently and
+  depends on timing; with a slot for each, equal seeds give equal rollouts.
+  """
+  limit, per_task = (
+      values["rollout"][key] for key in ("max_concurrent", "per_task")
+  )
+  if limit < per_task:
+    raise ValueError(
+        f"config.rollout.max_concurrent: {limit} must be at least {per_task},"
+        " config.rollout.per_task: a task's rollouts run together"
+    )
+  evaluation = values["evaluation"]
+  questions = max(evaluation["tasks"], evaluation["final_tasks"])
+  tasks = min(limit // per_task, values["tasks"]["per_step"])
+  rollouts = max(tasks * per_task, min(limit, questions))
+  num_slots = values["engine"]["num_slots"]
+  for policy in team.policies:
+    needed = rollouts * team.most_open(policy)
+    if num_slots < needed:
+      raise ValueError(
+          f"config.engine.num_slots: {num_slots} must be at least {needed}, the"
+          f" calls of policy {policy!r} in {rollouts} rollouts at a time; or"
+          " lower config.rollout.max_concurrent"
+      )
 
 
 def _shares(values: Mapping[str, Any]) -> dict[str, float]:

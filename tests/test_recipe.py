@@ -81,6 +81,8 @@ def test_the_main_agent_must_delegate():
         ("rollout.temperature", float("inf"), "finite"),
         ("evaluation.temperature", -1.0, "config.evaluation.temperature"),
         ("engine.num_slots", 0, "config.engine.num_slots"),
+        ("engine.num_slots", 127, "least 128.*config.rollout.max_concurrent"),
+        ("rollout.max_concurrent", 7, "at least 8, config.rollout.per_task"),
         ("engine.block", 512, "config.engine.block: 512 must be at most 256"),
         ("engine.prefill_buckets", (), "config.engine.prefill_buckets"),
         ("engine.prefill_buckets", (64, 16), "ascending"),
@@ -144,6 +146,22 @@ def test_impossible_values_are_named(key, value, message):
   with config.ignore_type(), config.unlocked():
     config.update_from_flattened_dict({key: value})
   with pytest.raises(ValueError, match=message):
+    recipe.check(config)
+
+
+def test_every_open_call_of_a_policy_has_a_slot():
+  config = quickstart.get_config()  # 128 rollouts at a time, 128 slots
+  config.team.roles.researcher.policy = "main"  # waits for itself
+  with pytest.raises(ValueError, match="num_slots: 128 must be at least 256"):
+    recipe.check(config)
+  config.rollout.max_concurrent = 64
+  recipe.check(config)
+  config.rollout.max_concurrent = 10**6  # of tasks, there are fewer
+  config.engine.num_slots = 2 * 420
+  config.evaluation.final_tasks = 420
+  recipe.check(config)
+  config.engine.num_slots -= 1
+  with pytest.raises(ValueError, match="in 420 rollouts"):
     recipe.check(config)
 
 

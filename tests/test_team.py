@@ -120,3 +120,19 @@ def test_most_calls_multiplies_down_the_tree():
   )
   calls = {r.name: team.most_calls(r.name) for r in team.roles}
   assert calls == {"main": 1, "a": 3, "b": 3, "c": 3 * 2 + 3 * 4}
+
+
+def test_most_calls_of_a_policy_that_are_open_at_once():
+  roles = dict(a=("b", "c"), b=("d",), c=(), d=())
+  team = Team(
+      root="a",
+      roles=tuple(
+          role(
+              n, policy="odd" if n == "b" else "even", calls=c, max_calls=len(c)
+          )
+          for n, c in roles.items()
+      ),
+  )
+  assert team.most_open("even") == 2  # a waits for d, or for c
+  assert team.most_open("odd") == 1
+  assert team.most_open("other") == 0

@@ -130,6 +130,24 @@ class Team:
         if name in role.calls
     )
 
+  def most_open(self, policy: str) -> int:
+    """The most calls of a policy that are open at once in one rollout.
+
+    A caller waits, its stream kept, while the one call that it made runs.
+
+    Args:
+      policy: its name.
+
+    Returns:
+      How often it occurs on the way from the root down where that is most.
+    """
+
+    def below(role: Role) -> int:
+      deepest = max((below(self[name]) for name in role.calls), default=0)
+      return deepest + (role.policy == policy)
+
+    return below(self[self.root])
+
   @property
   def policies(self) -> tuple[str, ...]:
     """The names of the policies used, each once, in order of the roles."""
