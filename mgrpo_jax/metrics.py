@@ -119,6 +119,11 @@ METRICS: Mapping[str, Metric] = dict((
     _metric("version", "policy", "versions", "", "that is sampled from"),
     _metric("staleness", "policy", "versions", "lower",
             "largest age of a trained trajectory's oldest token"),
+    _metric("evicted", "policy", "sessions", "lower",
+            "sessions that lost their cache to others in the step; any makes"
+            " rollouts depend on timing"),
+    _metric("mismatched", "policy", "sessions", "lower",
+            "sessions whose tokens did not extend their cache in the step"),
     _metric("nonfinite", "policy", "updates", "lower",
             "updates whose loss or gradient was not finite"),
     # Work and its cost.

@@ -94,6 +94,14 @@ class Resources:
     """Tokens that this process has sampled so far."""
     return sum(engine.stats()["generated"] for engine in self.engines.values())
 
+  def lost_caches(self) -> dict[str, int]:
+    """Sessions that had to be prefilled anew so far, by metric."""
+    stats = {name: engine.stats() for name, engine in self.engines.items()}
+    evicted = {f"evicted/{name}": s["evictions"] for name, s in stats.items()}
+    return evicted | {
+        f"mismatched/{name}": s["mismatches"] for name, s in stats.items()
+    }
+
   def read_published(
       self, version: int | Literal["latest"] = "latest"
   ) -> list[str]:

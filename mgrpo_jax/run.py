@@ -52,6 +52,7 @@ class Run:
     self.values: dict[str, float] = {}  # metrics of the step under way
     self.work = Work()
     self._work_before = Work()  # when the step under way began
+    self._lost_before = resources.lost_caches()  # likewise
     self._versions = dict.fromkeys(self.setup.policies, 0)  # sampled from
     self._unpublished: set[str] = set()  # newer than what the store has
     self._told: set[str] = set()  # problems of the store
@@ -60,6 +61,7 @@ class Run:
     """Forgets the metrics of the step before."""
     self.values = {}
     self._work_before = dataclasses.replace(self.work)
+    self._lost_before = self.resources.lost_caches()
 
   def take(self, stage: Stage) -> tuple[Task, ...]:
     """Arrow 1: the next tasks, those that are to be repeated first."""
@@ -269,8 +271,10 @@ class Run:
     tokens += done.generated_tokens - before.generated_tokens
     work = dataclasses.asdict(done)
     queues = self.resources.queues.values()
+    lost, lost_before = self.resources.lost_caches(), self._lost_before
     return (
         self.values
+        | {name: float(n - lost_before[name]) for name, n in lost.items()}
         | {name: float(count) for name, count in work.items()}
         | {
             "seconds/step": seconds,

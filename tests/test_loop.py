@@ -14,6 +14,7 @@ from mgrpo_jax import metrics, publish, store, workdir
 from mgrpo_jax.agents.errors import InfrastructureError
 from mgrpo_jax.journal import NonFiniteError
 from mgrpo_jax.policy.load import load
+from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.report import records
 from mgrpo_jax.report.writer import read_metrics
 from mgrpo_jax.run import open_run
@@ -94,6 +95,7 @@ def test_both_policies_moved_and_what_is_published_is_what_is_saved(finished):
 def test_sampler_and_trainer_agree_on_every_step(finished):
   directory, _, _ = finished
   rows = read_metrics(directory / "metrics.jsonl")
+  assert all(row["evicted/main"] == 0 for row in rows)
   gaps = [
       value
       for row in rows
@@ -102,6 +104,33 @@ def test_sampler_and_trainer_agree_on_every_step(finished):
   ]
   assert len(gaps) >= 3
   assert max(gaps) < MAX_GAP
+
+
+def test_sessions_that_lost_their_cache_are_counted_by_step(tmp_path):
+  setup = small()
+  engine = dict(setup.sampler.engine) | {"num_slots": 2}
+  sampler = dataclasses.replace(setup.sampler, engine=engine)
+  setup = dataclasses.replace(setup, sampler=sampler)
+  sampling = Sampling(temperature=1.0, max_new_tokens=2, stop_ids=())
+
+  async def work():
+    async with open_run(setup, store.open_folder(tmp_path)) as run:
+      sample = run.resources.engines["main"].generate
+      run.begin_step()
+      for session in ("a", "b", "c"):  # c takes the slot of a
+        await sample([1, 2, 3], sampling, 0, session=session)
+      yield run.totals(1.0)
+      run.begin_step()
+      await sample([4], sampling, 0, session="c")
+      yield run.totals(1.0)
+
+  async def collect():
+    return [values async for values in work()]
+
+  first, second = asyncio.run(collect())
+  names = ("evicted/main", "mismatched/main", "evicted/researcher")
+  assert [first[name] for name in names] == [1, 0, 0]
+  assert [second[name] for name in names] == [0, 1, 0]
 
 
 def test_every_update_has_its_own_learning_rate(finished):
