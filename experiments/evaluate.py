@@ -40,6 +40,7 @@ def main() -> None:
     from experiments import recipe
     from mgrpo_jax import publish, workdir
     from mgrpo_jax.report.progress import accuracies
+    from mgrpo_jax.sampler.engine import EngineError
 
     directory = workdir.Workdir(pathlib.Path(_WORKDIR.value))
     config = recipe.restore(directory.read_config())
@@ -48,7 +49,8 @@ def main() -> None:
       config.evaluation.temperature = _TEMPERATURE.value
     setup = recipe.build(config)
     store = recipe.open_store(config, directory)
-  with cli.user_errors(ValueError, OSError, publish.NoVersionError):
+  failures = (ValueError, OSError, publish.NoVersionError, EngineError)
+  with cli.user_errors(*failures):
     evaluation = asyncio.run(_evaluate(setup, store))
   print(accuracies(evaluation.overall, evaluation.by_family))
   print(json.dumps(evaluation.overall.summary()))

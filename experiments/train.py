@@ -43,7 +43,7 @@ def main() -> None:
   with contextlib.ExitStack() as stack:
     with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
       from experiments import recipe
-      from mgrpo_jax import journal, metrics, publish, workdir
+      from mgrpo_jax import atomic, journal, metrics, publish, workdir
       from mgrpo_jax.sampler.engine import EngineError
       from mgrpo_jax.tasks import curriculum
 
@@ -56,7 +56,7 @@ def main() -> None:
       setup = recipe.build(config)
     failures = (
         OSError,
-        workdir.ConfigMismatchError,
+        atomic.MismatchError,
         journal.NonFiniteError,
         publish.NoVersionError,
         EngineError,

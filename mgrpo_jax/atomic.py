@@ -32,6 +32,10 @@ class CorruptError(StorageError):
   """What was read is not what was written."""
 
 
+class MismatchError(ValueError):
+  """What was read is whole, but of another run, configuration or format."""
+
+
 def reason(error: BaseException) -> str:
   """Returns why a storage operation failed, in one line.
 

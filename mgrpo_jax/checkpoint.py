@@ -189,7 +189,7 @@ class Checkpoints:
 
     Raises:
       CheckpointError: there are checkpoints, but none is good.
-      ValueError: a good checkpoint does not fit `like`.
+      MismatchError: a good checkpoint does not fit `like`.
     """
     skipped: dict[int, str] = {}
     for step in reversed(self.steps()):
@@ -244,8 +244,9 @@ class Checkpoints:
       raise atomic.CorruptError(atomic.reason(error)) from error
     record = leaves.check_seal(found["record"])
     if record["format"] != FORMAT:
-      raise ValueError(
-          f"checkpoint {step}: format {record['format']} is not {FORMAT}"
+      raise atomic.MismatchError(
+          f"checkpoint {step} in {self._directory}: format {record['format']}"
+          f" is not {FORMAT}"
       )
     if record["step"] != step:
       raise atomic.CorruptError(f"it is that of step {record['step']}")
@@ -263,7 +264,7 @@ class Checkpoints:
     """Rebuilds the states; they must be those of this configuration."""
     what = f"checkpoint {step} in {self._directory}"
     if record["policies"] != sorted(like):
-      raise ValueError(
+      raise atomic.MismatchError(
           f"{what} holds the policies {record['policies']}, not {sorted(like)}"
       )
     return {

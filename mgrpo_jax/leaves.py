@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mgrpo_jax.atomic import CorruptError
+from mgrpo_jax.atomic import CorruptError, MismatchError
 
 
 def named(tree: Any) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def from_host(arrays: Mapping[str, np.ndarray], like: Any, *, what: str) -> Any:
     Pytree of `jax.Array`s with the structure of `like`.
 
   Raises:
-    ValueError: names, shapes or dtypes differ from those of `like`.
+    MismatchError: names, shapes or dtypes differ from those of `like`.
   """
   wanted = named(like)
   problems = [f"{name} is missing" for name in wanted if name not in arrays]
@@ -95,7 +95,7 @@ def from_host(arrays: Mapping[str, np.ndarray], like: Any, *, what: str) -> Any:
           f"not {dtype}{list(shape)}"
       )
   if problems:
-    raise ValueError(
+    raise MismatchError(
         f"{what} does not fit this configuration: {_some(sorted(problems))}"
     )
   values = [_to_device(arrays[name], leaf) for name, leaf in wanted.items()]

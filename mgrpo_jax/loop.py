@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from mgrpo_jax.atomic import MismatchError
 from mgrpo_jax.evaluate import Evaluation
 from mgrpo_jax.journal import Entry, Journal
 from mgrpo_jax.metrics import Accuracy
@@ -35,6 +36,7 @@ async def train(
     after.
 
   Raises:
+    MismatchError: the directory's checkpoint is another run's.
     NonFiniteError: a loss was not finite.
     NoVersionError: no good version of a policy is left in the store.
     StorageError: something could not be written.
@@ -71,7 +73,13 @@ async def _begin(
   """Resumes, or measures where the team starts and publishes version 0."""
   checkpoint = journal.restore(run.resources.states)
   if checkpoint is not None:
-    journal.skipped(run.resume(checkpoint.states, checkpoint.host["run"]))
+    try:
+      journal.skipped(run.resume(checkpoint.states, checkpoint.host["run"]))
+    except MismatchError as error:
+      raise MismatchError(
+          f"checkpoint {checkpoint.step} in {journal.workdir.checkpoints}:"
+          f" {error}; give another --workdir"
+      ) from error
     return checkpoint.step + 1, checkpoint.host["before"]
   journal.skipped(run.publish(tuple(run.resources.learners), 0))
   before = await run.evaluate(run.setup.test, "test")

@@ -103,9 +103,8 @@ def publish(
   if keep < 1:
     raise ValueError(f"keep: {keep} must be at least 1")
   arrays = leaves.to_host(params)
-  for name in arrays:
-    if name.split("/")[-1] == "manifest.json":
-      raise ValueError(f"params: a leaf may not be named {name!r}")
+  if any(name.split("/")[-1] == "manifest.json" for name in arrays):
+    raise ValueError("params: a leaf may not be named 'manifest.json'")
   manifest = leaves.seal(
       {
           "format": FORMAT,
@@ -160,7 +159,8 @@ def read(
     CorruptError: the version asked for by number is corrupt.
     NoVersionError: there is no such version, or none is good.
     StorageError: the store cannot be read.
-    ValueError: the weights do not fit `like`, or a name is out of range.
+    MismatchError: the weights do not fit `like`.
+    ValueError: a name is out of range.
   """
   if number != "latest":
     _check(policy, number)
@@ -290,7 +290,7 @@ def _parse(data: bytes, policy: str, number: int) -> dict[str, Any]:
   if (manifest["policy"], manifest["number"]) != (policy, number):
     raise atomic.CorruptError("the manifest is another version's")
   if manifest["format"] != FORMAT:
-    raise ValueError(f"format {manifest['format']} is not {FORMAT}")
+    raise atomic.MismatchError(f"format {manifest['format']}, not {FORMAT}")
   return manifest
 
 

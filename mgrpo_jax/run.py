@@ -24,6 +24,7 @@ from mgrpo_jax import (
     update,
 )
 from mgrpo_jax.agents.call import turn_seed
+from mgrpo_jax.atomic import MismatchError
 from mgrpo_jax.credit import Credits
 from mgrpo_jax.evaluate import Evaluation
 from mgrpo_jax.learner import Step
@@ -303,10 +304,16 @@ class Run:
 
     Returns:
       What was found damaged in the store, a line each.
+
+    Raises:
+      MismatchError: the checkpoint is another run's.
     """
     problems: list[str] = []
     for name, queue in self.resources.queues.items():
-      queue.set_state(host["tasks"][name])
+      try:
+        queue.set_state(host["tasks"][name])
+      except MismatchError as error:
+        raise MismatchError(f"stage {name!r}: {error}") from error
     self.work = Work(**host["work"])
     for name, state in states.items():
       self.resources.learners[name].state = state

@@ -19,7 +19,7 @@ _LOCK_FILE = ".lock"
 _MAX_SHOWN = 5  # differences listed in the error
 
 
-class ConfigMismatchError(ValueError):
+class ConfigMismatchError(atomic.MismatchError):
   """The directory belongs to a run with another configuration."""
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from mgrpo_jax import checkpoint
+from mgrpo_jax import atomic, checkpoint
 from mgrpo_jax.types import TrainState
 
 HOST = {
@@ -239,12 +239,14 @@ def test_without_a_good_checkpoint_the_run_does_not_start_over(folder):
 
 def test_another_configuration_is_an_error_not_corrupt(folder):
   with opened(folder) as checkpoints:
-    with pytest.raises(ValueError, match=r"\['main', 'researcher'\], not"):
+    with pytest.raises(
+        atomic.MismatchError, match=r"\['main', 'researcher'\], not"
+    ):
       checkpoints.restore({"main": state(0)})
     wide = state(0)
     wide = wide.replace(params=wide.params | {"embed": jnp.zeros((16, 8))})
     with pytest.raises(
-        ValueError, match=r"main, .*embed is float32\[1024, 4\]"
+        atomic.MismatchError, match=r"main, .*embed is float32\[1024, 4\]"
     ):
       checkpoints.restore({"main": wide, "researcher": state(0)})
     assert checkpoints.steps() == [10, 20, 30]

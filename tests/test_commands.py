@@ -1,5 +1,6 @@
 """Commands as a user types them: wrong input ends with one line and code 2."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -7,20 +8,27 @@ import sys
 
 import pytest
 
+from configs import quickstart
+from experiments import recipe
+
 ROOT = pathlib.Path(__file__).parents[1]
 QUICKSTART = "--config=configs/quickstart.py"
 
 
-def command(name, *arguments, cwd=ROOT):
+def python(*arguments):
   return subprocess.run(
-      [sys.executable, "-m", f"experiments.{name}", *arguments],
-      cwd=cwd,
+      [sys.executable, *arguments],
+      cwd=ROOT,
       capture_output=True,
       text=True,
       timeout=120,
       env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
       check=False,
   )
+
+
+def command(name, *arguments):
+  return python("-m", f"experiments.{name}", *arguments)
 
 
 def refused(result):
@@ -79,6 +87,40 @@ def test_train_names_weights_that_are_not_there(tmp_path):
   )
   assert "config.policies.main.source" in refused(result)
   assert not (tmp_path / "run").exists()  # mended, the command must run
+
+
+FAILING = """
+from experiments import cli, {command}
+from mgrpo_jax import atomic, loop
+from mgrpo_jax.sampler import engine
+
+async def fail(*_):
+  raise {error}("what differs")
+
+loop.train = {command}._evaluate = fail
+cli.run({command}.main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("train", "atomic.MismatchError"),
+        ("evaluate", "atomic.MismatchError"),
+        ("evaluate", "engine.EngineError"),
+    ],
+)
+def test_what_cannot_go_on_ends_with_one_line(tmp_path, name, error):
+  run = tmp_path / "run"
+  given = [f"--workdir={run}"]
+  if name == "train":
+    given.append(QUICKSTART)
+  else:
+    run.mkdir()
+    values = recipe.plain(quickstart.get_config())
+    (run / "config.json").write_text(json.dumps(values))
+  program = FAILING.format(command=name, error=error)
+  assert refused(python("-c", program, *given)) == "error: what differs"
 
 
 @pytest.mark.parametrize("name", ["evaluate", "view"])

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import io
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import tiny_run
 
 from mgrpo_jax import metrics, publish, store, workdir
 from mgrpo_jax.agents.errors import InfrastructureError
+from mgrpo_jax.atomic import MismatchError
 from mgrpo_jax.journal import NonFiniteError
 from mgrpo_jax.policy.load import load
 from mgrpo_jax.policy.sampling import Sampling
@@ -174,6 +176,16 @@ def test_demonstrations_that_cannot_be_given_are_counted(tmp_path):
   rows = read_metrics(tmp_path / "run/metrics.jsonl")
   assert [row["lost"] for row in rows] == [2, 2]
   assert [row["rollouts"] for row in rows] == [1, 4]
+
+
+def test_a_checkpoint_over_other_tasks_is_refused(finished, tmp_path):
+  directory, setup, _ = finished
+  shutil.copytree(directory, tmp_path / "run")
+  tasks = {name: part[1:] for name, part in setup.tasks.items()}
+  with pytest.raises(
+      MismatchError, match="checkpoint 3 in .*: stage 'imitate': .*other tasks"
+  ):
+    train(tmp_path / "run", dataclasses.replace(setup, tasks=tasks))
 
 
 def test_another_run_of_the_same_shapes_compiles_nothing(finished, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mgrpo_jax.atomic import MismatchError
 from mgrpo_jax.tasks import pipeline
 from mgrpo_jax.types import Task
 
@@ -63,7 +64,7 @@ def test_a_position_of_another_stream_is_refused():
       pipeline.TaskStream(make(6), seed=1),
       pipeline.TaskStream(make(5), seed=2),
   ):
-    with pytest.raises(ValueError, match="other tasks or another seed"):
+    with pytest.raises(MismatchError, match="other tasks or another seed"):
       other.set_state(state)
   with pytest.raises(ValueError, match="keys"):
     pipeline.TaskStream(make(5), seed=1).set_state({"grain": {}})

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import grain
 
+from mgrpo_jax.atomic import MismatchError
 from mgrpo_jax.types import Task
 
 _STATE_KEYS = frozenset({"grain", "tasks"})
@@ -119,15 +120,15 @@ class TaskStream(Iterator[Task]):
       state: what `get_state` returned for the same tasks and seed.
 
     Raises:
-      ValueError: where it is the position of another stream.
+      MismatchError: where it is the position of another stream.
     """
     if set(state) != _STATE_KEYS:
-      raise ValueError(
+      raise MismatchError(
           f"state has the keys {sorted(state)}, expected {sorted(_STATE_KEYS)}"
       )
     if state["tasks"] != self._tasks:
-      raise ValueError(
-          "state belongs to other tasks or another seed: fingerprint"
+      raise MismatchError(
+          "the position belongs to other tasks or another seed: fingerprint"
           f" {state['tasks']}, this stream has {self._tasks}"
       )
     self._iterator.set_state(state["grain"])
@@ -203,7 +204,7 @@ class TaskQueue:
       state: what `get_state` returned for the same tasks and seed.
 
     Raises:
-      ValueError: where it is the position of another stream.
+      MismatchError: where it is the position of another stream.
     """
     self._stream.set_state(state["stream"])
     self._waiting = list(state["waiting"])
