@@ -138,7 +138,7 @@ def verify(arrays: Mapping[str, np.ndarray], described: Mapping) -> None:
 
 def seal(body: Mapping[str, Any]) -> dict[str, Any]:
   """Returns a record with its own sha256 under `digest`."""
-  return {**body, "digest": _digest(body)}
+  return {**body, "digest": digest(dict(body))}
 
 
 def check_seal(record: Any) -> dict[str, Any]:
@@ -156,14 +156,14 @@ def check_seal(record: Any) -> dict[str, Any]:
   if not isinstance(record, dict) or "digest" not in record:
     raise CorruptError("the record carries no digest")
   body = {key: value for key, value in record.items() if key != "digest"}
-  if _digest(body) != record["digest"]:
+  if digest(body) != record["digest"]:
     raise CorruptError("the record's digest differs")
   return body
 
 
-def _digest(body: Mapping[str, Any]) -> str:
-  """Returns the sha256 of a record's canonical JSON."""
-  text = json.dumps(dict(body), sort_keys=True, separators=(",", ":"))
+def digest(value: Any) -> str:
+  """Returns the sha256 of a value's canonical JSON."""
+  text = json.dumps(value, sort_keys=True, separators=(",", ":"))
   return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 

@@ -15,6 +15,7 @@ from mgrpo_jax.agents.actor import Actor
 from mgrpo_jax.agents.context import Environment
 from mgrpo_jax.learner import Learner
 from mgrpo_jax.plan import Setup
+from mgrpo_jax.policy import fingerprint
 from mgrpo_jax.policy.load.safetensors import save_directory
 from mgrpo_jax.policy.params import abstract
 from mgrpo_jax.publish import NoVersionError
@@ -30,6 +31,7 @@ class Resources:
   Attributes:
     setup: the recipe.
     store: where weights are published.
+    fingerprints: of the weights and tokenizers to begin with, by policy.
     learners: by policy.
     engines: by policy.
     queues: task streams, by name of stage.
@@ -50,6 +52,10 @@ class Resources:
     self.setup = setup
     self.store = store
     method = setup.method
+    self.fingerprints = {
+        name: fingerprint.fingerprint(policy)
+        for name, policy in setup.policies.items()
+    }
     self.learners = {
         name: Learner(
             policy.config,
@@ -116,6 +122,7 @@ class Resources:
 
     Raises:
       CorruptError: the version asked for by number is corrupt.
+      MismatchError: the run that published began with another policy.
       NoVersionError: the store does not keep such a version of any policy, or
         none as old of one of them.
     """
@@ -134,6 +141,9 @@ class Resources:
       if version != "latest":
         number = max((n for n in kept[name] if n <= version), default=version)
       weights = publish.read(self.store, name, number, like=like)
+      fingerprint.check(
+          name, weights.meta.get("fingerprint"), self.fingerprints[name]
+      )
       engine.update(weights.params, weights.version.number)
       problems += weights.skipped
     return problems

@@ -30,6 +30,7 @@ from mgrpo_jax.evaluate import Evaluation
 from mgrpo_jax.learner import Step
 from mgrpo_jax.packing import Credit
 from mgrpo_jax.plan import Setup
+from mgrpo_jax.policy import fingerprint
 from mgrpo_jax.resources import Resources, open_resources
 from mgrpo_jax.rewards import Scores
 from mgrpo_jax.store import Store
@@ -211,7 +212,10 @@ class Run:
             self._versions[policy],
             self.resources.learners[policy].state.params,
             keep=self.setup.keep_versions,
-            meta={"step": self._versions[policy] - 1},
+            meta={
+                "step": self._versions[policy] - 1,
+                "fingerprint": self.resources.fingerprints[policy],
+            },
         )
         self._unpublished.remove(policy)
         problems += [p for p in published.damaged if p not in self._told]
@@ -289,6 +293,7 @@ class Run:
     queues = self.resources.queues
     return {
         "tasks": {name: q.get_state() for name, q in queues.items()},
+        "fingerprints": self.resources.fingerprints,
         "versions": self._versions,
         "work": dataclasses.asdict(self.work),
     }
@@ -309,6 +314,8 @@ class Run:
       MismatchError: the checkpoint is another run's.
     """
     problems: list[str] = []
+    for name, found in self.resources.fingerprints.items():
+      fingerprint.check(name, host.get("fingerprints", {}).get(name), found)
     for name, queue in self.resources.queues.items():
       try:
         queue.set_state(host["tasks"][name])

@@ -188,6 +188,26 @@ def test_a_checkpoint_over_other_tasks_is_refused(finished, tmp_path):
     train(tmp_path / "run", dataclasses.replace(setup, tasks=tasks))
 
 
+def test_another_policy_to_begin_with_is_refused(finished, tmp_path):
+  directory, setup, _ = finished
+  shutil.copytree(directory, tmp_path / "run")
+  other = small_setup(seed=0, imitation_steps=1, steps=3).policies["main"]
+  params = jax.tree.map(lambda leaf: leaf + 1, other.params)
+  other = dataclasses.replace(other, params=params)
+  policies = dict(setup.policies) | {"main": other}
+  changed = dataclasses.replace(setup, policies=policies)
+  with pytest.raises(MismatchError, match="checkpoint 3 .*'main' .*: weights"):
+    train(tmp_path / "run", changed)
+
+  async def read():
+    bucket = store.open_folder(directory / "bucket")
+    async with open_run(changed, bucket) as run:
+      run.resources.read_published()
+
+  with pytest.raises(MismatchError, match="^policy 'main' .*: weights$"):
+    asyncio.run(read())
+
+
 def test_another_run_of_the_same_shapes_compiles_nothing(finished, tmp_path):
   del finished
   with metrics.count_compilations() as compiled:

@@ -1,0 +1,63 @@
+"""Which policy a run began with, as digests that a later process compares.
+
+A run directory names the sources of its policies; what lies there may change.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from mgrpo_jax import leaves
+from mgrpo_jax.atomic import MismatchError
+from mgrpo_jax.policy.policy import Policy
+
+
+def fingerprint(policy: Policy) -> dict[str, str]:
+  """Computes the sha256 of every part of a policy.
+
+  Args:
+    policy: as it was loaded.
+
+  Returns:
+    Part (`chat format`, `sizes`, `tokenizer`, `weights`) to digest.
+  """
+  files = policy.tokenizer.files() if policy.tokenizer else {}
+  arrays = leaves.to_host(policy.params)
+  parts: Mapping[str, Any] = {
+      "chat format": policy.chat,
+      "sizes": dataclasses.asdict(policy.config),
+      "tokenizer": {
+          name: hashlib.sha256(content).hexdigest()
+          for name, content in files.items()
+      },
+      "weights": {name: leaves.describe(a) for name, a in arrays.items()},
+  }
+  return {name: leaves.digest(part) for name, part in parts.items()}
+
+
+def check(
+    name: str, kept: Mapping[str, str] | None, policy: Mapping[str, str]
+) -> None:
+  """Checks that a policy is the one that a run began with.
+
+  Args:
+    name: of the policy.
+    kept: its fingerprint when the run began; None where that is not known.
+    policy: its fingerprint now.
+
+  Raises:
+    MismatchError: it is not; names the parts that differ.
+  """
+  if kept is None:
+    raise MismatchError(
+        f"policy {name!r}: the run did not record what it began with"
+    )
+  differ = sorted(
+      part for part in {*kept, *policy} if kept.get(part) != policy.get(part)
+  )
+  if differ:
+    raise MismatchError(
+        f"policy {name!r} is not the one that the run began with, its source"
+        f" has changed: {', '.join(differ)}"
+    )
