@@ -155,9 +155,7 @@ def chats(
           policy.tokenizer, tags=compact.compact_tags(team)
       )
     else:
-      made[name] = chat.chatml(
-          policy.tokenizer, default_system=chat.SMOLLM2_SYSTEM
-      )
+      made[name] = chat.chatml(policy.tokenizer, default_system=policy.system)
   return made
 
 
@@ -295,7 +293,11 @@ def _random(
       np.uint32(config.seed), position, config=sizes
   )
   return Policy(
-      config=sizes, params=params, tokenizer=tokenizer, chat="compact"
+      config=sizes,
+      params=params,
+      tokenizer=tokenizer,
+      chat="compact",
+      system="",
   )
 
 

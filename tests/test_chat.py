@@ -8,11 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgrpo_jax.agents.chat import SMOLLM2_SYSTEM, chatml, compact
+from experiments import world
+from mgrpo_jax.agents.chat import chatml, compact
 from mgrpo_jax.agents.compact import COMPACT, compact_tags
 from mgrpo_jax.agents.hermes import HERMES
 from mgrpo_jax.agents.protocol import Utterance
 from mgrpo_jax.policy.load import gguf as gguf_loader
+from mgrpo_jax.policy.policy import SMOLLM2_SYSTEM, Policy
+from mgrpo_jax.testing.sizes import tiny_config
 from mgrpo_jax.testing.team import chat_of, small_team, tokenizer
 from mgrpo_jax.testing.tokens import ByteTokenizer
 
@@ -54,6 +57,22 @@ def test_chatml_equals_the_models_own_template(smollm2):
       stream += chat.write(Utterance(tag="", text=turn))
       stream += chat.extend(True, result)
     assert stream == conversation["ids"], conversation["text"]
+
+
+def test_a_recipes_policies_keep_their_own_system_messages():
+  policies = {
+      name: Policy(
+          config=tiny_config(vocab_size=TOKENIZER.vocab_size, mlp_dim=32),
+          params=None,
+          tokenizer=TOKENIZER,
+          chat="chatml",
+          system=name,
+      )
+      for name in ("You are Qwen.", "")
+  }
+  for name, made in world.chats(TEAM, policies, "hermes").items():
+    own = chatml(TOKENIZER, default_system=name)
+    assert made.open("", "Hi") == own.open("", "Hi")
 
 
 def test_chatml_without_a_system_message():

@@ -17,7 +17,7 @@ import tiny_llama
 
 from mgrpo_jax.policy import tokenizer
 from mgrpo_jax.policy.load import load, save_directory
-from mgrpo_jax.policy.policy import Policy
+from mgrpo_jax.policy.policy import SMOLLM2_SYSTEM, Policy
 
 TINY = tiny_llama.config(
     vocab_size=300, embed_dim=64, head_dim=16, mlp_dim=96, rope_base=10000.0
@@ -33,9 +33,13 @@ def pieces(vocab_size=280, special_tokens=("<task>",)):
   return tokenizer.SentencePieceTokenizer(model)
 
 
-def policy(config=TINY, tok=None, chat=None):
+def policy(config=TINY, tok=None, chat=None, system=""):
   return Policy(
-      config=config, params=tiny_llama.weights(config), tokenizer=tok, chat=chat
+      config=config,
+      params=tiny_llama.weights(config),
+      tokenizer=tok,
+      chat=chat,
+      system=system,
   )
 
 
@@ -54,6 +58,30 @@ def test_round_trip(config, tmp_path):
   assert after.tokenizer.files() == before.tokenizer.files()
   assert_same_params(after.params, before.params)
   assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(after.params))
+
+
+def test_the_system_message_belongs_to_the_policy(tmp_path):
+  path = tmp_path / "p"
+  save_directory(path, policy(system="Be brief."))
+  assert load(path).system == "Be brief."
+  fields = json.loads((path / "config.json").read_text())
+  (path / "config.json").write_text(json.dumps(fields | {"system": 3}))
+  with pytest.raises(ValueError, match="system = 3, must be text"):
+    load(path)
+  del fields["system"]  # as other programs write directories
+  (path / "config.json").write_text(json.dumps(fields))
+  assert load(path).system == ""
+  for content, found in [
+      (f"{{{{ '{SMOLLM2_SYSTEM}' }}}}", SMOLLM2_SYSTEM),
+      ("{{ 'You are Qwen' }}", ""),
+  ]:
+    (path / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.dumps({"chat_template": content})
+    (path / "tokenizer_config.json").write_text(config)
+    assert load(path).system == found
+    (path / "tokenizer_config.json").unlink()
+    (path / "chat_template.jinja").write_text(content)
+    assert load(path).system == found
 
 
 def test_names_and_shapes_are_those_of_hugging_face(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import tiny_llama
 
 from mgrpo_jax.policy.load import load
+from mgrpo_jax.policy.policy import SMOLLM2_SYSTEM
 
 TINY = tiny_llama.config(
     vocab_size=300, embed_dim=64, head_dim=16, mlp_dim=96, rope_base=10000.0
@@ -42,7 +43,7 @@ def write_gguf(path, config, weights, *, types=None, fields=None, drop=()):
   writer.add_token_merges(fields.get("merges", ["t 1"]))
   writer.add_eos_token_id(0)
   for key, value in fields.items():
-    if key.startswith("llama."):
+    if key.startswith(("llama.", "tokenizer.")):
       writer.add_string(key, value)
   for name, matrix in gguf_tensors(config, weights).items():
     if name in drop:
@@ -96,6 +97,19 @@ def test_round_trip(config, tmp_path):
   )
   assert_same_params(loaded.params, weights)
   assert loaded.chat is None
+
+
+@pytest.mark.parametrize(
+    ("template", "system"),
+    [(f"{{{{ '{SMOLLM2_SYSTEM}' }}}}", SMOLLM2_SYSTEM), ("{{ 'Qwen' }}", "")],
+)
+def test_only_smollm2s_template_has_its_system_message(
+    template, system, tmp_path
+):
+  fields = {"tokenizer.chat_template": template}
+  weights = tiny_llama.weights(TINY)
+  write_gguf(tmp_path / "tiny.gguf", TINY, weights, fields=fields)
+  assert load(tmp_path / "tiny.gguf").system == system
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ def packed_rows(sequences, length):
 def test_sizes():
   loaded = smollm2()
   assert loaded.chat == "chatml"
+  assert loaded.system.startswith("You are a helpful AI assistant named SmolLM")
   assert loaded.config == TransformerConfig(
       vocab_size=49152,
       embed_dim=576,

@@ -11,10 +11,6 @@ from typing import Protocol
 
 from mgrpo_jax.agents.protocol import Utterance, scrub
 
-SMOLLM2_SYSTEM = (
-    "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-)
-
 
 class Tokenizer(Protocol):
   """What a chat format needs of a tokenizer."""

@@ -25,7 +25,7 @@ def fingerprint(policy: Policy) -> dict[str, str]:
   files = policy.tokenizer.files() if policy.tokenizer else {}
   arrays = leaves.to_host(policy.params)
   parts: Mapping[str, Any] = {
-      "chat format": policy.chat,
+      "chat format": [policy.chat, policy.system],
       "sizes": dataclasses.asdict(policy.config),
       "tokenizer": {
           name: hashlib.sha256(content).hexdigest()

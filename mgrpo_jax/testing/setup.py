@@ -228,6 +228,7 @@ def _policy(team: Team, number: int) -> Policy:
       params=_init(number, config=config),
       tokenizer=tokenizer,
       chat="compact",
+      system="",
   )
 
 

@@ -16,7 +16,7 @@ from mgrpo_jax.policy.bpe import BPETokenizer
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.load import llama
 from mgrpo_jax.policy.params import Params
-from mgrpo_jax.policy.policy import Policy
+from mgrpo_jax.policy.policy import Policy, default_system
 
 ARCHITECTURE = "llama"
 QUANTIZATIONS = (
@@ -35,7 +35,7 @@ def load_gguf(path: pathlib.Path) -> Policy:
 
   Returns:
     The policy, float32, activations in float32; `chat` is derived from the
-    tokenizer.
+    tokenizer, `system` from its template.
 
   Raises:
     ValueError: where the file is truncated, says something this code does not
@@ -54,7 +54,13 @@ def load_gguf(path: pathlib.Path) -> Policy:
         f" {config.vocab_size}"
     )
   chat = "chatml" if "<|im_start|>" in tokenizer.special_ids else None
-  return Policy(config=config, params=params, tokenizer=tokenizer, chat=chat)
+  return Policy(
+      config=config,
+      params=params,
+      tokenizer=tokenizer,
+      chat=chat,
+      system=default_system(fields.get("tokenizer.chat_template")),
+  )
 
 
 def _open(path: pathlib.Path) -> Any:

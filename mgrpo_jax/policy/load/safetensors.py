@@ -3,9 +3,10 @@
     config.json  model.safetensors (or shards with their index)
     tokenizer.model | tokenizer.json + tokenizer_config.json, or neither
 
-`config.json` has two keys of ours: `chat`, the chat format, and
-`activation_dtype`. Without them the chat format is derived from the special
-tokens and activations are float32.
+`config.json` has three keys of ours: `chat`, the chat format, `system`, the
+system message where a call has none, and `activation_dtype`. Without them the
+chat format is derived from the special tokens, the message from the chat
+template, and activations are float32.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from mgrpo_jax.policy import bpe
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.load import llama
 from mgrpo_jax.policy.params import Params
-from mgrpo_jax.policy.policy import Policy
+from mgrpo_jax.policy.policy import Policy, default_system
 from mgrpo_jax.policy.tokenizer import (
     SENTENCEPIECE_FILE,
     SentencePieceTokenizer,
@@ -35,6 +36,7 @@ from mgrpo_jax.policy.tokenizer import (
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+TEMPLATE_FILE = "chat_template.jinja"
 CHATS = ("chatml", "compact")
 DTYPES = ("F32", "F16", "BF16")
 
@@ -83,7 +85,13 @@ def load_directory(path: pathlib.Path) -> Policy:
         f" {config.vocab_size}"
     )
   params = _params(path, config)
-  return Policy(config=config, params=params, tokenizer=tokenizer, chat=chat)
+  return Policy(
+      config=config,
+      params=params,
+      tokenizer=tokenizer,
+      chat=chat,
+      system=_system(path, fields),
+  )
 
 
 def save_directory(path: pathlib.Path | str, policy: Policy) -> None:
@@ -199,6 +207,7 @@ def _config_file(policy: Policy) -> bytes:
       "torch_dtype": "float32",
       "activation_dtype": config.dtype,
       "chat": policy.chat,
+      "system": policy.system,
   }
   return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
 
@@ -216,6 +225,25 @@ def _chat(
         f"{source}: chat = {fields['chat']!r}, must be one of {CHATS}"
     )
   return fields["chat"]
+
+
+def _system(path: pathlib.Path, fields: Mapping[str, Any]) -> str:
+  """Reads the default system message, or derives it from the template."""
+  if "system" in fields:
+    if not isinstance(fields["system"], str):
+      raise ValueError(
+          f"{path / CONFIG_FILE}: system = {fields['system']!r}, must be text"
+      )
+    return fields["system"]
+  template = path / TEMPLATE_FILE
+  try:
+    if template.is_file():
+      return default_system(template.read_text("utf-8"))
+  except (OSError, ValueError) as error:
+    raise ValueError(f"{template}: cannot be read: {error}") from error
+  if not (path / bpe.CONFIG_FILE).is_file():
+    return ""
+  return default_system(_read_json(path / bpe.CONFIG_FILE).get("chat_template"))
 
 
 def _params(path: pathlib.Path, config: TransformerConfig) -> Params:
