@@ -2,8 +2,9 @@
 
 `open(url)` works on `file://`, `memory://`, `gs://` and `s3://` through
 TensorStore. A key is a relative path; its value is written whole or not at
-all. `swap` is compare-and-swap, on which leases and members build; S3 promises
-none, so there it is refused rather than imitated.
+all. `swap` is compare-and-swap, for whoever shares a bucket with other writers;
+no part of a run needs it yet. S3 promises none, so there it is refused rather
+than imitated.
 """
 
 import dataclasses
