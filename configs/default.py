@@ -139,6 +139,8 @@ def _add_method(config: ml_collections.ConfigDict) -> None:
   config.loss.aggregation = "sequence_mean_token_mean"  # see losses.py
   config.loss.clip_low = 0.2  # ratio >= 1 - clip_low, in [0, 1]
   config.loss.clip_high = 0.2  # ratio <= 1 + clip_high, >= 0
+  # On-policy, k1's gradient has mean zero: it does not regularise. k2's is the
+  # gradient of the reverse KL.
   config.loss.kl = "none"  # or k1, k2, k3, against the weights at the start
   config.loss.kl_coefficient = 0.0  # > 0 with a kl, 0 without
   config.loss.importance = "token"  # none, sequence, sequence_rejection

@@ -148,6 +148,9 @@ def kl_k1(
 
       k1 = log π - log π_ref
 
+  A measure, not a regulariser: its gradient is ∇ log π, whatever the reference
+  is, and has mean zero over samples of π. As a loss use `kl_k2`.
+
   Args:
     logprobs: float32, nats, of the sampled tokens under π.
     ref_logprobs: float32, nats, under the reference.
@@ -164,6 +167,10 @@ def kl_k2(
   """Estimates KL(π ‖ π_ref) from samples of π, ≥ 0, biased.
 
       k2 = (log π - log π_ref)² / 2
+
+  Its gradient, (log π - log π_ref) ∇ log π, has the mean ∇ KL(π ‖ π_ref) over
+  samples of π: as a loss it is what pulls towards the reference, token by
+  token.
 
   Args:
     logprobs: float32, nats, of the sampled tokens under π.

@@ -1,6 +1,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -128,6 +129,24 @@ def test_expected_kl_estimate_is_the_divergence(name):
   exact = (p * np.log(p / q)).sum()
   estimate = (p * call(name, np.log(p)[None], np.log(q)[None])).sum()
   assert abs(estimate - exact) <= (1e-3 if name == "kl_k2" else 1e-6)
+
+
+def test_as_a_loss_k1_pulls_nowhere_and_k2_to_the_reference():
+  # Σ_x π(x) ∇k(x), the π of the samples held fixed; a softmax of three.
+  logits = np.array([0.3, -0.2, 0.9], np.float32)
+  p, q = np.asarray(jax.nn.softmax(logits)), np.array([0.2, 0.5, 0.3])
+  log_ratio = np.log(p / q)
+  exact = p * (log_ratio - (p * log_ratio).sum())  # of KL(π ‖ π_ref)
+
+  def mean_gradient(kl):
+    def expected(logits):
+      now = jax.nn.log_softmax(logits)[None]
+      return jnp.sum(p * kl(now, np.float32(np.log(q))[None])[0])
+
+    return jax.grad(expected)(logits)
+
+  np.testing.assert_allclose(mean_gradient(losses.kl_k1), 0.0, atol=1e-6)
+  np.testing.assert_allclose(mean_gradient(losses.kl_k2), exact, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", AGGREGATIONS)
