@@ -23,6 +23,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from mgrpo_jax import metrics
 from mgrpo_jax.policy import params
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.decode import Slots
@@ -30,7 +31,6 @@ from mgrpo_jax.policy.sampling import MAX_STOP_IDS, NO_TOKEN, Sampling
 from mgrpo_jax.sampler import device
 from mgrpo_jax.sampler.engine import Engine
 
-COMPILED = "/jax/core/compile/backend_compile_duration"
 POLICIES = {
     "quickstart": TransformerConfig(
         vocab_size=512,
@@ -253,28 +253,22 @@ def main() -> None:
   """Prints a table; writes JSON where asked."""
   arguments = _arguments()
   config = POLICIES[arguments.policy]
-  seconds: list[float] = []
-
-  def listen(event: str, duration_secs: float, **_: str | int) -> None:
-    if event == COMPILED:
-      seconds.append(duration_secs)
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
   init = jax.jit(params.init, static_argnums=1)
-  bench = Bench(
-      config=config,
-      weights=init(jax.random.key(0), config),
-      num_slots=arguments.num_slots,
-      context=arguments.context,
-      block=arguments.block,
-      prefill_tokens=arguments.prefill_tokens,
-      bucket=arguments.bucket,
-      decode_steps=arguments.decode_steps,
-  )
-  figures = asyncio.run(measure(bench, arguments.rounds))
+  with metrics.count_compilations() as compiled:
+    bench = Bench(
+        config=config,
+        weights=init(jax.random.key(0), config),
+        num_slots=arguments.num_slots,
+        context=arguments.context,
+        block=arguments.block,
+        prefill_tokens=arguments.prefill_tokens,
+        bucket=arguments.bucket,
+        decode_steps=arguments.decode_steps,
+    )
+    figures = asyncio.run(measure(bench, arguments.rounds))
   print(f"{params.num_params(config):,} parameters; {vars(arguments)}")
   print(f"compiled, programs of the sampler: {dict(device.compilations())}")
-  print(f"compiled, all: {len(seconds)} programs, {sum(seconds):.1f} s")
+  print(f"compiled, all: {compiled.count} programs, {compiled.seconds:.1f} s")
   print(f"{'tokens/s':20}{'median':>10}{'min':>10}{'max':>10}")
   for name, values in figures.items():
     middle = statistics.median(values)
@@ -283,7 +277,7 @@ def main() -> None:
     record = {
         "arguments": {k: str(v) for k, v in vars(arguments).items()},
         "compilations": dict(device.compilations()),
-        "compile_seconds": sum(seconds),
+        "compile_seconds": compiled.seconds,
         "tokens_per_second": figures,
     }
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")
