@@ -124,6 +124,7 @@ def _add_method(config: ml_collections.ConfigDict) -> None:
   config.reward = ml_collections.ConfigDict()
   config.reward.format = "well_formed"  # or answered; see rewards.py
   config.reward.correct = "matches"  # or mentions: in a sentence; answers.py
+  config.reward.mention_words = 40  # longest text that can mention, words, >= 1
   config.reward.opened_share = 0.5  # of the expert's grade; the report's: rest
   config.reward.correct_of = "root"  # or parent: whose correctness calls share
 

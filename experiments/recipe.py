@@ -30,6 +30,7 @@ from mgrpo_jax.agents.chat import Chat
 from mgrpo_jax.agents.protocol import Protocol
 from mgrpo_jax.agents.team import Role, Team
 from mgrpo_jax.plan import Method, Sampler, Setup
+from mgrpo_jax.rewards import Matches
 from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.tasks import factbook, pipeline
 from mgrpo_jax.tasks.curriculum import Stage
@@ -69,7 +70,6 @@ IMPORTANCES = {
     "sequence": losses.sequence_importance,
     "sequence_rejection": losses.sequence_rejection,
 }
-CORRECT = {"matches": answers.matches, "mentions": answers.mentions}
 FORMATS = {"answered": rewards.answered, "well_formed": rewards.well_formed}
 CORRECT_OF = {"root": rewards.of_root, "parent": rewards.of_parent}
 
@@ -263,7 +263,7 @@ def build_method(config: ml_collections.ConfigDict) -> Method:
     )
   with checks.inside("optimizer"):
     optimizer = optim.AdamW(**config.optimizer)
-  correct = pick(CORRECT, config.reward.correct, "reward.correct")
+  correct = _correct(config.reward)
   return Method(
       rules=rewards.Rules(
           format=pick(FORMATS, config.reward.format, "reward.format"),
@@ -328,6 +328,18 @@ def pick(choices: Mapping[str, T], name: str, key: str) -> T:
         f"config.{key}: {name!r}, allowed: {', '.join(sorted(choices))}"
     )
   return choices[name]
+
+
+def _correct(config: ml_collections.ConfigDict) -> Matches:
+  """What counts as right, from `config.reward`."""
+  most = config.mention_words
+  if most < 1:
+    raise ValueError(f"config.reward.mention_words: {most} must be at least 1")
+  choices: dict[str, Matches] = {
+      "matches": answers.matches,
+      "mentions": functools.partial(answers.mentions, max_words=most),
+  }
+  return pick(choices, config.correct, "reward.correct")
 
 
 def _actor(

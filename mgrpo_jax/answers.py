@@ -15,7 +15,6 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 MAX_CHARS = 2000
-MENTION_WORDS = 40  # longest report in which an answer may be mentioned
 
 # What canonical decomposition does not take apart.
 _LETTERS = str.maketrans(
@@ -119,18 +118,18 @@ def matches(text: str, answers: Iterable[str]) -> bool:
   return bool(said) and any(_same(said, words(answer)) for answer in answers)
 
 
-def mentions(text: str, answers: Iterable[str]) -> bool:
+def mentions(text: str, answers: Iterable[str], *, max_words: int) -> bool:
   """Says whether a short text contains one of the answers, word for word.
 
   Args:
-    text: what an agent reported, in a sentence or two. A text of more than
-      `MENTION_WORDS` words mentions nothing: listing candidates is no answer.
+    text: what an agent reported, in a sentence or two.
     answers: what is accepted.
+    max_words: a text of more mentions nothing: listing candidates is no answer.
 
   Returns:
     Whether an answer's words stand together in the text.
   """
-  if len(text) > MAX_CHARS or len(words(text)) > MENTION_WORDS:
+  if len(text) > MAX_CHARS or len(words(text)) > max_words:
     return False
   return shows(text, answers)
 

@@ -1,8 +1,12 @@
+import functools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgrpo_jax import answers
+
+mentions = functools.partial(answers.mentions, max_words=40)
 
 SAME = [
     ("The Lima", "Lima"),
@@ -66,7 +70,7 @@ def test_another_answer(text, answer):
 def test_no_answers_match_nothing():
   assert not answers.matches("Lima", [])
   assert not answers.matches("", [""])
-  assert not answers.mentions("Lima", [""])
+  assert not mentions("Lima", [""])
 
 
 @pytest.mark.parametrize(
@@ -80,12 +84,18 @@ def test_no_answers_match_nothing():
     ],
 )
 def test_a_mention_is_whole_words_in_a_short_text(text, expected):
-  assert answers.mentions(text, ["Lima"]) is expected
+  assert mentions(text, ["Lima"]) is expected
+
+
+def test_how_long_a_text_may_mention_is_the_callers_choice():
+  text = "The capital of Peru is Lima."  # five words without the article
+  assert answers.mentions(text, ["Lima"], max_words=5)
+  assert not answers.mentions(text, ["Lima"], max_words=4)
 
 
 def test_several_words_must_stand_together():
-  assert answers.mentions("It is San José in fact", ["San Jose"])
-  assert not answers.mentions("San Juan or José", ["San Jose"])
+  assert mentions("It is San José in fact", ["San Jose"])
+  assert not mentions("San Juan or José", ["San Jose"])
 
 
 @pytest.mark.parametrize(
@@ -117,7 +127,7 @@ def test_huge_text_is_refused(unit):
   # A pattern that backtracks on one of these would hang here.
   for text in (unit * 10**6, (unit * 2000)[:2000]):
     assert not answers.matches(text, ["Lima"])
-    assert not answers.mentions(text, ["Lima"])
+    assert not mentions(text, ["Lima"])
     answers.words(text)
 
 

@@ -61,6 +61,14 @@ def test_the_main_agent_must_delegate():
   assert set(team["researcher"].tools) == {"search", "visit"}
 
 
+def test_the_recipe_says_how_long_a_text_may_mention():
+  config = quickstart.get_config()
+  config.reward.correct, config.reward.mention_words = "mentions", 5
+  correct = recipe.build_method(config).rules.correct
+  assert correct("The capital of Peru is Lima.", ["Lima"])
+  assert not correct("Surely the capital of Peru is Lima.", ["Lima"])
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -99,6 +107,7 @@ def test_the_main_agent_must_delegate():
         ("tools.max_chars", 20, "config.tools.max_chars"),
         ("tools.title_weight", 0, "config.tools.title_weight"),
         ("reward.correct", "guesses", "config.reward.correct"),
+        ("reward.mention_words", 0, "config.reward.mention_words"),
         ("reward.opened_share", 1.5, "config.reward.opened_share"),
         ("stages.hard.final_fraction", -0.1, "final_fraction must be in"),
         ("tasks.max_retries", -1, "config.tasks.max_retries"),
