@@ -1,0 +1,107 @@
+"""One policy in training."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from trajectories import random_credits
+
+from mgrpo_jax import losses, optim, packing, update
+from mgrpo_jax.learner import Learner
+from mgrpo_jax.policy import logprobs
+from mgrpo_jax.policy import params as policy_params
+from mgrpo_jax.testing.sizes import tiny_config
+
+CONFIG = tiny_config(vocab_size=11, num_layers=1, mlp_dim=16)
+SHAPE = packing.BatchShape(rows=2, row_tokens=16, trajectories=4)
+TEMPERATURE = 0.7  # not 1: a trainer that forgets to divide by it is seen
+CREDITS = random_credits([7, 16, 3], vocab_size=11, weights=(1.0,))
+REGULARISED = update.PolicyLoss(
+    ratio=losses.token_ratio,
+    aggregation=losses.token_mean,
+    clip_low=0.2,
+    clip_high=0.2,
+    kl=losses.kl_k2,
+    kl_coefficient=0.1,
+    importance=None,
+    importance_cap=1.0,
+)
+FLOAT32 = dict(rtol=1e-5, atol=1e-5)  # nats; of programs compiled apart
+
+
+@functools.cache
+def weights(seed):
+  init = jax.jit(policy_params.init, static_argnums=1)
+  return init(jax.random.key(seed), CONFIG)
+
+
+def make_learner(**changes):
+  arguments = dict(
+      shape=SHAPE,
+      optimizer=optim.AdamW(
+          b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=1.0
+      ),
+      temperature=TEMPERATURE,
+      needs_reference=True,
+      seed=0,
+  )
+  return Learner(CONFIG, weights(0), **arguments | changes)
+
+
+@functools.cache
+def scorer():
+  logprob_fn = functools.partial(
+      logprobs.token_logprobs, config=CONFIG, temperature=TEMPERATURE
+  )
+  return jax.jit(functools.partial(update.score, logprob_fn=logprob_fn))
+
+
+def expected(seed, batch):
+  """Log-probs of a batch under the weights of a seed."""
+  return np.asarray(scorer()(weights(seed), batch))
+
+
+@pytest.fixture
+def moved():
+  """A learner whose weights are no longer those that it began with."""
+  learner = make_learner()
+  learner.state = dataclasses.replace(learner.state, params=weights(1))
+  return learner
+
+
+def test_old_logprobs_are_todays_and_the_reference_is_the_first(moved):
+  (batch,) = moved.pack(CREDITS, REGULARISED)
+  today, first = expected(1, batch), expected(0, batch)
+  assert np.abs(today - first).max() > 0.01
+  np.testing.assert_allclose(batch.old_logprobs, today, **FLOAT32)
+  np.testing.assert_allclose(batch.ref_logprobs, first, **FLOAT32)
+
+
+def test_without_a_reference_only_old_logprobs_are_scored():
+  learner = make_learner(needs_reference=False)
+  (batch,) = learner.pack(CREDITS, REGULARISED)
+  np.testing.assert_allclose(batch.old_logprobs, expected(0, batch), **FLOAT32)
+  np.testing.assert_array_equal(batch.ref_logprobs, batch.sampler_logprobs)
+
+
+def test_imitation_scores_nothing(moved):
+  objective = update.ImitationLoss(context_weight=0.1)
+  (batch,) = moved.pack(CREDITS, objective)
+  np.testing.assert_array_equal(batch.old_logprobs, batch.sampler_logprobs)
+
+
+def test_an_update_compares_at_the_temperature_of_the_score(moved):
+  batches = moved.pack(CREDITS, REGULARISED)
+  step = moved.step(
+      [(batches, packing.count(CREDITS))],
+      objective=REGULARISED,
+      learning_rates=[1e-3],
+  )
+  found = step.metrics()
+  # Before the first update a policy is what was scored a moment ago.
+  np.testing.assert_allclose(found["ratio_mean"], 1.0, atol=1e-5)
+  np.testing.assert_allclose(found["ratio_max"], 1.0, atol=1e-5)
+  masks = [one.trajectory.loss_mask for one in CREDITS]
+  assert step.tokens == sum(mask.sum() for mask in masks)
