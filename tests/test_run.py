@@ -1,0 +1,148 @@
+"""The arrows of the loop, one at a time."""
+
+import asyncio
+import dataclasses
+import types
+
+import numpy as np
+import pytest
+from trajectories import group, random_trajectory
+
+from mgrpo_jax import packing, store
+from mgrpo_jax.credit import Credits
+from mgrpo_jax.packing import Credit
+from mgrpo_jax.resources import Resources
+from mgrpo_jax.run import Run, open_run
+from mgrpo_jax.testing.setup import small_setup
+from mgrpo_jax.types import Status
+
+MAX_GAP = 1e-4  # nats, float32 on a CPU
+
+
+def make_setup(*, loss=None, sampler=None, **method):
+  """One step of reinforcement, with parts of it changed."""
+  setup = small_setup(seed=0, imitation_steps=0, steps=1)
+  changed = dataclasses.replace(setup.method.policy_loss, **loss or {})
+  return dataclasses.replace(
+      setup,
+      method=dataclasses.replace(setup.method, policy_loss=changed, **method),
+      sampler=dataclasses.replace(setup.sampler, **sampler or {}),
+  )
+
+
+def without_engines(setup):
+  """A run whose engines stand still."""
+  return Run(Resources(setup, store.open("memory://")))
+
+
+class Recorder:
+  """A learner that keeps what it is told to learn from."""
+
+  def __init__(self, shape):
+    self.shape = shape
+    self.minibatches = []
+
+  def pack(self, credits, objective):
+    del objective
+    return packing.pack(credits, shape=self.shape)
+
+  def step(self, minibatches, *, objective, learning_rates):
+    del objective, learning_rates
+    self.minibatches += minibatches
+    return types.SimpleNamespace(tokens=0)
+
+
+def played(task, *, broken=()):
+  """A group of three rollouts of the main agent, some of them FAILED."""
+  calls = [
+      random_trajectory(
+          np.random.default_rng(k),
+          8 + k,
+          vocab_size=11,
+          task_id=task.id,
+          rollout=k,
+          status=Status.FAILED if k in broken else Status.COMPLETED,
+      )
+      for k in range(3)
+  ]
+  return group(task, calls, num_rollouts=3)
+
+
+def test_what_has_no_gradient_still_counts_in_the_denominators():
+  setup = make_setup(loss={"kl": None, "kl_coefficient": 0.0}, minibatches=1)
+  recorder = Recorder(setup.method.shape)
+  run = without_engines(setup)
+  run.resources.learners["main"] = recorder
+  tasks = setup.tasks["reinforce"][:2]
+  groups = [played(task) for task in tasks]
+  credits = [
+      Credit(trajectory=call, advantage=gain, weight=1.0)
+      for one in groups
+      for call, gain in zip(one.trajectories, (1.0, 0.0, -1.0), strict=True)
+  ]
+  run.update(
+      setup.stages[1],
+      0,
+      groups,
+      Credits(by_policy={"main": credits}, assignments={}, advantages=()),
+  )
+  ((batches, totals),) = recorder.minibatches
+  assert sum(batch.weight.sum() for batch in batches) == 4
+  sampled = sum(one.trajectory.loss_mask.sum() for one in credits)
+  trained = sum(batch.loss_mask.sum() for batch in batches)
+  assert (totals.trajectories, totals.tokens) == (6, sampled)
+  assert trained < sampled
+
+
+@pytest.mark.parametrize("broken", [(1,), (0, 2)])
+def test_a_group_that_failed_in_part_is_trained_on_once_and_later(broken):
+  setup = make_setup()
+  run = without_engines(setup)
+  stage = setup.stages[1]
+  first, *_ = without_engines(setup).take(stage)
+  trained = []
+  for step in range(2):
+    run.begin_step()
+    tasks = run.take(stage)
+    fails = {first.id: broken} if step == 0 else {}
+    groups = [played(task, broken=fails.get(task.id, ())) for task in tasks]
+    scores = run.grade(stage, groups)
+    credits = run.assign(stage, groups, scores, step)
+    calls = [one.trajectory for one in credits.by_policy["main"]]
+    trained.append([call.rollout for call in calls if call.task_id == first.id])
+    others = {call.task_id for call in calls} - {first.id}
+    assert others == {task.id for task in tasks} - {first.id}
+    assert run.resources.queues["reinforce"].waiting == (step == 0)
+  assert trained == [[], [0, 1, 2]]
+  assert (run.work.retried, run.work.abandoned) == (1, 0)
+
+
+def test_a_group_that_fails_for_ever_is_never_trained_on():
+  setup = dataclasses.replace(make_setup(), max_retries=1)
+  run = without_engines(setup)
+  stage = setup.stages[1]
+  task, *_ = run.take(stage)
+  for _ in range(2):
+    run.begin_step()
+    (graded,) = run.grade(stage, [played(task, broken=(1,))])
+    assert not graded.weight.any()
+  assert (run.work.retried, run.work.abandoned) == (1, 1)
+  assert run.resources.queues["reinforce"].waiting == 1
+
+
+def test_the_trainer_scores_at_the_samplers_temperature(tmp_path):
+  setup = make_setup(sampler={"temperature": 0.7}, minibatches=1)
+  stage = setup.stages[1]
+
+  async def one_step():
+    async with open_run(setup, store.open_folder(tmp_path)) as run:
+      run.begin_step()
+      groups = await run.collect(stage, run.take(stage), 0)
+      scores = run.grade(stage, groups)
+      credits = run.assign(stage, groups, scores, 0)
+      return run.update(stage, 0, groups, credits)
+
+  found = asyncio.run(one_step())["main"].metrics()
+  assert found["logprob_gap_max"] < MAX_GAP
+  # Before the first update a policy is what was scored a moment ago.
+  np.testing.assert_allclose(found["ratio_max"], 1.0, atol=MAX_GAP)
