@@ -1,0 +1,153 @@
+"""The progress line, and the table that a run ends with."""
+
+import io
+
+import pytest
+
+from mgrpo_jax.metrics import Accuracy
+from mgrpo_jax.report import progress
+
+
+class Terminal(io.StringIO):
+  """A stream that says it is a terminal; its width comes from COLUMNS."""
+
+  def isatty(self):
+    return True
+
+  def fileno(self):
+    raise OSError("no descriptor")
+
+
+class Clock:
+  """Seconds that a test moves by hand."""
+
+  seconds = 0.0
+
+  def __call__(self):
+    return self.seconds
+
+
+VALUES = {
+    "reward/main": 0.4123,
+    "reward/researcher": 0.625,
+    "tokens_per_second/step": 5120.4,
+    "logprob_gap_mean/main": 3e-8,
+    "logprob_gap_mean/researcher": 1e-8,
+    "logprob_gap_max/main": 2e-6,
+    "logprob_gap_max/researcher": 4e-6,
+}
+
+
+def make_progress(stream, clock, total_steps=100):
+  return progress.Progress(
+      stream,
+      total_steps=total_steps,
+      every_seconds=10.0,
+      split="dev",
+      clock=clock,
+  )
+
+
+def test_progress_line_says_where_the_run_stands():
+  stream, clock = io.StringIO(), Clock()
+  shown = make_progress(stream, clock)
+  shown.update(0, "hard", {"accuracy/dev": 0.384})
+  clock.seconds = 20.0
+  shown.update(10, "hard", VALUES)
+  assert stream.getvalue().splitlines() == [
+      "hard 0/100 · dev accuracy 0.384",
+      "hard 10/100 · reward main 0.41 researcher 0.62 · dev accuracy 0.384"
+      " · 5,120 tokens/s · log-prob gap 3e-08 max 4e-06 · 3m00s left",
+  ]
+
+
+def test_plain_lines_are_rare_but_never_miss_a_stage_or_the_end():
+  stream, clock = io.StringIO(), Clock()
+  shown = make_progress(stream, clock, total_steps=12)
+  for step in range(1, 13):
+    clock.seconds += 3
+    shown.update(step, "easy" if step < 7 else "hard", VALUES)
+  steps = [line.split(" · ")[0] for line in stream.getvalue().splitlines()]
+  assert steps == ["easy 1/12", "easy 5/12", "hard 7/12", "hard 11/12",
+                   "hard 12/12"]  # fmt: skip
+  assert "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
+
+
+@pytest.mark.parametrize("columns", [200, 80, 40, 12, 2])
+def test_terminal_line_is_rewritten_and_never_wraps(columns, monkeypatch):
+  monkeypatch.setenv("COLUMNS", str(columns))
+  stream, clock = Terminal(), Clock()
+  shown = make_progress(stream, clock)
+  for step in range(3):
+    clock.seconds += 1
+    shown.update(step, "hard\n\x1b[2J", VALUES)
+  shown.note("checkpoint saved")
+  shown.close()
+  written = stream.getvalue()
+  assert written.endswith("\n") and written.count("\n") == 2
+  assert written.count("\x1b") == 4  # three lines, one note, no other escapes
+  for line in written.replace("\n", "\r\x1b[K").split("\r\x1b[K"):
+    assert len(line) < columns or line == "checkpoint saved"
+  if columns >= 80:
+    assert "reward main 0.41" in written and "left" in written
+
+
+def test_line_gives_up_the_least_important_first():
+  fields = [(0, "hard 1/9"), (2, "b" * 10), (1, "a" * 10), (2, "c" * 10)]
+  assert progress.fit(fields, 99) == " · ".join(text for _, text in fields)
+  assert progress.fit(fields, 40) == "hard 1/9 · aaaaaaaaaa · cccccccccc"
+  assert progress.fit(fields, 25) == "hard 1/9 · aaaaaaaaaa"
+  assert progress.fit(fields, 8) == "hard 1/9"
+  assert progress.fit(fields, 5) == "hard…"
+  assert progress.fit(fields, 0) == ""
+
+
+def test_time_left_follows_the_pace_of_the_stage():
+  stream, clock = io.StringIO(), Clock()
+  shown = make_progress(stream, clock)
+  for step in range(50):
+    clock.seconds += 1
+    shown.update(step, "imitate", {"nll/main": 1.0})
+  for step in range(50, 54):
+    clock.seconds += 20
+    shown.update(step, "easy", VALUES)
+  last = stream.getvalue().splitlines()[-1]
+  assert last.endswith("15m40s left")  # 47 steps of 20 s
+  assert "nll" not in last
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (3599, "59m59s"),
+        (7500, "2h05m"),
+        (273_600, "3d04h"),
+    ],
+)
+def test_durations_read_as_people_write_them(seconds, text):
+  assert progress.duration(seconds) == text
+
+
+def test_comparison_table_shows_intervals_and_change():
+  table = progress.comparison(
+      {
+          "test": (
+              Accuracy(correct=156, n=500, failed=0),
+              Accuracy(correct=265, n=500, failed=0),
+          ),
+          "3 hops": (
+              Accuracy(correct=0, n=90, failed=0),
+              Accuracy(correct=9, n=91, failed=0),
+          ),
+      }
+  )
+  header, test, hops = table.splitlines()
+  assert test.split() == [
+      "test", "500", "0.312", "[0.273,", "0.354]", "0.530", "[0.486,",
+      "0.573]", "+0.218",
+  ]  # fmt: skip
+  assert "90/91" in hops and "+0.099" in hops
+  assert len(header) == len(test) == len(hops)
