@@ -1,6 +1,7 @@
 """The progress line, and the table that a run ends with."""
 
 import io
+import math
 
 import pytest
 
@@ -57,7 +58,7 @@ def test_progress_line_says_where_the_run_stands():
   assert stream.getvalue().splitlines() == [
       "hard 0/100 · dev accuracy 0.384",
       "hard 10/100 · reward main 0.41 researcher 0.62 · dev accuracy 0.384"
-      " · 5,120 tokens/s · log-prob gap 3e-08 max 4e-06 · 3m00s left",
+      " · 5,120 tokens/s · log-prob gap 3e-8 max 4e-6 · 3m00s left",
   ]
 
 
@@ -89,17 +90,107 @@ def test_terminal_line_is_rewritten_and_never_wraps(columns, monkeypatch):
   for line in written.replace("\n", "\r\x1b[K").split("\r\x1b[K"):
     assert len(line) < columns or line == "checkpoint saved"
   if columns >= 80:
-    assert "reward main 0.41" in written and "left" in written
+    said = "reward main 0.41" if columns > 80 else "main .41"
+    assert said in written and "1m38s" in written
 
 
 def test_line_gives_up_the_least_important_first():
-  fields = [(0, "hard 1/9"), (2, "b" * 10), (1, "a" * 10), (2, "c" * 10)]
-  assert progress.fit(fields, 99) == " · ".join(text for _, text in fields)
+  said = [(0, "hard 1/9"), (2, "b" * 10), (1, "a" * 10), (2, "c" * 10)]
+  fields = [(rank, (text,)) for rank, text in said]
+  assert progress.fit(fields, 99) == " · ".join(text for _, text in said)
   assert progress.fit(fields, 40) == "hard 1/9 · aaaaaaaaaa · cccccccccc"
   assert progress.fit(fields, 25) == "hard 1/9 · aaaaaaaaaa"
   assert progress.fit(fields, 8) == "hard 1/9"
   assert progress.fit(fields, 5) == "hard…"
   assert progress.fit(fields, 0) == ""
+
+
+def test_line_takes_shorter_words_before_it_gives_anything_up():
+  fields = [(0, ("hard 1/9",)), (1, ("reward 1", "r 1")), (2, ("left 9", "9"))]
+  assert progress.fit(fields, 28) == "hard 1/9 · reward 1 · left 9"
+  assert progress.fit(fields, 27) == "hard 1/9 · r 1 · 9"
+  assert progress.fit(fields, 17) == "hard 1/9 · r 1"
+
+
+def line_at(columns, monkeypatch, *, stage="hard", steps=(56, 57), **values):
+  """What a terminal shows after two steps, a minute apart."""
+  monkeypatch.setenv("COLUMNS", str(columns))
+  stream, clock = Terminal(), Clock()
+  shown = make_progress(stream, clock, total_steps=steps[-1] + 43)
+  shown.update(steps[0], stage, {"accuracy/dev": 0.4533})
+  clock.seconds += 100 / 43 * 2
+  shown.update(steps[1], stage, VALUES | values)
+  return stream.getvalue().split("\r\x1b[K")[-1]
+
+
+def test_every_field_stands_on_a_terminal_of_80_columns(monkeypatch):
+  assert line_at(200, monkeypatch) == (
+      "hard 57/100 · reward main 0.41 researcher 0.62 · dev accuracy 0.453"
+      " · 5,120 tokens/s · log-prob gap 3e-8 max 4e-6 · 3m20s left"
+  )
+  assert line_at(80, monkeypatch) == (
+      "hard 57/100 · main .41 rese .62 · dev .453 · 5.1k tok/s"
+      " · gap 3e-8/4e-6 · 3m20s"
+  )
+  assert line_at(80, monkeypatch, stage="reinforce", steps=(1556, 1557)) == (
+      "reinforce 1557/1600 · m .41 r .62 · dev .453 · 5.1k/s"
+      " · gap 3e-8/4e-6 · 3m20s"
+  )
+
+
+@pytest.mark.parametrize("stage", ["easy", "hard", "reinforce"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"tokens_per_second/step": 123_456.0},
+        {"tokens_per_second/step": 9.0, "logprob_gap_max/main": 0.0},
+        {"reward/main": 1.0, "reward/researcher": -0.125},
+    ],
+)
+def test_no_field_is_dropped_at_80_columns(stage, values, monkeypatch):
+  line = line_at(80, monkeypatch, stage=stage, steps=(956, 957), **values)
+  assert len(line) < 80
+  assert len(line.split(" · ")) == 6
+
+
+def test_an_imitating_line_says_its_nll_too_where_there_is_room(monkeypatch):
+  imitating = {
+      name: value
+      for name, value in VALUES.items()
+      if not name.startswith("logprob_gap")
+  } | {"nll/main": 1.234, "nll/researcher": 0.5}
+  monkeypatch.setenv("COLUMNS", "80")
+  stream, clock = Terminal(), Clock()
+  shown = make_progress(stream, clock, total_steps=1600)
+  for step in (1, 2):
+    clock.seconds += 1
+    shown.update(step, "careful", imitating | {"accuracy/dev": 0.5})
+  assert stream.getvalue().endswith(
+      "careful 2/1600 · m .41 r .62 · nll m 1.23 r .50 · dev .500 · 5.1k/s"
+      " · 26m38s"
+  )
+
+
+def test_short_names_tell_roles_apart():
+  fields = progress.progress_fields(
+      step=1,
+      total_steps=2,
+      stage="hard",
+      values={"reward/reader": 1.0, "reward/researcher": 0.5, "reward/main": 0},
+      split="dev",
+      seconds_left=math.nan,
+  )
+  assert progress.fit(fields, 36).endswith("rea 1.00 res .50 mai .00")
+
+
+def test_only_accuracy_is_carried_from_an_earlier_step():
+  stream, clock = io.StringIO(), Clock()
+  shown = make_progress(stream, clock, total_steps=2)
+  shown.update(1, "hard", VALUES | {"accuracy/dev": 0.4533})
+  shown.update(2, "hard", {"reward/main": 0.5})
+  assert stream.getvalue().splitlines()[-1] == (
+      "hard 2/2 · reward main 0.50 · dev accuracy 0.453 · 0s left"
+  )
 
 
 def test_time_left_follows_the_pace_of_the_stage():

@@ -7,23 +7,28 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TextIO
 
 from mgrpo_jax.metrics import Accuracy
+
+# Importance, 0 first, and wordings, from the longest to the shortest.
+Field = tuple[int, tuple[str, ...]]
 
 SEPARATOR = " · "
 WINDOW = 32  # steps that the estimate of the time left looks back on
 _FALLBACK_WIDTH = 80
 _CLEAR = "\r\x1b[K"
+_WORDINGS = 4  # at most
+_LETTERS = (4, 1)  # of a name, at least, where names are cut
 
 
 class Progress:
   """Shows where a run stands, on one line.
 
-  On a terminal the line is rewritten in place and cut to its width. Anywhere
-  else (a file, a pipe) plain lines come at most every few seconds, and at the
-  first step, the last one, and where the stage changes.
+  On a terminal the line is rewritten in place, in words that fit its width.
+  Anywhere else (a file, a pipe) plain lines come at most every few seconds, and
+  at the first step, the last one, and where the stage changes.
   """
 
   def __init__(
@@ -52,7 +57,7 @@ class Progress:
     self._clock = clock
     self._stage = ""
     self._line = ""
-    self._shown: dict[str, float] = {}
+    self._accuracies: dict[str, float] = {}  # last measured
     self._pace = math.nan  # seconds a step
     self._times: collections.deque[tuple[int, float]] = collections.deque(
         maxlen=WINDOW + 1
@@ -65,21 +70,20 @@ class Progress:
     Args:
       step: the step just finished.
       stage: name of the curriculum's stage.
-      values: metrics by name; those that are missing keep their last value
-        (accuracy is not measured at every step).
+      values: metrics by name. Accuracies, which are not measured at every
+        step, keep their last value; nothing else does.
     """
     now = self._clock()
     turned = stage != self._stage
     if turned:
       # Steps of another stage cost something else: measure anew.
       self._times.clear()
-      self._shown = {
-          name: value
-          for name, value in self._shown.items()
-          if name.startswith("accuracy/")
-      }
     self._stage = stage
-    self._shown.update(values)
+    self._accuracies |= {
+        name: value
+        for name, value in values.items()
+        if name.startswith("accuracy/")
+    }
     self._times.append((step, now))
     first_step, first_time = self._times[0]
     if step > first_step:
@@ -88,7 +92,7 @@ class Progress:
         step=step,
         total_steps=self._total,
         stage=stage,
-        values=self._shown,
+        values=self._accuracies | dict(values),
         split=self._split,
         seconds_left=self._pace * (self._total - step),
     )
@@ -113,9 +117,7 @@ class Progress:
       self._stream.flush()
     self._line = ""
 
-  def _show(
-      self, fields: Sequence[tuple[int, str]], now: float, *, force: bool
-  ) -> None:
+  def _show(self, fields: Sequence[Field], now: float, *, force: bool) -> None:
     """Rewrites the line, or prints a plain one when it is time."""
     if self._tty:
       # One column less than there are: a full line would wrap.
@@ -123,8 +125,7 @@ class Progress:
       self._stream.write(_CLEAR + self._line)
     elif force or now >= self._next_plain:
       self._next_plain = now + self._every
-      plain = _printable(SEPARATOR.join(text for _, text in fields))
-      self._stream.write(plain + "\n")
+      self._stream.write(_joined(fields, 0) + "\n")
     self._stream.flush()
 
 
@@ -136,7 +137,7 @@ def progress_fields(
     values: Mapping[str, float],
     split: str,
     seconds_left: float,
-) -> list[tuple[int, str]]:
+) -> list[Field]:
   """Chooses what the progress line says.
 
   Args:
@@ -148,46 +149,61 @@ def progress_fields(
     seconds_left: estimate, NaN where there is none yet.
 
   Returns:
-    (importance, text) in the order of the line; 0 is most important.
+    Fields in the order of the line.
   """
-  fields = [(0, f"{stage} {step}/{total_steps}")]
+  fields: list[Field] = [(0, (f"{stage} {step}/{total_steps}",))]
   rewards = _keyed(values, "reward")
   if rewards:
-    shown = " ".join(f"{role} {value:.2f}" for role, value in rewards.items())
-    fields.append((1, f"reward {shown}"))
+    fields.append((1, (f"reward {_named(rewards, 2)}", *_briefly(rewards))))
   nlls = _keyed(values, "nll")
   if nlls:
-    shown = " ".join(f"{name} {value:.3f}" for name, value in nlls.items())
-    fields.append((2, f"nll {shown}"))
-  if f"accuracy/{split}" in values:
-    fields.append((3, f"{split} accuracy {values[f'accuracy/{split}']:.3f}"))
+    brief = (f"nll {text}" for text in _briefly(nlls))
+    fields.append((6, (f"nll {_named(nlls, 3)}", *brief)))
+  accuracy = values.get(f"accuracy/{split}")
+  if accuracy is not None:
+    brief_accuracy = f"{split} {_decimal(accuracy, 3)}"
+    fields.append((3, (f"{split} accuracy {accuracy:.3f}", brief_accuracy)))
   speed = values.get("tokens_per_second/step")
   if speed is not None:
-    fields.append((4, f"{speed:,.0f} tokens/s"))
+    rate = _rounded(speed)
+    in_short = f"{rate} tok/s"
+    fields.append(
+        (4, (f"{speed:,.0f} tokens/s", in_short, in_short, f"{rate}/s"))
+    )
   gaps = _keyed(values, "logprob_gap_mean")
   largest = _keyed(values, "logprob_gap_max")
   if gaps and largest:
-    worst = f"{max(gaps.values()):.0e} max {max(largest.values()):.0e}"
-    fields.append((5, f"log-prob gap {worst}"))
+    mean, most = (_power(max(gap.values())) for gap in (gaps, largest))
+    fields.append(
+        (5, (f"log-prob gap {mean} max {most}", f"gap {mean}/{most}"))
+    )
   if math.isfinite(seconds_left):
-    fields.append((2, f"{duration(seconds_left)} left"))
+    time_left = duration(seconds_left)
+    fields.append((2, (f"{time_left} left", time_left)))
   return fields
 
 
-def fit(fields: Sequence[tuple[int, str]], width: int) -> str:
-  """Joins fields, leaving out the least important ones until they fit.
+def fit(fields: Sequence[Field], width: int) -> str:
+  """Joins fields, in shorter and shorter words until they fit.
+
+  Where the shortest words are too long, the least important fields are left
+  out.
 
   Args:
-    fields: (importance, text); 0 is most important.
+    fields: what the line says.
     width: columns there are.
 
   Returns:
     A line of at most `width` characters, without control characters.
   """
-  kept = [(rank, _printable(text)) for rank, text in fields]
-  while len(kept) > 1 and len(_joined(kept)) > width:
+  for wording in range(_WORDINGS):
+    line = _joined(fields, wording)
+    if len(line) <= width:
+      return line
+  kept = list(fields)
+  while len(kept) > 1 and len(_joined(kept, _WORDINGS)) > width:
     kept.remove(max(kept, key=lambda field: field[0]))
-  line = _joined(kept)
+  line = _joined(kept, _WORDINGS)
   return line if len(line) <= width else (line[: width - 1] + "…")[:width]
 
 
@@ -284,9 +300,58 @@ def _keyed(values: Mapping[str, float], family: str) -> dict[str, float]:
   }
 
 
-def _joined(fields: Sequence[tuple[int, str]]) -> str:
-  """The texts of fields as a line."""
-  return SEPARATOR.join(text for _, text in fields)
+def _named(values: Mapping[str, float], digits: int) -> str:
+  """Names and values."""
+  return " ".join(f"{name} {one:.{digits}f}" for name, one in values.items())
+
+
+def _briefly(values: Mapping[str, float]) -> tuple[str, ...]:
+  """Names and values with whole names, then with ever fewer letters."""
+  whole = {name: name for name in values}
+  cuts = (whole, *(_cut(values, letters) for letters in _LETTERS))
+  return tuple(
+      " ".join(f"{cut[n]} {_decimal(one, 2)}" for n, one in values.items())
+      for cut in cuts
+  )
+
+
+def _cut(names: Iterable[str], letters: int) -> dict[str, str]:
+  """The shortest beginnings that tell names apart, of some letters at least."""
+  whole = list(names)
+  longest = max(map(len, whole))
+  for length in range(letters, longest):
+    short = {name: name[:length] for name in whole}
+    if len(set(short.values())) == len(whole):
+      return short
+  return {name: name for name in whole}
+
+
+def _decimal(value: float, digits: int) -> str:
+  """A number without the zero before its point: `.45`."""
+  text = f"{value:.{digits}f}"
+  sign = "-" if text.startswith("-") else ""
+  return sign + text.removeprefix("-").removeprefix("0")
+
+
+def _rounded(value: float) -> str:
+  """A number of two or three digits and its scale: `5.1k`, `12k`."""
+  for scale, letter in ((1e6, "M"), (1e3, "k")):
+    if value >= scale:
+      part = value / scale
+      return f"{part:.1f}{letter}" if part < 9.95 else f"{part:.0f}{letter}"
+  return f"{value:.0f}"
+
+
+def _power(value: float) -> str:
+  """A number's first digit and its power of ten: `3e-5`."""
+  digit, _, exponent = f"{value:.0e}".partition("e")
+  return f"{digit}e{int(exponent)}" if exponent and value else digit
+
+
+def _joined(fields: Sequence[Field], wording: int) -> str:
+  """Fields as a line, each in the wording of a number or its shortest one."""
+  texts = (forms[min(wording, len(forms) - 1)] for _, forms in fields)
+  return _printable(SEPARATOR.join(texts))
 
 
 def _printable(text: str) -> str:
