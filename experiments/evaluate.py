@@ -38,17 +38,18 @@ def main() -> None:
   """Evaluates; see the module."""
   with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
     from experiments import recipe
-    from mgrpo_jax import publish, workdir
+    from mgrpo_jax import ownership, publish, workdir
     from mgrpo_jax.report.progress import accuracies
     from mgrpo_jax.sampler.engine import EngineError
 
     directory = workdir.Workdir(pathlib.Path(_WORKDIR.value))
     config = recipe.restore(directory.read_config())
     recipe.check(config)
+    store = recipe.open_store(config, directory)
+    ownership.check(store, directory.read_id())
     if _TEMPERATURE.value is not None:
       config.evaluation.temperature = _TEMPERATURE.value
     setup = recipe.build(config)
-    store = recipe.open_store(config, directory)
   failures = (ValueError, OSError, publish.NoVersionError, EngineError)
   with cli.user_errors(*failures):
     evaluation = asyncio.run(_evaluate(setup, store))

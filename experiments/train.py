@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import pathlib
 import sys
 import time
 import typing
@@ -43,7 +44,14 @@ def main() -> None:
   with contextlib.ExitStack() as stack:
     with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
       from experiments import recipe
-      from mgrpo_jax import atomic, journal, metrics, publish, workdir
+      from mgrpo_jax import (
+          atomic,
+          journal,
+          metrics,
+          ownership,
+          publish,
+          workdir,
+      )
       from mgrpo_jax.sampler.engine import EngineError
       from mgrpo_jax.tasks import curriculum
 
@@ -52,17 +60,22 @@ def main() -> None:
       config = _CONFIG.value
       recipe.check(config)
       values = recipe.plain(config)
-      workdir.check(_WORKDIR.value, values)
+      directory = workdir.Workdir(pathlib.Path(_WORKDIR.value))
+      workdir.check(directory.path, values)
+      store = recipe.open_store(config, directory)
+      ownership.check(store, directory.read_id())
       setup = recipe.build(config)
     failures = (
         OSError,
         atomic.MismatchError,
         journal.NonFiniteError,
+        ownership.TakenError,
         publish.NoVersionError,
         EngineError,
     )
     with cli.user_errors(*failures):
-      directory = stack.enter_context(workdir.hold(_WORKDIR.value, values))
+      stack.enter_context(workdir.hold(directory.path, values))
+      ownership.claim(store, directory.read_id(), values)
       kept = stack.enter_context(
           journal.Journal(
               directory,
@@ -73,7 +86,7 @@ def main() -> None:
               compiled=compiled,
           )
       )
-      _train(setup, recipe.open_store(config, directory), kept, values)
+      _train(setup, store, kept, values)
 
 
 def _train(

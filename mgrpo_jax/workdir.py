@@ -1,6 +1,6 @@
 """A run's directory: who may use it, and for which configuration.
 
-config.json  metrics.jsonl  tensorboard/  rollouts/  checkpoints/
+config.json  run_id.json  metrics.jsonl  tensorboard/  rollouts/  checkpoints/
 bucket/  policies/  report/  summary.json
 """
 
@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from mgrpo_jax import atomic
 
 CONFIG_FILE = "config.json"
 SUMMARY_FILE = "summary.json"
+_ID_FILE = "run_id.json"
 _LOCK_FILE = ".lock"
 _MAX_SHOWN = 5  # differences listed in the error
 
@@ -72,6 +74,22 @@ class Workdir:
       raise atomic.CorruptError(f"{self.path / CONFIG_FILE}: not an object")
     return config
 
+  def read_id(self) -> str:
+    """Reads the name that tells this run from others; `hold` gives it one.
+
+    Returns:
+      The id; empty where the directory is not a run's, or an old one's.
+
+    Raises:
+      StorageError: it cannot be read.
+    """
+    if not _is_there(self.path / _ID_FILE):
+      return ""
+    found = atomic.read_json(self.path / _ID_FILE)
+    if not isinstance(found, dict) or not isinstance(found.get("run"), str):
+      raise atomic.CorruptError(f"{self.path / _ID_FILE}: no id of a run")
+    return found["run"]
+
 
 def check(path: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
   """Checks that a directory may be used for a run, and changes nothing.
@@ -116,6 +134,9 @@ def hold(
       _compare(directory, config)
     else:
       atomic.write_json(directory.path / CONFIG_FILE, dict(config))
+    if not directory.read_id():
+      run = {"run": uuid.uuid4().hex}
+      atomic.write_json(directory.path / _ID_FILE, run)
     yield directory
 
 

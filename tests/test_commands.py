@@ -10,6 +10,7 @@ import pytest
 
 from configs import quickstart
 from experiments import recipe
+from mgrpo_jax import ownership, store, workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICKSTART = "--config=configs/quickstart.py"
@@ -121,6 +122,25 @@ def test_what_cannot_go_on_ends_with_one_line(tmp_path, name, error):
     (run / "config.json").write_text(json.dumps(values))
   program = FAILING.format(command=name, error=error)
   assert refused(python("-c", program, *given)) == "error: what differs"
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_the_bucket_of_another_run_is_refused(tmp_path, name):
+  bucket = tmp_path / "bucket"
+  ownership.claim(store.open_folder(bucket), "someone", {})
+  config = quickstart.get_config()
+  config.publish.bucket = bucket.as_uri()
+  run = tmp_path / "run"
+  if name == "evaluate":
+    with workdir.hold(run, recipe.plain(config)):
+      pass
+    result = command(name, f"--workdir={run}")
+  else:
+    overridden = f"--config.publish.bucket={bucket.as_uri()}"
+    result = command(name, QUICKSTART, f"--workdir={run}", overridden)
+    assert not run.exists()
+  assert "belongs to another run" in refused(result)
+  assert os.listdir(bucket) == ["run.json"]
 
 
 @pytest.mark.parametrize("name", ["evaluate", "view"])

@@ -1,0 +1,87 @@
+"""Whose a bucket is: one run writes there, and no other by mistake.
+
+    <bucket>/run.json      format, the run's id, sha256 of its config
+
+Versions are numbered by step, so a second run in the same bucket would replace
+the first one's weights by its own of the same number. The first to come
+creates the record; who finds another's stops before any work.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from mgrpo_jax import atomic, leaves
+from mgrpo_jax.store import Store
+
+FORMAT = 1
+KEY = "run.json"
+
+
+class TakenError(ValueError):
+  """The bucket belongs to another run; the text says what to change."""
+
+
+def claim(store: Store, run_id: str, config: Mapping[str, Any]) -> None:
+  """Makes a bucket this run's, or sees that it is already.
+
+  On S3, which has no compare-and-swap, two runs that begin in the same moment
+  may both pass.
+
+  Args:
+    store: the bucket.
+    run_id: of the run directory.
+    config: nested dictionaries of JSON values.
+
+  Raises:
+    CorruptError: the bucket's record cannot be read.
+    StorageError: the bucket cannot be read or written.
+    TakenError: it is another run's.
+  """
+  record = leaves.seal(
+      {
+          "format": FORMAT,
+          "run": run_id,
+          "config": leaves.seal(config)["digest"],
+      }
+  )
+  value = json.dumps(record).encode()
+  found = store.read(KEY)
+  if found.value is None:
+    if not store.can_swap:
+      store.put(KEY, value)
+    elif store.swap(found, value):
+      return
+  check(store, run_id)
+
+
+def check(store: Store, run_id: str) -> None:
+  """Raises unless a bucket is this run's, or nobody's yet.
+
+  Args:
+    store: the bucket.
+    run_id: of the run directory; empty where it has none yet.
+
+  Raises:
+    CorruptError: the bucket's record cannot be read.
+    StorageError: the bucket cannot be read.
+    TakenError: it is another run's.
+  """
+  value = store.get(KEY)
+  if value is None:
+    return
+  where = f"{store.url}/{KEY}"
+  try:
+    record = leaves.check_seal(json.loads(value))
+  except (ValueError, RecursionError, atomic.CorruptError) as error:
+    raise atomic.CorruptError(
+        f"{where} is damaged; remove it if the bucket is this run's"
+    ) from error
+  if record["format"] != FORMAT:
+    raise TakenError(f"{where}: format {record['format']} is not {FORMAT}")
+  if record["run"] != run_id:
+    raise TakenError(
+        f"bucket {store.url} belongs to another run (its id in {KEY} is"
+        f" {record['run']}, here it is {run_id or 'none'}); give another"
+        " config.publish.bucket, or that run's --workdir"
+    )

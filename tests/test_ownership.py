@@ -1,0 +1,74 @@
+import json
+
+import pytest
+
+from mgrpo_jax import atomic, ownership, store, workdir
+
+CONFIG = {"seed": 0}
+
+
+@pytest.fixture
+def bucket(tmp_path):
+  return store.open_folder(tmp_path / "bucket")
+
+
+def test_the_first_run_owns_a_bucket_and_comes_back_to_it(bucket):
+  ownership.check(bucket, "")
+  ownership.claim(bucket, "one", CONFIG)
+  record = json.loads(bucket.get("run.json"))
+  assert (record["format"], record["run"]) == (1, "one")
+  assert len(record["config"]) == 64
+  ownership.claim(bucket, "one", CONFIG)
+  ownership.check(bucket, "one")
+  assert json.loads(bucket.get("run.json")) == record
+
+
+@pytest.mark.parametrize("run_id", ["two", ""])
+def test_another_run_is_told_and_changes_nothing(bucket, run_id):
+  ownership.claim(bucket, "one", CONFIG)
+  before = bucket.get("run.json")
+  with pytest.raises(ownership.TakenError, match="give another config.publish"):
+    ownership.check(bucket, run_id)
+  with pytest.raises(ownership.TakenError, match="belongs to another run"):
+    ownership.claim(bucket, "two", CONFIG)
+  assert bucket.get("run.json") == before
+
+
+def test_of_two_that_come_at_once_one_owns_it(bucket, monkeypatch):
+  nobody = bucket.read("run.json")
+  ownership.claim(bucket, "one", CONFIG)
+  monkeypatch.setattr(bucket, "read", lambda key: nobody)
+  monkeypatch.setattr(
+      bucket, "get", lambda key: type(bucket).read(bucket, key).value
+  )
+  with pytest.raises(ownership.TakenError):
+    ownership.claim(bucket, "two", CONFIG)
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"{}", b"[" * 200_000, b'{"run": "one"}', b"[1]"]
+)
+def test_a_damaged_record_is_named(bucket, damage):
+  bucket.put("run.json", damage)
+  with pytest.raises(atomic.CorruptError, match="run.json is damaged"):
+    ownership.claim(bucket, "one", CONFIG)
+
+
+def test_a_run_keeps_its_id_and_old_directories_get_one(tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+  directory = workdir.Workdir(tmp_path)
+  assert directory.read_id() == ""
+  ids = []
+  for _ in range(2):
+    with workdir.hold(tmp_path, CONFIG) as held:
+      ids.append(held.read_id())
+  assert ids[0] and ids[0] == ids[1] == directory.read_id()
+  with workdir.hold(tmp_path / "other", CONFIG) as held:
+    assert held.read_id() != ids[0]
+
+
+@pytest.mark.parametrize("damage", ["{}", "[]", '{"run": 3}', "x"])
+def test_a_damaged_id_is_named(tmp_path, damage):
+  (tmp_path / "run_id.json").write_text(damage)
+  with pytest.raises(atomic.CorruptError, match="run_id.json"):
+    workdir.Workdir(tmp_path).read_id()
