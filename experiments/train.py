@@ -73,20 +73,20 @@ def main() -> None:
         publish.NoVersionError,
         EngineError,
     )
-    with cli.user_errors(*failures):
-      stack.enter_context(workdir.hold(directory.path, values))
+    with (
+        cli.user_errors(*failures),  # closing may fail as well
+        workdir.hold(directory.path, values),
+    ):
       ownership.claim(store, directory.read_id(), values)
-      kept = stack.enter_context(
-          journal.Journal(
-              directory,
-              total_steps=curriculum.num_steps(setup.stages),
-              keep_checkpoints=setup.keep_checkpoints,
-              stream=sys.stderr,
-              started=started,
-              compiled=compiled,
-          )
-      )
-      _train(setup, store, kept, values)
+      with journal.Journal(
+          directory,
+          total_steps=curriculum.num_steps(setup.stages),
+          keep_checkpoints=setup.keep_checkpoints,
+          stream=sys.stderr,
+          started=started,
+          compiled=compiled,
+      ) as kept:
+        _train(setup, store, kept, values)
 
 
 def _train(

@@ -9,6 +9,7 @@ import dataclasses
 import io
 import subprocess
 import time
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, TextIO
 
@@ -93,10 +94,22 @@ class Journal:
     )
     return self
 
-  def __exit__(self, *exception: object) -> None:
-    """Closes every file."""
+  def __exit__(
+      self,
+      kind: type[BaseException] | None,
+      error: BaseException | None,
+      trace: types.TracebackType | None,
+  ) -> None:
+    """Closes every file; what fails then never hides what failed before."""
+    del kind, trace
     self.progress.close()
-    self._stack.close()
+    try:
+      self._stack.close()
+    except OSError as late:
+      if error is None:
+        raise
+      if str(late) != str(error):  # a save that failed says so again
+        self.progress.note(f"closing: {late}")
 
   def restore(self, like: Mapping[str, TrainState]) -> Checkpoint | None:
     """Reads the newest good checkpoint and drops what came after it.
