@@ -11,14 +11,43 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import flags
 
 USAGE_ERROR = 2
+BROKEN_PIPE = 128 + signal.SIGPIPE
 INTERRUPTED = 128 + signal.SIGINT  # as shells do
 TERMINATED = 128 + signal.SIGTERM
 
 
 def fail(message: str) -> None:
   """Ends the process with one line and the exit code of a usage error."""
-  print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+  with contextlib.suppress(OSError):  # the code says it, too
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
   sys.exit(USAGE_ERROR)
+
+
+def say(text: str) -> None:
+  """Prints what a command came to say; where it cannot, ends the process.
+
+  Args:
+    text: for stdout.
+
+  Raises:
+    SystemExit: nobody reads any more (quiet, the code of SIGPIPE), or stdout
+      cannot be written (one line, code 2).
+  """
+  with _stdout():
+    print(text, flush=True)
+
+
+@contextlib.contextmanager
+def _stdout() -> Iterator[None]:
+  """Ends the process where stdout cannot be written inside."""
+  try:
+    yield
+  except OSError as error:
+    # What is still buffered would fail once more when Python ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+      sys.exit(BROKEN_PIPE)
+    fail(f"cannot write to stdout: {_one_line(error)}")
 
 
 @contextlib.contextmanager
@@ -102,8 +131,9 @@ def run(main: Callable[[], None], *, required: Sequence[str] = ()) -> None:
   Raises:
     SystemExit: code 2 after one line, on wrong input.
   """
+  _open_streams()
   if {"--help", "-h"} & set(sys.argv[1:]):
-    print(_help())
+    say(_help())
     return
   rest = parse(sys.argv)
   if len(rest) > 1:
@@ -129,9 +159,18 @@ def run(main: Callable[[], None], *, required: Sequence[str] = ()) -> None:
   signal.signal(signal.SIGTERM, terminate)
   try:
     main()
+    with _stdout():
+      sys.stdout.flush()
   except KeyboardInterrupt:
     print("interrupted; the same command continues", file=sys.stderr)
     sys.exit(code)
+
+
+def _open_streams() -> None:
+  """Gives the streams that the shell closed, None to Python, to /dev/null."""
+  for name in ("stdin", "stdout", "stderr"):
+    if getattr(sys, name) is None:
+      setattr(sys, name, open(os.devnull, "r+"))
 
 
 def _help() -> str:

@@ -53,8 +53,8 @@ def main() -> None:
   failures = (ValueError, OSError, publish.NoVersionError, EngineError)
   with cli.user_errors(*failures):
     evaluation = asyncio.run(_evaluate(setup, store))
-  print(accuracies(evaluation.overall, evaluation.by_family))
-  print(json.dumps(evaluation.overall.summary()))
+  cli.say(accuracies(evaluation.overall, evaluation.by_family))
+  cli.say(json.dumps(evaluation.overall.summary()))
 
 
 async def _evaluate(setup: Setup, store: Store) -> Evaluation:
@@ -65,7 +65,7 @@ async def _evaluate(setup: Setup, store: Store) -> Evaluation:
     for problem in run.resources.read_published(
         "latest" if _VERSION.value is None else _VERSION.value
     ):
-      print(f"skipped {problem}")
+      cli.say(f"skipped {problem}")
     questions = setup.test if _SPLIT.value == "test" else setup.dev
     return await run.evaluate(questions, _SPLIT.value)
 

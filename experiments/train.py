@@ -101,13 +101,13 @@ def _train(
   journal.progress.close()
   summary = journal.summarise({"config": values} | outcome)
   report = page.write(journal.workdir.path)
-  print(comparison(table))
-  print(
+  cli.say(comparison(table))
+  cli.say(
       f"{summary['steps']} steps in {summary['seconds']:.0f} s,"
       f" {summary['compilations']} compilations,"
       f" {summary['peak_rss_bytes'] / 2**30:.1f} GiB of memory"
   )
-  print(f"report: {report.page}")
+  cli.say(f"report: {report.page}")
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ def main() -> None:
   with cli.user_errors(page.NotARunError, OSError):
     report = page.write(flags.FLAGS.workdir)
   for problem in report.problems:
-    print(f"skipped: {problem}")
+    cli.say(f"skipped: {problem}")
   for picture in report.pictures:
-    print(picture)
-  print(f"{report.page} ({report.shown_rollouts} rollouts)")
+    cli.say(str(picture))
+  cli.say(f"{report.page} ({report.shown_rollouts} rollouts)")
 
 
 if __name__ == "__main__":

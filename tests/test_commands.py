@@ -155,3 +155,39 @@ def test_help_says_what_a_command_does(name):
   text = result.stdout + result.stderr
   assert f"python -m experiments.{name}" in text
   assert "--workdir" in text
+
+
+def in_shell(line, name, *arguments):
+  """A command with its streams as a line of shell gives them."""
+  return subprocess.run(
+      ["bash", "-c", line, sys.executable, "-m", f"experiments.{name}"]
+      + list(arguments),
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+      timeout=120,
+      env=os.environ | {"JAX_PLATFORMS": "cpu"},
+      check=False,
+  )
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("--workdir=RUN",)])
+def test_output_that_cannot_be_written_is_one_line(tmp_path, arguments):
+  (tmp_path / "config.json").write_text("{}")
+  arguments = [a.replace("RUN", str(tmp_path)) for a in arguments]
+  full = in_shell('"$0" "$@" > /dev/full', "view", *arguments)
+  told = "error: cannot write to stdout: No space left on device"
+  assert refused(full) == told
+  unread = in_shell(
+      'exec 3> >(:); sleep 0.5; exec "$0" "$@" >&3', "view", *arguments
+  )
+  assert (unread.returncode, unread.stderr) == (128 + 13, "")
+
+
+def test_a_command_runs_without_stderr_or_stdout(tmp_path):
+  refusal = in_shell('"$0" "$@" 2>&-', "view", f"--workdir={tmp_path / 'no'}")
+  assert (refusal.returncode, refusal.stdout) == (2, "")
+  (tmp_path / "config.json").write_text("{}")
+  silent = in_shell('"$0" "$@" >&-', "view", f"--workdir={tmp_path}")
+  assert (silent.returncode, silent.stderr) == (0, "")
+  assert (tmp_path / "report/index.html").is_file()
