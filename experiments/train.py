@@ -60,8 +60,8 @@ def main() -> None:
       config = _CONFIG.value
       recipe.check(config)
       values = recipe.plain(config)
+      workdir.check(_WORKDIR.value, values)
       directory = workdir.Workdir(pathlib.Path(_WORKDIR.value))
-      workdir.check(directory.path, values)
       store = recipe.open_store(config, directory)
       ownership.check(store, directory.read_id())
       setup = recipe.build(config)

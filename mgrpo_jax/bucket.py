@@ -58,7 +58,7 @@ def spec(url: str) -> dict[str, Any]:
 def _file(parts: Any, options: Mapping[str, str]) -> dict[str, Any]:
   """Returns the spec of a local folder."""
   del options
-  path = urllib.parse.unquote(parts.path).rstrip("/")
+  path = _unquoted(parts.path).rstrip("/")
   if parts.netloc not in ("", "localhost") or not path.startswith("/"):
     raise ValueError("url: file:// needs an absolute path, file:///folder")
   return {"driver": "file", "path": f"{path}/"}
@@ -102,5 +102,13 @@ def _s3(parts: Any, options: Mapping[str, str]) -> dict[str, Any]:
 
 def _folder(path: str) -> str:
   """Returns a path as TensorStore wants folders: `a/b/`, empty for the root."""
-  path = urllib.parse.unquote(path).strip("/")
+  path = _unquoted(path).strip("/")
   return f"{path}/" if path else ""
+
+
+def _unquoted(path: str) -> str:
+  """Decodes a path; TensorStore takes no other paths than UTF-8."""
+  try:
+    return urllib.parse.unquote(path, errors="strict")
+  except UnicodeDecodeError as error:
+    raise ValueError(f"url: the path {path!r} is not UTF-8") from error

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ CONFIG_FILE = "config.json"
 SUMMARY_FILE = "summary.json"
 _ID_FILE = "run_id.json"
 _LOCK_FILE = ".lock"
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _MAX_SHOWN = 5  # differences listed in the error
 
 
@@ -102,6 +104,7 @@ def check(path: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
     ConfigMismatchError: it belongs to another run; lists the differences.
     StorageError: it cannot be used.
   """
+  _check_name(os.fspath(path))
   directory = Workdir(pathlib.Path(path))
   _check_ours(directory)
   if _is_there(directory.path / CONFIG_FILE):
@@ -166,6 +169,21 @@ def differences(
     elif before != after:
       found.append(f"{name}: {before!r} -> {after!r}")
   return found
+
+
+def _check_name(path: str) -> None:
+  """Raises where a path is none that a run can be kept under."""
+  if _URL.match(path):
+    raise atomic.StorageError(
+        f"workdir {path}: must be a local directory; only the published weights"
+        f" may lie elsewhere, config.publish.bucket={path}"
+    )
+  try:  # TensorStore takes no other paths
+    os.fsencode(os.path.abspath(path)).decode("utf-8")
+  except UnicodeDecodeError as error:
+    raise atomic.StorageError(
+        f"workdir {path}: its path must be UTF-8"
+    ) from error
 
 
 def _check_ours(directory: Workdir) -> None:

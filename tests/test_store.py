@@ -194,6 +194,8 @@ def test_names_are_single_segments():
         ("s3:///folder", "must name a bucket"),
         ("gs://bucket/x?region=us", "unknown option 'region'"),
         ("s3://bucket/x#y", "must start with one of"),
+        ("file:///x/n%E9", "not UTF-8"),
+        ("gs://bucket/n%E9", "not UTF-8"),
     ],
 )
 def test_other_addresses_are_refused(url, words):

@@ -106,3 +106,17 @@ def test_a_file_in_the_place_of_the_directory(tmp_path):
   with pytest.raises(atomic.StorageError, match="run"):
     with workdir.hold(tmp_path / "run", CONFIG):
       pass
+
+
+@pytest.mark.parametrize("url", ["gs://team/run", "file:///tmp/run", "x+y://a"])
+def test_a_url_is_no_directory(url):
+  with pytest.raises(atomic.StorageError, match="config.publish.bucket"):
+    workdir.check(url, CONFIG)
+
+
+def test_a_path_that_is_not_utf_8_is_refused(tmp_path):
+  odd = os.fsdecode(os.fsencode(tmp_path) + b"/n\xe9")
+  for path in (odd, f"{odd}/run"):
+    with pytest.raises(atomic.StorageError, match="must be UTF-8"):
+      workdir.check(path, CONFIG)
+  workdir.check(tmp_path / "n\u00e9", CONFIG)
