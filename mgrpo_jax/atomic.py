@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -105,6 +106,62 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
   except (TypeError, ValueError) as error:
     raise ValueError(f"value for {path} is not JSON: {error}") from error
   write(path, text + "\n")
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+  """Gives an empty directory that takes a path's place if all goes well.
+
+  What had that name (a directory, a file, a symlink itself) stays until the
+  new one is complete. A SIGKILL leaves it as it was; between the two renames
+  it leaves it as `.NAME.old`, which the next call puts back. One process at a
+  time may call it.
+
+  Args:
+    path: the directory to make or replace.
+
+  Yields:
+    `.NAME.new` beside it, to be filled.
+
+  Raises:
+    StorageError: the old one cannot be removed, or the new one not made.
+  """
+  path = pathlib.Path(path)
+  new, old = (path.with_name(f".{path.name}.{end}") for end in ("new", "old"))
+  with _replacing(path):
+    if not os.path.lexists(path) and os.path.lexists(old):
+      os.replace(old, path)
+    _remove(new)
+    _remove(old)
+    new.mkdir(parents=True)
+  try:
+    yield new
+    with _replacing(path):
+      if os.path.lexists(path):
+        os.replace(path, old)
+      os.replace(new, path)
+      _sync_directory(path.parent)
+      _remove(old)
+  except BaseException:
+    shutil.rmtree(new, ignore_errors=True)
+    raise
+
+
+@contextlib.contextmanager
+def _replacing(path: pathlib.Path) -> Iterator[None]:
+  """Says which directory it was that could not be replaced."""
+  try:
+    yield
+  except OSError as error:
+    raise StorageError(f"cannot replace {path}: {reason(error)}") from error
+
+
+def _remove(path: pathlib.Path) -> None:
+  """Removes whatever has that name, if anything."""
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -6,11 +6,10 @@ Built from a recipe, `plan.Setup`; `run.Run` puts them to use.
 import contextlib
 import dataclasses
 import pathlib
-import shutil
 from collections.abc import AsyncIterator, Mapping
 from typing import Literal
 
-from mgrpo_jax import publish
+from mgrpo_jax import atomic, publish
 from mgrpo_jax.agents.actor import Actor
 from mgrpo_jax.agents.context import Environment
 from mgrpo_jax.learner import Learner
@@ -152,14 +151,16 @@ class Resources:
     """Writes every policy as a directory that `policy.load` reads.
 
     Args:
-      directory: what an earlier process left in it is replaced.
+      directory: what has that name is replaced, whole or not at all.
+
+    Raises:
+      StorageError: it cannot be replaced.
     """
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    for name, policy in self.setup.policies.items():
-      params = self.learners[name].state.params
-      trained = dataclasses.replace(policy, params=params)
-      save_directory(directory / name, trained)
+    with atomic.replacing(directory) as made:
+      for name, policy in self.setup.policies.items():
+        params = self.learners[name].state.params
+        trained = dataclasses.replace(policy, params=params)
+        save_directory(made / name, trained)
 
   def _environment(
       self, actors: Mapping[str, Actor], temperature: float

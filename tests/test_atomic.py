@@ -84,6 +84,77 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.fixture(params=["nothing", "folder", "file", "link"])
+def taken(tmp_path, request):
+  """A path that something has the name of, and what is there."""
+  path, other = tmp_path / "policies", tmp_path / "other"
+  other.mkdir()
+  (other / "precious").write_text("1")
+  if request.param == "folder":
+    path.mkdir()
+    (path / "before").write_text("0")
+  elif request.param == "file":
+    path.write_text("0")
+  elif request.param == "link":
+    path.symlink_to(other)
+  return path
+
+
+def test_a_directory_takes_the_place_of_whatever_was_there(taken):
+  with atomic.replacing(taken) as made:
+    (made / "after").write_text("2")
+  assert [path.name for path in taken.iterdir()] == ["after"]
+  assert not taken.is_symlink()
+  names = sorted(path.name for path in taken.parent.iterdir())
+  assert names == ["other", "policies"]
+  assert (taken.parent / "other/precious").is_file()
+
+
+def state(path):
+  if path.is_symlink():
+    return os.readlink(path)
+  if path.is_dir():
+    return {below.name: below.read_text() for below in path.iterdir()}
+  return path.read_text() if path.exists() else None
+
+
+def test_a_directory_that_fails_leaves_what_was_there(taken):
+  before = state(taken)
+  with pytest.raises(RuntimeError):
+    with atomic.replacing(taken) as made:
+      (made / "half").write_text("2")
+      assert state(taken) == before
+      raise RuntimeError
+  assert state(taken) == before
+
+
+def test_a_kill_between_the_renames_costs_nothing(tmp_path):
+  (tmp_path / ".policies.old").mkdir()
+  (tmp_path / ".policies.old/before").write_text("0")
+  (tmp_path / ".policies.new").mkdir()
+  with pytest.raises(RuntimeError):
+    with atomic.replacing(tmp_path / "policies") as made:
+      assert not list(made.iterdir())
+      raise RuntimeError
+  assert state(tmp_path / "policies") == {"before": "0"}
+  assert [path.name for path in tmp_path.iterdir()] == ["policies"]
+
+
+def test_what_cannot_be_replaced_is_one_line(tmp_path, monkeypatch):
+  (tmp_path / "policies").mkdir()
+
+  def refuse(path, ignore_errors=False):
+    if not ignore_errors:
+      raise PermissionError(13, "Permission denied", str(path))
+
+  monkeypatch.setattr(atomic.shutil, "rmtree", refuse)
+  with pytest.raises(
+      atomic.StorageError, match="cannot replace .*policies: Permission denied"
+  ):
+    with atomic.replacing(tmp_path / "policies"):
+      pass
+
+
 def _hold(path: str, ready) -> None:
   with atomic.exclusive(path):
     ready.set()
