@@ -238,6 +238,20 @@ def test_damaged_records_are_named_skipped_and_counted(tmp_path):
         ("rewards", {"total": "much"}),
         ("pieces", [None] * 11),
         ("logprobs", "aaaaaa"),
+        ("logprobs", [float("nan")] * 6),
+        ("tokens", "x"),
+        ("tokens", [[]] * 11),
+        ("turns", [{}]),
+        ("spans", [["sampled", 11.0]]),
+        ("spans", [["other", 11]]),
+        ("rewards", {"total": 10**400}),
+        ("advantage", float("inf")),
+        ("seconds", None),
+        ("role", []),
+        ("version_max", "1"),
+        ("status", {}),
+        ("parent", None),
+        ("rollout", True),
     ],
 )
 def test_fields_of_another_type_are_a_damaged_record(tmp_path, name, value):
@@ -248,6 +262,30 @@ def test_fields_of_another_type_are_a_damaged_record(tmp_path, name, value):
   read = records.read_step(path)
   assert not read.groups
   assert f"trajectory 0: {name} does not hold" in read.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("stage", float("nan")),
+        ("step", -1),
+        ("trajectories", None),
+        ("task", []),
+        ("task.meta", None),
+        ("task.evidence", [{}]),
+        ("task.answers", "Lima"),
+        ("task.hops", "2"),
+    ],
+)
+def test_groups_of_another_shape_are_a_damaged_record(tmp_path, key, value):
+  path = write(tmp_path, 2, [make_group()])
+  record = json.loads(gzip.decompress(path.read_bytes()))
+  *above, last = key.split(".")
+  (record[above[0]] if above else record)[last] = value
+  path.write_bytes(gzip.compress(json.dumps(record).encode() + b"\n"))
+  read = records.read_step(path)
+  assert not read.groups
+  assert key in read.problems[0]
 
 
 @pytest.mark.parametrize("count", [10**12, 3, -1, 2.0, "2", None])

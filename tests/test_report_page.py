@@ -337,6 +337,68 @@ def test_damage_is_named_on_the_page_and_the_rest_is_shown(tmp_path):
   assert report.shown_rollouts == 8
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("steps", "x"),
+        ("seconds", float("nan")),
+        ("peak_rss_bytes", 10**400),
+        ("commit", {}),
+        ("tokens", "x"),
+        ("tokens.generated", [1]),
+        ("eval", 3),
+        ("eval.before", None),
+        ("eval.after.accuracy", 10**400),
+        ("eval.after.ci95", [0.1]),
+    ],
+)
+def test_wrong_values_of_a_summary_are_named_and_left_out(tmp_path, key, value):
+  run = make_run(tmp_path / "run")
+  summary = json.loads((run / "summary.json").read_text())
+  part = summary
+  *above, last = key.split(".")
+  for name in above:
+    part = part[name]
+  part[last] = value
+  (run / "summary.json").write_text(json.dumps(summary))
+  report = page.write(run)
+  (problem,) = report.problems
+  named = ".".join(key.split(".")[:2])
+  assert f"summary.json: {named} " in problem
+  assert "summary.json" in report.page.read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("step", 10**400),
+        ("step", -1),
+        ("stage", float("nan")),
+        ("reward/main", 10**400),
+        ("reward/main", float("inf")),
+        ("accuracy_low/dev", None),
+        ("accuracy/dev", [1]),
+        ("nll/main", True),
+    ],
+)
+def test_rows_that_no_run_wrote_are_counted(tmp_path, name, value):
+  run = make_run(tmp_path / "run")
+  path = run / "metrics.jsonl"
+  lines = path.read_text().splitlines()
+  lines[1] = json.dumps(json.loads(lines[1]) | {name: value})
+  path.write_text("\n".join(lines) + "\n")
+  told = "metrics.jsonl: skipped 1 torn or repeated lines"
+  assert page.write(run).problems == (told,)
+
+
+@pytest.mark.parametrize("value", [5e-324, 1e308])
+def test_a_logarithmic_axis_ends_where_floats_do(value):
+  plot = curves.Chart(name="x", title="X", families=("nll",), log=True)
+  rows = [{"step": 0, "nll/main": value}, {"step": 1, "nll/main": value}]
+  low, high = curves.value_range(curves.series(rows, plot), log=True)
+  assert 0 < low < high < math.inf
+
+
 def test_a_long_run_makes_a_page_below_5_mb(tmp_path):
   run = make_run(tmp_path / "run", steps=1)
   mask = np.tile(np.repeat([0, 1], [60, 40]), 8).astype(np.float32)

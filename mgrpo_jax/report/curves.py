@@ -13,6 +13,7 @@ from jaxtyping import Float
 from mgrpo_jax import metrics
 
 MAX_POINTS = 400  # of a drawn line; longer series are averaged in bins
+_DECADES = 300  # of a logarithmic axis, either way: floats end soon after
 SMOOTHING = 1 / 12  # of a series' points, the width of the moving mean
 
 
@@ -237,7 +238,9 @@ def value_range(lines: Sequence[Series], *, log: bool) -> tuple[float, float]:
   if log:
     positive = values[values > 0]
     low, high = np.log10(positive.min()), np.log10(positive.max())
-    return 10.0 ** math.floor(low), 10.0 ** (math.floor(high) + 1)
+    bottom = min(max(math.floor(low), -_DECADES), _DECADES - 1)
+    top = min(max(math.floor(high), bottom) + 1, _DECADES)
+    return 10.0**bottom, 10.0**top
   low, high = min(0.0, float(values.min())), float(values.max())
   margin = 0.06 * (high - low)
   if margin == 0:

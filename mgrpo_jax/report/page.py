@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mgrpo_jax import atomic
-from mgrpo_jax.report import browse, curves, png, svg, text, writer
+from mgrpo_jax.report import browse, curves, png, summary, svg, text, writer
 from mgrpo_jax.report.progress import duration
 from mgrpo_jax.report.text import escape
 
@@ -67,7 +67,7 @@ def write(workdir: str | os.PathLike[str]) -> Report:
   if not (workdir / "config.json").is_file():
     raise NotARunError(f"workdir {workdir}: no config.json, so not a run's")
   config = atomic.read_json(workdir / "config.json")
-  summary, problems = _optional_json(workdir / "summary.json")
+  outcome, problems = summary.read(workdir / "summary.json")
   rows, torn = _metrics(workdir / writer.METRICS_FILE)
   selection = browse.select(
       workdir / "rollouts", max_steps=MAX_STEPS, max_bytes=MAX_ROLLOUT_BYTES
@@ -75,7 +75,7 @@ def write(workdir: str | os.PathLike[str]) -> Report:
   problems = (*problems, *torn, *selection.problems)
   page = workdir / "report" / "index.html"
   atomic.write(
-      page, _render(workdir, config, summary, rows, selection, problems)
+      page, _render(workdir, config, outcome, rows, selection, problems)
   )
   return Report(
       page=page,
@@ -83,21 +83,6 @@ def write(workdir: str | os.PathLike[str]) -> Report:
       shown_rollouts=selection.shown_rollouts,
       problems=problems,
   )
-
-
-def _optional_json(
-    path: pathlib.Path,
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-  """Reads a JSON object that a running run lacks; a damaged one is named."""
-  if not path.exists():
-    return {}, ()
-  try:
-    value = atomic.read_json(path)
-  except atomic.StorageError as error:
-    return {}, (str(error),)
-  if not isinstance(value, dict):
-    return {}, (f"{path} is not a JSON object",)
-  return value, ()
 
 
 def _metrics(
@@ -118,7 +103,7 @@ def _metrics(
 def _render(
     workdir: pathlib.Path,
     config: Any,
-    summary: Mapping[str, Any],
+    outcome: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     selection: browse.Selection,
     problems: Sequence[str],
@@ -136,7 +121,7 @@ def _render(
       policy=_policy(style, script),
       title=title,
       style=style,
-      header="\n".join(_header(title, config, summary, rows, problems)),
+      header="\n".join(_header(title, config, outcome, rows, problems)),
       curves=drawn,
       shown=_shown(selection),
       footer=f"Written by mgrpo_jax from {escape(place)}/.",
@@ -180,24 +165,24 @@ def _digest(source: str) -> str:
 def _header(
     title: str,
     config: Any,
-    summary: Mapping[str, Any],
+    outcome: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     problems: Sequence[str],
 ) -> Iterator[str]:
   """Title, result, facts, configuration and what was damaged."""
   yield '<div class="over">run report</div>'
   yield f"<h1>{title}</h1>"
-  scores = _scores(summary)
+  scores = _scores(outcome)
   if len(scores) == 2:
     yield f'<p class="lead">{_sentence(scores)}</p>'
-  elif not summary:
+  elif not outcome:
     last = rows[-1]["step"] if rows else "none"
     yield f'<p class="lead">Not finished; last step recorded: {last}.</p>'
   if scores:
     yield svg.intervals(scores)
     yield '<p class="hint">with 95% Wilson intervals</p>'
   yield '<dl class="facts">'
-  for name, value in _facts(config, summary, rows):
+  for name, value in _facts(config, outcome, rows):
     yield f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
   yield "</dl>"
   yield "<details><summary>Configuration</summary>"
@@ -213,19 +198,15 @@ def _header(
 
 
 def _scores(
-    summary: Mapping[str, Any],
+    outcome: Mapping[str, Any],
 ) -> list[tuple[str, float, tuple[float, float], int]]:
   """The accuracies of `summary.json` that are there: label, value, ci, n."""
   found = []
   for label in ("before", "after"):
-    try:
-      score = summary["eval"][label]
-      low, high = map(float, score["ci95"])
-      found.append(
-          (label, float(score["accuracy"]), (low, high), int(score["n"]))
-      )
-    except (KeyError, TypeError, ValueError):
-      continue  # not measured, or not by this version: nothing to draw
+    score = outcome.get("eval", {}).get(label)
+    if score is not None:
+      low, high = score["ci95"]
+      found.append((label, score["accuracy"], (low, high), score["n"]))
   return found
 
 
@@ -243,23 +224,23 @@ def _sentence(
 
 def _facts(
     config: Any,
-    summary: Mapping[str, Any],
+    outcome: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
 ) -> Iterator[tuple[str, str]]:
   """Name and value of what a reader asks first; what is unknown is left out."""
   last: dict[str, Any] = {}
   for row in rows:
     last |= row
-  tokens = summary.get("tokens") or {}
+  tokens = outcome.get("tokens", {})
   known = {
-      "steps": summary.get("steps", last.get("step")),
-      "wall time": summary.get("seconds"),
+      "steps": outcome.get("steps", last.get("step")),
+      "wall time": outcome.get("seconds"),
       "generated tokens": tokens.get("generated", last.get("generated_tokens")),
       "trained tokens": tokens.get("trained", last.get("trained_tokens")),
-      "compilations": summary.get("compilations", last.get("compilations")),
-      "peak memory": summary.get("peak_rss_bytes", last.get("peak_rss_bytes")),
-      "seed": summary.get("seed", _get(config, "seed")),
-      "commit": summary.get("commit"),
+      "compilations": outcome.get("compilations", last.get("compilations")),
+      "peak memory": outcome.get("peak_rss_bytes", last.get("peak_rss_bytes")),
+      "seed": outcome.get("seed", _get(config, "seed")),
+      "commit": outcome.get("commit"),
   }
   for name, value in known.items():
     if value in (None, ""):

@@ -2,7 +2,7 @@
 
 `rollouts/step_000123.jsonl.gz` holds one JSON object per `RolloutGroup`, in
 ASCII, written whole or not at all. The objects have the shape of
-`GroupRecord` below and need nothing of this package to be read. Reading is
+`record.GroupRecord` and need nothing of this package to be read. Reading is
 tolerant: a record that is damaged is named, skipped and counted.
 """
 
@@ -17,56 +17,26 @@ import math
 import os
 import pathlib
 import re
-import types
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypedDict, cast
+from typing import Any
 
 import numpy as np
 
 from mgrpo_jax import atomic
-from mgrpo_jax.types import NO_PARENT, RolloutGroup, Status, Task, Trajectory
+from mgrpo_jax.report import record
+from mgrpo_jax.report.record import (
+    FORMAT,
+    GroupRecord,
+    TokenRole,
+    TrajectoryRecord,
+)
+from mgrpo_jax.types import RolloutGroup, Status, Task, Trajectory
 
-FORMAT = 1
 LOGPROB_DECIMALS = 4
 _FILE_NAME = re.compile(r"step_(\d{6,})\.jsonl\.gz")
-_STATUSES = frozenset(status.name for status in Status)
 
-TokenRole = Literal["prompt", "sampled", "result"]
 Pieces = Callable[[str, Sequence[int]], Sequence[str]]
-
-
-class TrajectoryRecord(TypedDict):
-  """One agent call, T tokens of which S were sampled."""
-
-  rollout: int
-  role: str
-  call: int
-  parent: int  # position in the group's trajectories, -1 for a root
-  request: str
-  tokens: list[int]  # [T]
-  pieces: list[str]  # [T] text of each token
-  spans: list[tuple[TokenRole, int]]  # run lengths of token roles, sum T
-  logprobs: list[float]  # [S] nats, sampler's, rounded to 4 decimals
-  version_min: int
-  version_max: int
-  status: str  # name of a `Status`
-  turns: list[dict[str, str]]  # the fields of `Turn`
-  result_text: str
-  seconds: float
-  rewards: dict[str, float | None]  # components and "total"; empty if FAILED
-  advantage: float | None  # None where the update did not see the call
-
-
-class GroupRecord(TypedDict):
-  """The K rollouts of one task at one step."""
-
-  format: int
-  step: int
-  stage: str  # of the curriculum
-  task: dict[str, Any]  # the fields of `Task`
-  num_rollouts: int
-  trajectories: list[TrajectoryRecord]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,7 +162,7 @@ def read_step(path: str | os.PathLike[str]) -> StepRecords:
     try:
       for number, line in enumerate(lines, 1):
         try:
-          groups.append(_checked(json.loads(line)))
+          groups.append(record.checked(json.loads(line)))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
           problems.append(f"{path.name}: record {number}: {_one_line(error)}")
     except (EOFError, OSError, zlib.error) as error:  # the stream is damaged
@@ -312,87 +282,10 @@ def _compressed(records: Iterable[GroupRecord]) -> bytes:
   buffer = io.BytesIO()
   # No name and no time in the header: equal rollouts give equal bytes.
   with gzip.GzipFile("", "wb", 6, buffer, mtime=0) as stream:
-    for record in records:
-      line = json.dumps(record, default=_plain, separators=(",", ":"))
+    for one in records:
+      line = json.dumps(one, default=_plain, separators=(",", ":"))
       stream.write(line.encode("ascii") + b"\n")
   return buffer.getvalue()
-
-
-def _checked(record: Any) -> GroupRecord:
-  """Returns the record if it has the promised shape, else raises."""
-  if not isinstance(record, dict) or record.get("format") != FORMAT:
-    raise ValueError(f"not a rollout record of format {FORMAT}")
-  missing = sorted(GroupRecord.__required_keys__ - record.keys())
-  if missing:
-    raise ValueError(f"missing {', '.join(missing)}")
-  task, calls = record["task"], record["trajectories"]
-  wanted = {field.name for field in dataclasses.fields(Task)}
-  if not isinstance(task, dict) or not wanted <= task.keys():
-    raise ValueError("task is not whole")
-  hops = task["evidence"]
-  if type(hops) is not list or not all(isinstance(h, dict) for h in hops):
-    raise ValueError("task.evidence is no list of objects")
-  count = record["num_rollouts"]
-  if type(count) is not int or not 0 <= count <= len(calls):
-    raise ValueError(f"{count!r} rollouts of {len(calls)} trajectories")
-  for position, trajectory in enumerate(calls):
-    problem = _trajectory_problem(trajectory, calls[:position])
-    if not problem and not 0 <= trajectory["rollout"] < count:
-      problem = f"rollout {trajectory['rollout']} of {count}"
-    if problem:
-      raise ValueError(f"trajectory {position}: {problem}")
-  return cast(GroupRecord, record)
-
-
-# Field -> what it is, and what it holds.
-_INNER: Mapping[str, tuple[type, type | types.UnionType]] = {
-    "pieces": (list, str),
-    "logprobs": (list, int | float),
-    "turns": (list, dict),
-    "rewards": (dict, int | float | None),
-}
-
-
-def _trajectory_problem(trajectory: Any, earlier: Sequence[Any]) -> str:
-  """Says what is wrong with a trajectory's record; empty if nothing is."""
-  if not isinstance(trajectory, dict):
-    return f"a {type(trajectory).__name__}, not an object"
-  missing = sorted(TrajectoryRecord.__required_keys__ - trajectory.keys())
-  if missing:
-    return f"missing {', '.join(missing)}"
-  return _inner_problem(trajectory) or _place_problem(trajectory, earlier)
-
-
-def _inner_problem(trajectory: Mapping[str, Any]) -> str:
-  """Says which field is of another type or length than promised."""
-  for name, (kind, of) in _INNER.items():
-    value = trajectory[name]
-    items = value.values() if isinstance(value, dict) else value
-    if type(value) is not kind or not all(isinstance(i, of) for i in items):
-      return f"{name} does not hold what it should"
-  length = len(trajectory["tokens"])
-  if len(trajectory["pieces"]) != length:
-    return f"{len(trajectory['pieces'])} pieces for {length} tokens"
-  if sum(n for _, n in trajectory["spans"]) != length:
-    return f"spans do not cover {length} tokens"
-  sampled = sum(n for role, n in trajectory["spans"] if role == "sampled")
-  if len(trajectory["logprobs"]) != sampled:
-    return f"{len(trajectory['logprobs'])} log-probs for {sampled} samples"
-  return ""
-
-
-def _place_problem(
-    trajectory: Mapping[str, Any], earlier: Sequence[Any]
-) -> str:
-  """Says what is wrong with where in the tree it stands, and how it ended."""
-  parent = trajectory["parent"]
-  if not NO_PARENT <= parent < len(earlier):
-    return f"parent {parent} is not an earlier trajectory"
-  if parent >= 0 and earlier[parent]["rollout"] != trajectory["rollout"]:
-    return f"parent {parent} belongs to another rollout"
-  if trajectory["status"] not in _STATUSES:
-    return f"status {trajectory['status']!r}"
-  return ""
 
 
 def _one_line(error: BaseException) -> str:

@@ -15,11 +15,13 @@ from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import RecordWriter
 
 from mgrpo_jax import atomic, metrics
+from mgrpo_jax.report import shapes
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
 
 _NOT_JSON = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_ROW = {"step": shapes.is_count, "stage": shapes.is_text}
 
 
 class MetricsWriter:
@@ -111,7 +113,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
   Returns:
     One dictionary a step, ascending: `step`, `stage`, `time` and metrics.
-    Lines that do not parse are skipped; of a step written twice the later
+    Lines that no run wrote are skipped; of a step written twice the later
     row counts.
 
   Raises:
@@ -204,9 +206,13 @@ def _decode_row(line: bytes) -> dict[str, Any] | None:
     row = json.loads(line)
   except (ValueError, RecursionError):
     return None
-  if not isinstance(row, dict) or type(row.get("step")) is not int:
+  if not isinstance(row, dict) or shapes.misfits(row, _ROW):
     return None
   for name, value in row.items():
-    if name != "stage" and isinstance(value, str):
+    if name == "stage":
+      continue
+    if isinstance(value, str):
       row[name] = _NOT_JSON.get(value, math.nan)
+    elif not shapes.is_number(value):
+      return None
   return row
