@@ -181,7 +181,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     return json.loads(pathlib.Path(path).read_bytes())
   except OSError as error:
     raise StorageError(f"cannot read {path}: {reason(error)}") from error
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:  # brackets without end
     raise CorruptError(f"{path} is not JSON: {reason(error)}") from error
 
 

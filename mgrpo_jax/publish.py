@@ -285,7 +285,7 @@ def _parse(data: bytes, policy: str, number: int) -> dict[str, Any]:
   """Returns a manifest that is what was written for this version."""
   try:
     manifest = leaves.check_seal(json.loads(data))
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise atomic.CorruptError("the manifest is not JSON") from error
   if (manifest["policy"], manifest["number"]) != (policy, number):
     raise atomic.CorruptError("the manifest is another version's")
@@ -297,11 +297,14 @@ def _parse(data: bytes, policy: str, number: int) -> dict[str, Any]:
 def _pointed(store: Store, policy: str, pointer: bytes) -> int:
   """Returns the number a pointer holds."""
   try:
-    return int(json.loads(pointer)["number"])
-  except (ValueError, KeyError, TypeError) as error:
+    number = json.loads(pointer)["number"]
+  except (ValueError, KeyError, TypeError, RecursionError):
+    number = None
+  if type(number) is not int or number < 0:
     raise atomic.CorruptError(
         f"pointer {store.url}/{_pointer_key(policy)} is corrupt"
-    ) from error
+    )
+  return number
 
 
 def _candidates(

@@ -197,7 +197,14 @@ def test_two_corrupt_versions_are_skipped_in_order(bucket, tmp_path):
     read(bucket)
 
 
-@pytest.mark.parametrize("pointer", [b"", b"{", b'{"number": "x"}', b"[]"])
+@pytest.mark.parametrize(
+    "pointer",
+    [b"", b"{", b"[]", b"[" * 100_000]
+    + [
+        f'{{"number": {number}}}'.encode()
+        for number in ('"x"', "Infinity", "0.9", "true", "-1", "null")
+    ],
+)
 def test_a_corrupt_pointer_leads_to_the_newest_good_version(bucket, pointer):
   for number in range(2):
     put(bucket, number)
@@ -226,6 +233,13 @@ def test_a_changed_manifest_is_not_believed(bucket, tmp_path):
   path.write_text(json.dumps(manifest))
   with pytest.raises(atomic.CorruptError, match="digest differs"):
     read(bucket, 0)
+
+
+def test_a_manifest_of_brackets_is_skipped(bucket, tmp_path):
+  for number in range(2):
+    put(bucket, number)
+  (tmp_path / "policies/main/v1/manifest.json").write_text("[" * 100_000)
+  assert read(bucket).version.number == 0
 
 
 def test_weights_of_another_configuration_are_an_error_not_corrupt(bucket):
