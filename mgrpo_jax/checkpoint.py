@@ -362,7 +362,7 @@ def _probe(path: pathlib.Path) -> None:
   if not keys:
     raise ValueError("the arrays are missing")
   for read in [kvstore.read(key) for key in keys]:
-    if read.result().state != "value":
+    if not read.result().value:  # empty where the file that held it is gone
       raise ValueError("stored values are missing")
 
 

@@ -202,6 +202,14 @@ def test_a_corrupt_checkpoint_is_named_skipped_and_set_aside(
   assert (folder / "30.corrupt").is_dir()
 
 
+def test_lost_data_is_found_before_orbax_reads(folder):
+  for path in (folder / "30/arrays/ocdbt.process_0/d").iterdir():
+    path.unlink()
+  with opened(folder) as checkpoints:
+    (problem,) = checkpoints.restore(run(0)).skipped
+  assert "stored values are missing" in problem
+
+
 def test_no_flipped_bit_goes_unnoticed(folder):
   rng = random.Random(0)
   files = [
