@@ -30,6 +30,7 @@ from mgrpo_jax.types import TrainState
 
 FORMAT = 1
 _LOG = logging.getLogger(__name__)
+_NOTES = "_CHECKPOINT_METADATA"  # a file of orbax's
 _ORBAX = os.path.dirname(os.path.dirname(ocp.__file__))
 
 
@@ -45,8 +46,8 @@ class Checkpoint:
     step: the step it was saved under.
     states: by policy.
     host: everything else (data position, random state, stage, counters).
-    skipped: newer checkpoints found corrupt, each with what is wrong, newest
-      first; empty where all is well.
+    skipped: newer checkpoints (and notes of orbax) found corrupt, each with
+      what is wrong, newest first; empty where all is well.
   """
 
   step: int
@@ -82,23 +83,20 @@ class Checkpoints:
     _quieten()
     self._saving: int | None = None
     self._directory = pathlib.Path(directory).absolute()
-    options = ocp.CheckpointManagerOptions(
+    self._options = ocp.CheckpointManagerOptions(
         max_to_keep=max_to_keep, create=True, cleanup_tmp_directories=True
     )
+    self._dropped: tuple[str, ...] = ()
     try:
-      self._directory.mkdir(parents=True, exist_ok=True)
-      self._manager = ocp.CheckpointManager(
-          self._directory,
-          options=options,
-          item_handlers={
-              "arrays": ocp.PyTreeCheckpointHandler(),
-              "record": ocp.JsonCheckpointHandler(),
-          },
-      )
+      try:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._manager = self._open()
+      except (ValueError, RecursionError):
+        self._dropped = _drop_notes(self._directory)
+        self._manager = self._open()
     except (OSError, ValueError) as error:
-      raise CheckpointError(
-          f"cannot open checkpoints in {directory}: {atomic.reason(error)}"
-      ) from error
+      what = f"cannot open checkpoints in {directory}"
+      raise CheckpointError(f"{what}: {atomic.reason(error)}") from error
 
   def __enter__(self) -> "Checkpoints":
     """Returns itself."""
@@ -205,7 +203,7 @@ class Checkpoints:
           step=step,
           states=states,
           host=record["host"],
-          skipped=tuple(skipped.values()),
+          skipped=(*self._dropped, *skipped.values()),
       )
     if skipped:
       raise CheckpointError(
@@ -224,6 +222,17 @@ class Checkpoints:
       self.wait()
     finally:
       self._manager.close()
+
+  def _open(self) -> ocp.CheckpointManager:
+    """Opens the directory with orbax."""
+    return ocp.CheckpointManager(
+        self._directory,
+        options=self._options,
+        item_handlers={
+            "arrays": ocp.PyTreeCheckpointHandler(),
+            "record": ocp.JsonCheckpointHandler(),
+        },
+    )
 
   def _read(self, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Reads and verifies one checkpoint."""
@@ -328,6 +337,17 @@ class Checkpoints:
 def _aside(path: pathlib.Path, number: int) -> pathlib.Path:
   """Returns the name of a corrupt checkpoint that was set aside."""
   return path.with_name(f"{path.name}.corrupt" + (f".{number}" * (number > 0)))
+
+
+def _drop_notes(directory: pathlib.Path) -> tuple[str, ...]:
+  """Removes orbax's notes on checkpoints, at whose damage it fails to open.
+
+  Reading a checkpoint does not take them. Returns a line that names them.
+  """
+  for path in (notes := sorted(directory.glob(f"*/{_NOTES}"))):
+    path.unlink()
+  names = ", ".join(path.parent.name for path in notes)
+  return (f"damaged {_NOTES} of checkpoints {names} in {directory}",)
 
 
 def _check_host(host: Mapping[str, Any]) -> None:

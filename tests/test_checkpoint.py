@@ -202,6 +202,21 @@ def test_a_corrupt_checkpoint_is_named_skipped_and_set_aside(
   assert (folder / "30.corrupt").is_dir()
 
 
+@pytest.mark.parametrize(
+    "notes", ["[1]", "[" * 100_000, '{"item_handlers": 3}']
+)
+def test_damaged_notes_of_orbax_cost_no_checkpoint(folder, notes):
+  (folder / "20/_CHECKPOINT_METADATA").write_text(notes)
+  with opened(folder) as checkpoints:
+    found = checkpoints.restore(run(0))
+    assert (found.step, found.host["step"]) == (30, 30)
+    (problem,) = found.skipped
+    assert "_CHECKPOINT_METADATA of checkpoints 10, 20, 30" in problem
+    checkpoints.save(40, run(40), {})
+  with opened(folder) as checkpoints:
+    assert checkpoints.restore(run(0)).skipped == ()
+
+
 def test_lost_data_is_found_before_orbax_reads(folder):
   for path in (folder / "30/arrays/ocdbt.process_0/d").iterdir():
     path.unlink()
