@@ -105,7 +105,7 @@ def _add_sampling(config: ml_collections.ConfigDict) -> None:
   """How rollouts are sampled."""
   config.rollout = ml_collections.ConfigDict()
   config.rollout.per_task = 8  # K, rollouts a task; the paper's 8
-  config.rollout.temperature = 1.0  # of training samples, > 0
+  config.rollout.temperature = 1.0  # of training samples, >= 0.001
   config.rollout.turn_deadline = 120.0  # seconds a turn may take, > 0
   config.rollout.max_attempts = 3  # of a call that FAILED, in all, >= 1
   config.rollout.max_concurrent = 64  # rollouts in progress at a time, >= 1
@@ -172,7 +172,7 @@ def _add_bookkeeping(config: ml_collections.ConfigDict) -> None:
   config.evaluation.every = 10  # steps between looks at dev, >= 1
   config.evaluation.tasks = 64  # dev questions a look, >= 1
   config.evaluation.final_tasks = 500  # at most; test, before and after
-  config.evaluation.temperature = 0.0  # 0 is greedy
+  config.evaluation.temperature = 0.0  # 0 is greedy, else >= 0.001
   config.evaluation.families = ()  # of questions; empty for all
 
   config.checkpoint = ml_collections.ConfigDict()

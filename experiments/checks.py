@@ -9,12 +9,16 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from configs import default
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.tasks.curriculum import Stage
 
 _MOST = 1_000_000  # of anything that is counted
 _MOST_CALLS = 4096  # of one role in a rollout, and slots for them
+_LEAST32 = float(np.finfo(np.float32).tiny)
+_MOST32 = float(np.finfo(np.float32).max)
 
 _RANGES = {  # lowest and highest allowed
     "seed": (0, 2**32 - 1),
@@ -41,13 +45,18 @@ _RANGES = {  # lowest and highest allowed
     "evaluation.every": (1, _MOST),
     "evaluation.tasks": (1, _MOST),
     "evaluation.final_tasks": (1, _MOST),
-    "evaluation.temperature": (0, math.inf),
     "checkpoint.every": (1, _MOST),
     "checkpoint.keep": (1, _MOST),
     "publish.every": (1, _MOST),
     "publish.keep": (1, _MOST),
 }
-_POSITIVE = ("rollout.temperature", "rollout.turn_deadline", "tools.deadline")
+_POSITIVE = (  # as float32, which is what they are computed with
+    "rollout.turn_deadline",
+    "tools.deadline",
+    "optimizer.eps",
+    "optimizer.clip_norm",
+)
+_COLDEST = 1e-3  # temperature; below, logits are divided beyond float32
 _SIZES = (
     "vocab_size",
     "embed_dim",
@@ -58,6 +67,7 @@ _SIZES = (
     "mlp_dim",
 )
 _RATES = ("rope_base", "norm_eps")
+_COUNTS = ("max_turns", "max_new_tokens", "max_context", "max_calls")
 _SHARES = ("format_share", "correct_share", "expert_share")
 
 
@@ -104,21 +114,22 @@ def ranges(values: Mapping[str, Any]) -> None:
   Raises:
     ValueError: a number is out of range; names the key and what is allowed.
   """
-  sizes = dict(_RANGES)
-  for name in values["policies"]:
-    sizes |= {f"policies.{name}.{key}": (1, _MOST) for key in _SIZES}
-  for key, (low, high) in sizes.items():
+  for key, (low, high) in _limits(values).items():
     number = _at(values, key)
     if number < low:
       raise ValueError(f"config.{key}: {number} must be at least {low}")
     if number > high:
       raise ValueError(f"config.{key}: {number} must be at most {high}")
-  rates = [
-      f"policies.{name}.{key}" for name in values["policies"] for key in _RATES
-  ]
-  for key in (*_POSITIVE, *rates):
-    if not _at(values, key) > 0:
-      raise ValueError(f"config.{key}: {_at(values, key)} must be > 0")
+  for key in _positive(values):
+    number = _at(values, key)
+    if not number >= _LEAST32:
+      raise ValueError(f"config.{key}: {number} must be > 0, as float32")
+  warmth = _at(values, "evaluation.temperature")
+  if warmth != 0 and not warmth >= _COLDEST:
+    raise ValueError(
+        f"config.evaluation.temperature: {warmth} must be 0 or at least"
+        f" {_COLDEST}"
+    )
   for key, share in _shares(values).items():
     if not 0 <= share <= 1:
       raise ValueError(f"config.{key}: {share} must be in [0, 1]")
@@ -232,6 +243,30 @@ def _concurrency(values: Mapping[str, Any], team: Team) -> None:
       )
 
 
+def _limits(values: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+  """The lowest and highest number allowed, by key."""
+  limits: dict[str, tuple[float, float]] = dict(_RANGES)
+  limits["rollout.temperature"] = (_COLDEST, math.inf)
+  for name in values["policies"]:
+    limits |= {f"policies.{name}.{key}": (1, _MOST) for key in _SIZES}
+  for name in values["stages"]:
+    limits[f"stages.{name}.steps"] = (0, _MOST)
+  for name in values["team"]["roles"]:  # how few, `Role` knows
+    limits |= {
+        f"team.roles.{name}.{key}": (-math.inf, _MOST) for key in _COUNTS
+    }
+  return limits
+
+
+def _positive(values: Mapping[str, Any]) -> list[str]:
+  """The keys of what must be above 0."""
+  rates = [
+      f"policies.{name}.{key}" for name in values["policies"] for key in _RATES
+  ]
+  peaks = [f"stages.{name}.learning_rate" for name in values["stages"]]
+  return [*_POSITIVE, *rates, *peaks]
+
+
 def _shares(values: Mapping[str, Any]) -> dict[str, float]:
   """Everything that must be in 0..1, by its key."""
   shares = {
@@ -289,8 +324,8 @@ def _check_type(name: str, value: Any, like: Any) -> None:
       type(like) is float and type(value) is int
   ):
     raise ValueError(f"config.{name}: {value!r} must be {_kind(like)}")
-  if isinstance(value, float) and not math.isfinite(value):
-    raise ValueError(f"config.{name}: {value} must be finite")
+  if type(like) is float and not abs(value) <= _MOST32:
+    raise ValueError(f"config.{name}: {value} must be finite, as float32")
 
 
 def _kind(like: Any) -> str:
