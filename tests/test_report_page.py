@@ -376,6 +376,7 @@ def test_wrong_values_of_a_summary_are_named_and_left_out(tmp_path, key, value):
         ("stage", float("nan")),
         ("reward/main", 10**400),
         ("reward/main", float("inf")),
+        ("reward/main", 1e308),
         ("accuracy_low/dev", None),
         ("accuracy/dev", [1]),
         ("nll/main", True),
