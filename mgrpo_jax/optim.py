@@ -123,5 +123,10 @@ def adamw(config: AdamW) -> optax.GradientTransformation:
 
 
 def _matrices(params: Any) -> Any:
-  """Marks parameters of two or more dimensions."""
-  return jax.tree.map(lambda param: param.ndim >= 2, params)
+  """Marks parameters of two or more dimensions that are no biases."""
+
+  def decays(path: tuple[Any, ...], param: Any) -> bool:
+    name = jax.tree_util.keystr(path[-1:], simple=True)
+    return param.ndim >= 2 and not name.endswith("bias")
+
+  return jax.tree.map_with_path(decays, params)

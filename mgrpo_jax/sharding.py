@@ -37,6 +37,8 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "group": None,  # query heads that share a key head
     "head_dim": None,
     "mlp": "tensor",
+    "expert": "expert",
+    "router": None,  # experts, as columns of the router
 }
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import re
 
@@ -11,11 +12,12 @@ from hypothesis import strategies as st
 from oracles import transformer as oracle
 
 from mgrpo_jax.policy import logprobs, transformer
+from mgrpo_jax.policy.config import Execution
 
-CFG = tiny_llama.config(num_layers=1)
 ROWS = ((5, 1, 7), (13, 2), ())
 LENGTH = 17
 CHUNK = 5  # does not divide the length
+CFG = tiny_llama.config(num_layers=1, execution=Execution(logit_columns=CHUNK))
 # float32 against float64: log-probabilities of size 5, some hundred roundings.
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 
@@ -25,12 +27,12 @@ def rows(seed=0):
 
 
 @functools.cache
-def scorer(function, chunk_size=CHUNK):
-  return jax.jit(functools.partial(function, config=CFG, chunk_size=chunk_size))
+def scorer(function, config):
+  return jax.jit(functools.partial(function, config=config))
 
 
-def score(function, batch, *, temperature, chunk_size=CHUNK):
-  values = scorer(function, chunk_size)(
+def score(function, batch, *, temperature, config=CFG):
+  values = scorer(function, config)(
       tiny_llama.weights(CFG), *batch, temperature=np.float32(temperature)
   )
   return jax.tree.map(np.asarray, values)
@@ -64,21 +66,24 @@ def test_zero_exactly_where_nothing_is_predicted():
   np.testing.assert_array_equal(logprobs.has_past(batch[2]), ~starts)
 
 
-@pytest.mark.parametrize("chunk_size", (1, 1000))
-def test_chunk_size_changes_nothing(chunk_size):
+@pytest.mark.parametrize("columns", (1, 1000))
+def test_how_many_logits_exist_at_once_changes_nothing(columns):
   batch = rows()
   values = score(logprobs.token_logprobs, batch, temperature=1.0)
   other = score(
-      logprobs.token_logprobs, batch, temperature=1.0, chunk_size=chunk_size
+      logprobs.token_logprobs,
+      batch,
+      temperature=1.0,
+      config=dataclasses.replace(
+          CFG, execution=Execution(logit_columns=columns)
+      ),
   )
   np.testing.assert_allclose(values, other, **CLOSE)
 
 
-def total(tree, batch, chunk_size=CHUNK):
+def total(tree, batch):
   """A loss with a weight of its own on every token."""
-  values = logprobs.token_logprobs(
-      tree, *batch, config=CFG, temperature=0.7, chunk_size=chunk_size
-  )
+  values = logprobs.token_logprobs(tree, *batch, config=CFG, temperature=0.7)
   return jnp.sum(values * np.cos(np.arange(LENGTH, dtype=np.float32))[None])
 
 

@@ -10,10 +10,16 @@ from jax.sharding import AbstractMesh, AxisType
 
 from mgrpo_jax import sharding
 from mgrpo_jax.policy import logprobs, params
+from mgrpo_jax.policy.config import Execution
 
-CFG = tiny_llama.config(num_layers=1, vocab_size=24, embed_dim=16)
 ROWS = ((9, 4), (13,), (2, 2), (5, 6, 2), (1,), (3, 8), (7,), (6, 6))
 LENGTH, CHUNK = 13, 5
+CFG = tiny_llama.config(
+    num_layers=1,
+    vocab_size=24,
+    embed_dim=16,
+    execution=Execution(logit_columns=CHUNK),
+)
 MESHES = (
     {"data": 8, "fsdp": 1, "tensor": 1, "expert": 1},
     {"data": 2, "fsdp": 2, "tensor": 2, "expert": 1},
@@ -30,7 +36,7 @@ def train_step(tree, rows, *, config):
 
   def loss(tree):
     values = logprobs.token_logprobs(
-        tree, **rows, config=config, temperature=1.0, chunk_size=CHUNK
+        tree, **rows, config=config, temperature=1.0
     )
     return -values.sum() / values.size
 

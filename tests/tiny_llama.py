@@ -44,7 +44,8 @@ def oracle_weights(tree, cfg):
     return None if value is None else np.asarray(value, np.float64)
 
   def one(layer):
-    arrays = {name: wide(value) for name, value in vars(layer).items()}
+    present = {name: x for name, x in vars(layer).items() if x is not None}
+    arrays = {name: wide(value) for name, value in present.items()}
     arrays["query"] = arrays["query"].reshape(cfg.embed_dim, *heads)
     arrays["output"] = arrays["output"].reshape(*heads, cfg.embed_dim)
     return arrays

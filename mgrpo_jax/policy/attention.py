@@ -1,4 +1,11 @@
-"""Attention over packed rows."""
+"""Attention over packed rows: kernels of one signature.
+
+    out[t] = Σ_s softmax_s(q[t] · k[s]) v[s]
+
+over the tokens s ≤ t of the same segment, with a window only over the last
+`window` of them; queries come scaled. Padding is segment 0: it attends to
+padding, and nothing else does.
+"""
 
 from __future__ import annotations
 
@@ -10,63 +17,102 @@ from jaxtyping import Array, Bool, Float, Int
 # small blocks skip more of the masked half, many blocks make large programs.
 MIN_BLOCK = 64
 MAX_BLOCKS = 8
+# Scores of a head that exist at once; blocks with more run piece by piece.
+MAX_SCORES = 2**22
 MASKED = -1e30  # a score that no real one comes near, and whose exp is 0
 
 
-def packed(
+def blockwise(
     query: Float[Array, "N T Hkv G D"],
     key: Float[Array, "N T Hkv D"],
     value: Float[Array, "N T Hkv D"],
     segment_ids: Int[Array, "N T"],
+    *,
+    window: int,
 ) -> Float[Array, "N T Hkv G D"]:
-  """Attends causally within segments, a block of queries at a time.
+  """Attends a block of queries at a time, on any device.
 
-      out[t] = Σ_s softmax_s(q[t] · k[s] / sqrt(D)) v[s],   s ≤ t, same segment
-
-  A block of queries meets only the keys up to its own end, so nearly half of
-  the score matrix is never computed, and what is computed is computed again in
-  the backward pass instead of kept. Padding is segment 0: it attends to
-  padding, and nothing else does.
+  A block of queries meets only the keys between its first window and its own
+  end, so nearly half of the score matrix is never computed, with a window
+  nearly all of it; and what is computed is computed again in the backward pass
+  instead of kept.
 
   Args:
-    query: grouped by the key head they share.
+    query: scaled, grouped by the key head they share.
     key: one per key head.
     value: one per key head.
     segment_ids: [N, T] int32.
+    window: tokens that a query sees, itself included; 0 for all before it.
 
   Returns:
     Attended values, in the dtype of `value`; scores and softmax are float32
     or wider.
   """
-  length, head_dim = query.shape[1], query.shape[-1]
+  length = query.shape[1]
   # Heads before tokens: batched products then read contiguous matrices.
-  rows = jnp.transpose(query * head_dim**-0.5, (0, 2, 3, 1, 4))
+  rows = jnp.transpose(query, (0, 2, 3, 1, 4))
   keys = jnp.transpose(key, (0, 2, 1, 3))
   values = jnp.transpose(value, (0, 2, 1, 3))
   block = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
   blocks = []
   for start in range(0, length, block):
     stop = min(start + block, length)
+    first = max(0, start - window + 1) if window else 0
     blocks.append(
-        _attend(
+        _attend_pieces(
             rows[:, :, :, start:stop],
-            keys[:, :, :stop],
-            values[:, :, :stop],
-            _visible(segment_ids, start, stop),
+            keys[:, :, first:stop],
+            values[:, :, first:stop],
+            segment_ids[:, first:stop],
+            window,
         )
     )
   attended = jnp.concatenate(blocks, axis=3)
   return jnp.transpose(attended, (0, 3, 1, 2, 4))
 
 
+def _attend_pieces(
+    query: Float[Array, "N Hkv G Q D"],
+    key: Float[Array, "N Hkv S D"],
+    value: Float[Array, "N Hkv S D"],
+    segment_ids: Int[Array, "N S"],
+    window: int,
+) -> Float[Array, "N Hkv G Q D"]:
+  """Attends from the last Q of S tokens; in pieces where S is large."""
+  size, length = query.shape[3], key.shape[2]
+  piece = max(1, MAX_SCORES // length)
+  if size <= piece:
+    visible = _visible(segment_ids, length - size, size, window)
+    return _attend(query, key, value, visible)
+  pieces = -(-size // piece)
+  padded = jnp.pad(query, ((0, 0),) * 3 + ((0, pieces * piece - size), (0, 0)))
+
+  def one(number: Int[Array, ""]) -> Array:
+    start = number * piece
+    rows = jax.lax.dynamic_slice_in_dim(padded, start, piece, axis=3)
+    visible = _visible(segment_ids, length - size + start, piece, window)
+    return _attend(rows, key, value, visible)
+
+  done = jax.lax.map(one, jnp.arange(pieces))
+  joined = jnp.moveaxis(done, 0, 3)
+  return joined.reshape(*query.shape[:3], -1, query.shape[4])[:, :, :, :size]
+
+
 def _visible(
-    segment_ids: Int[Array, "N T"], start: int, stop: int
+    segment_ids: Int[Array, "N S"],
+    start: int | Int[Array, ""],
+    size: int,
+    window: int,
 ) -> Bool[Array, "N Q S"]:
-  """Says which of the first `stop` keys queries start..stop see."""
-  queries = segment_ids[:, start:stop, None]
-  keys = segment_ids[:, None, :stop]
-  causal = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)[None, :]
-  return (queries == keys) & causal[None]
+  """Says which of S tokens the queries start..start+size see."""
+  padded = jnp.pad(segment_ids, ((0, 0), (0, size)))
+  queries = jax.lax.dynamic_slice_in_dim(padded, start, size, axis=1)
+  same = queries[:, :, None] == segment_ids[:, None]
+  age = (
+      start + jnp.arange(size)[:, None] - jnp.arange(segment_ids.shape[1])[None]
+  )
+  near = (age >= 0) & (age < window) if window else age >= 0
+  return same & near[None]
 
 
 @jax.checkpoint
@@ -76,7 +122,7 @@ def _attend(
     value: Float[Array, "N Hkv S D"],
     visible: Bool[Array, "N Q S"],
 ) -> Float[Array, "N Hkv G Q D"]:
-  """Attends to visible keys; every query sees at least itself."""
+  """Attends to visible keys; every real query sees at least itself."""
   wide = jnp.promote_types(query.dtype, jnp.float32)
   scores = jnp.einsum(
       "nkgqd,nksd->nkgqs", query, key, preferred_element_type=wide

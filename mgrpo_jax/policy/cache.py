@@ -123,15 +123,20 @@ def attend_cached(
     values: Blocks,
     lengths: Int[Array, " P"],
     rows: Callable[[Array], Array],
+    *,
+    positions: Int[Array, "P T"],
+    window: int,
 ) -> Partial:
   """Attends to cached tokens, skipping blocks that no row needs.
 
   Args:
-    query: of P rows, grouped by the key head they share.
+    query: of P rows, scaled, grouped by the key head they share.
     keys: a layer's blocks.
     values: a layer's blocks.
-    lengths: [P] int32, tokens that the row may see.
+    lengths: [P] int32, tokens in the row's cache; 0 where it sees none.
     rows: picks the P rows out of a block's S slots.
+    positions: [P, T] int32, of the queries.
+    window: tokens that a query sees, itself included; 0 for all before it.
 
   Returns:
     An attention to go on with.
@@ -144,14 +149,20 @@ def attend_cached(
       values=jnp.zeros((*shape, head_dim), jnp.float32),
   )
   longest = jnp.max(lengths)
+  first = seen_from(positions, window=window)
+  earliest = jnp.min(
+      jnp.where(lengths > 0, jnp.min(first, axis=1), jnp.max(first))
+  )
   for index, (key, value) in enumerate(zip(keys, values, strict=True)):
     size = key.shape[2]
     columns = index * size + jnp.arange(size, dtype=jnp.int32)
     mask = jnp.broadcast_to(
-        columns[None, None] < lengths[:, None, None], (batch, width, size)
+        (columns[None, None] < lengths[:, None, None])
+        & (columns[None, None] >= first[:, :, None]),
+        (batch, width, size),
     )
     part = jax.lax.cond(
-        longest > index * size,
+        (longest > index * size) & (earliest < (index + 1) * size),
         lambda part, query, key, value, mask: attend(
             part, query, rows(key), rows(value), mask
         ),
@@ -159,6 +170,21 @@ def attend_cached(
         *(part, query, key, value, mask),
     )
   return part
+
+
+def seen_from(
+    positions: Int[Array, "P T"], *, window: int
+) -> Int[Array, "P T"]:
+  """Says where what a query sees begins.
+
+  Args:
+    positions: of the queries.
+    window: tokens that a query sees, itself included; 0 for all before it.
+
+  Returns:
+    The earliest position seen; 0 or less where all are.
+  """
+  return positions - window + 1 if window else jnp.zeros_like(positions)
 
 
 def attend(
@@ -171,13 +197,13 @@ def attend(
   """Adds C tokens to an attention (online softmax, arXiv 1805.02867).
 
       m' = max(m, max_c s_c),   z' = z e^(m - m') + Σ_c e^(s_c - m'),
-      o' = o e^(m - m') + Σ_c e^(s_c - m') v_c,   s_c = q · k_c / sqrt(D)
+      o' = o e^(m - m') + Σ_c e^(s_c - m') v_c,   s_c = q · k_c
 
   Tokens that the mask excludes add exact zeros.
 
   Args:
     part: m, z and o so far.
-    query: grouped by the key head they share.
+    query: scaled, grouped by the key head they share.
     key: of C tokens.
     value: of C tokens.
     mask: which tokens each query sees.
@@ -187,7 +213,7 @@ def attend(
   """
   scores = jnp.einsum(
       "ptkgd,pkcd->pkgtc",
-      query * query.shape[-1] ** -0.5,
+      query,
       key,
       preferred_element_type=jnp.float32,
   )

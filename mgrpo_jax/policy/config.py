@@ -3,13 +3,85 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from mgrpo_jax.policy import attention
+from mgrpo_jax.policy.rotary import Scaling
 
 DTYPES = ("float32", "bfloat16")
+ACTIVATIONS = ("silu", "gelu_tanh")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experts:
+  """A mixture of experts in place of the feed-forward; hashable.
+
+  Attributes:
+    number: X, experts of a layer.
+    per_token: experts that a token is sent to, at most X.
+    mlp_dim: F, width of one expert's gated feed-forward.
+    normalised: whether the chosen experts' probabilities are scaled to sum
+      to 1.
+    dense_layers: layers that keep the plain feed-forward, ascending.
+
+  Raises:
+    ValueError: if a field is out of range, naming it.
+  """
+
+  number: int
+  per_token: int
+  mlp_dim: int
+  normalised: bool
+  dense_layers: tuple[int, ...] = ()
+
+  def __post_init__(self) -> None:
+    """Checks every field."""
+    for name in ("number", "per_token", "mlp_dim"):
+      value = getattr(self, name)
+      if not (type(value) is int and value >= 1):
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    if self.per_token > self.number:
+      raise ValueError(
+          f"per_token must be at most number={self.number}, got"
+          f" {self.per_token}"
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+  """How a transformer is run; changes time and memory, no value.
+
+  Attributes:
+    attention: over packed rows; `attention.blockwise`, or a kernel with its
+      signature.
+    remat: which intermediate results of a layer the backward pass keeps, a
+      policy of `jax.checkpoint_policies`; None keeps all of them.
+    scan_layers: whether equal layers run as one loop, which compiles in the
+      time of one layer; loops cannot fuse across layers.
+    logit_columns: tokens of each row whose logits exist at once, >= 1.
+
+  Raises:
+    ValueError: if logit_columns is out of range.
+  """
+
+  attention: Callable[..., Any] = attention.blockwise
+  remat: Callable[..., Any] | None = None
+  scan_layers: bool = False
+  logit_columns: int = 64
+
+  def __post_init__(self) -> None:
+    """Checks the number."""
+    if self.logit_columns < 1:
+      raise ValueError(f"logit_columns must be >= 1, got {self.logit_columns}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-  """Sizes of a Llama-family transformer; hashable, so static under jit.
+  """What a transformer computes; hashable, so static under jit.
+
+  Fields without a default are the sizes of a plain Llama; those with one are
+  what other families add to it.
 
   Attributes:
     vocab_size: V, number of token ids.
@@ -23,6 +95,20 @@ class TransformerConfig:
     norm_eps: added to the mean square in RMSNorm.
     tied_embeddings: whether the unembedding is the embedding transposed.
     dtype: of activations, `float32` or `bfloat16`; parameters are float32.
+    qkv_bias: whether queries, keys and values have biases (Qwen 2).
+    qk_norm: whether queries and keys are normed before rotation (Qwen 3).
+    post_norms: whether attention and feed-forward are normed once more before
+      they are added to the residual stream (Gemma).
+    activation: of the gate, `silu` or `gelu_tanh`.
+    embedding_scale: embeddings are multiplied by it; sqrt(E) in Gemma.
+    attention_scale: queries are multiplied by it; None for D^-1/2.
+    windows: tokens that each layer sees, itself included, 0 for all of them;
+      empty where every layer sees all.
+    local_rope_base: base of the rotary frequencies in layers with a window,
+      which are not scaled; None for those of the other layers.
+    rope_scaling: of the rotary frequencies, None for none.
+    experts: mixture of experts, None for a dense feed-forward.
+    execution: how it is run.
 
   Raises:
     ValueError: if a field is out of range, naming the field.
@@ -39,6 +125,17 @@ class TransformerConfig:
   norm_eps: float
   tied_embeddings: bool
   dtype: str
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  post_norms: bool = False
+  activation: str = "silu"
+  embedding_scale: float = 1.0
+  attention_scale: float | None = None
+  windows: tuple[int, ...] = ()
+  local_rope_base: float | None = None
+  rope_scaling: Scaling | None = None
+  experts: Experts | None = None
+  execution: Execution = Execution()
 
   def __post_init__(self) -> None:
     """Checks every field."""
@@ -46,7 +143,9 @@ class TransformerConfig:
       value = getattr(self, field.name)
       if field.type == "int" and not (type(value) is int and value >= 1):
         raise ValueError(f"{field.name} must be an integer >= 1, got {value!r}")
-      if field.type == "float" and not 0 < value < float("inf"):
+      if field.type.startswith("float") and not (
+          (value is None and "None" in field.type) or 0 < value < float("inf")
+      ):
         raise ValueError(f"{field.name} must be positive, got {value!r}")
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
@@ -55,10 +154,70 @@ class TransformerConfig:
       )
     if self.head_dim % 2:
       raise ValueError(f"head_dim must be even, got {self.head_dim}")
-    if self.dtype not in DTYPES:
-      raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
+    for name, allowed in (("dtype", DTYPES), ("activation", ACTIVATIONS)):
+      if getattr(self, name) not in allowed:
+        raise ValueError(
+            f"{name} must be one of {allowed}, got {getattr(self, name)!r}"
+        )
+    if self.windows and (
+        len(self.windows) != self.num_layers or min(self.windows) < 0
+    ):
+      raise ValueError(
+          f"windows must be {self.num_layers} numbers >= 0, one a layer, got"
+          f" {self.windows}"
+      )
+    if self.experts is not None and not all(
+        0 <= layer < self.num_layers for layer in self.experts.dense_layers
+    ):
+      raise ValueError(
+          f"experts.dense_layers must be layers in 0..{self.num_layers - 1},"
+          f" got {self.experts.dense_layers}"
+      )
 
   @property
   def group_size(self) -> int:
     """G, the number of query heads that share a key and value head."""
     return self.num_heads // self.num_kv_heads
+
+  @property
+  def query_scale(self) -> float:
+    """What queries are multiplied by."""
+    if self.attention_scale is None:
+      return self.head_dim**-0.5
+    return self.attention_scale
+
+  def window(self, layer: int) -> int:
+    """Says how many tokens a layer sees.
+
+    Args:
+      layer: its number.
+
+    Returns:
+      The window, itself included; 0 where it sees all.
+    """
+    return self.windows[layer] if self.windows else 0
+
+  @property
+  def period(self) -> int:
+    """Layers after which the kinds of layer repeat, L where they do not."""
+    kinds = [
+        (self.window(layer), self.is_sparse(layer))
+        for layer in range(self.num_layers)
+    ]
+    return next(
+        size
+        for size in range(1, len(kinds) + 1)
+        if all(kind == kinds[i % size] for i, kind in enumerate(kinds))
+    )
+
+  def is_sparse(self, layer: int) -> bool:
+    """Says whether a layer's feed-forward is a mixture of experts.
+
+    Args:
+      layer: its number.
+
+    Returns:
+      False where it is dense.
+    """
+    experts = self.experts
+    return experts is not None and layer not in experts.dense_layers

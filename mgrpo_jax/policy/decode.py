@@ -83,16 +83,16 @@ def prefill(
   """
   width = tokens.shape[1]
   offsets = jnp.arange(width, dtype=jnp.int32)
-  causal = jnp.broadcast_to(
-      (offsets[:, None] >= offsets[None])[None], (len(slots), width, width)
-  )
-  rotation = transformer.rotations(
-      starts[:, None] + offsets[None], config=config
-  )
+  positions = starts[:, None] + offsets[None]
+  causal = positions[:, :, None] >= positions[:, None]
+  rotation = transformer.rotations(positions, config=config)
   x = transformer.embed(params, tokens, config=config)
   keys, values = [], []
   for index, layer in enumerate(params.layers):
-    query, key, value = transformer.project(layer, x, rotation, config=config)
+    window = config.window(index)
+    query, key, value = transformer.project(
+        layer, x, rotation[window > 0], config=config
+    )
     keys.append(caching.heads_first(key))
     values.append(caching.heads_first(value))
     part = caching.attend_cached(
@@ -101,8 +101,14 @@ def prefill(
         cache.values[index],
         starts,
         lambda block: block.at[slots].get(mode="promise_in_bounds"),
+        positions=positions,
+        window=window,
     )
-    part = caching.attend(part, query, keys[-1], values[-1], causal)
+    near = (
+        positions[:, None]
+        >= caching.seen_from(positions, window=window)[:, :, None]
+    )
+    part = caching.attend(part, query, keys[-1], values[-1], causal & near)
     x = transformer.finish(
         layer, x, caching.attended(part, x.dtype), config=config
     )
@@ -213,18 +219,18 @@ def _forward(
     config: TransformerConfig,
 ) -> tuple[_Visit, Float[Array, "S 1 E"]]:
   """Feeds each slot's newest token through the layers."""
-  num_slots, num_steps = len(slots.token), len(visit.tokens)
+  num_steps = len(visit.tokens)
   cached = jnp.where(slots.budget > 0, slots.length, 0)
-  seen = jnp.broadcast_to(
-      (jnp.arange(num_steps) <= visit.step)[None, None],
-      (num_slots, 1, num_steps),
-  )
   positions = (slots.length + visit.step)[:, None]
+  own = slots.length[:, None, None] + jnp.arange(num_steps)[None, None]
   rotation = transformer.rotations(positions, config=config)
   x = transformer.embed(params, visit.token[:, None], config=config)
   keys, values = list(visit.keys), list(visit.values)
   for index, layer in enumerate(params.layers):
-    query, key, value = transformer.project(layer, x, rotation, config=config)
+    window = config.window(index)
+    query, key, value = transformer.project(
+        layer, x, rotation[window > 0], config=config
+    )
     keys[index] = jax.lax.dynamic_update_slice_in_dim(
         keys[index], caching.heads_first(key), visit.step, axis=2
     )
@@ -237,7 +243,11 @@ def _forward(
         cache.values[index],
         cached,
         lambda block: block,
+        positions=positions,
+        window=window,
     )
+    first = caching.seen_from(positions, window=window)
+    seen = (own <= positions[:, :, None]) & (own >= first[:, :, None])
     part = caching.attend(part, query, keys[index], values[index], seen)
     x = transformer.finish(
         layer, x, caching.attended(part, x.dtype), config=config

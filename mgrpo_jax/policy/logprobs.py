@@ -13,8 +13,6 @@ from mgrpo_jax.policy import transformer
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import Params
 
-CHUNK = 64  # columns whose logits exist at once; changes memory, no value
-
 
 def token_logprobs(
     params: Params,
@@ -24,14 +22,13 @@ def token_logprobs(
     *,
     config: TransformerConfig,
     temperature: float | Float[Array, ""],
-    chunk_size: int = CHUNK,
 ) -> Float[Array, "N T"]:
   """Computes the log-probability of every token given its past.
 
       out[t] = log softmax(logits[t - 1] / temperature)[tokens[t]]
 
-  Logits are computed for `chunk_size` columns at a time and recomputed in the
-  backward pass, so [N, T, V] exists in neither.
+  Logits are computed for `execution.logit_columns` at a time and recomputed in
+  the backward pass, so [N, T, V] exists in neither.
 
   Args:
     params: weights.
@@ -40,7 +37,6 @@ def token_logprobs(
     segment_ids: [N, T] int32, 0 is padding.
     config: sizes.
     temperature: > 0, of the distribution that was sampled from.
-    chunk_size: tokens of each row whose logits exist at once.
 
   Returns:
     [N, T] float32, nats; 0 at t = 0, where a segment starts, and in padding.
@@ -53,9 +49,7 @@ def token_logprobs(
     scaled = logits / temperature
     return _at(scaled, targets) - jax.nn.logsumexp(scaled, axis=-1)
 
-  values = _map_chunks(
-      logprob, params, hidden, tokens, config=config, chunk_size=chunk_size
-  )
+  values = _map_chunks(logprob, params, hidden, tokens, config=config)
   return jnp.where(has_past(segment_ids), values, 0.0)
 
 
@@ -67,7 +61,6 @@ def token_logprobs_and_entropy(
     *,
     config: TransformerConfig,
     temperature: float | Float[Array, ""],
-    chunk_size: int = CHUNK,
 ) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
   """Computes `token_logprobs` and the entropy of what each was drawn from.
 
@@ -80,7 +73,6 @@ def token_logprobs_and_entropy(
     segment_ids: [N, T] int32, 0 is padding.
     config: sizes.
     temperature: > 0.
-    chunk_size: tokens of each row whose logits exist at once.
 
   Returns:
     Log-probabilities and entropies, [N, T] float32, nats; 0 at t = 0, where
@@ -94,9 +86,7 @@ def token_logprobs_and_entropy(
     logps = jax.nn.log_softmax(logits / temperature, axis=-1)
     return _at(logps, targets), -jnp.sum(jnp.exp(logps) * logps, axis=-1)
 
-  values, entropies = _map_chunks(
-      both, params, hidden, tokens, config=config, chunk_size=chunk_size
-  )
+  values, entropies = _map_chunks(both, params, hidden, tokens, config=config)
   real = has_past(segment_ids)
   return jnp.where(real, values, 0.0), jnp.where(real, entropies, 0.0)
 
@@ -128,11 +118,10 @@ def _map_chunks(
     tokens: Array,
     *,
     config: TransformerConfig,
-    chunk_size: int,
 ) -> Any:
   """Maps (logits, next tokens) -> [N, chunk] trees over chunks of columns."""
   length = tokens.shape[1]
-  chunk = min(chunk_size, length)
+  chunk = min(config.execution.logit_columns, length)
   num_chunks = -(-length // chunk)
   extra = num_chunks * chunk - length
   targets = jnp.roll(tokens, -1, axis=1)

@@ -27,7 +27,10 @@ Init = Callable[[Any, tuple[int, ...], np.dtype], Array]
 
 @flax.struct.dataclass
 class Layer:
-  """Weights of one transformer layer, float32."""
+  """Weights of one transformer layer, float32; None where it has none.
+
+  In a sparse layer gate, up and down have a leading axis of X experts.
+  """
 
   attention_norm: Any  # [E]
   query: Any  # [E, Hkv, G, D]
@@ -35,9 +38,17 @@ class Layer:
   value: Any  # [E, Hkv, D]
   output: Any  # [Hkv, G, D, E]
   mlp_norm: Any  # [E]
-  gate: Any  # [E, F]
-  up: Any  # [E, F]
-  down: Any  # [F, E]
+  gate: Any  # [E, F] or [X, E, F]
+  up: Any  # [E, F] or [X, E, F]
+  down: Any  # [F, E] or [X, F, E]
+  query_bias: Any = None  # [Hkv, G, D]
+  key_bias: Any = None  # [Hkv, D]
+  value_bias: Any = None  # [Hkv, D]
+  query_norm: Any = None  # [D]
+  key_norm: Any = None  # [D]
+  attention_post_norm: Any = None  # [E]
+  mlp_post_norm: Any = None  # [E]
+  router: Any = None  # [E, X]
 
 
 @flax.struct.dataclass
@@ -84,7 +95,7 @@ def param_specs(config: TransformerConfig) -> Params:
   embed = config.embed_dim
   return Params(
       embedding=_normal(embed, vocab=config.vocab_size, embed=embed),
-      layers=tuple(_layer_specs(config) for _ in range(config.num_layers)),
+      layers=tuple(_layer_specs(config, i) for i in range(config.num_layers)),
       final_norm=_ones(embed),
       unembedding=None
       if config.tied_embeddings
@@ -134,10 +145,9 @@ def num_params(config: TransformerConfig) -> int:
   return sum(math.prod(s.shape) for s in jax.tree.leaves(param_specs(config)))
 
 
-def _layer_specs(config: TransformerConfig) -> Layer:
+def _layer_specs(config: TransformerConfig, layer: int) -> Layer:
   """Declares one layer."""
-  embed, mlp = config.embed_dim, config.mlp_dim
-  depth = 2 * config.num_layers
+  embed, depth = config.embed_dim, 2 * config.num_layers
   key_heads = {"kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
   heads = {
       "kv_heads": config.num_kv_heads,
@@ -152,10 +162,34 @@ def _layer_specs(config: TransformerConfig) -> Layer:
       value=_normal(embed, embed=embed, **key_heads),
       output=_normal(width * depth, **heads, embed=embed),
       mlp_norm=_ones(embed),
-      gate=_normal(embed, embed=embed, mlp=mlp),
-      up=_normal(embed, embed=embed, mlp=mlp),
-      down=_normal(mlp * depth, mlp=mlp, embed=embed),
+      **_feed_forward_specs(config, layer),
+      query_bias=_zeros(**heads) if config.qkv_bias else None,
+      key_bias=_zeros(**key_heads) if config.qkv_bias else None,
+      value_bias=_zeros(**key_heads) if config.qkv_bias else None,
+      query_norm=_ones(config.head_dim) if config.qk_norm else None,
+      key_norm=_ones(config.head_dim) if config.qk_norm else None,
+      attention_post_norm=_ones(embed) if config.post_norms else None,
+      mlp_post_norm=_ones(embed) if config.post_norms else None,
   )
+
+
+def _feed_forward_specs(
+    config: TransformerConfig, layer: int
+) -> dict[str, ParamSpec]:
+  """Declares a layer's feed-forward, dense or sparse."""
+  embed, mlp = config.embed_dim, config.mlp_dim
+  experts: dict[str, int] = {}
+  specs = {}
+  if config.is_sparse(layer):
+    assert config.experts is not None
+    mlp, experts = config.experts.mlp_dim, {"expert": config.experts.number}
+    specs["router"] = _normal(embed, embed=embed, router=experts["expert"])
+  inner = mlp * 2 * config.num_layers
+  return specs | {
+      "gate": _normal(embed, **experts, embed=embed, mlp=mlp),
+      "up": _normal(embed, **experts, embed=embed, mlp=mlp),
+      "down": _normal(inner, **experts, mlp=mlp, embed=embed),
+  }
 
 
 def _normal(inverse_variance: int, **axes: int) -> ParamSpec:
@@ -170,6 +204,12 @@ def _ones(size: int) -> ParamSpec:
   return ParamSpec((size,), np.dtype(np.float32), ("norm",), _draw_ones)
 
 
+def _zeros(**axes: int) -> ParamSpec:
+  """Declares a bias; axes are named dimensions in order."""
+  shape = tuple(axes.values())
+  return ParamSpec(shape, np.dtype(np.float32), tuple(axes), _draw_zeros)
+
+
 def _draw_normal(
     inverse_variance: int, key: Any, shape: tuple[int, ...], dtype: np.dtype
 ) -> Array:
@@ -181,3 +221,9 @@ def _draw_ones(key: Any, shape: tuple[int, ...], dtype: np.dtype) -> Array:
   """Ignores the key."""
   del key
   return jnp.ones(shape, dtype)
+
+
+def _draw_zeros(key: Any, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+  """Ignores the key."""
+  del key
+  return jnp.zeros(shape, dtype)

@@ -1,23 +1,32 @@
-"""The Llama family as pure functions; one layer for trainer and sampler.
+"""Transformers as pure functions; one layer for trainer and sampler.
 
 A layer is `project` (norm, queries, keys, values, rotation), an attention that
 the caller chooses (packed rows here, a cache in `decode`), and `finish` (output
 projection and feed-forward, both added to the residual stream). The three work
 on any leading dimensions: [N, T] packed rows, or [S, 1] slots being decoded.
+A family is a `TransformerConfig`: what its layers add to Llama's is a field
+there and one line here.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mgrpo_jax import sharding
-from mgrpo_jax.policy import attention
+from mgrpo_jax.policy import experts, rotary
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import Layer, Params
+from mgrpo_jax.policy.rotary import Rotation
 
-Rotation = tuple[Float[Array, "N T half"], Float[Array, "N T half"]]
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 def apply(
@@ -58,11 +67,50 @@ def hidden_states(
   real = segment_ids > 0
   x = embed(params, jnp.where(real, tokens, 0), config=config)
   rotation = rotations(jnp.where(real, positions, 0), config=config)
-  for layer in params.layers:
-    query, key, value = project(layer, x, rotation, config=config)
-    attended = attention.packed(query, key, value, segment_ids)
-    x = finish(layer, x, attended, config=config)
+
+  def run(layer: Layer, x: Array, window: int) -> Array:
+    query, key, value = project(layer, x, rotation[window > 0], config=config)
+    attended = config.execution.attention(
+        query, key, value, segment_ids, window=window
+    )
+    return finish(layer, x, attended, config=config)
+
+  x = _run_layers(run, params.layers, x, config=config)
   return rms_norm(x, params.final_norm, config=config)
+
+
+def _run_layers(
+    run: Callable[..., Array],
+    layers: Sequence[Layer],
+    x: Float[Array, "N T E"],
+    *,
+    config: TransformerConfig,
+) -> Float[Array, "N T E"]:
+  """Runs layers in order: one by one, or whole periods of them as a loop."""
+  execution, period = config.execution, config.period
+
+  def block(x: Array, layers: Sequence[Layer]) -> Array:
+    for number, layer in enumerate(layers):
+      one: Callable[..., Array] = functools.partial(
+          run, window=config.window(number)
+      )
+      if execution.remat is not None:
+        one = jax.checkpoint(one, policy=execution.remat)
+      x = one(layer, x)
+    return x
+
+  repeats = len(layers) // period if execution.scan_layers else 0
+  if repeats > 1:
+    looped, layers = layers[: period * repeats], layers[period * repeats :]
+    stacked = [
+        jax.tree.map(
+            lambda *same: jnp.stack([jnp.asarray(w, x.dtype) for w in same]),
+            *looped[first::period],
+        )
+        for first in range(period)
+    ]
+    x, _ = jax.lax.scan(lambda x, part: (block(x, part), None), x, stacked)
+  return block(x, layers)  # what is left begins with a period's first layer
 
 
 def embed(
@@ -81,34 +129,44 @@ def embed(
   table = sharding.constrain(
       jnp.asarray(params.embedding, config.dtype), "vocab", "hidden"
   )
-  return table.at[tokens].get(
+  rows = table.at[tokens].get(
       mode="fill",
       fill_value=jnp.nan,
       wrap_negative_indices=False,
       out_sharding=sharding.out("batch", "length", "hidden"),
   )
+  if config.embedding_scale == 1.0:
+    return rows
+  return rows * jnp.asarray(config.embedding_scale, rows.dtype)
 
 
 def rotations(
     positions: Int[Array, "N T"], *, config: TransformerConfig
-) -> Rotation:
-  """Computes the rotary angles' cosines and sines (Su et al., 2104.09864).
-
-      angle[i] = position · base^(-2 i / D),   i < D / 2
+) -> tuple[Rotation, Rotation]:
+  """Computes the rotary angles' cosines and sines; see `rotary.rotations`.
 
   Args:
     positions: tokens from the start of the segment.
-    config: head_dim D and rope_base.
+    config: head_dim, bases and scaling.
 
   Returns:
-    Cosine and sine, each [N, T, D / 2] float32.
+    For layers that see all tokens, and for layers with a window.
   """
-  half = config.head_dim // 2
-  exponents = jnp.arange(half, dtype=jnp.float32) / half
-  angles = positions[..., None].astype(jnp.float32) * (
-      config.rope_base**-exponents
-  ).reshape((1,) * positions.ndim + (half,))
-  return jnp.cos(angles), jnp.sin(angles)
+  whole = rotary.rotations(
+      positions,
+      head_dim=config.head_dim,
+      base=config.rope_base,
+      scaling=config.rope_scaling,
+  )
+  if config.local_rope_base is None:
+    return whole, whole
+  local = rotary.rotations(
+      positions,
+      head_dim=config.head_dim,
+      base=config.local_rope_base,
+      scaling=None,
+  )
+  return whole, local
 
 
 def project(
@@ -127,11 +185,11 @@ def project(
   Args:
     layer: weights.
     x: residual stream.
-    rotation: of the same tokens, from `rotations`.
+    rotation: of the same tokens, the one of `rotations` for this layer.
     config: sizes.
 
   Returns:
-    Queries grouped by the key head they share, keys, values.
+    Queries grouped by the key head they share, and scaled; keys; values.
   """
   normed = rms_norm(x, layer.attention_norm, config=config)
   heads = ("batch", "length", "kv_heads", "head_dim")
@@ -150,7 +208,15 @@ def project(
   v = jnp.einsum(
       "nte,ekd->ntkd", normed, value, out_sharding=sharding.out(*heads)
   )
-  return rotate(q, rotation), rotate(k, rotation), v
+  if layer.query_bias is not None:
+    q = q + _bias(layer.query_bias, *grouped[2:], config=config)
+    k = k + _bias(layer.key_bias, *heads[2:], config=config)
+    v = v + _bias(layer.value_bias, *heads[2:], config=config)
+  if layer.query_norm is not None:
+    q = rms_norm(q, layer.query_norm, config=config)
+    k = rms_norm(k, layer.key_norm, config=config)
+  q, k = rotary.rotate(q, rotation), rotary.rotate(k, rotation)
+  return q * config.query_scale, k, v
 
 
 def finish(
@@ -160,7 +226,7 @@ def finish(
     *,
     config: TransformerConfig,
 ) -> Float[Array, "N T E"]:
-  """Adds what was attended to, then the gated feed-forward (SwiGLU).
+  """Adds what was attended to, then the feed-forward.
 
   Args:
     layer: weights.
@@ -171,20 +237,50 @@ def finish(
   Returns:
     The residual stream after the layer.
   """
-  stream = sharding.out("batch", "length", "hidden")
   output = _weight(
       layer.output, "kv_heads", "group", "head_dim", "hidden", config=config
   )
-  x = x + jnp.einsum("ntkgd,kgde->nte", attended, output, out_sharding=stream)
+  added = jnp.einsum(
+      "ntkgd,kgde->nte",
+      attended,
+      output,
+      out_sharding=sharding.out("batch", "length", "hidden"),
+  )
+  if layer.attention_post_norm is not None:
+    added = rms_norm(added, layer.attention_post_norm, config=config)
+  x = x + added
   normed = rms_norm(x, layer.mlp_norm, config=config)
+  activation = ACTIVATIONS[config.activation]
+  if layer.router is None:
+    added = _feed_forward(layer, normed, activation, config=config)
+  else:
+    added = experts.mix(layer, normed, activation, config=config)
+  if layer.mlp_post_norm is not None:
+    added = rms_norm(added, layer.mlp_post_norm, config=config)
+  return x + added
+
+
+def _feed_forward(
+    layer: Layer,
+    normed: Float[Array, "N T E"],
+    activation: Callable[[Array], Array],
+    *,
+    config: TransformerConfig,
+) -> Float[Array, "N T E"]:
+  """The gated feed-forward (Shazeer, arXiv 2002.05202)."""
   inner = sharding.out("batch", "length", "mlp")
   gate = _weight(layer.gate, "hidden", "mlp", config=config)
   up = _weight(layer.up, "hidden", "mlp", config=config)
   down = _weight(layer.down, "mlp", "hidden", config=config)
-  gated = jax.nn.silu(
+  gated = activation(
       jnp.einsum("nte,ef->ntf", normed, gate, out_sharding=inner)
   ) * jnp.einsum("nte,ef->ntf", normed, up, out_sharding=inner)
-  return x + jnp.einsum("ntf,fe->nte", gated, down, out_sharding=stream)
+  return jnp.einsum(
+      "ntf,fe->nte",
+      gated,
+      down,
+      out_sharding=sharding.out("batch", "length", "hidden"),
+  )
 
 
 def unembed(
@@ -272,29 +368,16 @@ def rms_norm(
   )
 
 
-def rotate(
-    x: Float[Array, "N T *heads D"], rotation: Rotation
-) -> Float[Array, "N T *heads D"]:
-  """Rotates pairs (i, i + D / 2) of every head, the half-split convention.
-
-  Args:
-    x: queries or keys.
-    rotation: cosine and sine of the same tokens.
-
-  Returns:
-    The same shape and dtype; computed in float32.
-  """
-  heads = tuple(range(2, x.ndim - 1))
-  cos, sin = (jnp.expand_dims(part, heads) for part in rotation)
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  rotated = jnp.concatenate(
-      [first * cos - second * sin, second * cos + first * sin], axis=-1
-  )
-  return rotated.astype(x.dtype)
-
-
 def _weight(
     value: Float[Array, "*shape"], *axes: str, config: TransformerConfig
 ) -> Float[Array, "*shape"]:
   """Casts a parameter for compute, then gathers its fully sharded axis."""
   return sharding.gather(jnp.asarray(value, config.dtype), *axes)
+
+
+def _bias(
+    value: Float[Array, "*heads"], *axes: str, config: TransformerConfig
+) -> Float[Array, "1 1 *heads"]:
+  """Casts a bias of heads for compute, and gives it rows and tokens."""
+  weight = _weight(value, *axes, config=config)
+  return weight.reshape((1, 1, *weight.shape))

@@ -1,0 +1,129 @@
+"""A mixture of experts, dropless: every token reaches all its experts.
+
+Tokens are sorted by expert, and each expert multiplies its own run of them
+(`jax.lax.ragged_dot`). Under a mesh every device computes the experts it holds
+for the tokens it holds; their parts are added over `expert` and `tensor`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mgrpo_jax import sharding
+from mgrpo_jax.policy.config import Experts, TransformerConfig
+from mgrpo_jax.policy.params import Layer
+
+Activation = Callable[[Array], Array]
+
+
+def mix(
+    layer: Layer,
+    normed: Float[Array, "N T E"],
+    activation: Activation,
+    *,
+    config: TransformerConfig,
+) -> Float[Array, "N T E"]:
+  """Sends every token to its likeliest experts and adds what they say.
+
+      out = Σ_{x in top-k} p[x] · down[x] (act(gate[x] y) * (up[x] y)),
+      p = softmax(router y), scaled to sum to 1 over the k where `normalised`
+
+  Args:
+    layer: weights, gate, up and down of X experts.
+    normed: y, the normed residual stream.
+    activation: of the gate.
+    config: sizes.
+
+  Returns:
+    What is added to the residual stream.
+  """
+  if config.experts is None:
+    raise ValueError("config.experts must be set for a layer with a router")
+  local = functools.partial(_mix, activation=activation, experts=config.experts)
+  weights = [
+      jnp.asarray(weight, config.dtype)
+      for weight in (layer.router, layer.gate, layer.up, layer.down)
+  ]
+  if jax.sharding.get_abstract_mesh().empty:
+    return local(normed, *weights, first=0)
+
+  def on_device(y: Array, *shards: Array) -> Array:
+    router, gate, up, down = (
+        jax.lax.all_gather(shard, "fsdp", axis=axis, tiled=True)
+        for shard, axis in zip(shards, (0, 1, 1, 2), strict=True)
+    )
+    first = jax.lax.axis_index("expert") * gate.shape[0]
+    part = local(y, router, gate, up, down, first=first)
+    return jax.lax.psum(part, ("tensor", "expert"))
+
+  stream = sharding.spec("batch", "length", "hidden")
+  kernel = sharding.spec("expert", "embed", "mlp")
+  return jax.shard_map(
+      on_device,
+      in_specs=(
+          stream,
+          sharding.spec("embed", "router"),
+          kernel,
+          kernel,
+          sharding.spec("expert", "mlp", "embed"),
+      ),
+      out_specs=stream,
+  )(normed, *weights)
+
+
+def _mix(
+    y: Float[Array, "N T E"],
+    router: Float[Array, "E X"],
+    gate: Float[Array, "local E F"],
+    up: Float[Array, "local E F"],
+    down: Float[Array, "local F E"],
+    *,
+    first: int | Int[Array, ""],
+    activation: Activation,
+    experts: Experts,
+) -> Float[Array, "N T E"]:
+  """Computes the part of experts first.. of the mixture."""
+  tokens = y.reshape(-1, y.shape[-1])
+  share, chosen = _route(tokens, router, experts)
+  order, sizes = _by_expert(chosen - first, gate.shape[0])
+  rows = tokens[order // experts.per_token]
+  product = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
+  inner = activation(product(rows, gate)) * product(rows, up)
+  # Rows of other devices' experts come last; what stands there is undefined.
+  here = jnp.arange(len(rows))[:, None] < jnp.sum(sizes)
+  added = jnp.where(here, product(inner, down), 0.0)
+  back = added[jnp.argsort(order)].reshape(*chosen.shape, -1)
+  mixed = jnp.einsum("akd,ak->ad", back, share.astype(back.dtype))
+  return mixed.reshape(y.shape)
+
+
+def _route(
+    tokens: Float[Array, "A E"],
+    router: Float[Array, "E X"],
+    experts: Experts,
+) -> tuple[Float[Array, "A k"], Int[Array, "A k"]]:
+  """Picks each token's experts, and what each of them counts."""
+  scores = jnp.einsum(
+      "ae,ex->ax", tokens, router, preferred_element_type=jnp.float32
+  )
+  share, chosen = jax.lax.top_k(
+      jax.nn.softmax(scores, axis=-1), experts.per_token
+  )
+  if experts.normalised:
+    share = share / jnp.sum(share, axis=-1, keepdims=True)
+  return share, chosen
+
+
+def _by_expert(
+    chosen: Int[Array, "A k"], number: int
+) -> tuple[Int[Array, " Ak"], Int[Array, " number"]]:
+  """Sorts assignments to experts 0..number-1 to the front, and counts them."""
+  flat = chosen.reshape(-1)
+  held = jnp.where((flat >= 0) & (flat < number), flat, number)
+  sizes = jnp.sum(held[:, None] == jnp.arange(number), axis=0, dtype=jnp.int32)
+  return jnp.argsort(held), sizes
