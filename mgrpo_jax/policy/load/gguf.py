@@ -1,8 +1,9 @@
-"""GGUF files of the Llama family: sizes, weights and tokenizer from one file.
+"""GGUF files: sizes, weights and tokenizer from one file.
 
-Weights are dequantised to float32. A GGUF stores the rows of query and key
-kernels with the two halves of every head interleaved, which is how llama.cpp
-rotates; here the rows go back to the half-split order of `transformer.rotate`.
+Weights are dequantised to float32. For Llama a GGUF stores the rows of query
+and key kernels with the two halves of every head interleaved, which is how
+llama.cpp rotates them; here they go back to the half-split order of
+`rotary.rotate`.
 """
 
 import functools
@@ -10,15 +11,17 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from mgrpo_jax.policy.bpe import BPETokenizer
-from mgrpo_jax.policy.config import TransformerConfig
-from mgrpo_jax.policy.load import llama
+from mgrpo_jax.policy.config import Experts, TransformerConfig
+from mgrpo_jax.policy.load.names import GGUF
+from mgrpo_jax.policy.load.tensors import StoredTensor, assemble
 from mgrpo_jax.policy.params import Params
 from mgrpo_jax.policy.policy import Policy, default_system
+from mgrpo_jax.policy.rotary import LinearScaling
 
-ARCHITECTURE = "llama"
 QUANTIZATIONS = (
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"
 )  # fmt: skip
@@ -26,12 +29,14 @@ _INTERLEAVED = ("attn_q.weight", "attn_k.weight")
 _CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 
 
-def load_gguf(path: pathlib.Path) -> Policy:
+def load_gguf(path: pathlib.Path, *, mesh: jax.sharding.Mesh | None) -> Policy:
   """Loads a policy from a GGUF file.
 
   Args:
-    path: the file; architecture `llama`, no RoPE scaling, no experts,
-      tensors of a type in `QUANTIZATIONS`, a byte-level BPE tokenizer.
+    path: the file; an architecture of `_FAMILIES`, no RoPE scaling but Gemma's
+      linear one, tensors of a type in `QUANTIZATIONS`, a byte-level BPE
+      tokenizer.
+    mesh: whose devices hold the parameters; None for the default device.
 
   Returns:
     The policy, float32, activations in float32; `chat` is derived from the
@@ -46,7 +51,8 @@ def load_gguf(path: pathlib.Path) -> Policy:
   fields = {name: field.contents() for name, field in reader.fields.items()}
   names = {tensor.name for tensor in reader.tensors}
   config = _config(fields, names, str(path))
-  params = _params(reader, config, str(path))
+  interleaved = fields["general.architecture"] == "llama"
+  params = _params(reader, config, str(path), interleaved, mesh)
   tokenizer = _tokenizer(fields, str(path))
   if tokenizer.vocab_size != config.vocab_size:
     raise ValueError(
@@ -79,53 +85,135 @@ def _config(
     fields: Mapping[str, Any], names: set[str], source: str
 ) -> TransformerConfig:
   """Reads the sizes; refuses what the transformer does not compute."""
-  needed = {
-      "num_layers": "llama.block_count",
-      "embed_dim": "llama.embedding_length",
-      "mlp_dim": "llama.feed_forward_length",
-      "num_heads": "llama.attention.head_count",
-      "rope_base": "llama.rope.freq_base",
-      "norm_eps": "llama.attention.layer_norm_rms_epsilon",
-      "tokens": "tokenizer.ggml.tokens",
-  }
-  architecture = fields.get("general.architecture")
-  if architecture != ARCHITECTURE:
+  family = str(fields.get("general.architecture"))
+  if family not in _FAMILIES:
     raise ValueError(
-        f"{source}: architecture {architecture!r}, only {ARCHITECTURE!r} is"
-        " supported"
+        f"{source}: architecture {family!r}, must be one of"
+        f" {sorted(_FAMILIES)}"
     )
+  needed = {ours: f"{family}.{theirs}" for ours, theirs in _SIZES.items()}
+  needed["tokens"] = "tokenizer.ggml.tokens"
+  scalings = ("none", "linear") if family == "gemma3" else ("none",)
+  kind = fields.get(f"{family}.rope.scaling.type", "none")
   problems = [f"missing {k}" for k in needed.values() if k not in fields]
-  problems += [
-      f"{key} = {fields[key]!r} is not supported"
-      for key in ("llama.rope.scaling.type", "llama.expert_count")
-      if fields.get(key, "none") not in ("none", 0)
-  ]
+  if kind not in scalings:
+    problems.append(f"{family}.rope.scaling.type = {kind!r} is not supported")
   if problems:
     raise ValueError(f"{source}: {'; '.join(problems)}")
+  own = {
+      key.removeprefix(f"{family}."): value
+      for key, value in fields.items()
+      if key.startswith(f"{family}.")
+  }
   values = {field: fields[key] for field, key in needed.items()}
   vocab_size = len(values.pop("tokens"))
-  head_dim = fields.get(
-      "llama.attention.key_length", values["embed_dim"] // values["num_heads"]
+  head_dim = own.get(
+      "attention.key_length", values["embed_dim"] // values["num_heads"]
   )
-  rotated = fields.get("llama.rope.dimension_count", head_dim)
+  rotated = own.get("rope.dimension_count", head_dim)
   if rotated != head_dim:
     raise ValueError(
-        f"{source}: llama.rope.dimension_count = {rotated}, must be the head"
+        f"{source}: {family}.rope.dimension_count = {rotated}, must be the head"
         f" dimension {head_dim}"
     )
-  return TransformerConfig(
-      **values,
-      vocab_size=fields.get("llama.vocab_size", vocab_size),
-      num_kv_heads=fields.get(
-          "llama.attention.head_count_kv", values["num_heads"]
-      ),
-      head_dim=head_dim,
-      tied_embeddings=llama.GGUF_NAMES["unembedding"] not in names,
-      dtype="float32",
+  if own.get("expert_count", 0) and family != "qwen3moe":
+    raise ValueError(
+        f"{source}: {family}.expert_count = {own['expert_count']} is not"
+        " supported"
+    )
+  try:
+    return TransformerConfig(
+        **values,
+        vocab_size=own.get("vocab_size", vocab_size),
+        num_kv_heads=own.get("attention.head_count_kv", values["num_heads"]),
+        head_dim=head_dim,
+        tied_embeddings=GGUF.tensors["unembedding"] not in names,
+        dtype="float32",
+        **_FAMILIES[family](own, head_dim),
+    )
+  except KeyError as error:
+    raise ValueError(f"{source}: missing {family}.{error.args[0]}") from error
+
+
+_SIZES: Mapping[str, str] = {
+    "num_layers": "block_count",
+    "embed_dim": "embedding_length",
+    "mlp_dim": "feed_forward_length",
+    "num_heads": "attention.head_count",
+    "rope_base": "rope.freq_base",
+    "norm_eps": "attention.layer_norm_rms_epsilon",
+}
+
+
+def _llama(own: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+  """Llama and SmolLM2."""
+  del own, head_dim
+  return {}
+
+
+def _qwen2(own: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+  """Qwen 2 and 2.5."""
+  del own, head_dim
+  return {"qkv_bias": True}
+
+
+def _qwen3(own: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+  """Qwen 3."""
+  del own, head_dim
+  return {"qk_norm": True}
+
+
+def _qwen3moe(own: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+  """Qwen 3 with experts; llama.cpp always normalises what they count."""
+  experts = Experts(
+      number=own["expert_count"],
+      per_token=own["expert_used_count"],
+      mlp_dim=own["expert_feed_forward_length"],
+      normalised=True,
   )
+  return _qwen3(own, head_dim) | {"experts": experts}
 
 
-def _params(reader: Any, config: TransformerConfig, source: str) -> Params:
+def _gemma3(own: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+  """Gemma 3's text model; what the file does not say is as llama.cpp has it."""
+  layers, embed = own["block_count"], own["embedding_length"]
+  scaling = None
+  if own.get("rope.scaling.type", "none") == "linear":
+    scaling = LinearScaling(factor=own["rope.scaling.factor"])
+  is_largest = layers == _GEMMA3_27B_LAYERS
+  width = embed // own["attention.head_count"] if is_largest else head_dim
+  return {
+      "qk_norm": True,
+      "post_norms": True,
+      "activation": "gelu_tanh",
+      "embedding_scale": embed**0.5,
+      "attention_scale": width**-0.5,
+      "windows": tuple(
+          own["attention.sliding_window"] if (layer + 1) % 6 else 0
+          for layer in range(layers)
+      ),
+      "local_rope_base": 10_000.0,
+      "rope_scaling": scaling,
+  }
+
+
+_GEMMA3_27B_LAYERS = 62  # the one whose queries are scaled by another width
+_FAMILIES: Mapping[str, Callable[[Mapping[str, Any], int], dict[str, Any]]] = {
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "qwen3moe": _qwen3moe,
+    "gemma3": _gemma3,
+}
+
+
+def _params(
+    reader: Any,
+    config: TransformerConfig,
+    source: str,
+    interleaved: bool,
+    mesh: jax.sharding.Mesh | None,
+) -> Params:
   """Dequantises the tensors and gives them their places."""
   types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
   wrong = [f"{n} is {t}" for n, t in types.items() if t not in QUANTIZATIONS]
@@ -134,24 +222,41 @@ def _params(reader: Any, config: TransformerConfig, source: str) -> Params:
         f"{source}: {'; '.join(wrong)}; supported: {', '.join(QUANTIZATIONS)}"
     )
   stored = {
-      tensor.name: llama.StoredTensor(
+      tensor.name: StoredTensor(
           tuple(int(size) for size in reversed(tensor.shape)),
-          functools.partial(_read, tensor, config.head_dim),
+          functools.partial(
+              _read,
+              tensor,
+              config.head_dim
+              if interleaved and tensor.name.endswith(_INTERLEAVED)
+              else 0,
+          ),
       )
       for tensor in reader.tensors
   }
-  return llama.assemble(stored, config, llama.GGUF_NAMES, source)
+  return assemble(stored, config, GGUF, source, mesh)
 
 
-def _read(tensor: Any, head_dim: int) -> np.ndarray:
-  """Dequantises a tensor; rows of queries and keys become half-split."""
+def _read(tensor: Any, interleaved: int, *index: slice) -> np.ndarray:
+  """Dequantises a part of a tensor.
+
+  Args:
+    tensor: of the reader; its data is mapped from the file, not read.
+    interleaved: width of heads whose halves are interleaved, 0 for none.
+    *index: one slice a dimension; rows at the borders of heads.
+
+  Returns:
+    Floats; rows of queries and keys half-split.
+  """
   import gguf
 
-  matrix = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-  if not tensor.name.endswith(_INTERLEAVED):
-    return matrix
-  pairs = matrix.reshape(-1, head_dim // 2, 2, matrix.shape[-1])
-  return pairs.swapaxes(1, 2).reshape(matrix.shape)
+  *rows, columns = index
+  data = tensor.data[tuple(rows)] if rows else tensor.data
+  part = gguf.quants.dequantize(data, tensor.tensor_type)[..., columns]
+  if not interleaved:
+    return part
+  pairs = part.reshape(-1, interleaved // 2, 2, part.shape[-1])
+  return pairs.swapaxes(1, 2).reshape(part.shape)
 
 
 def _tokenizer(fields: Mapping[str, Any], source: str) -> BPETokenizer:

@@ -1,4 +1,4 @@
-"""Directories as Hugging Face writes them for Llama, read and written.
+"""Directories as Hugging Face writes them, read and written.
 
     config.json  model.safetensors (or shards with their index)
     tokenizer.model | tokenizer.json + tokenizer_config.json, or neither
@@ -15,16 +15,20 @@ import json
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
+import numpy as np
 import safetensors
 import safetensors.numpy
 
 from mgrpo_jax import atomic
 from mgrpo_jax.policy import bpe
 from mgrpo_jax.policy.config import TransformerConfig
-from mgrpo_jax.policy.load import llama
+from mgrpo_jax.policy.load import huggingface
+from mgrpo_jax.policy.load.names import safetensors_names
+from mgrpo_jax.policy.load.tensors import StoredTensor, assemble, disassemble
 from mgrpo_jax.policy.params import Params
 from mgrpo_jax.policy.policy import Policy, default_system
 from mgrpo_jax.policy.tokenizer import (
@@ -40,30 +44,28 @@ TEMPLATE_FILE = "chat_template.jinja"
 CHATS = ("chatml", "compact")
 DTYPES = ("F32", "F16", "BF16")
 
-# Sizes that a config.json has to give, and what they are called here.
-_SIZES: Mapping[str, str] = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "embed_dim",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "intermediate_size": "mlp_dim",
-    "rms_norm_eps": "norm_eps",
+MAX_FILE_BYTES = 4 * 2**30  # of one weights file, unless a tensor is larger
+# Where a multimodal Gemma 3 keeps its text model, and what else it holds.
+_TEXT_PREFIXES = {
+    "language_model.": "",
+    "model.language_model.": "model.",
 }
-# What the transformer does not compute otherwise.
-_FIXED: Mapping[str, Any] = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_scaling": None,
-}
+_OTHER_PREFIXES = (
+    "vision_tower.",
+    "multi_modal_projector.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+)
 
 
-def load_directory(path: pathlib.Path) -> Policy:
+def load_directory(
+    path: pathlib.Path, *, mesh: jax.sharding.Mesh | None
+) -> Policy:
   """Loads a policy from a directory.
 
   Args:
     path: the directory.
+    mesh: whose devices hold the parameters; None for the default device.
 
   Returns:
     The policy, parameters in float32; tokenizer and chat are None where the
@@ -76,7 +78,7 @@ def load_directory(path: pathlib.Path) -> Policy:
       floats; each lists all its findings.
   """
   fields = _read_json(path / CONFIG_FILE)
-  config = _config(fields, str(path / CONFIG_FILE))
+  config = huggingface.read(fields, str(path / CONFIG_FILE))
   tokenizer = load_tokenizer(path)
   chat = _chat(fields, tokenizer, str(path / CONFIG_FILE))
   if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
@@ -84,7 +86,7 @@ def load_directory(path: pathlib.Path) -> Policy:
         f"{path}: tokenizer has {tokenizer.vocab_size} ids, vocab_size is"
         f" {config.vocab_size}"
     )
-  params = _params(path, config)
+  params = _params(path, config, mesh)
   return Policy(
       config=config,
       params=params,
@@ -114,18 +116,16 @@ def save_directory(path: pathlib.Path | str, policy: Policy) -> None:
     raise ValueError(f"{path}: exists already; policies are not overwritten")
   if not path.parent.is_dir():
     raise ValueError(f"{path.parent}: must be a directory")
-  tensors = llama.disassemble(
-      policy.params, policy.config, llama.SAFETENSORS_NAMES
+  tensors = disassemble(
+      policy.params, policy.config, safetensors_names(policy.config)
   )
-  files = {
-      CONFIG_FILE: _config_file(policy),
-      WEIGHTS_FILE: safetensors.numpy.save(tensors, {"format": "pt"}),
-  }
+  files = {CONFIG_FILE: _config_file(policy)}
   if policy.tokenizer is not None:
     files |= policy.tokenizer.files()
   with _appearing(path) as directory:
     for name, content in files.items():
       atomic.write(directory / name, content)
+    _write_weights(directory, tensors)
 
 
 def load_tokenizer(directory: pathlib.Path) -> Tokenizer | None:
@@ -155,61 +155,48 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer | None:
     raise ValueError(f"{directory}: {error}") from error
 
 
-def _config(fields: Mapping[str, Any], source: str) -> TransformerConfig:
-  """Reads the sizes; refuses what the transformer does not compute."""
-  rope = fields.get("rope_parameters") or {}
-  base: Any = rope.get("rope_theta", fields.get("rope_theta"))
-  problems = [f"missing {key}" for key in _SIZES if key not in fields]
-  if base is None:
-    problems.append("missing rope_theta")
-  problems += [
-      f"{key} = {fields[key]!r}, must be {value!r}"
-      for key, value in _FIXED.items()
-      if fields.get(key, value) != value
-  ]
-  if rope.get("rope_type", "default") != "default":
-    problems.append(f"rope_type = {rope['rope_type']!r}, must be 'default'")
-  if problems:
-    raise ValueError(f"{source}: {'; '.join(problems)}")
-  sizes = {ours: fields[theirs] for theirs, ours in _SIZES.items()}
-  heads = sizes["num_heads"]
-  try:
-    return TransformerConfig(
-        **sizes,
-        num_kv_heads=fields.get("num_key_value_heads") or heads,
-        head_dim=fields.get("head_dim") or sizes["embed_dim"] // heads,
-        rope_base=base,
-        tied_embeddings=fields.get("tie_word_embeddings", False),
-        dtype=fields.get("activation_dtype", "float32"),
-    )
-  except (ValueError, TypeError) as error:
-    raise ValueError(f"{source}: {error}") from error
-
-
 def _config_file(policy: Policy) -> bytes:
   """Writes the sizes the way transformers reads them."""
-  config = policy.config
-  sizes = {theirs: getattr(config, ours) for theirs, ours in _SIZES.items()}
-  tokenizer = policy.tokenizer
   tokens = {
-      f"{name}_token_id": getattr(tokenizer, f"{name}_id", None)
+      f"{name}_token_id": getattr(policy.tokenizer, f"{name}_id", None)
       for name in ("bos", "eos", "pad")
   }
-  fields = {
-      **_FIXED,
-      **sizes,
-      **tokens,
-      "architectures": ["LlamaForCausalLM"],
-      "num_key_value_heads": config.num_kv_heads,
-      "head_dim": config.head_dim,
-      "rope_theta": config.rope_base,
-      "tie_word_embeddings": config.tied_embeddings,
-      "torch_dtype": "float32",
-      "activation_dtype": config.dtype,
-      "chat": policy.chat,
-      "system": policy.system,
-  }
+  fields = huggingface.write(policy.config) | tokens
+  fields |= {"chat": policy.chat, "system": policy.system}
   return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _write_weights(
+    directory: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]]
+) -> None:
+  """Writes tensors into one file, or into several and their index."""
+  held: dict[str, np.ndarray] = {}
+  written: list[tuple[str, list[str], int]] = []  # file, tensors, bytes
+
+  def write_held() -> None:
+    file = f"model-{len(written) + 1:05d}.safetensors"
+    size = sum(tensor.nbytes for tensor in held.values())
+    content = safetensors.numpy.save(held, {"format": "pt"})
+    atomic.write(directory / file, content)
+    written.append((file, list(held), size))
+    held.clear()
+
+  for name, tensor in tensors:
+    size = sum(other.nbytes for other in held.values()) + tensor.nbytes
+    if held and size > MAX_FILE_BYTES:
+      write_held()
+    held[name] = tensor
+  write_held()
+  if len(written) == 1:
+    (directory / written[0][0]).rename(directory / WEIGHTS_FILE)
+    return
+  index = {
+      "metadata": {"total_size": sum(size for _, _, size in written)},
+      "weight_map": {
+          name: file for file, names, _ in written for name in names
+      },
+  }
+  atomic.write_json(directory / INDEX_FILE, index)
 
 
 def _chat(
@@ -246,23 +233,52 @@ def _system(path: pathlib.Path, fields: Mapping[str, Any]) -> str:
   return default_system(_read_json(path / bpe.CONFIG_FILE).get("chat_template"))
 
 
-def _params(path: pathlib.Path, config: TransformerConfig) -> Params:
+def _params(
+    path: pathlib.Path,
+    config: TransformerConfig,
+    mesh: jax.sharding.Mesh | None,
+) -> Params:
   """Opens all weight files at once and reads the parameters from them."""
   with contextlib.ExitStack() as stack:
-    stored: dict[str, llama.StoredTensor] = {}
+    stored: dict[str, StoredTensor] = {}
     wrong: list[str] = []
     for file in _weight_files(path):
       handle = stack.enter_context(_open(file))
-      for name in handle.keys():
-        view = handle.get_slice(name)
+      for stored_name in handle.keys():
+        name = _text_name(stored_name, config)
+        if name is None:
+          continue
+        view = handle.get_slice(stored_name)
         if view.get_dtype() not in DTYPES:
           wrong.append(f"{name} is {view.get_dtype()}")
-        stored[name] = llama.StoredTensor(
-            tuple(view.get_shape()), functools.partial(handle.get_tensor, name)
+        stored[name] = StoredTensor(
+            tuple(view.get_shape()), functools.partial(_part, view)
         )
     if wrong:
       raise ValueError(f"{path}: {'; '.join(wrong)}; supported: {DTYPES}")
-    return llama.assemble(stored, config, llama.SAFETENSORS_NAMES, str(path))
+    names = safetensors_names(config)
+    return assemble(stored, config, names, str(path), mesh)
+
+
+def _part(view: Any, *index: slice) -> np.ndarray:
+  """Reads a part of a tensor."""
+  return view[index]
+
+
+def _text_name(name: str, config: TransformerConfig) -> str | None:
+  """A tensor's name in a text-only model; None for what is not a weight of it.
+
+  Beside weights, files may hold a copy of tied embeddings, or buffers of
+  rotations that are computed here.
+  """
+  if config.post_norms:
+    if name.startswith(_OTHER_PREFIXES):
+      return None
+    for prefix, instead in _TEXT_PREFIXES.items():
+      if name.startswith(prefix):
+        name = instead + name.removeprefix(prefix)
+  is_copy = config.tied_embeddings and name == "lm_head.weight"
+  return None if is_copy or name.endswith("rotary_emb.inv_freq") else name
 
 
 def _weight_files(path: pathlib.Path) -> list[pathlib.Path]:

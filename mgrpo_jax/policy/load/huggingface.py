@@ -1,0 +1,380 @@
+"""`config.json` as Hugging Face's transformers writes it, read and written.
+
+A family is what its `model_type` says; every key that would change what is
+computed is read or refused.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mgrpo_jax.policy.config import Experts, TransformerConfig
+from mgrpo_jax.policy.rotary import LinearScaling, Llama3Scaling, Scaling
+
+Fields = Mapping[str, Any]
+
+# Sizes that a config.json has to give, and what they are called here.
+_SIZES: Mapping[str, str] = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "embed_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "mlp_dim",
+    "rms_norm_eps": "norm_eps",
+}
+# What no transformer here computes otherwise; absent keys mean these values.
+_FIXED: Mapping[str, Any] = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+    "use_bidirectional_attention": False,
+}
+# Gemma 3's multimodal files give only what differs from these.
+_GEMMA3: Fields = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 9216,
+    "head_dim": 256,
+    "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+    "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0,
+    "tie_word_embeddings": True,
+}
+
+
+def read(fields: Fields, source: str) -> TransformerConfig:
+  """Reads what a model computes; refuses what is not computed here.
+
+  Args:
+    fields: of `config.json`; of its `text_config` where it describes a
+      multimodal Gemma 3.
+    source: names the file in errors.
+
+  Returns:
+    The sizes.
+
+  Raises:
+    ValueError: listing every key that is missing or not supported.
+  """
+  family = fields.get("model_type", "llama")
+  if family not in _FAMILIES:
+    raise ValueError(
+        f"{source}: model_type = {family!r}, must be one of"
+        f" {sorted(_FAMILIES)}"
+    )
+  if family == "gemma3":
+    fields = {"model_type": family} | dict(fields.get("text_config", {}))
+  if family.startswith("gemma3"):
+    fields = {**_GEMMA3, **fields}
+  rope = fields.get("rope_parameters") or {}
+  ropes = rope if "full_attention" in rope else {"full_attention": rope}
+  whole = {
+      "rope_theta": fields.get("rope_theta"),
+      **(fields.get("rope_scaling") or {}),
+      **ropes["full_attention"],
+  }
+  problems = [f"missing {key}" for key in _SIZES if key not in fields]
+  if whole["rope_theta"] is None:
+    problems.append("missing rope_theta")
+  problems += [
+      f"{key} = {fields[key]!r}, must be {value!r}"
+      for key, value in _FIXED.items()
+      if fields.get(key, value) != value
+  ]
+  scaling, wrong = _scaling(whole)
+  problems += wrong
+  if problems:
+    raise ValueError(f"{source}: {'; '.join(problems)}")
+  sizes = {ours: fields[theirs] for theirs, ours in _SIZES.items()}
+  heads = sizes["num_heads"]
+  try:
+    return TransformerConfig(
+        **sizes,
+        num_kv_heads=fields.get("num_key_value_heads") or heads,
+        head_dim=fields.get("head_dim") or sizes["embed_dim"] // heads,
+        rope_base=whole["rope_theta"],
+        rope_scaling=scaling,
+        tied_embeddings=fields.get("tie_word_embeddings", False),
+        activation=_activation(fields),
+        dtype=fields.get("activation_dtype", "float32"),
+        **_FAMILIES[family]({**fields, "rope_parameters": ropes}),
+    )
+  except (ValueError, TypeError, KeyError) as error:
+    raise ValueError(f"{source}: {error}") from error
+
+
+def write(config: TransformerConfig) -> dict[str, Any]:
+  """Writes what a model computes the way transformers reads it.
+
+  Args:
+    config: sizes; its features tell the family.
+
+  Returns:
+    Fields of `config.json`.
+
+  Raises:
+    ValueError: no family has these features together.
+  """
+  family = _family(config)
+  sizes = {theirs: getattr(config, ours) for theirs, ours in _SIZES.items()}
+  activation = "hidden_activation" if family == "gemma3_text" else "hidden_act"
+  rope: dict[str, Any] = {"rope_theta": config.rope_base}
+  rope |= _written_scaling(config.rope_scaling)
+  fields: dict[str, Any] = {
+      **sizes,
+      "model_type": family,
+      "architectures": [_ARCHITECTURES[family]],
+      "num_key_value_heads": config.num_kv_heads,
+      "head_dim": config.head_dim,
+      "tie_word_embeddings": config.tied_embeddings,
+      activation: _ACTIVATIONS[config.activation],
+      "rope_theta": config.rope_base,
+      "rope_parameters": rope,
+      "torch_dtype": "float32",
+      "activation_dtype": config.dtype,
+  }
+  if any(config.windows):
+    fields |= _written_windows(config)
+  if family == "gemma3_text":
+    fields["query_pre_attn_scalar"] = _whole_width(config.query_scale)
+    fields["rope_local_base_freq"] = config.local_rope_base
+    local = {"rope_type": "default", "rope_theta": config.local_rope_base}
+    fields["rope_parameters"] = {
+        "full_attention": rope,
+        "sliding_attention": local,
+    }
+  if config.experts is not None:
+    fields |= {
+        "num_experts": config.experts.number,
+        "num_experts_per_tok": config.experts.per_token,
+        "moe_intermediate_size": config.experts.mlp_dim,
+        "norm_topk_prob": config.experts.normalised,
+        "mlp_only_layers": list(config.experts.dense_layers),
+        "decoder_sparse_step": 1,
+    }
+  return fields
+
+
+def _llama(fields: Fields) -> dict[str, Any]:
+  """Llama 1 to 3.x, SmolLM2."""
+  del fields
+  return {}
+
+
+def _qwen2(fields: Fields) -> dict[str, Any]:
+  """Qwen 2 and 2.5: biases of queries, keys and values."""
+  return {"qkv_bias": True, "windows": _windows(fields)}
+
+
+def _qwen3(fields: Fields) -> dict[str, Any]:
+  """Qwen 3: normed queries and keys."""
+  return {"qk_norm": True, "windows": _windows(fields)}
+
+
+def _qwen3_moe(fields: Fields) -> dict[str, Any]:
+  """Qwen 3 with a mixture of experts in its layers."""
+  step = fields.get("decoder_sparse_step", 1)
+  dense = set(fields.get("mlp_only_layers") or ())
+  number = fields.get("num_experts", fields.get("num_local_experts"))
+  if number is None:
+    raise ValueError("missing num_experts")
+  dense |= {
+      layer
+      for layer in range(fields["num_hidden_layers"])
+      if (layer + 1) % step
+  }
+  experts = Experts(
+      number=number,
+      per_token=fields["num_experts_per_tok"],
+      mlp_dim=fields["moe_intermediate_size"],
+      normalised=fields.get("norm_topk_prob", False),
+      dense_layers=tuple(sorted(dense)),
+  )
+  return _qwen3(fields) | {"experts": experts}
+
+
+def _gemma3(fields: Fields) -> dict[str, Any]:
+  """Gemma 3's text model."""
+  local = fields["rope_parameters"].get("sliding_attention") or {}
+  if local.get("rope_type", "default") != "default":
+    raise ValueError(
+        f"rope_type = {local['rope_type']!r} of sliding_attention, must be"
+        " 'default'"
+    )
+  return {
+      "qk_norm": True,
+      "post_norms": True,
+      "embedding_scale": fields["hidden_size"] ** 0.5,
+      "attention_scale": fields["query_pre_attn_scalar"] ** -0.5,
+      "windows": _windows(fields),
+      "local_rope_base": {
+          "rope_theta": fields["rope_local_base_freq"],
+          **local,
+      }["rope_theta"],
+  }
+
+
+_FAMILIES: Mapping[str, Callable[[Fields], dict[str, Any]]] = {
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
+    "gemma3_text": _gemma3,
+    "gemma3": _gemma3,
+}
+_ARCHITECTURES: Mapping[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+_ACTIVATIONS: Mapping[str, str] = {
+    "silu": "silu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+}
+
+
+def _family(config: TransformerConfig) -> str:
+  """Tells the family by what it adds to Llama."""
+  features = (
+      config.qkv_bias,
+      config.qk_norm,
+      config.post_norms,
+      config.experts is not None,
+  )
+  families = {
+      (False, False, False, False): "llama",
+      (True, False, False, False): "qwen2",
+      (False, True, False, False): "qwen3",
+      (False, True, False, True): "qwen3_moe",
+      (False, True, True, False): "gemma3_text",
+  }
+  if features not in families:
+    raise ValueError(
+        "config: no family has qkv_bias, qk_norm, post_norms, experts ="
+        f" {features}"
+    )
+  return families[features]
+
+
+def _whole_width(query_scale: float) -> int:
+  """The width w, which transformers wants whole, of a scale w^-1/2."""
+  width = round(query_scale**-2)
+  if not math.isclose(width**-0.5, query_scale, rel_tol=1e-9):
+    raise ValueError(
+        f"attention_scale: {query_scale!r} must be n^-1/2 for a whole n"
+    )
+  return width
+
+
+def _activation(fields: Fields) -> str:
+  """Reads the gate's activation."""
+  name = fields.get("hidden_activation") or fields.get("hidden_act", "silu")
+  known = {theirs: ours for ours, theirs in _ACTIVATIONS.items()}
+  if name not in known:
+    raise ValueError(f"hidden_act = {name!r}, must be one of {sorted(known)}")
+  return known[name]
+
+
+def _windows(fields: Fields) -> tuple[int, ...]:
+  """Reads what each layer sees; empty where all see everything."""
+  layers, window = fields["num_hidden_layers"], fields.get("sliding_window")
+  kinds = fields.get("layer_types")
+  if fields.get("use_sliding_window") is False or window is None:
+    return ()
+  if kinds is None:
+    every = fields.get(
+        "sliding_window_pattern", fields.get("_sliding_window_pattern")
+    )
+    first = fields.get("max_window_layers", 0)
+    kinds = [
+        "full_attention"
+        if layer < first or (every and not (layer + 1) % every)
+        else "sliding_attention"
+        for layer in range(layers)
+    ]
+  unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+  if unknown:
+    raise ValueError(f"layer_types of {unknown} are not supported")
+  windows = tuple(
+      window if kind == "sliding_attention" else 0 for kind in kinds
+  )
+  return windows if any(windows) else ()
+
+
+def _written_windows(config: TransformerConfig) -> dict[str, Any]:
+  """Writes what each layer sees."""
+  sizes = sorted(set(config.windows) - {0})
+  if len(sizes) > 1:
+    raise ValueError(f"config.windows: must be of one size, are {sizes}")
+  return {
+      "sliding_window": sizes[0],
+      "use_sliding_window": True,
+      "max_window_layers": 0,
+      "layer_types": [
+          "sliding_attention" if window else "full_attention"
+          for window in config.windows
+      ],
+  }
+
+
+def _scaling(rope: Fields) -> tuple[Scaling | None, list[str]]:
+  """Reads how rotations are scaled, and what is wrong with it."""
+  unsaid = "default" if rope.keys() <= {"rope_theta"} else None
+  kind = rope.get("rope_type", rope.get("type", unsaid))
+  keys = {
+      "default": (),
+      "linear": ("factor",),
+      "llama3": (
+          "factor",
+          "low_freq_factor",
+          "high_freq_factor",
+          "original_max_position_embeddings",
+      ),
+  }
+  if kind not in keys:
+    return None, [f"rope_type = {kind!r}, must be one of {sorted(keys)}"]
+  known = {"rope_theta", "rope_type", "type", *keys[kind]}
+  wrong = [f"missing {k} of rope {kind}" for k in keys[kind] if k not in rope]
+  wrong += [f"unknown {k} of rope {kind}" for k in rope if k not in known]
+  if wrong or kind == "default":
+    return None, wrong
+  values = [rope[key] for key in keys[kind]]
+  if kind == "linear":
+    return LinearScaling(factor=values[0]), []
+  factor, low, high, context = values
+  return (
+      Llama3Scaling(
+          factor=factor,
+          low_frequency=low,
+          high_frequency=high,
+          original_context=context,
+      ),
+      [],
+  )
+
+
+def _written_scaling(scaling: Scaling | None) -> dict[str, Any]:
+  """Writes how rotations are scaled."""
+  if scaling is None:
+    return {"rope_type": "default"}
+  if isinstance(scaling, LinearScaling):
+    return {"rope_type": "linear", "factor": scaling.factor}
+  if isinstance(scaling, Llama3Scaling):
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_frequency,
+        "high_freq_factor": scaling.high_frequency,
+        "original_max_position_embeddings": scaling.original_context,
+    }
+  raise ValueError(f"rope_scaling: {scaling!r} cannot be written")
