@@ -9,10 +9,12 @@ import numpy as np
 
 from experiments import checks
 from mgrpo_jax import rollout
-from mgrpo_jax.agents import chat, compact, expert, hermes, renaming
+from mgrpo_jax.agents import compact, expert, hermes, renaming
 from mgrpo_jax.agents.actor import Moment, scripted
 from mgrpo_jax.agents.call import turn_seed
 from mgrpo_jax.agents.chat import Chat
+from mgrpo_jax.agents.chats import chatml
+from mgrpo_jax.agents.chats.compact import compact as compact_chat
 from mgrpo_jax.agents.context import Environment
 from mgrpo_jax.agents.protocol import Action, Protocol
 from mgrpo_jax.agents.team import Team
@@ -151,11 +153,13 @@ def chats(
           f" {policy.chat!r} of policy {name!r}"
       )
     if policy.chat == "compact":
-      made[name] = chat.compact(
+      made[name] = compact_chat(
           policy.tokenizer, tags=compact.compact_tags(team)
       )
     else:
-      made[name] = chat.chatml(policy.tokenizer, default_system=policy.system)
+      made[name] = chatml.chatml(
+          policy.tokenizer, default_system=policy.system
+      )
   return made
 
 

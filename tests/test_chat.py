@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import world
-from mgrpo_jax.agents.chat import chatml, compact
+from mgrpo_jax.agents.chats.chatml import chatml
+from mgrpo_jax.agents.chats.compact import compact
 from mgrpo_jax.agents.compact import COMPACT, compact_tags
 from mgrpo_jax.agents.hermes import HERMES
-from mgrpo_jax.agents.protocol import Utterance
+from mgrpo_jax.agents.protocol import Mark, answer
 from mgrpo_jax.policy.load import gguf as gguf_loader
 from mgrpo_jax.policy.policy import SMOLLM2_SYSTEM, Policy
 from mgrpo_jax.testing.sizes import tiny_config
@@ -54,7 +55,7 @@ def test_chatml_equals_the_models_own_template(smollm2):
     for (_, turn), (_, result) in zip(
         messages[1::2], messages[2::2], strict=True
     ):
-      stream += chat.write(Utterance(tag="", text=turn))
+      stream += chat.write(turn)
       stream += chat.extend(True, result)
     assert stream == conversation["ids"], conversation["text"]
 
@@ -85,9 +86,9 @@ def test_chatml_without_a_system_message():
 def test_compact_stream():
   chat = compact(TOKENIZER, tags=TAGS)
   stream = chat.open("", "capital of Peru")
-  stream += chat.write(Utterance(tag="<search>", text="Peru"))
+  stream += chat.write((Mark("<search>"), "Peru"))
   stream += chat.extend(True, "1 Peru: Capital")
-  stream += chat.write(Utterance(tag="<answer>", text="Lima"))
+  stream += chat.write((Mark("<answer>"), "Lima"))
   assert TOKENIZER.decode(stream) == (
       "<task>capital of Peru<end><search>Peru<end>"
       "<result>1 Peru: Capital<end><answer>Lima<end>"
@@ -131,10 +132,9 @@ def test_text_never_becomes_structure(protocol, text):
   assert structure(chat.extend(True, hostile)) == structure(
       chat.extend(True, "")
   )
-  written = chat.write(Utterance(tag="<answer>", text=hostile))
-  assert structure(written) == structure(
-      chat.write(Utterance(tag="<answer>", text=""))
-  )
+  head = protocol.render(answer(""))[:1]
+  written = chat.write((*head, hostile))
+  assert structure(written) == structure(chat.write(head))
   read = chat.read(written)
   assert read.text.encode() == hostile.encode("utf-8", "replace")
   assert read.ended and not read.stray
@@ -164,5 +164,6 @@ def test_missing_control_tokens_are_all_named():
 
 def test_compact_writes_only_known_tags():
   chat = compact(TOKENIZER, tags=TAGS)
-  with pytest.raises(ValueError, match="utterance.tag: '<fly>'"):
-    chat.write(Utterance(tag="<fly>", text="x"))
+  for pieces in ((Mark("<fly>"), "x"), "x", ()):
+    with pytest.raises(ValueError, match="pieces: begin with"):
+      chat.write(pieces)

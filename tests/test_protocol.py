@@ -7,19 +7,22 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mgrpo_jax.agents.compact import COMPACT, compact_tags
-from mgrpo_jax.agents.hermes import HERMES
+from mgrpo_jax.agents.hermes import GUIDANCE, HERMES
 from mgrpo_jax.agents.protocol import (
     Action,
     Function,
     Malformed,
+    Mark,
     Utterance,
     answer,
     check_arguments,
     delegation,
     scrub,
+    spelled,
 )
-from mgrpo_jax.testing.team import small_team, small_tools
+from mgrpo_jax.testing.team import chat_of, small_team, small_tools
 
+PROTOCOLS = (COMPACT, HERMES)
 FUNCTIONS = {tool.name: tool.function for tool in small_tools().values()}
 FUNCTIONS["researcher"] = delegation("researcher")
 PARAMETER = {
@@ -40,7 +43,14 @@ def tagged(tag, text, **fields):
   return COMPACT.parse(utterance, FUNCTIONS)
 
 
-@pytest.mark.parametrize("protocol", [COMPACT, HERMES], ids=lambda p: p.name)
+def heard(protocol, action):
+  """What an action means once it was written and read."""
+  chat = chat_of(protocol, small_team())
+  utterance = chat.read(chat.write(protocol.render(action)))
+  return protocol.parse(utterance, FUNCTIONS)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda p: p.name)
 @settings(deadline=None)
 @given(name=st.sampled_from(sorted(FUNCTIONS)), text=TEXTS)
 def test_functions_are_read_as_they_were_written(protocol, name, text):
@@ -48,14 +58,14 @@ def test_functions_are_read_as_they_were_written(protocol, name, text):
   action = Action(
       kind=FUNCTIONS[name].kind, name=name, arguments={PARAMETER[name]: text}
   )
-  assert protocol.parse(protocol.render(action), FUNCTIONS) == action
+  assert heard(protocol, action) == action
 
 
-@pytest.mark.parametrize("protocol", [COMPACT, HERMES], ids=lambda p: p.name)
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda p: p.name)
 @pytest.mark.parametrize("text", ["Lima", "42", "a\n\nb", "<search>", "3.5 {x"])
 def test_answers_are_read_as_they_were_written(protocol, text):
   action = answer(text)
-  assert protocol.parse(protocol.render(action), FUNCTIONS) == action
+  assert heard(protocol, action) == action
   assert protocol.argument(action) == text
 
 
@@ -183,7 +193,7 @@ JSON = st.recursive(
     ended=st.booleans(),
 )
 def test_no_text_breaks_a_parser(tag, text, wrap, ended):
-  for protocol in (COMPACT, HERMES):
+  for protocol in PROTOCOLS:
     utterance = Utterance(tag=tag, text=wrap.replace("{}", text), ended=ended)
     result = protocol.parse(utterance, FUNCTIONS)
     assert isinstance(result, Action | Malformed)
@@ -219,18 +229,20 @@ def test_lone_surrogates_do_not_get_through():
 
 def test_hermes_shows_the_functions_as_json():
   functions = list(FUNCTIONS.values())
-  system = HERMES.system("You are a guide.", functions)
-  assert system.startswith("You are a guide.\n\n# Tools\n")
+  system = spelled(HERMES.system("You are a guide.", functions))
+  assert system.startswith(f"You are a guide.\n\n{GUIDANCE}\n\n# Tools\n")
   block = system.split("<tools>\n")[1].split("\n</tools>")[0]
   signatures = [json.loads(line)["function"] for line in block.splitlines()]
   assert [s["name"] for s in signatures] == list(FUNCTIONS)
   assert signatures[0]["parameters"] == FUNCTIONS["search"].schema
   assert HERMES.system("Just answer.", []) == "Just answer."
-  assert HERMES.system("", functions).startswith("# Tools")
+  alone = spelled(HERMES.system("", functions))
+  assert alone.startswith(f"{GUIDANCE}\n\n# Tools")
 
 
 def test_hermes_wraps_results_as_models_expect():
-  assert HERMES.wrap("x") == "<tool_response>\nx\n</tool_response>"
+  pieces = (Mark("<tool_response>"), "\nx\n", Mark("</tool_response>"))
+  assert HERMES.wrap("x") == pieces
   assert COMPACT.wrap("x") == "x"
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mgrpo_jax.agents.compact import COMPACT
 from mgrpo_jax.agents.hermes import HERMES
-from mgrpo_jax.agents.protocol import Action, Utterance, answer
+from mgrpo_jax.agents.protocol import Action, Mark, answer
 from mgrpo_jax.rollout import run_group, run_groups
 from mgrpo_jax.testing import corpus
 from mgrpo_jax.testing.generate import drawing, recording
@@ -67,7 +67,7 @@ def menu(protocol, team):
   (stop,) = chat.stop_ids
   good = [chat.write(protocol.render(action)) for action in ACTIONS[:6]]
   good += [chat.write(protocol.render(a)) for a in ACTIONS[7:]]
-  raw = [chat.write(Utterance(tag="<search>", text=text)) for text in RAW]
+  raw = [chat.write((Mark("<search>"), text)) for text in RAW]
   untagged = [[*text.encode(), stop] for text in RAW]
   odd = [
       [],

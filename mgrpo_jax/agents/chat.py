@@ -1,15 +1,16 @@
 """Messages to tokens, only ever extending the stream.
 
-A chat format is a value: functions over one tokenizer. Text is encoded piece
-by piece between control tokens, so what a page or a user writes can never
-become a control token, and nothing already in the stream is encoded again.
+A chat format is a value: functions over one tokenizer; `agents/chats` has one
+file per family. Text is encoded piece by piece between control tokens, so what
+a page or a user writes can never become a control token, and nothing already
+in the stream is encoded again.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
-from mgrpo_jax.agents.protocol import Utterance, scrub
+from mgrpo_jax.agents.protocol import Mark, Pieces, Utterance, joined, scrub
 
 
 class Tokenizer(Protocol):
@@ -45,118 +46,34 @@ class Chat:
     extend: (whether the turn ended with a stop token, result) to the ids
       that follow the sampled ones, up to the next sampled token.
     read: sampled ids to the utterance they spell.
-    write: utterance to the ids that `read` reads as it, stop id included.
+    write: pieces of a turn to the ids that `read` reads as it, stop id
+      included.
   """
 
   name: str
   stop_ids: tuple[int, ...]
-  open: Callable[[str, str], list[int]]
-  extend: Callable[[bool, str], list[int]]
+  open: Callable[[Pieces, str], list[int]]
+  extend: Callable[[bool, Pieces], list[int]]
   read: Callable[[Sequence[int]], Utterance]
-  write: Callable[[Utterance], list[int]]
+  write: Callable[[Pieces], list[int]]
 
 
-def chatml(tokenizer: Tokenizer, *, default_system: str) -> Chat:
-  r"""ChatML, the format of SmolLM2 and Qwen.
-
-  A message is `<|im_start|>role\ntext<|im_end|>\n`; a turn is sampled behind
-  `<|im_start|>assistant\n`. Results come as messages of the user.
-
-  Args:
-    tokenizer: must hold `<|im_start|>` and `<|im_end|>` as control tokens.
-    default_system: system message where a call has none; empty for none.
-
-  Returns:
-    The chat format.
-
-  Raises:
-    ValueError: a control token is missing.
-  """
-  special = _specials(tokenizer, ("<|im_start|>", "<|im_end|>"), "chatml")
-  start, end = special["<|im_start|>"], special["<|im_end|>"]
-
-  def encode(text: str) -> list[int]:
-    return tokenizer.encode(scrub(text))
-
-  def message(role: str, text: str) -> list[int]:
-    return [start, *encode(f"{role}\n{text}"), end, *encode("\n")]
-
-  def opening(system: str, request: str) -> list[int]:
-    system = system or default_system
-    head = message("system", system) if system else []
-    tail = [start, *encode("assistant\n")]
-    return [*_bos(tokenizer), *head, *message("user", request), *tail]
-
-  def extension(ended: bool, result: str) -> list[int]:
-    close = [] if ended else [end]
-    middle = [*encode("\n"), *message("user", result)]
-    return [*close, *middle, start, *encode("assistant\n")]
-
-  def write(utterance: Utterance) -> list[int]:
-    return [*encode(utterance.text), end]
-
-  return Chat(
-      name="chatml",
-      stop_ids=(end,),
-      open=opening,
-      extend=extension,
-      read=_reader(tokenizer, stop=end, tagged=False),
-      write=write,
-  )
-
-
-def compact(tokenizer: Tokenizer, *, tags: Sequence[str]) -> Chat:
-  """One control token a tag, for small models trained from scratch.
-
-  `<task>request<end>`, then sampled turns `<tag>text<end>`, each followed by
-  `<result>text<end>`. A system message, if any, stands before the request.
-
-  Args:
-    tokenizer: must hold every tag as a control token.
-    tags: what the team needs, `compact.compact_tags(team)`.
-
-  Returns:
-    The chat format.
-
-  Raises:
-    ValueError: tags are missing from the tokenizer.
-  """
-  wanted = dict.fromkeys(("<task>", "<result>", "<end>", *tags))
-  special = _specials(tokenizer, tuple(wanted), "compact")
-  end = special["<end>"]
-
-  def encode(text: str) -> list[int]:
-    return tokenizer.encode(scrub(text))
-
-  def opening(system: str, request: str) -> list[int]:
-    text = f"{system}\n{request}" if system else request
-    return [*_bos(tokenizer), special["<task>"], *encode(text), end]
-
-  def extension(ended: bool, result: str) -> list[int]:
-    close = [] if ended else [end]
-    return [*close, special["<result>"], *encode(result), end]
-
-  def write(utterance: Utterance) -> list[int]:
-    if utterance.tag not in special:
-      raise ValueError(
-          f"utterance.tag: {utterance.tag!r} is not one of {sorted(special)}"
-      )
-    return [special[utterance.tag], *encode(utterance.text), end]
-
-  return Chat(
-      name="compact",
-      stop_ids=(end,),
-      open=opening,
-      extend=extension,
-      read=_reader(tokenizer, stop=end, tagged=True),
-      write=write,
-  )
-
-
-def _specials(
+def specials(
     tokenizer: Tokenizer, names: Sequence[str], chat: str
 ) -> dict[str, int]:
-  """Ids of control tokens, raising with all that are missing."""
+  """Looks up control tokens.
+
+  Args:
+    tokenizer: where.
+    names: what the chat format cannot do without.
+    chat: name of the chat format, for the message.
+
+  Returns:
+    Ids by name.
+
+  Raises:
+    ValueError: some are missing; names them all.
+  """
   known = tokenizer.special_ids
   missing = [name for name in names if name not in known]
   if missing:
@@ -167,16 +84,55 @@ def _specials(
   return {name: known[name] for name in names}
 
 
-def _bos(tokenizer: Tokenizer) -> list[int]:
-  """The beginning of every stream."""
-  return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+def speller(tokenizer: Tokenizer) -> Callable[[Pieces], list[int]]:
+  """Makes a function that encodes pieces, each run of text at once.
+
+  Args:
+    tokenizer: whose control tokens the marks become.
+
+  Returns:
+    Pieces to ids; a mark without a control token counts as text.
+  """
+  known = tokenizer.special_ids
+
+  def resolve(piece: str | Mark) -> str | Mark:
+    if isinstance(piece, Mark) and piece.name not in known:
+      return piece.name
+    return piece
+
+  def spell(pieces: Pieces) -> list[int]:
+    ids: list[int] = []
+    for piece in joined([resolve(piece) for piece in pieces]):
+      if isinstance(piece, Mark):
+        ids.append(known[piece.name])
+      else:
+        ids += tokenizer.encode(scrub(piece))
+    return ids
+
+  return spell
 
 
-def _reader(
-    tokenizer: Tokenizer, *, stop: int, tagged: bool
+def reader(
+    tokenizer: Tokenizer, *, stop: int, tagged: bool, words: Collection[str]
 ) -> Callable[[Sequence[int]], Utterance]:
-  """A function that sets the control tokens of a turn apart from its text."""
-  names = {token: name for name, token in tokenizer.special_ids.items()}
+  """Makes a function that sets a turn's control tokens apart from its text.
+
+  Args:
+    tokenizer: decodes.
+    stop: ends a turn.
+    tagged: whether the first token may be a control token that says what the
+      turn is.
+    words: control tokens that a turn may hold anywhere; they appear in the
+      text as their names.
+
+  Returns:
+    Sampled ids to the utterance.
+  """
+  names = {
+      token: name
+      for name, token in tokenizer.special_ids.items()
+      if name not in words
+  }
 
   def read(ids: Sequence[int]) -> Utterance:
     ended = len(ids) > 0 and ids[-1] == stop
@@ -196,3 +152,8 @@ def _reader(
     return Utterance(tag=tag, text=text, ended=ended, stray=tuple(stray))
 
   return read
+
+
+def first(tokenizer: Tokenizer) -> list[int]:
+  """The beginning of every stream."""
+  return [] if tokenizer.bos_id is None else [tokenizer.bos_id]

@@ -10,6 +10,8 @@ from mgrpo_jax.agents.protocol import (
     Action,
     Function,
     Malformed,
+    Mark,
+    Pieces,
     Protocol,
     Utterance,
     answer,
@@ -82,10 +84,10 @@ def _argument(action: Action) -> str:
   return str(next(iter(action.arguments.values())))
 
 
-def _render(action: Action) -> Utterance:
+def _render(action: Action) -> Pieces:
   """Writes `<name>argument`."""
   name = "answer" if action.kind == "answer" else action.name
-  return Utterance(tag=f"<{name}>", text=_argument(action))
+  return (Mark(f"<{name}>"), _argument(action))
 
 
 def _same(text: str) -> str:

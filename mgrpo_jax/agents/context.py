@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from mgrpo_jax.agents.actor import Actor
-from mgrpo_jax.agents.protocol import Function, delegation
+from mgrpo_jax.agents.protocol import Function, Pieces, delegation
 from mgrpo_jax.agents.team import Role, Team
 from mgrpo_jax.agents.tools import Tool
 from mgrpo_jax.types import Trajectory
@@ -74,7 +74,7 @@ class Environment:
     tools = {name: self.tools[name].function for name in role.tools}
     return tools | {name: delegation(name) for name in role.calls}
 
-  def system(self, role: Role) -> str:
+  def system(self, role: Role) -> Pieces:
     """A role's system message."""
     protocol = self.actors[role.policy].protocol
     return protocol.system(role.prompt, tuple(self.functions(role).values()))

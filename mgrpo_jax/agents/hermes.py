@@ -7,61 +7,61 @@ call is the answer.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from mgrpo_jax.agents.protocol import (
     Action,
     Function,
     Malformed,
+    Mark,
+    Pieces,
     Protocol,
     Utterance,
     answer,
-    check_arguments,
+    checked_call,
+    load_json,
     scrub,
+    signature,
     structural_problem,
 )
 
-_MAX_JSON_CHARS = 20_000  # no turn is that long; bounds the parser's work
+GUIDANCE = """\
+Call at most one function in a turn. When you know the answer, write only \
+the answer, without a function call."""
+
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-_SYSTEM = """\
+_TAGS = (Mark(_OPEN), Mark(_CLOSE))
+_TOOLS = """\
 # Tools
 
-You may call one function in each turn to assist with the user query.
+You may call one or more functions to assist with the user query.
 
 You are provided with function signatures within <tools></tools> XML tags:
 <tools>
 {signatures}
 </tools>
 
-For a function call, return a json object with function name and arguments \
-within <tool_call></tool_call> XML tags:
-<tool_call>
-{{"name": <function-name>, "arguments": <args-json-object>}}
-</tool_call>
-
-When you know the answer, write only the answer, without a function call."""
+For each function call, return a json object with function name and arguments \
+within """
+_SHAPE = '\n{"name": <function-name>, "arguments": <args-json-object>}\n'
 
 
-def _system(prompt: str, functions: Sequence[Function]) -> str:
-  """The prompt, then the functions in the words Qwen 2.5 was trained on."""
+def _system(prompt: str, functions: Sequence[Function]) -> Pieces:
+  """The prompt and how we play, then the functions as Qwen is told them."""
   if not functions:
     return prompt
   signatures = "\n".join(
-      json.dumps(
-          {
-              "type": "function",
-              "function": {
-                  "name": function.name,
-                  "description": function.description,
-                  "parameters": function.schema,
-              },
-          },
-          ensure_ascii=False,
-      )
+      json.dumps(signature(function), ensure_ascii=False)
       for function in functions
   )
-  tools = _SYSTEM.format(signatures=signatures)
-  return f"{prompt}\n\n{tools}" if prompt else tools
+  head = f"{prompt}\n\n{GUIDANCE}" if prompt else GUIDANCE
+  return (
+      f"{head}\n\n{_TOOLS.format(signatures=signatures)}",
+      *_TAGS,
+      " XML tags:\n",
+      _TAGS[0],
+      _SHAPE,
+      _TAGS[1],
+  )
 
 
 def _parse(
@@ -78,7 +78,7 @@ def _parse(
     text = text[len("<answer>") : -len("</answer>")].strip()
   if not text:
     return Malformed(reason="the turn is empty")
-  if isinstance(_load_json(text), dict | list):
+  if isinstance(load_json(text), dict | list):
     return Malformed(reason=f"a function call goes inside {_OPEN}{_CLOSE}")
   return answer(text)
 
@@ -92,48 +92,14 @@ def _call(text: str, functions: Mapping[str, Function]) -> Action | Malformed:
     return Malformed(reason=f"write exactly one {_OPEN}…{_CLOSE} in a turn")
   if rest:
     return Malformed(reason=f"a turn ends with {_CLOSE}")
-  call = _load_json(body)
+  call = load_json(body)
   if isinstance(call, list) and len(call) == 1:  # as SmolLM2 writes it
     call = call[0]
   if not isinstance(call, dict) or set(call) != {"name", "arguments"}:
     return Malformed(
         reason="a tool call is a JSON object with the keys name and arguments"
     )
-  return _checked(call["name"], call["arguments"], functions)
-
-
-def _checked(
-    name: Any, arguments: Any, functions: Mapping[str, Function]
-) -> Action | Malformed:
-  """The action, if the function exists and takes these arguments."""
-  if not isinstance(name, str) or name not in functions:
-    known = ", ".join(functions) or "none"
-    return Malformed(reason=f"unknown function; there are: {known}")
-  if not isinstance(arguments, dict):
-    return Malformed(reason="arguments must be a JSON object")
-  problem = check_arguments(functions[name].schema, arguments)
-  if problem:
-    return Malformed(reason=problem)
-  clean = {
-      key: scrub(value) if isinstance(value, str) else value
-      for key, value in arguments.items()
-  }
-  return Action(kind=functions[name].kind, name=name, arguments=clean)
-
-
-def _load_json(text: str) -> Any:
-  """The JSON value of a text; None where it holds none."""
-  if len(text) > _MAX_JSON_CHARS:
-    return None
-  try:
-    return json.loads(text, parse_constant=_refuse_constant)
-  except (ValueError, RecursionError):
-    return None
-
-
-def _refuse_constant(name: str) -> None:
-  """Refuses NaN and Infinity, which JSON does not have."""
-  raise ValueError(f"{name} is not JSON")
+  return checked_call(call["name"], call["arguments"], functions)
 
 
 def _argument(action: Action) -> str:
@@ -143,18 +109,18 @@ def _argument(action: Action) -> str:
   return json.dumps(dict(action.arguments), ensure_ascii=False)
 
 
-def _render(action: Action) -> Utterance:
+def _render(action: Action) -> Pieces:
   """Writes the tool call, or the answer's text."""
   if action.kind == "answer":
-    return Utterance(tag="", text=str(action.arguments["text"]))
+    return str(action.arguments["text"])
   call = {"name": action.name, "arguments": dict(action.arguments)}
   body = json.dumps(call, ensure_ascii=False)
-  return Utterance(tag="", text=f"{_OPEN}\n{body}\n{_CLOSE}")
+  return (_TAGS[0], f"\n{body}\n", _TAGS[1])
 
 
-def _wrap(text: str) -> str:
+def _wrap(text: str) -> Pieces:
   """The result inside the tags models were trained to read it in."""
-  return f"<tool_response>\n{text}\n</tool_response>"
+  return (Mark("<tool_response>"), f"\n{text}\n", Mark("</tool_response>"))
 
 
 HERMES = Protocol(

@@ -6,6 +6,7 @@ the chat format, so ordinary text can never pass for structure.
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,6 +16,26 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "number": (int, float),
     "boolean": (bool,),
 }
+_MAX_JSON_CHARS = 20_000  # no turn is that long; bounds the parser's work
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+  """Structure between pieces of text, such as `<tool_call>`.
+
+  A chat format writes it as the control token of this name, so that no text
+  can pass for it. Where a tokenizer has no such token it is spelled out.
+
+  Attributes:
+    name: of the token.
+  """
+
+  name: str
+
+
+# What is written: text and structure. A string is a sequence of its letters,
+# and adjacent text is joined, so plain text is pieces too.
+Pieces = Sequence[str | Mark]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,23 +100,54 @@ class Malformed:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Protocol:
-  """How actions are written; four pure functions.
+  """How actions are written; pure functions.
 
   Attributes:
     name: for records and messages.
     system: (role's prompt, its functions) to the system message.
     parse: (utterance, functions by name) to what the turn means.
-    render: action to the utterance that `parse` reads as this action.
+    render: action to the pieces that `parse` reads as this action, once a
+      chat format has written and read them.
     argument: action to the text kept in records.
     wrap: result text to what is put into the stream.
   """
 
   name: str
-  system: Callable[[str, Sequence[Function]], str]
+  system: Callable[[str, Sequence[Function]], Pieces]
   parse: Callable[[Utterance, Mapping[str, Function]], Action | Malformed]
-  render: Callable[[Action], Utterance]
+  render: Callable[[Action], Pieces]
   argument: Callable[[Action], str]
-  wrap: Callable[[str], str]
+  wrap: Callable[[str], Pieces]
+
+
+def spelled(pieces: Pieces) -> str:
+  """Pieces as a reader sees them, marks by their names."""
+  return "".join(p.name if isinstance(p, Mark) else p for p in pieces)
+
+
+def joined(pieces: Pieces) -> list[str | Mark]:
+  """The same pieces, none empty and no text next to text."""
+  whole: list[str | Mark] = []
+  texts: list[str] = []
+  for piece in (*pieces, Mark("")):
+    if isinstance(piece, str):
+      texts.append(piece)
+      continue
+    if any(texts):
+      whole.append("".join(texts))
+    texts = []
+    whole.append(piece)
+  return whole[:-1]
+
+
+def trimmed(pieces: Pieces) -> list[str | Mark]:
+  """The pieces without white space at either end."""
+  whole = joined(pieces)
+  if whole and isinstance(whole[0], str):
+    whole[0] = whole[0].lstrip()
+  if whole and isinstance(whole[-1], str):
+    whole[-1] = whole[-1].rstrip()
+  return whole
 
 
 def answer(text: str) -> Action:
@@ -179,3 +231,58 @@ def structural_problem(utterance: Utterance) -> str:
   if not utterance.ended:
     return "the turn was cut off"
   return ""
+
+
+def checked_call(
+    name: Any, arguments: Any, functions: Mapping[str, Function]
+) -> Action | Malformed:
+  """Makes a call of what was read as JSON, or says what is wrong with it.
+
+  Args:
+    name: of the function, if it is one.
+    arguments: by name, if they are.
+    functions: by name.
+
+  Returns:
+    The action, if the function exists and takes these arguments.
+  """
+  if not isinstance(name, str) or name not in functions:
+    known = ", ".join(functions) or "none"
+    return Malformed(reason=f"unknown function; there are: {known}")
+  if not isinstance(arguments, dict):
+    return Malformed(reason="arguments must be a JSON object")
+  problem = check_arguments(functions[name].schema, arguments)
+  if problem:
+    return Malformed(reason=problem)
+  clean = {
+      key: scrub(value) if isinstance(value, str) else value
+      for key, value in arguments.items()
+  }
+  return Action(kind=functions[name].kind, name=name, arguments=clean)
+
+
+def signature(function: Function) -> dict[str, Any]:
+  """A function as chat templates take it."""
+  return {
+      "type": "function",
+      "function": {
+          "name": function.name,
+          "description": function.description,
+          "parameters": function.schema,
+      },
+  }
+
+
+def load_json(text: str) -> Any:
+  """The JSON value of a text; None where it holds none or is too long."""
+  if len(text) > _MAX_JSON_CHARS:
+    return None
+  try:
+    return json.loads(text, parse_constant=_refuse_constant)
+  except (ValueError, RecursionError):
+    return None
+
+
+def _refuse_constant(name: str) -> None:
+  """Refuses NaN and Infinity, which JSON does not have."""
+  raise ValueError(f"{name} is not JSON")

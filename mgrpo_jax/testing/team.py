@@ -5,7 +5,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mgrpo_jax.agents.actor import Actor, Generate, sampled
-from mgrpo_jax.agents.chat import Chat, chatml, compact
+from mgrpo_jax.agents.chat import Chat
+from mgrpo_jax.agents.chats.chatml import chatml
+from mgrpo_jax.agents.chats.compact import compact
 from mgrpo_jax.agents.compact import COMPACT, compact_tags
 from mgrpo_jax.agents.context import Environment
 from mgrpo_jax.agents.hermes import HERMES

@@ -1,0 +1,1 @@
+"""Chat formats, one file for each family of models."""
