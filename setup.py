@@ -47,6 +47,7 @@ setuptools.setup(
         "numpy>=2.0",
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.20,<1",
+        "protobuf>=4",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
         "tensorboardX>=2.6.2",

@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers of the `tokenizers` library (SmolLM2, …).
+"""BPE tokenizers of the `tokenizers` library (SmolLM2, Llama 3, Qwen, Gemma).
 
 The library would find special tokens in text. Here they are taken out of its
 vocabulary before it is built, so it has no way to.
@@ -6,12 +6,15 @@ vocabulary before it is built, so it has no way to.
 
 import json
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mgrpo_jax.policy.tokenizer import (
     REPLACEMENT,
+    SPACE_BYTES,
     decode_runs,
+    encode_around_spaces,
+    is_plain,
     without_surrogates,
 )
 
@@ -22,8 +25,16 @@ CONFIG_FILE = "tokenizer_config.json"
 class BPETokenizer:
   """A `tokenizer.json` whose added tokens are the special tokens.
 
+  All of them, whatever the definition says (Qwen does not call `<tool_call>`
+  special), but for those that are plain text: Gemma's runs of white space and
+  HTML elements.
+
   A byte without a token of its own is dropped, as transformers does; SmolLM2
   lacks six control characters and what only unassigned planes of Unicode need.
+  Text that a definition normalises (Qwen's NFC) reads as its normal form.
+
+  Deviation: where spaces are spelled as U+2581 (Gemma), transformers reads a
+  U+2581 of the text as a space; here it is kept, in bytes.
   """
 
   def __init__(self, definition: str, config: Mapping[str, Any]):
@@ -44,6 +55,8 @@ class BPETokenizer:
     self.special_ids: Mapping[str, int] = types.MappingProxyType(added)
     self._special_names = {i: name for name, i in added.items()}
     self._inner = _read_bpe(fields, added)
+    spaces = [self._inner.token_to_id(piece) for piece in SPACE_BYTES]
+    self._space_ids = None if None in spaces else spaces
     largest = max([*self._inner.get_vocab().values(), *self._special_names])
     self.vocab_size: int = largest + 1
     eos = self._named("eos_token")
@@ -61,9 +74,9 @@ class BPETokenizer:
 
   def encode(self, text: str) -> list[int]:
     """See `Tokenizer.encode`."""
-    return self._inner.encode(
-        without_surrogates(text), add_special_tokens=False
-    ).ids
+    if self._space_ids is None:
+      return self._encode_ordinary(without_surrogates(text))
+    return encode_around_spaces(text, self._encode_ordinary, self._space_ids)
 
   def decode(self, ids: Iterable[int]) -> str:
     """See `Tokenizer.decode`."""
@@ -83,6 +96,10 @@ class BPETokenizer:
         DEFINITION_FILE: self._definition.encode(),
         CONFIG_FILE: config.encode(),
     }
+
+  def _encode_ordinary(self, text: str) -> list[int]:
+    """Encodes text without surrogates."""
+    return self._inner.encode(text, add_special_tokens=False).ids
 
   def _decode_ordinary(self, ids: list[int]) -> str:
     """Decodes ids none of which is special."""
@@ -116,10 +133,14 @@ def _read_bpe(fields: dict[str, Any], added: Mapping[str, int]) -> Any:
         f"{DEFINITION_FILE}: model.type must be 'BPE', with a vocab"
     )
   model["vocab"] = {t: i for t, i in vocabulary.items() if t not in added}
+  model["merges"] = [
+      merge for merge in model.get("merges", ()) if not _spells(merge, added)
+  ]
   if model.get("unk_token") in added:
     model["unk_token"] = None
+  plain = [t for t in fields["added_tokens"] if t["content"] not in added]
   ordinary = fields | {
-      "added_tokens": [], "post_processor": None, "model": model
+      "added_tokens": plain, "post_processor": None, "model": model
   }  # fmt: skip
   try:
     return tokenizers.Tokenizer.from_str(json.dumps(ordinary))
@@ -127,11 +148,21 @@ def _read_bpe(fields: dict[str, Any], added: Mapping[str, int]) -> Any:
     raise ValueError(f"{DEFINITION_FILE}: cannot be read: {error}") from error
 
 
+def _spells(merge: str | Sequence[str], added: Mapping[str, int]) -> bool:
+  """Whether a merge makes a special token, or needs one."""
+  left, right = merge.split(" ") if isinstance(merge, str) else merge
+  return left + right in added or left in added or right in added
+
+
 def _read_definition(text: str) -> tuple[dict[str, Any], dict[str, int]]:
-  """Parses a definition and its added tokens, name to id."""
+  """Parses a definition and its special tokens, name to id."""
   try:
     fields = json.loads(text)
-    added = {t["content"]: int(t["id"]) for t in fields["added_tokens"]}
+    added = {
+        t["content"]: int(t["id"])
+        for t in fields["added_tokens"]
+        if t.get("special") or not is_plain(t["content"])
+    }
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(
         f"{DEFINITION_FILE}: must be a JSON object with added_tokens:"

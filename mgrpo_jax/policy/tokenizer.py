@@ -11,15 +11,22 @@ import io
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import sentencepiece
+from google.protobuf import message as protobuf
+from sentencepiece import sentencepiece_model_pb2
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 
 _PAD, _UNK, _EOS = "<pad>", "<unk>", "<eos>"
 _SPACE = "\u2581"  # how sentencepiece spells a space; text may hold it too
-_SPACE_BYTES = tuple(f"<0x{byte:02X}>" for byte in _SPACE.encode())
+SPACE_BYTES = tuple(f"<0x{byte:02X}>" for byte in _SPACE.encode())
+_MODEL: Any = sentencepiece_model_pb2  # its classes are made at run time
+_HTML = re.compile(
+    r"</?(table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em"
+    r"|b|i|u|s|sub|sup|code)>"
+)  # what Gemma has pieces for
 _PROBE = "  two  spaces\n\n\ttab \u2581\u00e9\u2047 "
 REPLACEMENT = "\ufffd"
 _MAX_LINE_BYTES = 1 << 24  # longer lines would be skipped without a word
@@ -88,7 +95,12 @@ class Tokenizer(Protocol):
 
 
 class SentencePieceTokenizer:
-  """A sentencepiece model whose control symbols are the special tokens."""
+  """A sentencepiece model whose control symbols are the special tokens.
+
+  Some models (Gemma) have theirs among the user-defined symbols, which the
+  library would find in text. Those that are no plain text count as control
+  symbols here.
+  """
 
   def __init__(self, model: bytes):
     """Reads a serialised model.
@@ -101,7 +113,7 @@ class SentencePieceTokenizer:
         or changes text (normalisation, dummy prefix, no byte fallback).
     """
     self._model = bytes(model)
-    self._processor = _read_sentencepiece(self._model)
+    self._processor = _read_sentencepiece(_with_control_symbols(self._model))
     size = self._processor.vocab_size()
     self.vocab_size: int = size
     self.special_ids: Mapping[str, int] = types.MappingProxyType(
@@ -121,7 +133,7 @@ class SentencePieceTokenizer:
           "sentencepiece model: needs an end and a padding token, has ids"
           f" {self.eos_id} and {self.pad_id}"
       )
-    self._space_ids = [self._processor.piece_to_id(p) for p in _SPACE_BYTES]
+    self._space_ids = [self._processor.piece_to_id(p) for p in SPACE_BYTES]
     if self.decode(self.encode(_PROBE)) != _PROBE:
       raise ValueError(
           "sentencepiece model: changes text; train it with identity"
@@ -131,12 +143,7 @@ class SentencePieceTokenizer:
 
   def encode(self, text: str) -> list[int]:
     """See `Tokenizer.encode`."""
-    first, *rest = without_surrogates(text).split(_SPACE)
-    ids = self._processor.encode(first)
-    for part in rest:
-      ids += self._space_ids
-      ids += self._processor.encode(part)
-    return ids
+    return encode_around_spaces(text, self._processor.encode, self._space_ids)
 
   def decode(self, ids: Iterable[int]) -> str:
     """See `Tokenizer.decode`."""
@@ -244,6 +251,42 @@ def encode_with_specials(tokenizer: Tokenizer, text: str) -> list[int]:
   return ids
 
 
+def is_plain(name: str) -> bool:
+  """Whether an added token is ordinary text, not structure.
+
+  Args:
+    name: of a token that its vocabulary does not call special, or of a
+      user-defined symbol.
+
+  Returns:
+    True for white space and the HTML elements that Gemma has pieces for;
+    False for everything else (`<tool_call>`, `<unused7>`, …), known or not.
+  """
+  is_space = name.replace(_SPACE, " ").isspace()
+  return is_space or _HTML.fullmatch(name) is not None
+
+
+def encode_around_spaces(
+    text: str, encode: Callable[[str], list[int]], space_ids: Sequence[int]
+) -> list[int]:
+  """Encodes text with a vocabulary that spells spaces as U+2581.
+
+  Args:
+    text: any string, which may hold U+2581 itself.
+    encode: text without U+2581 to ids.
+    space_ids: byte tokens of U+2581.
+
+  Returns:
+    Ids that decode to the text.
+  """
+  first, *rest = without_surrogates(text).split(_SPACE)
+  ids = list(encode(first))
+  for part in rest:
+    ids += space_ids
+    ids += encode(part)
+  return ids
+
+
 def without_surrogates(text: str) -> str:
   """Replaces unpaired surrogates, which no UTF-8 text can hold.
 
@@ -291,6 +334,19 @@ def decode_runs(
       run.append(token)
   parts.append(decode(run))
   return "".join(parts)
+
+
+def _with_control_symbols(model: bytes) -> bytes:
+  """Turns user-defined symbols that are no plain text into control symbols."""
+  fields = _MODEL.ModelProto()
+  try:
+    fields.ParseFromString(model)
+  except protobuf.DecodeError as error:
+    raise ValueError(f"sentencepiece model: cannot be read: {error}") from error
+  for piece in fields.pieces:
+    if piece.type == piece.USER_DEFINED and not is_plain(piece.piece):
+      piece.type = piece.CONTROL
+  return fields.SerializeToString()
 
 
 def _read_sentencepiece(model: bytes) -> sentencepiece.SentencePieceProcessor:
