@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from mgrpo_jax.agents.compact import COMPACT, compact_tags
 from mgrpo_jax.agents.hermes import GUIDANCE, HERMES
+from mgrpo_jax.agents.llama import LLAMA
 from mgrpo_jax.agents.protocol import (
     Action,
     Function,
@@ -22,7 +23,7 @@ from mgrpo_jax.agents.protocol import (
 )
 from mgrpo_jax.testing.team import chat_of, small_team, small_tools
 
-PROTOCOLS = (COMPACT, HERMES)
+PROTOCOLS = (COMPACT, HERMES, LLAMA)
 FUNCTIONS = {tool.name: tool.function for tool in small_tools().values()}
 FUNCTIONS["researcher"] = delegation("researcher")
 PARAMETER = {
