@@ -24,8 +24,8 @@ _SPACE = "\u2581"  # how sentencepiece spells a space; text may hold it too
 SPACE_BYTES = tuple(f"<0x{byte:02X}>" for byte in _SPACE.encode())
 _MODEL: Any = sentencepiece_model_pb2  # its classes are made at run time
 _HTML = re.compile(
-    r"</?(table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em"
-    r"|b|i|u|s|sub|sup|code)>"
+    r"</?(html|body|div|span|footer|iframe|img|bbox|a|ul|li|table|caption|thead"
+    r"|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code)>"
 )  # what Gemma has pieces for
 _PROBE = "  two  spaces\n\n\ttab \u2581\u00e9\u2047 "
 REPLACEMENT = "\ufffd"
