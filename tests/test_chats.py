@@ -107,9 +107,9 @@ def pieces_of(turn, protocol):
   return [*pieces, *text, *protocol.render(action)]
 
 
-def stream_of(name, talk):
+def stream_of(setup, talk):
   """The stream as the call loop builds it, and where each part of it ends."""
-  chat, protocol, _ = made(name)
+  chat, protocol, _ = setup
   functions = FUNCTIONS if talk["tools"] else ()
   system = protocol.system(talk["system"], functions)
   stream = chat.open(system, talk["request"])
@@ -158,7 +158,7 @@ def test_the_golden_file_says_what_we_say():
 @cases
 def test_streams_read_as_the_models_own_template(name, number):
   talk = talk_of(name, number)
-  stream, _ = stream_of(name, talk)
+  stream, _ = stream_of(made(name), talk)
   text = made(name)[2].decode(stream)
   assert without_earlier_thoughts(name, text) == expected_of(name, talk)
 
@@ -166,7 +166,7 @@ def test_streams_read_as_the_models_own_template(name, number):
 @cases
 def test_prompts_are_those_of_the_models_own_template(name, number):
   talk = talk_of(name, number)
-  stream, ends = stream_of(name, talk)
+  stream, ends = stream_of(made(name), talk)
   tokenizer = made(name)[2]
   for end, length in zip(ends[::2], talk["prompts"], strict=True):
     if length is not None:
@@ -195,7 +195,7 @@ def is_hostile(talk):
 )
 def test_streams_have_the_ids_of_the_models_own_template(name, number):
   talk = talk_of(name, number)
-  stream, _ = stream_of(name, talk)
+  stream, _ = stream_of(made(name), talk)
   tokenizer = made(name)[2]
   if name == "qwen3_direct":
     text = tokenizer.decode(stream)  # equal but for the thoughts, see above
@@ -208,7 +208,7 @@ def test_streams_have_the_ids_of_the_models_own_template(name, number):
 def test_qwen3_direct_is_the_template_until_results_follow(number):
   talk = talk_of("qwen3_direct", number)
   assert sum(isinstance(turn, dict) for turn in talk["turns"]) <= 1
-  text = families.qwen().decode(stream_of("qwen3_direct", talk)[0])
+  text = families.qwen().decode(stream_of(made("qwen3_direct"), talk)[0])
   assert text == expected_of("qwen3_direct", talk)
 
 
@@ -230,7 +230,7 @@ def test_control_tokens_in_text_change_no_structure(name):
       ],
   }
   structures = [
-      [token for token in stream_of(name, each)[0] if token in special]
+      [token for token in stream_of(made(name), each)[0] if token in special]
       for each in (talk, calm)
   ]
   assert structures[0] == structures[1]

