@@ -68,7 +68,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.seed = 0  # of task order, sampling, alignment and initialisation
 
   config.team = ml_collections.ConfigDict()
-  config.team.protocol = "compact"  # or hermes
+  config.team.protocol = "compact"  # or hermes, or llama (Llama 3's JSON)
   config.team.root = "main"
   config.team.roles = ml_collections.ConfigDict()
   config.policies = ml_collections.ConfigDict()

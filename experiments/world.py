@@ -1,7 +1,8 @@
 """What a team acts in: the Factbook, its tools, policies and their chats."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import ml_collections
@@ -9,11 +10,11 @@ import numpy as np
 
 from experiments import checks
 from mgrpo_jax import rollout
-from mgrpo_jax.agents import compact, expert, hermes, renaming
+from mgrpo_jax.agents import compact, expert, hermes, llama, renaming
 from mgrpo_jax.agents.actor import Moment, scripted
 from mgrpo_jax.agents.call import turn_seed
 from mgrpo_jax.agents.chat import Chat
-from mgrpo_jax.agents.chats import chatml
+from mgrpo_jax.agents.chats import chatml, gemma3, llama3
 from mgrpo_jax.agents.chats.compact import compact as compact_chat
 from mgrpo_jax.agents.context import Environment
 from mgrpo_jax.agents.protocol import Action, Protocol
@@ -42,6 +43,29 @@ from mgrpo_jax.types import RolloutGroup, Status, Task
 PROTOCOLS: Mapping[str, Protocol] = {
     "compact": compact.COMPACT,
     "hermes": hermes.HERMES,
+    "llama": llama.LLAMA,
+}
+# The chat formats of `Policy.chat` that go with a protocol, but for compact's,
+# which needs the team. Runs are repeatable, so the date is the template's.
+CHATS: Mapping[str, Mapping[str, Callable[..., Chat]]] = {
+    "hermes": {
+        "chatml": chatml.chatml,  # with the policy's own system message
+        "qwen2_5": functools.partial(
+            chatml.chatml, default_system=chatml.QWEN2_5_SYSTEM
+        ),
+        "qwen3": chatml.qwen3,
+        "qwen3_direct": chatml.qwen3_direct,
+        "llama3": llama3.llama3,
+        "llama3_1": functools.partial(
+            llama3.llama3_1, date=llama3.TEMPLATE_DATE
+        ),
+        "gemma3": gemma3.gemma3,
+    },
+    "llama": {
+        "llama3_1": functools.partial(
+            llama3.llama3_1_tools, date=llama3.TEMPLATE_DATE
+        ),
+    },
 }
 TOOLS = ("calculate", "search", "visit")
 _REMEMBERED_QUERIES = 100_000
@@ -134,32 +158,35 @@ def chats(
   Args:
     team: whose tags the compact format needs.
     loaded: policies by name.
-    protocol: the compact protocol needs the compact format, and only it.
+    protocol: name of it; each goes with some chat formats only.
 
   Returns:
     Chat formats by policy.
 
   Raises:
-    ValueError: a policy has no tokenizer, or speaks another format than the
-      protocol needs.
+    ValueError: a policy has no tokenizer, lacks control tokens, or speaks a
+      format that does not go with the protocol.
   """
+  tags = compact.compact_tags(team)
+  own = {"compact": functools.partial(compact_chat, tags=tags)}
+  constructors = own if protocol == "compact" else CHATS[protocol]
   made: dict[str, Chat] = {}
   for name, policy in loaded.items():
     if policy.tokenizer is None:
       raise ValueError(f"config.policies.{name}.source: holds no tokenizer")
-    if (policy.chat == "compact") != (protocol == "compact"):
+    constructor = constructors.get(policy.chat or "")
+    if constructor is None:
       raise ValueError(
           f"config.team.protocol: {protocol!r} does not go with the chat format"
-          f" {policy.chat!r} of policy {name!r}"
+          f" {policy.chat!r} of policy {name!r}, but with"
+          f" {', '.join(constructors)}"
       )
-    if policy.chat == "compact":
-      made[name] = compact_chat(
-          policy.tokenizer, tags=compact.compact_tags(team)
+    if constructor is chatml.chatml:
+      constructor = functools.partial(
+          constructor, default_system=policy.system
       )
-    else:
-      made[name] = chatml.chatml(
-          policy.tokenizer, default_system=policy.system
-      )
+    with checks.inside(f"policies.{name}.source"):
+      made[name] = constructor(policy.tokenizer)
   return made
 
 

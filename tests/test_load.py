@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import struct
 
+import families
 import jax
 import ml_dtypes
 import numpy as np
@@ -120,12 +121,35 @@ def test_without_tokenizer_has_no_chat(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("special", "chat"), [("<|im_start|>", "chatml"), ("<task>", None)]
+    ("specials", "chat"),
+    [
+        ("<|im_start|> <|im_end|>", "chatml"),
+        ("<|im_start|> <|im_end|> <tool_call> </tool_call>", "qwen2_5"),
+        ("<|im_start|> <|im_end|> <think> </think>", "qwen3"),
+        ("<|start_header_id|> <|eot_id|>", "llama3"),
+        ("<|start_header_id|> <|eot_id|> <|eom_id|>", "llama3_1"),
+        ("<start_of_turn> <end_of_turn>", "gemma3"),
+        ("<task>", None),
+    ],
 )
-def test_chat_is_derived_where_config_is_silent(special, chat, tmp_path):
-  save_directory(tmp_path / "p", policy(TINY, pieces(special_tokens=[special])))
+def test_chat_is_derived_where_config_is_silent(specials, chat, tmp_path):
+  names = specials.split()
+  tok = pieces(279 + len(names), names)
+  save_directory(tmp_path / "p", policy(TINY, tok))
   edit_config(tmp_path / "p", chat=...)
   assert load(tmp_path / "p").chat == chat
+
+
+def test_special_tokens_may_lie_beyond_the_vocabulary(tmp_path):
+  tok = families.qwen()
+  ordinary = min(tok.special_ids.values())
+  for size in (ordinary, ordinary - 1):
+    config = dataclasses.replace(TINY, vocab_size=size)
+    save_directory(tmp_path / str(size), policy(config, tok, "chatml"))
+  loaded = load(tmp_path / str(ordinary))
+  assert loaded.tokenizer.vocab_size > loaded.config.vocab_size
+  with pytest.raises(ValueError, match=f"vocab_size is {ordinary - 1}"):
+    load(tmp_path / str(ordinary - 1))
 
 
 def edit_config(directory, **changes):

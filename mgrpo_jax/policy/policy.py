@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import Params
@@ -11,6 +12,37 @@ from mgrpo_jax.policy.tokenizer import Tokenizer
 SMOLLM2_SYSTEM = (
     "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 )
+# Names of chat formats, and the control tokens by which a model that does not
+# say which it speaks is known; what is listed first is tried first.
+CHATS: Mapping[str, tuple[str, ...]] = {
+    "qwen3": ("<|im_start|>", "<|im_end|>", "<think>", "</think>"),
+    "qwen2_5": ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3_1": ("<|start_header_id|>", "<|eot_id|>", "<|eom_id|>"),
+    "llama3": ("<|start_header_id|>", "<|eot_id|>"),
+    "gemma3": ("<start_of_turn>", "<end_of_turn>"),
+}
+# Those that nothing in a tokenizer gives away.
+SILENT_CHATS = ("compact", "qwen3_direct")
+
+
+def derive_chat(tokenizer: Tokenizer) -> str | None:
+  """Guesses the chat format from the control tokens.
+
+  Qwen 3's `Instruct` models of July 2025 never think, though they have the
+  tokens: there, `chatml` has to be said.
+
+  Args:
+    tokenizer: of the policy.
+
+  Returns:
+    A name; None where no format is known by these tokens.
+  """
+  special = tokenizer.special_ids
+  for name, tokens in CHATS.items():
+    if all(token in special for token in tokens):
+      return name
+  return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,8 +53,10 @@ class Policy:
     config: sizes.
     params: weights.
     tokenizer: None where the source of the weights holds none.
-    chat: name of the chat format (`compact`, `chatml`), or None likewise.
-    system: system message where a call has none; empty for none.
+    chat: name of the chat format, of `CHATS` or `SILENT_CHATS`, or None
+      likewise.
+    system: system message where a call has none, of ChatML formats; empty for
+      none.
   """
 
   config: TransformerConfig

@@ -13,9 +13,6 @@ from mgrpo_jax.agents.chat import (
 from mgrpo_jax.agents.protocol import Mark, Pieces, Utterance, spelled
 
 # What the models' own templates say where a conversation has no system message.
-SMOLLM2_SYSTEM = (
-    "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-)
 QWEN2_5_SYSTEM = (
     "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 )

@@ -19,7 +19,7 @@ from mgrpo_jax.policy.config import Experts, TransformerConfig
 from mgrpo_jax.policy.load.names import GGUF
 from mgrpo_jax.policy.load.tensors import StoredTensor, assemble
 from mgrpo_jax.policy.params import Params
-from mgrpo_jax.policy.policy import Policy, default_system
+from mgrpo_jax.policy.policy import Policy, default_system, derive_chat
 from mgrpo_jax.policy.rotary import LinearScaling
 
 QUANTIZATIONS = (
@@ -59,12 +59,11 @@ def load_gguf(path: pathlib.Path, *, mesh: jax.sharding.Mesh | None) -> Policy:
         f"{path}: {tokenizer.vocab_size} tokens for a vocabulary of"
         f" {config.vocab_size}"
     )
-  chat = "chatml" if "<|im_start|>" in tokenizer.special_ids else None
   return Policy(
       config=config,
       params=params,
       tokenizer=tokenizer,
-      chat=chat,
+      chat=derive_chat(tokenizer),
       system=default_system(fields.get("tokenizer.chat_template")),
   )
 

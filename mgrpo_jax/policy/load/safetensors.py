@@ -30,7 +30,13 @@ from mgrpo_jax.policy.load import huggingface
 from mgrpo_jax.policy.load.names import safetensors_names
 from mgrpo_jax.policy.load.tensors import StoredTensor, assemble, disassemble
 from mgrpo_jax.policy.params import Params
-from mgrpo_jax.policy.policy import Policy, default_system
+from mgrpo_jax.policy.policy import (
+    CHATS,
+    SILENT_CHATS,
+    Policy,
+    default_system,
+    derive_chat,
+)
 from mgrpo_jax.policy.tokenizer import (
     SENTENCEPIECE_FILE,
     SentencePieceTokenizer,
@@ -41,7 +47,6 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TEMPLATE_FILE = "chat_template.jinja"
-CHATS = ("chatml", "compact")
 DTYPES = ("F32", "F16", "BF16")
 
 MAX_FILE_BYTES = 4 * 2**30  # of one weights file, unless a tensor is larger
@@ -81,11 +86,8 @@ def load_directory(
   config = huggingface.read(fields, str(path / CONFIG_FILE))
   tokenizer = load_tokenizer(path)
   chat = _chat(fields, tokenizer, str(path / CONFIG_FILE))
-  if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-    raise ValueError(
-        f"{path}: tokenizer has {tokenizer.vocab_size} ids, vocab_size is"
-        f" {config.vocab_size}"
-    )
+  if tokenizer is not None:
+    _check_ids(tokenizer, config, str(path))
   params = _params(path, config, mesh)
   return Policy(
       config=config,
@@ -155,6 +157,23 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer | None:
     raise ValueError(f"{directory}: {error}") from error
 
 
+def _check_ids(
+    tokenizer: Tokenizer, config: TransformerConfig, source: str
+) -> None:
+  """Raises where text could become an id that the policy does not have.
+
+  Special tokens may lie beyond: Gemma 3 1B lacks the image token that its
+  tokenizer shares with the larger ones.
+  """
+  special = tokenizer.special_ids.values()
+  beyond = sum(token >= config.vocab_size for token in special)
+  if tokenizer.vocab_size - beyond > config.vocab_size:
+    raise ValueError(
+        f"{source}: tokenizer has {tokenizer.vocab_size} ids, vocab_size is"
+        f" {config.vocab_size}"
+    )
+
+
 def _config_file(policy: Policy) -> bytes:
   """Writes the sizes the way transformers reads them."""
   tokens = {
@@ -206,10 +225,11 @@ def _chat(
   if tokenizer is None:
     return None
   if "chat" not in fields:
-    return "chatml" if "<|im_start|>" in tokenizer.special_ids else None
-  if fields["chat"] not in (None, *CHATS):
+    return derive_chat(tokenizer)
+  allowed = (*CHATS, *SILENT_CHATS)
+  if fields["chat"] not in (None, *allowed):
     raise ValueError(
-        f"{source}: chat = {fields['chat']!r}, must be one of {CHATS}"
+        f"{source}: chat = {fields['chat']!r}, must be one of {allowed}"
     )
   return fields["chat"]
 
