@@ -53,10 +53,11 @@ def qwen3(tokenizer: Tokenizer) -> Chat:
   in the text, the reasoning is only read over. Reasoning that does not end is
   a stray control token.
 
-  Deviation: the template drops the reasoning before the last request, and adds
-  an empty one to a last turn that has none. Here the stream keeps what was
-  sampled. A call has one request, and results are no requests to the template,
-  so for turns that reason both give the same tokens.
+  Deviation: the template drops the reasoning before the last request, adds an
+  empty one to a last turn that has none, and trims line ends around reasoning
+  and text. Here the stream keeps what was sampled. A call has one request, and
+  wrapped results are no requests to the template, so for turns written as above
+  both give the same tokens.
 
   Args:
     tokenizer: must hold the control tokens of ChatML, `<think>`, `</think>`.
