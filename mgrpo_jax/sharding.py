@@ -39,6 +39,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "expert": "expert",
     "router": None,  # experts, as columns of the router
+    "rank": None,  # of a low-rank adapter
 }
 
 

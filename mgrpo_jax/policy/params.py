@@ -70,12 +70,15 @@ class ParamSpec:
     dtype: of the array.
     logical_axes: a name for each dimension, see `mgrpo_jax.sharding.RULES`.
     init: (key, shape, dtype) -> array.
+    inputs: leading axes that a kernel contracts, after that of experts; 0 for
+      what is no kernel.
   """
 
   shape: tuple[int, ...]
   dtype: np.dtype
   logical_axes: tuple[str, ...]
   init: Init
+  inputs: int
 
 
 def param_specs(config: TransformerConfig) -> Params:
@@ -94,12 +97,12 @@ def param_specs(config: TransformerConfig) -> Params:
   """
   embed = config.embed_dim
   return Params(
-      embedding=_normal(embed, vocab=config.vocab_size, embed=embed),
+      embedding=_normal(embed, 0, vocab=config.vocab_size, embed=embed),
       layers=tuple(_layer_specs(config, i) for i in range(config.num_layers)),
       final_norm=_ones(embed),
       unembedding=None
       if config.tied_embeddings
-      else _normal(embed, embed=embed, vocab=config.vocab_size),
+      else _normal(embed, 1, embed=embed, vocab=config.vocab_size),
   )
 
 
@@ -157,10 +160,10 @@ def _layer_specs(config: TransformerConfig, layer: int) -> Layer:
   width = config.num_heads * config.head_dim
   return Layer(
       attention_norm=_ones(embed),
-      query=_normal(embed, embed=embed, **heads),
-      key=_normal(embed, embed=embed, **key_heads),
-      value=_normal(embed, embed=embed, **key_heads),
-      output=_normal(width * depth, **heads, embed=embed),
+      query=_normal(embed, 1, embed=embed, **heads),
+      key=_normal(embed, 1, embed=embed, **key_heads),
+      value=_normal(embed, 1, embed=embed, **key_heads),
+      output=_normal(width * depth, 3, **heads, embed=embed),
       mlp_norm=_ones(embed),
       **_feed_forward_specs(config, layer),
       query_bias=_zeros(**heads) if config.qkv_bias else None,
@@ -183,31 +186,31 @@ def _feed_forward_specs(
   if config.is_sparse(layer):
     assert config.experts is not None
     mlp, experts = config.experts.mlp_dim, {"expert": config.experts.number}
-    specs["router"] = _normal(embed, embed=embed, router=experts["expert"])
+    specs["router"] = _normal(embed, 1, embed=embed, router=experts["expert"])
   inner = mlp * 2 * config.num_layers
   return specs | {
-      "gate": _normal(embed, **experts, embed=embed, mlp=mlp),
-      "up": _normal(embed, **experts, embed=embed, mlp=mlp),
-      "down": _normal(inner, **experts, mlp=mlp, embed=embed),
+      "gate": _normal(embed, 1, **experts, embed=embed, mlp=mlp),
+      "up": _normal(embed, 1, **experts, embed=embed, mlp=mlp),
+      "down": _normal(inner, 1, **experts, mlp=mlp, embed=embed),
   }
 
 
-def _normal(inverse_variance: int, **axes: int) -> ParamSpec:
+def _normal(inverse_variance: int, inputs: int, **axes: int) -> ParamSpec:
   """Declares a kernel; axes are named dimensions in order."""
   draw = functools.partial(_draw_normal, inverse_variance)
   shape = tuple(axes.values())
-  return ParamSpec(shape, np.dtype(np.float32), tuple(axes), draw)
+  return ParamSpec(shape, np.dtype(np.float32), tuple(axes), draw, inputs)
 
 
 def _ones(size: int) -> ParamSpec:
   """Declares a norm's scale."""
-  return ParamSpec((size,), np.dtype(np.float32), ("norm",), _draw_ones)
+  return ParamSpec((size,), np.dtype(np.float32), ("norm",), _draw_ones, 0)
 
 
 def _zeros(**axes: int) -> ParamSpec:
   """Declares a bias; axes are named dimensions in order."""
   shape = tuple(axes.values())
-  return ParamSpec(shape, np.dtype(np.float32), tuple(axes), _draw_zeros)
+  return ParamSpec(shape, np.dtype(np.float32), tuple(axes), _draw_zeros, 0)
 
 
 def _draw_normal(

@@ -23,19 +23,6 @@ from mgrpo_jax.policy.params import Layer, Params, ParamSpec, param_specs
 
 Index = tuple[slice, ...]
 
-# Leading axes of a parameter that a kernel contracts, after that of experts.
-_INPUT_AXES: Mapping[str, int] = {
-    "query": 1,
-    "key": 1,
-    "value": 1,
-    "output": 3,
-    "gate": 1,
-    "up": 1,
-    "down": 1,
-    "router": 1,
-    "unembedding": 1,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
@@ -56,14 +43,12 @@ class _Entry:
 
   Attributes:
     names: of its tensor, or of one a slice of its leading axis (an expert).
-    input_axes: leading axes that the kernel contracts; 0 is no kernel.
     stacked: whether a leading axis counts experts.
     offset: what the parameter has and the tensor lacks.
     spec: of the parameter.
   """
 
   names: tuple[str, ...]
-  input_axes: int
   stacked: bool
   offset: float
   spec: ParamSpec
@@ -76,7 +61,7 @@ class _Entry:
   @property
   def stored_shape(self) -> tuple[int, ...]:
     """Of each tensor."""
-    shape, inputs = self.shape, self.input_axes
+    shape, inputs = self.shape, self.spec.inputs
     stored: tuple[int, ...]
     if inputs:
       stored = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
@@ -185,7 +170,6 @@ def _entries(config: TransformerConfig, names: Names) -> Params:
     each = spec.shape[0] if name.count("{}") == 2 else 1
     return _Entry(
         names=tuple(name.format(*layer, number) for number in range(each)),
-        input_axes=_INPUT_AXES.get(field, 0),
         stacked=stacked,
         offset=names.norm_offset if spec.logical_axes == ("norm",) else 0.0,
         spec=spec,
@@ -239,7 +223,7 @@ def _read_one(
     entry: _Entry, read: Callable[..., np.ndarray], ranges: list[slice]
 ) -> np.ndarray:
   """Reads a part of a matrix or vector as a part of the parameter."""
-  shape, inputs = entry.shape, entry.input_axes
+  shape, inputs = entry.shape, entry.spec.inputs
   if inputs:
     rows = _flat(ranges[inputs:], shape[inputs:])
     columns = _flat(ranges[:inputs], shape[:inputs])
@@ -277,7 +261,7 @@ def _tensors(
 
 def _to_stored(entry: _Entry, value: np.ndarray) -> np.ndarray:
   """Turns one matrix or vector into what a file stores."""
-  if not entry.input_axes:
+  if not entry.spec.inputs:
     return np.ascontiguousarray(value.reshape(entry.stored_shape))
   outputs, inputs = entry.stored_shape[-2:]
   return np.ascontiguousarray(value.reshape(inputs, outputs).T)
