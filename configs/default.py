@@ -156,6 +156,9 @@ def _add_optimisation(config: ml_collections.ConfigDict) -> None:
   config.batch.rows = 16  # N, packed rows of a micro-batch, >= 1
   config.batch.row_tokens = 256  # T, tokens of a packed row
   config.batch.trajectories = 64  # M, trajectories of a micro-batch, >= 1
+  # Sampled tokens of a packed row, at most; reinforcement computes logits for
+  # so many. Fewer save the head's work where prompts and results are long.
+  config.batch.row_targets = 0  # 0 for row_tokens
 
   config.warmup_steps = 5  # updates of linear warm-up a stage, >= 0
   config.optimizer = ml_collections.ConfigDict()  # adamw

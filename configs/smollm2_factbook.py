@@ -65,6 +65,7 @@ def get_config(arm: str = "full") -> ml_collections.ConfigDict:
   config.engine.prefill_buckets = (32, 64, 128, 256, 512)
   config.batch.rows = 4
   config.batch.row_tokens = 1024
+  config.batch.row_targets = 512
   config.batch.trajectories = 16
   if arm != "full":
     shorten(config, "imitation" if arm == "cpu_imitation" else "easy")

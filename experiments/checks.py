@@ -40,6 +40,7 @@ _RANGES = {  # lowest and highest allowed
     "batch.minibatches": (1, _MOST),
     "batch.rows": (1, _MOST),
     "batch.row_tokens": (1, _MOST),
+    "batch.row_targets": (0, _MOST),
     "batch.trajectories": (1, _MOST),
     "warmup_steps": (0, _MOST),
     "evaluation.every": (1, _MOST),
@@ -156,6 +157,15 @@ def combinations(values: Mapping[str, Any], team: Team) -> None:
           f"config.{key}: {size} must be at least {deepest}, the largest"
           " max_context of a role"
       )
+  sampled = max(
+      min(role.max_turns * role.max_new_tokens, role.max_context)
+      for role in team.roles
+  )
+  if 0 < batch["row_targets"] < sampled:
+    raise ValueError(
+        f"config.batch.row_targets: {batch['row_targets']} must be 0 or at"
+        f" least {sampled}, what a role may sample in a call"
+    )
   if engine["block"] > engine["context"]:
     raise ValueError(
         f"config.engine.block: {engine['block']} must be at most"

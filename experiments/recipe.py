@@ -260,6 +260,7 @@ def build_method(config: ml_collections.ConfigDict) -> Method:
         rows=config.batch.rows,
         row_tokens=config.batch.row_tokens,
         trajectories=config.batch.trajectories,
+        row_targets=config.batch.row_targets or config.batch.row_tokens,
     )
   with checks.inside("optimizer"):
     optimizer = optim.AdamW(**config.optimizer)

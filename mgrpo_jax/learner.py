@@ -72,6 +72,9 @@ class Learner:
     self._shape = shape
     self._optimizer = optimizer
     self._temperature = temperature
+    # Where a row may be all targets, the head runs for all of it.
+    is_cut = shape.row_targets < shape.row_tokens
+    self._row_targets = shape.row_targets if is_cut else 0
     self.state: TrainState = _begin(
         params, np.uint32(seed), optimizer=optimizer
     )
@@ -96,7 +99,11 @@ class Learner:
 
   def _scored(self, batch: TrainBatch) -> TrainBatch:
     """Replaces the sampler's log-probs by the trainer's own."""
-    static = {"config": self.config, "temperature": self._temperature}
+    static = {
+        "config": self.config,
+        "temperature": self._temperature,
+        "row_targets": self._row_targets,
+    }
     old = _score(self.state.params, batch, **static)
     batch = dataclasses.replace(batch, old_logprobs=old)
     if self._reference is None:
@@ -121,6 +128,7 @@ class Learner:
     Returns:
       What was dispatched.
     """
+    imitates = isinstance(objective, update.ImitationLoss)
     tallies: list[update.Tally] = []
     applied: list[Mapping[str, jax.Array]] = []
     for (batches, totals), rate in zip(
@@ -138,6 +146,7 @@ class Learner:
             objective=objective,
             config=self.config,
             temperature=self._temperature,
+            row_targets=0 if imitates else self._row_targets,
         )
         tallies.append(tally)
       self.state, metrics = _apply(
@@ -176,22 +185,25 @@ def _zeros(params: Any) -> update.Gradient:
   return update.zeros(params)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "temperature"))
+@functools.partial(
+    jax.jit, static_argnames=("config", "temperature", "row_targets")
+)
 def _score(
     params: Any,
     batch: TrainBatch,
     *,
     config: TransformerConfig,
     temperature: float,
+    row_targets: int,
 ) -> jax.Array:
   """See `update.score`."""
-  logprob_fn = _logprob_fn(config, temperature)
+  logprob_fn = _logprob_fn(config, temperature, row_targets)
   return update.score(params, batch, logprob_fn=logprob_fn)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("objective", "config", "temperature"),
+    static_argnames=("objective", "config", "temperature", "row_targets"),
     donate_argnames="gradient",
 )
 def _accumulate(
@@ -203,6 +215,7 @@ def _accumulate(
     objective: update.Objective,
     config: TransformerConfig,
     temperature: float,
+    row_targets: int,
 ) -> tuple[update.Gradient, update.Tally]:
   """See `update.accumulate`."""
   return update.accumulate(
@@ -211,7 +224,7 @@ def _accumulate(
       batch,
       totals,
       objective=objective,
-      logprob_fn=_logprob_fn(config, temperature),
+      logprob_fn=_logprob_fn(config, temperature, row_targets),
   )
 
 
@@ -232,9 +245,12 @@ def _apply(
 
 
 def _logprob_fn(
-    config: TransformerConfig, temperature: float
+    config: TransformerConfig, temperature: float, row_targets: int
 ) -> update.LogprobFn:
-  """Log-probs under one configuration."""
+  """Log-probs under one configuration; of all tokens where targets are 0."""
   return functools.partial(
-      logprobs.token_logprobs, config=config, temperature=temperature
+      logprobs.token_logprobs,
+      config=config,
+      temperature=temperature,
+      most_wanted=row_targets,
   )

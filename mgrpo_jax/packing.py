@@ -41,6 +41,8 @@ class BatchShape:
     rows: N, packed rows, ≥ 1.
     row_tokens: T, tokens of a row and at most of a trajectory, ≥ 2.
     trajectories: M, most trajectories in the N rows, ≥ 1.
+    row_targets: most sampled tokens in a row, 1 to T; the head runs for so
+      many tokens of each row where only sampled ones are trained on.
 
   Raises:
     ValueError: if a field is out of range, naming the field.
@@ -49,13 +51,20 @@ class BatchShape:
   rows: int
   row_tokens: int
   trajectories: int
+  row_targets: int
 
   def __post_init__(self) -> None:
     """Checks every field."""
-    least = {"rows": 1, "row_tokens": 2, "trajectories": 1}
+    least = {"rows": 1, "row_tokens": 2, "trajectories": 1, "row_targets": 1}
     for name, minimum in least.items():
       value = getattr(self, name)
       fields.check(name, value, value >= minimum, f">= {minimum}")
+    fields.check(
+        "row_targets",
+        self.row_targets,
+        self.row_targets <= self.row_tokens,
+        f"at most row_tokens = {self.row_tokens}",
+    )
 
 
 def fold(
@@ -130,9 +139,8 @@ def pack(
       length, or its first token is to be trained on; names the trajectory.
   """
   for credit in credits:
-    _check_credit(credit, shape.row_tokens)
-  lengths = [len(credit.trajectory.tokens) for credit in credits]
-  places = _first_fit(lengths, shape)
+    _check_credit(credit, shape)
+  places = _first_fit([credit.trajectory for credit in credits], shape)
   num_batches = max((row for row, _ in places), default=-1) // shape.rows + 1
   batches = [_empty_batch(shape) for _ in range(num_batches)]
   used = [0] * num_batches
@@ -152,15 +160,21 @@ def pack(
   return tuple(batches)
 
 
-def _check_credit(credit: Credit, row_tokens: int) -> None:
+def _check_credit(credit: Credit, shape: BatchShape) -> None:
   """Raises ValueError, naming the trajectory, unless it can be packed."""
   one = credit.trajectory
   name = f"task {one.task_id!r} rollout {one.rollout} {one.role} {one.call}"
   length = len(one.tokens)
-  if not 1 <= length <= row_tokens:
+  if not 1 <= length <= shape.row_tokens:
     raise ValueError(
         f"trajectory of {name} has {length} tokens, allowed: 1 to row_tokens ="
-        f" {row_tokens}"
+        f" {shape.row_tokens}"
+    )
+  sampled = int(np.sum(one.loss_mask > 0))
+  if sampled > shape.row_targets:
+    raise ValueError(
+        f"trajectory of {name} has {sampled} sampled tokens, allowed: at most"
+        f" row_targets = {shape.row_targets}"
     )
   if not len(one.loss_mask) == len(one.sampler_logprobs) == length:
     raise ValueError(
@@ -181,21 +195,26 @@ def _check_credit(credit: Credit, row_tokens: int) -> None:
 
 
 def _first_fit(
-    lengths: Sequence[int], shape: BatchShape
+    trajectories: Sequence[Trajectory], shape: BatchShape
 ) -> list[tuple[int, int]]:
   """Finds (row, offset) of each trajectory; row r is in batch r // N."""
+  lengths = [len(one.tokens) for one in trajectories]
+  targets = [int(np.sum(one.loss_mask > 0)) for one in trajectories]
   num_batches = len(lengths)  # at most one for each trajectory
   room = np.full(num_batches * shape.rows, shape.row_tokens)
+  target_room = np.full(num_batches * shape.rows, shape.row_targets)
   entries = np.full(num_batches, shape.trajectories)
   places = [(0, 0)] * len(lengths)
   opened = 1
   for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
     end = min(opened + 1, num_batches)
     fits = room[: end * shape.rows] >= lengths[number]
+    fits &= target_room[: end * shape.rows] >= targets[number]
     fits &= np.repeat(entries[:end] > 0, shape.rows)
     row = int(np.argmax(fits))  # one fits: the last batch is empty
     places[number] = (row, shape.row_tokens - int(room[row]))
     room[row] -= lengths[number]
+    target_room[row] -= targets[number]
     entries[row // shape.rows] -= 1
     opened = max(opened, row // shape.rows + 1)
   return places
@@ -210,6 +229,7 @@ def _empty_batch(shape: BatchShape) -> TrainBatch:
       "tokens": np.zeros(rows, np.int32),
       "segment_ids": np.zeros(rows, np.int32),
       "positions": np.zeros(rows, np.int32),
+      "sampled": np.zeros(rows, bool),
       "row": np.zeros(each, np.int32),
       "offset": np.zeros(each, np.int32),
       "loss_mask": np.zeros(entries, np.float32),
@@ -240,6 +260,7 @@ def _place(
   batch.tokens[row, span] = trajectory.tokens
   batch.segment_ids[row, span] = segment
   batch.positions[row, span] = np.arange(length)
+  batch.sampled[row, span] = sampled
   batch.row[entry] = row
   batch.offset[entry] = offset
   batch.loss_mask[entry, :length] = sampled

@@ -195,6 +195,7 @@ class TrainBatch:
   tokens: jax.Array  # [N, T] int32
   segment_ids: jax.Array  # [N, T] int32, 0 is padding
   positions: jax.Array  # [N, T] int32, from 0 in each segment
+  sampled: jax.Array  # [N, T] bool, where a sampled token stands
   row: jax.Array  # [M] int32
   offset: jax.Array  # [M] int32
   loss_mask: jax.Array  # [M, L] float32, 1 on sampled tokens

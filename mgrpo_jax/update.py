@@ -31,8 +31,9 @@ from jaxtyping import Array, Float
 from mgrpo_jax import fields, losses, numerics, sharding
 from mgrpo_jax.types import TrainBatch, TrainState
 
-# (params, tokens, positions, segment_ids) -> log-probs, all [N, T].
-LogprobFn = Callable[[Any, Array, Array, Array], Array]
+# (params, tokens, positions, segment_ids, *, wanted) -> log-probs, all [N, T];
+# those of tokens that are not wanted may be anything finite.
+LogprobFn = Callable[..., Array]
 
 
 @flax.struct.dataclass
@@ -210,9 +211,16 @@ def score(
     logprob_fn: such as `policy.logprobs.token_logprobs` with its keywords.
 
   Returns:
-    float32, nats; 0 outside trajectories and at their first token.
+    float32, nats; 0 outside trajectories and at their first token, and what
+    `logprob_fn` gives for tokens that it is told are not wanted.
   """
-  packed = logprob_fn(params, batch.tokens, batch.positions, batch.segment_ids)
+  packed = logprob_fn(
+      params,
+      batch.tokens,
+      batch.positions,
+      batch.segment_ids,
+      wanted=batch.sampled,
+  )
   return _unpack(packed, batch)
 
 

@@ -182,13 +182,15 @@ def test_4_a_team_without_calls_is_a_single_agent(strategy):
   assert all(c.trajectory is t for c, t in zip(found, flat, strict=True))
 
 
-def bigram(params, tokens, positions, segment_ids):
+def bigram(params, tokens, positions, segment_ids, *, wanted):
   logits = jax.nn.log_softmax(params[tokens[:, :-1]])
   values = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=2)[..., 0]
   return jnp.pad(jnp.where(positions[:, 1:] > 0, values, 0.0), ((0, 0), (1, 0)))
 
 
-PACKED = packing.BatchShape(rows=2, row_tokens=40, trajectories=16)
+PACKED = packing.BatchShape(
+    rows=2, row_tokens=40, trajectories=16, row_targets=40
+)
 PARAMS = np.float32(np.random.default_rng(3).normal(size=(9, 9)))
 
 

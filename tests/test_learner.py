@@ -15,7 +15,9 @@ from mgrpo_jax.policy import params as policy_params
 from mgrpo_jax.testing.sizes import tiny_config
 
 CONFIG = tiny_config(vocab_size=11, num_layers=1, mlp_dim=16)
-SHAPE = packing.BatchShape(rows=2, row_tokens=16, trajectories=4)
+SHAPE = packing.BatchShape(
+    rows=2, row_tokens=16, trajectories=4, row_targets=16
+)
 TEMPERATURE = 0.7  # not 1: a trainer that forgets to divide by it is seen
 CREDITS = random_credits([7, 16, 3], vocab_size=11, weights=(1.0,))
 REGULARISED = update.PolicyLoss(

@@ -154,3 +154,44 @@ def test_all_logits_never_exist():
   assert largest_logits(jax.grad(total_at_once), tree, batch) >= (
       everything - len(ROWS) * CFG.vocab_size
   )
+
+
+@pytest.mark.parametrize("most", (8, 13))
+def test_wanted_tokens_alone_score_alike(most):
+  batch = rows()
+  wanted = np.random.default_rng(4).random(batch[0].shape) < 0.5
+  everywhere = score(logprobs.token_logprobs, batch, temperature=0.7)
+  real = wanted & (everywhere != 0)
+  assert 2 <= np.max(np.sum(real, axis=1)) <= most
+
+  def some(tree):
+    return logprobs.token_logprobs(
+        tree,
+        *batch,
+        config=CFG,
+        temperature=0.7,
+        wanted=wanted,
+        most_wanted=most,
+    )
+
+  tree = tiny_llama.weights(CFG)
+  np.testing.assert_allclose(
+      jax.jit(some)(tree), np.where(real, everywhere, 0.0), **CLOSE
+  )
+  # Logits exist for wanted tokens only, and their gradient is the same.
+  slopes = jax.jit(jax.grad(lambda tree: some(tree).sum()))(tree)
+  whole = jax.jit(
+      jax.grad(
+          lambda tree: jnp.where(
+              real,
+              logprobs.token_logprobs(
+                  tree, *batch, config=CFG, temperature=0.7
+              ),
+              0.0,
+          ).sum()
+      )
+  )(tree)
+  for actual, wanted_slope in zip(
+      jax.tree.leaves(slopes), jax.tree.leaves(whole), strict=True
+  ):
+    np.testing.assert_allclose(actual, wanted_slope, rtol=1e-4, atol=1e-4)

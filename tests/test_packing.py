@@ -61,7 +61,9 @@ def expected(credit):
 )
 @settings(max_examples=80, deadline=None)
 def test_every_trajectory_stands_once_and_alone(lengths, rows, entries):
-  shape = packing.BatchShape(rows=rows, row_tokens=16, trajectories=entries)
+  shape = packing.BatchShape(
+      rows=rows, row_tokens=16, trajectories=entries, row_targets=16
+  )
   credits = credits_of(lengths)
   batches = packing.pack(credits, shape=shape)
   found = [record for batch in batches for record in unpacked(batch)]
@@ -76,7 +78,9 @@ def test_every_trajectory_stands_once_and_alone(lengths, rows, entries):
 
 
 def test_neighbours_in_a_row_have_segments_of_their_own():
-  shape = packing.BatchShape(rows=1, row_tokens=16, trajectories=4)
+  shape = packing.BatchShape(
+      rows=1, row_tokens=16, trajectories=4, row_targets=16
+  )
   (batch,) = packing.pack(credits_of([5, 6, 4]), shape=shape)
   assert list(batch.segment_ids[0]) == [2] * 6 + [1] * 5 + [3] * 4 + [0]
 
@@ -84,7 +88,9 @@ def test_neighbours_in_a_row_have_segments_of_their_own():
 def test_packing_is_tight_and_deterministic():
   rng = np.random.default_rng(0)
   lengths = rng.integers(10, 128, 200)
-  shape = packing.BatchShape(rows=8, row_tokens=128, trajectories=64)
+  shape = packing.BatchShape(
+      rows=8, row_tokens=128, trajectories=64, row_targets=128
+  )
   first, second = (
       packing.pack(credits_of(lengths), shape=shape) for _ in range(2)
   )
@@ -99,7 +105,9 @@ def test_packing_is_tight_and_deterministic():
 
 
 def test_nothing_packs_to_nothing():
-  shape = packing.BatchShape(rows=2, row_tokens=16, trajectories=4)
+  shape = packing.BatchShape(
+      rows=2, row_tokens=16, trajectories=4, row_targets=16
+  )
   assert packing.pack([], shape=shape) == ()
   totals = packing.count([])
   assert (totals.trajectories, totals.tokens, totals.context_tokens) == (0,) * 3
@@ -142,7 +150,7 @@ def test_copies_fold_into_weights():
   ]
 
 
-SHAPE = packing.BatchShape(rows=2, row_tokens=4, trajectories=2)
+SHAPE = packing.BatchShape(rows=2, row_tokens=4, trajectories=2, row_targets=4)
 NAMED = "task 't' rollout 3 researcher 1"
 
 
@@ -164,8 +172,39 @@ def test_bad_trajectories_are_named(fields, advantage, problem):
   assert NAMED in str(raised.value)
 
 
-@pytest.mark.parametrize("field", ["rows", "row_tokens", "trajectories"])
+@pytest.mark.parametrize(
+    "field", ["rows", "row_tokens", "trajectories", "row_targets"]
+)
 def test_bad_shapes_are_named(field):
-  sizes = {"rows": 1, "row_tokens": 2, "trajectories": 1, field: 0}
+  sizes = dict.fromkeys(("rows", "trajectories", "row_targets"), 1)
+  sizes |= {"row_tokens": 2, field: 0}
   with pytest.raises(ValueError, match=f"^{field} must be >= "):
     packing.BatchShape(**sizes)
+
+
+def test_no_row_has_more_targets_than_it_may():
+  calls = [
+      trajectory(
+          rollout=k,
+          loss_mask=np.array([0, 1, 1, 0], np.float32),
+          tokens=np.array([1, 2, 3, 4], np.int32),
+          sampler_logprobs=np.zeros(4, np.float32),
+      )
+      for k in range(3)
+  ]
+  credits = [
+      packing.Credit(trajectory=one, advantage=1.0, weight=1.0) for one in calls
+  ]
+  for targets, rows in ((6, 1), (5, 2), (2, 3)):
+    shape = packing.BatchShape(
+        rows=3, row_tokens=16, trajectories=4, row_targets=targets
+    )
+    (batch,) = packing.pack(credits, shape=shape)
+    assert np.sum(np.any(batch.sampled, axis=1)) == rows
+    assert np.max(np.sum(batch.sampled, axis=1)) <= targets
+    assert np.sum(batch.sampled) == np.sum(batch.loss_mask) == 6
+  narrow = packing.BatchShape(
+      rows=3, row_tokens=16, trajectories=4, row_targets=1
+  )
+  with pytest.raises(ValueError, match="2 sampled tokens, .* row_targets = 1"):
+    packing.pack(credits, shape=narrow)

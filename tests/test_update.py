@@ -16,7 +16,9 @@ from mgrpo_jax.testing.sizes import tiny_config
 from mgrpo_jax.types import TrainState
 
 VOCAB = 11
-SHAPE = packing.BatchShape(rows=3, row_tokens=16, trajectories=8)
+SHAPE = packing.BatchShape(
+    rows=3, row_tokens=16, trajectories=8, row_targets=16
+)
 # An eps that is not tiny: Adam divides by the root of the second moment, and
 # a gradient that is nothing but rounding would become a full step.
 ADAMW = dict(b1=0.9, b2=0.99, eps=1e-3, weight_decay=0.01, clip_norm=0.7)
@@ -44,14 +46,14 @@ CONFIG = tiny_config(
 )
 
 
-def bigram(params, tokens, positions, segment_ids):
+def bigram(params, tokens, positions, segment_ids, *, wanted):
   """Predicts each token from the one before it, of the same segment."""
   logits = jax.nn.log_softmax(params["table"][tokens[:, :-1]])
   values = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=2)[..., 0]
   return jnp.pad(jnp.where(positions[:, 1:] > 0, values, 0.0), ((0, 0), (1, 0)))
 
 
-def mixer(params, tokens, positions, segment_ids):
+def mixer(params, tokens, positions, segment_ids, *, wanted):
   """Predicts from all the past of the segment, each place in its own way.
 
   It would see any confusion of segments or positions, and compiles faster
@@ -267,7 +269,9 @@ def assert_same_update(found, expected):
   )
 
 
-WHOLE = packing.BatchShape(rows=8, row_tokens=16, trajectories=16)
+WHOLE = packing.BatchShape(
+    rows=8, row_tokens=16, trajectories=16, row_targets=16
+)
 
 
 @functools.cache
@@ -288,7 +292,10 @@ def test_micro_batches_and_packing_do_not_matter(
     rows, row_tokens, trajectories, micro_batches
 ):
   shape = packing.BatchShape(
-      rows=rows, row_tokens=row_tokens, trajectories=trajectories
+      rows=rows,
+      row_tokens=row_tokens,
+      trajectories=trajectories,
+      row_targets=row_tokens,
   )
   assert len(packing.pack(CREDITS, shape=shape)) == micro_batches
   found = update_once(mixer_params(), CREDITS, shape, mixer)

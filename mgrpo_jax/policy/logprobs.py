@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mgrpo_jax.policy import transformer
 from mgrpo_jax.policy.config import TransformerConfig
@@ -22,6 +22,8 @@ def token_logprobs(
     *,
     config: TransformerConfig,
     temperature: float | Float[Array, ""],
+    wanted: Bool[Array, "N T"] | None = None,
+    most_wanted: int = 0,
 ) -> Float[Array, "N T"]:
   """Computes the log-probability of every token given its past.
 
@@ -37,20 +39,41 @@ def token_logprobs(
     segment_ids: [N, T] int32, 0 is padding.
     config: sizes.
     temperature: > 0, of the distribution that was sampled from.
+    wanted: [N, T], tokens whose log-probability is asked for. The head, which
+      costs most in a small model, then runs only for them.
+    most_wanted: tokens wanted in a row, at most; what is beyond is not
+      computed. 0 scores all tokens, whatever is wanted.
 
   Returns:
-    [N, T] float32, nats; 0 at t = 0, where a segment starts, and in padding.
+    [N, T] float32, nats; 0 where none is wanted, at t = 0, where a segment
+    starts, and in padding.
   """
   hidden = transformer.hidden_states(
       params, tokens, positions, segment_ids, config=config
   )
+  predicted = has_past(segment_ids)
+  targets = jnp.roll(tokens, -1, axis=1)
+  is_cut = wanted is not None and most_wanted > 0
+  if is_cut:
+    predicted &= wanted
+    following = jnp.roll(predicted, -1, axis=1)
+    order = jnp.argsort(~following, axis=1, stable=True)[:, :most_wanted]
+    hidden = jnp.take_along_axis(hidden, order[:, :, None], axis=1)
+    targets = jnp.take_along_axis(targets, order, axis=1)
 
   def logprob(logits: Array, targets: Array) -> Array:
     scaled = logits / temperature
     return _at(scaled, targets) - jax.nn.logsumexp(scaled, axis=-1)
 
-  values = _map_chunks(logprob, params, hidden, tokens, config=config)
-  return jnp.where(has_past(segment_ids), values, 0.0)
+  values = _map_chunks(logprob, params, hidden, targets, config=config)
+  if not is_cut:
+    values = jnp.roll(values, 1, axis=1)
+  else:
+    place = jnp.cumsum(predicted, axis=1) - 1
+    values = jnp.take_along_axis(
+        values, jnp.clip(place, 0, most_wanted - 1), axis=1
+    )
+  return jnp.where(predicted, values, 0.0)
 
 
 def token_logprobs_and_entropy(
@@ -86,8 +109,10 @@ def token_logprobs_and_entropy(
     logps = jax.nn.log_softmax(logits / temperature, axis=-1)
     return _at(logps, targets), -jnp.sum(jnp.exp(logps) * logps, axis=-1)
 
-  values, entropies = _map_chunks(both, params, hidden, tokens, config=config)
+  targets = jnp.roll(tokens, -1, axis=1)
+  found = _map_chunks(both, params, hidden, targets, config=config)
   real = has_past(segment_ids)
+  values, entropies = (jnp.roll(one, 1, axis=1) for one in found)
   return jnp.where(real, values, 0.0), jnp.where(real, entropies, 0.0)
 
 
@@ -115,16 +140,15 @@ def _map_chunks(
     function: Callable[[Array, Array], Any],
     params: Params,
     hidden: Array,
-    tokens: Array,
+    targets: Array,
     *,
     config: TransformerConfig,
 ) -> Any:
-  """Maps (logits, next tokens) -> [N, chunk] trees over chunks of columns."""
-  length = tokens.shape[1]
+  """Maps (logits, targets) -> [N, chunk] trees over chunks of columns."""
+  length = targets.shape[1]
   chunk = min(config.execution.logit_columns, length)
   num_chunks = -(-length // chunk)
   extra = num_chunks * chunk - length
-  targets = jnp.roll(tokens, -1, axis=1)
 
   kernel = transformer.unembedding(params, config=config)
 
@@ -140,8 +164,8 @@ def _map_chunks(
     return jnp.swapaxes(chunks, 0, 1)
 
   def join(chunks: Array) -> Array:
-    flat = jnp.swapaxes(chunks, 0, 1).reshape(tokens.shape[0], -1)
-    return jnp.roll(flat[:, :length], 1, axis=1)
+    flat = jnp.swapaxes(chunks, 0, 1).reshape(targets.shape[0], -1)
+    return flat[:, :length]
 
   _, values = jax.lax.scan(body, None, (split(hidden), split(targets)))
   return jax.tree.map(join, values)

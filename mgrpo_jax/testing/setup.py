@@ -179,7 +179,9 @@ def small_method(team: Team) -> Method:
       ),
       imitation_loss=update.ImitationLoss(context_weight=0.1),
       minibatches=2,
-      shape=packing.BatchShape(rows=4, row_tokens=CONTEXT, trajectories=16),
+      shape=packing.BatchShape(
+          rows=4, row_tokens=CONTEXT, trajectories=16, row_targets=CONTEXT
+      ),
       optimizer=optim.AdamW(
           b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=1.0
       ),
