@@ -1,0 +1,272 @@
+r"""Times forward and backward of SmolLM2-135M against transformers and torch.
+
+Random weights of SmolLM2's shape, float32, the same on both sides, the same
+tokens, the loss the mean negative log-likelihood of the tokens that count. Two
+loads: `full`, 8 rows of 256 tokens that all count, and `ragged`, trajectories
+with prompts, tool results and answers of mixed length, of which only sampled
+tokens count: the peer pads them to the longest of 8 (sorted by length, which
+favours it), this project packs them and runs its head for sampled tokens only.
+
+    pip install -e .[bench] torch==2.13.0 transformers
+    python -m experiments.bench.train --pairs=5 --out=train.json
+
+Prints seconds of each side, interleaved, and the ratio of real tokens a second;
+compile time apart.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mgrpo_jax import packing, update
+from mgrpo_jax.policy import logprobs, params
+from mgrpo_jax.policy.config import TransformerConfig
+from mgrpo_jax.policy.load import save_directory
+from mgrpo_jax.policy.policy import Policy
+from mgrpo_jax.types import NO_PARENT, Status, Trajectory
+
+SMOLLM2 = TransformerConfig(
+    vocab_size=49152,
+    embed_dim=576,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    mlp_dim=1536,
+    rope_base=100_000.0,
+    norm_eps=1e-5,
+    tied_embeddings=True,
+    dtype="float32",
+)
+ROWS, LENGTH = 8, 256
+RAGGED = 24  # trajectories
+RAGGED_TARGETS = 128  # sampled tokens of a packed row, at most
+
+
+def full_load(rng: np.random.Generator) -> list[Trajectory]:
+  """Rows of equal length in which all tokens but the first count."""
+  return [_trajectory(rng, n, [(1, LENGTH - 1)]) for n in range(ROWS)]
+
+
+def ragged_load(rng: np.random.Generator) -> list[Trajectory]:
+  """Agent calls: a prompt, then turns of sampled tokens and results."""
+  calls = []
+  for number in range(RAGGED):
+    prompt = int(np.clip(rng.lognormal(3.4, 0.5), 12, 100))
+    parts = [(prompt, int(np.clip(rng.lognormal(2.2, 0.6), 3, 40)))]
+    for _ in range(rng.integers(0, 4)):
+      result = int(np.clip(rng.lognormal(3.0, 0.5), 5, 60))
+      parts.append((result, int(np.clip(rng.lognormal(2.0, 0.6), 3, 30))))
+    calls.append(_trajectory(rng, number, parts))
+  return [call for call in calls if len(call.tokens) <= LENGTH]
+
+
+def ours(
+    weights: Any, load: Sequence[Trajectory], targets: int
+) -> Callable[[], float]:
+  """Compiles the gradient of a load; returns what to time."""
+  credits = [
+      packing.Credit(trajectory=one, advantage=1.0, weight=1.0) for one in load
+  ]
+  used = sum(len(one.tokens) for one in load)
+  rows = ROWS if targets == LENGTH else ROWS // 2  # the last one half empty
+  shape = packing.BatchShape(
+      rows=rows,
+      row_tokens=LENGTH,
+      trajectories=len(load),
+      row_targets=targets,
+  )
+  batches = packing.pack(credits, shape=shape)
+  totals = packing.count(credits)
+  # A mean over sampled tokens is imitation that reads no context.
+  objective = update.ImitationLoss(context_weight=0.0)
+  logprob_fn = functools.partial(
+      logprobs.token_logprobs,
+      config=SMOLLM2,
+      temperature=1.0,
+      most_wanted=targets if targets < LENGTH else 0,
+  )
+  step = jax.jit(
+      functools.partial(
+          update.accumulate, objective=objective, logprob_fn=logprob_fn
+      ),
+      donate_argnums=0,
+  )
+  zeros = jax.jit(update.zeros)
+
+  def run() -> float:
+    gradient = zeros(weights)
+    for batch in batches:
+      gradient, _ = step(gradient, weights, batch, totals)
+    jax.block_until_ready(gradient)
+    return float(gradient.loss)
+
+  print(
+      f"packed: {len(batches)} micro-batches of {rows} x {LENGTH} for {used}"
+      f" tokens, {int(totals.tokens)} of them sampled",
+      flush=True,
+  )
+  return run
+
+
+def theirs(directory: pathlib.Path, load: Sequence[Trajectory]) -> Any:
+  """Loads the peer with the same weights; returns what to time."""
+  import torch
+  import transformers
+
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+      directory, dtype=torch.float32, attn_implementation="sdpa"
+  )
+  model.train()
+  ordered = sorted(load, key=lambda one: len(one.tokens))
+  total = sum(float(np.sum(one.loss_mask)) for one in load)
+  batches = [
+      _padded(ordered[i : i + ROWS]) for i in range(0, len(ordered), ROWS)
+  ]
+
+  def run() -> float:
+    model.zero_grad()
+    whole = 0.0
+    for tokens, attended, counted in batches:
+      ids = torch.from_numpy(tokens)
+      logits = model(
+          input_ids=ids, attention_mask=torch.from_numpy(attended)
+      ).logits
+      logps = torch.log_softmax(logits[:, :-1], dim=-1)
+      chosen = torch.gather(logps, 2, ids[:, 1:, None])[..., 0]
+      loss = -(chosen * torch.from_numpy(counted)[:, 1:]).sum() / total
+      loss.backward()
+      whole += float(loss)
+    return whole
+
+  return run
+
+
+def measure(
+    ours_run: Callable[[], float], theirs_run: Callable[[], float], pairs: int
+) -> dict[str, Any]:
+  """Runs both in turn after one warm-up each; checks that losses agree."""
+  started = time.perf_counter()
+  loss = ours_run()
+  compiled = time.perf_counter() - started
+  other = theirs_run()
+  if not np.isclose(loss, other, rtol=1e-4):
+    raise SystemExit(f"losses differ: {loss} and {other}")
+  seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+  for _ in range(pairs):
+    for name, run in (("ours", ours_run), ("theirs", theirs_run)):
+      started = time.perf_counter()
+      run()
+      seconds[name].append(time.perf_counter() - started)
+  ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
+  return {
+      "first_call_seconds": compiled,
+      "loss": [loss, other],
+      "seconds": seconds,
+      "ratio": ratios,
+  }
+
+
+def _trajectory(
+    rng: np.random.Generator, number: int, parts: Sequence[tuple[int, int]]
+) -> Trajectory:
+  """A call of (unsampled, sampled) stretches of random tokens."""
+  mask = np.concatenate(
+      [np.repeat(np.float32([0, 1]), lengths) for lengths in parts]
+  )
+  return Trajectory(
+      task_id=f"t{number}",
+      rollout=0,
+      role="main",
+      call=0,
+      parent=NO_PARENT,
+      request="",
+      tokens=rng.integers(SMOLLM2.vocab_size, size=len(mask), dtype=np.int32),
+      loss_mask=mask,
+      sampler_logprobs=np.zeros(len(mask), np.float32),
+      version_min=0,
+      version_max=0,
+      status=Status.COMPLETED,
+      turns=(),
+      result_text="",
+      seconds=0.0,
+  )
+
+
+def _padded(
+    load: Sequence[Trajectory],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Tokens, attention mask and loss mask, padded on the right."""
+  longest = max(len(one.tokens) for one in load)
+  tokens = np.zeros((len(load), longest), np.int64)
+  attended = np.zeros((len(load), longest), np.int64)
+  counted = np.zeros((len(load), longest), np.float32)
+  for row, one in enumerate(load):
+    tokens[row, : len(one.tokens)] = one.tokens
+    attended[row, : len(one.tokens)] = 1
+    counted[row, : len(one.tokens)] = one.loss_mask
+  return tokens, attended, counted
+
+
+def main() -> None:
+  """Prints a table; writes JSON where asked."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--pairs", type=int, default=5)
+  parser.add_argument("--out", type=pathlib.Path)
+  arguments = parser.parse_args()
+  try:
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+  except ImportError as error:
+    print(f"{error}; pip install torch==2.13.0 transformers", file=sys.stderr)
+    raise SystemExit(2) from error
+  weights = jax.jit(params.init, static_argnums=1)(jax.random.key(0), SMOLLM2)
+  loads = {
+      "full": (full_load(np.random.default_rng(0)), LENGTH),
+      "ragged": (ragged_load(np.random.default_rng(0)), RAGGED_TARGETS),
+  }
+  results = {}
+  with tempfile.TemporaryDirectory() as folder:
+    directory = pathlib.Path(folder) / "smollm2"
+    save_directory(
+        directory,
+        Policy(
+            config=SMOLLM2,
+            params=weights,
+            tokenizer=None,
+            chat=None,
+            system="",
+        ),
+    )
+    for name, (load, targets) in loads.items():
+      result = measure(
+          ours(weights, load, targets),
+          theirs(directory, load),
+          arguments.pairs,
+      )
+      results[name] = result
+      ratio = result["ratio"]
+      mine, other = map(statistics.median, result["seconds"].values())
+      print(
+          f"{name:8} ours {mine:.2f} s, theirs {other:.2f} s, ratio"
+          f" {statistics.median(ratio):.2f} ({min(ratio):.2f} to"
+          f" {max(ratio):.2f});"
+          f" first call {result['first_call_seconds']:.0f} s",
+          flush=True,
+      )
+  if arguments.out:
+    arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  main()
