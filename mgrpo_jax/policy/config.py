@@ -160,10 +160,11 @@ class TransformerConfig:
             f"{name} must be one of {allowed}, got {getattr(self, name)!r}"
         )
     if self.windows and (
-        len(self.windows) != self.num_layers or min(self.windows) < 0
+        len(self.windows) != self.num_layers
+        or not all(type(one) is int and one >= 0 for one in self.windows)
     ):
       raise ValueError(
-          f"windows must be {self.num_layers} numbers >= 0, one a layer, got"
+          f"windows must be {self.num_layers} integers >= 0, one a layer, got"
           f" {self.windows}"
       )
     if self.experts is not None and not all(

@@ -125,7 +125,6 @@ def _by_expert(
   """Sorts assignments to experts 0..number-1 to the front, and counts them."""
   flat = chosen.reshape(-1)
   held = jnp.where((flat >= 0) & (flat < number), flat, number)
-  sizes = jnp.sum(
-      held[:, None] == jnp.arange(number)[None], axis=0, dtype=jnp.int32
-  )
+  each = jnp.arange(number)[None]
+  sizes = jnp.sum(held[:, None] == each, axis=0, dtype=jnp.int32)
   return jnp.argsort(held), sizes
