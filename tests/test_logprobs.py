@@ -40,7 +40,7 @@ def score(function, batch, *, temperature, config=CFG):
 
 def expected(batch, temperature):
   weights = tiny_llama.oracle_weights(tiny_llama.weights(CFG), CFG)
-  logits = oracle.packed_logits(weights, *batch, CFG.rope_base, CFG.norm_eps)
+  logits = oracle.packed_logits(weights, *batch, tiny_llama.oracle_model(CFG))
   return oracle.token_logprobs(logits, batch[0], batch[2], temperature)
 
 

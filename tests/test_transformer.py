@@ -1,5 +1,6 @@
 """The golden file is made by tests/golden/make_llama.py."""
 
+import dataclasses
 import functools
 import pathlib
 
@@ -13,14 +14,17 @@ from hypothesis import strategies as st
 from oracles import transformer as oracle
 
 from mgrpo_jax.policy import attention, logprobs, transformer
-from mgrpo_jax.policy.config import TransformerConfig
+from mgrpo_jax.policy.config import Execution, Experts, TransformerConfig
 from mgrpo_jax.policy.params import Layer, Params
+from mgrpo_jax.policy.rotary import LinearScaling, Llama3Scaling
 
 GOLDEN = pathlib.Path(__file__).parent / "golden/llama.npz"
 # float32 against float64: a few hundred roundings of 6e-8 on logits of size 5.
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 ROWS = ((5, 1, 7), (13, 2), ())  # lengths of the segments of three rows
 LENGTH = 17
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma3")
+MOE_UNNORMALISED = dataclasses.replace(tiny_llama.MOE, normalised=False)
 
 
 @functools.cache
@@ -34,35 +38,86 @@ def logits_of(cfg, rows, seed=0):
 
 def expected_logits(cfg, rows, seed=0):
   weights = tiny_llama.oracle_weights(tiny_llama.weights(cfg, seed), cfg)
-  return oracle.packed_logits(weights, *rows, cfg.rope_base, cfg.norm_eps)
+  return oracle.packed_logits(weights, *rows, tiny_llama.oracle_model(cfg))
+
+
+def scalings():
+  linear = st.builds(LinearScaling, factor=st.floats(1, 8))
+  llama3 = st.builds(
+      Llama3Scaling,
+      factor=st.floats(1, 8),
+      low_frequency=st.floats(0.5, 1),
+      high_frequency=st.floats(1.5, 8),
+      original_context=st.integers(1, 99),
+  )
+  return st.one_of(st.none(), linear, llama3)
 
 
 @st.composite
-def cases(draw):
+def mixtures(draw, layers):
+  number = draw(st.integers(1, 5))
+  return Experts(
+      number=number,
+      per_token=draw(st.integers(1, number)),
+      mlp_dim=draw(st.integers(1, 9)),
+      normalised=draw(st.booleans()),
+      dense_layers=draw(st.sampled_from([(), (layers - 1,)])),
+  )
+
+
+@st.composite
+def features(draw, family, layers):
+  """What a family adds; windows shorter and longer than the segments."""
+  windows = st.tuples(*[st.integers(0, 7)] * layers)
+  if family == "llama":
+    return {"rope_scaling": draw(scalings())}
+  if family == "qwen2":
+    return {"qkv_bias": True, "windows": draw(windows)}
+  if family == "qwen3":
+    return {"qk_norm": True, "windows": draw(windows)}
+  if family == "qwen3_moe":
+    return {"qk_norm": True, "experts": draw(mixtures(layers))}
+  return {
+      "qk_norm": True,
+      "post_norms": True,
+      "activation": "gelu_tanh",
+      "embedding_scale": draw(st.floats(0.5, 4)),
+      "attention_scale": draw(st.floats(0.1, 1)),
+      "windows": draw(windows),
+      "local_rope_base": draw(st.sampled_from([3.0, 1e4])),
+      "rope_scaling": draw(scalings()),
+  }
+
+
+@st.composite
+def cases(draw, family):
   """Odd sizes, grouped heads, head widths unrelated to E, rows of segments."""
   kv_heads = draw(st.integers(1, 3))
+  layers = draw(st.integers(1, 2))
   cfg = tiny_llama.config(
       vocab_size=draw(st.integers(2, 19)),
       embed_dim=draw(st.integers(1, 13)),
-      num_layers=draw(st.integers(1, 2)),
+      num_layers=layers,
       num_heads=kv_heads * draw(st.integers(1, 3)),
       num_kv_heads=kv_heads,
       head_dim=2 * draw(st.integers(1, 5)),
       mlp_dim=draw(st.integers(1, 21)),
       rope_base=draw(st.sampled_from([10.0, 1e4])),
       tied_embeddings=draw(st.booleans()),
+      **draw(features(family, layers)),
   )
-  lengths = st.lists(st.integers(1, 6), max_size=3)
+  lengths = st.lists(st.integers(1, 9), max_size=3)
   rows = tuple(map(tuple, draw(st.lists(lengths, min_size=1, max_size=3))))
   length = max(1, *map(sum, rows), 1) + draw(st.integers(0, 3))
   seed = draw(st.integers(0, 999))
   return cfg, tiny_llama.packed_rows(rows, length, cfg, seed), seed
 
 
-@settings(max_examples=4, deadline=None)
-@given(cases())
-def test_equals_the_oracle(case):
-  cfg, rows, seed = case
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=2, deadline=None)
+@given(data=st.data())
+def test_equals_the_oracle(family, data):
+  cfg, rows, seed = data.draw(cases(family))
   actual = logits_of(cfg, rows, seed)
   real = rows[2] > 0
   expected = expected_logits(cfg, rows, seed)
@@ -70,8 +125,77 @@ def test_equals_the_oracle(case):
   assert np.all(np.isfinite(actual))
 
 
-@pytest.mark.parametrize("length", (1, 65, 530))
-def test_attention_blocks_join_without_a_seam(length):
+ODD = {
+    name: tiny_llama.config(**changes)
+    for name, changes in tiny_llama.FAMILIES.items()
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llama3", {"rope_scaling": None}),
+        ("qwen2", {"windows": ()}),
+        ("qwen3_moe", {"experts": MOE_UNNORMALISED}),
+        ("gemma3", {"windows": ()}),
+        ("gemma3", {"local_rope_base": None}),
+        ("gemma3", {"rope_scaling": None}),
+        ("gemma3", {"attention_scale": None}),
+        ("gemma3", {"embedding_scale": 1.0}),
+        ("gemma3", {"activation": "silu"}),
+    ],
+)
+def test_every_feature_is_felt_by_the_oracle(name, change):
+  rows = tiny_llama.packed_rows(ROWS, LENGTH, ODD[name])
+  real = rows[2] > 0
+  weights = tiny_llama.oracle_weights(tiny_llama.weights(ODD[name]), ODD[name])
+  without = dataclasses.replace(ODD[name], **change)
+  with_it, without_it = (
+      oracle.packed_logits(weights, *rows, tiny_llama.oracle_model(cfg))[real]
+      for cfg in (ODD[name], without)
+  )
+  assert np.max(np.abs(with_it - without_it)) > 100 * CLOSE["atol"]
+
+
+def looped(cfg):
+  execution = Execution(
+      scan_layers=True, remat=jax.checkpoint_policies.nothing_saveable
+  )
+  return dataclasses.replace(cfg, execution=execution)
+
+
+def test_layers_in_a_loop_change_no_value():
+  plain = tiny_llama.config(
+      num_layers=5,  # two periods of two layers, and one left over
+      windows=(3, 0, 3, 0, 3),
+      experts=dataclasses.replace(tiny_llama.MOE, dense_layers=(0, 2, 4)),
+      qk_norm=True,
+  )
+  assert plain.period == 2
+  rows = tiny_llama.packed_rows(ROWS, LENGTH, plain)
+  # The same sums in programs that fuse differently.
+  np.testing.assert_allclose(
+      logits_of(looped(plain), rows), logits_of(plain, rows), **CLOSE
+  )
+
+
+def test_rematerialisation_in_a_loop_changes_no_gradient():
+  plain = SHARED
+  rows = tiny_llama.packed_rows(ROWS, LENGTH, plain)
+
+  def loss(tree, cfg):
+    logits = transformer.apply(tree, *rows, config=cfg)
+    return jnp.mean(jnp.where(rows[2][..., None] > 0, jnp.sin(logits), 0.0))
+
+  gradient = jax.jit(jax.grad(loss), static_argnums=1)
+  jax.tree.map(
+      functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6),
+      gradient(tiny_llama.weights(plain), looped(plain)),
+      gradient(tiny_llama.weights(plain), plain),
+  )
+
+
+def two_segments(length):
   rng = np.random.default_rng(length)
   query, key, value = (
       rng.normal(size=(1, length, 1, *heads, 4)).astype(np.float32)
@@ -79,13 +203,39 @@ def test_attention_blocks_join_without_a_seam(length):
   )
   cut = length // 3
   segments = np.where(np.arange(length) < cut, 1, 2)[None].astype(np.int32)
-  attend = jax.jit(attention.blockwise, static_argnames="window")
   scaled = query * np.float32(query.shape[-1] ** -0.5)
-  actual = attend(scaled, key, value, segments, window=0)[0, :, 0]
-  for start, stop in ((0, cut), (cut, length)):
-    part = slice(start, stop)
-    expected = oracle.attention(query[0, part, 0], key[0, part], value[0, part])
+  parts = (slice(0, cut), slice(cut, length))
+  return (scaled, key, value, segments), query, parts
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "pieces"),
+    [(1, 0, 1), (65, 0, 1), (530, 0, 1), (65, 1, 1), (530, 70, 3)],
+)
+def test_attention_blocks_join_without_a_seam(
+    length, window, pieces, monkeypatch
+):
+  inputs, query, parts = two_segments(length)
+  # A block of queries meets at most all keys; a third of that runs at once.
+  block = max(attention.MIN_BLOCK, -(-length // attention.MAX_BLOCKS))
+  monkeypatch.setattr(attention, "MAX_SCORES", block * length // pieces)
+  attend = jax.jit(functools.partial(attention.blockwise, window=window))
+  actual = attend(*inputs)[0, :, 0]
+  for part in parts:
+    expected = oracle.attention(
+        query[0, part, 0], *(x[0, part] for x in inputs[1:3]), window=window
+    )
     np.testing.assert_allclose(actual[part], expected, **CLOSE)
+
+
+def test_windows_are_not_paid_for_in_full():
+  def flops(window):
+    inputs = two_segments(1024)[0]
+    attend = jax.jit(functools.partial(attention.blockwise, window=window))
+    return attend.lower(*inputs).cost_analysis()["flops"]
+
+  # 8 blocks of 128 queries meet 128 + 127 keys instead of 576 on average.
+  assert flops(128) < 0.5 * flops(0)
 
 
 def hf_params(arrays, cfg):
@@ -239,7 +389,7 @@ def test_gradient_equals_finite_differences_of_the_oracle():
   weights = tiny_llama.oracle_weights(tree, cfg)
 
   def expected():
-    logits = oracle.packed_logits(weights, *rows, cfg.rope_base, cfg.norm_eps)
+    logits = oracle.packed_logits(weights, *rows, tiny_llama.oracle_model(cfg))
     return np.sum(logits[real] * cotangent[real])
 
   def check(name, array, slope):

@@ -1,4 +1,4 @@
-"""Small Llamas and packed rows that several test files run."""
+"""Small models of every family, and packed rows, for several test files."""
 
 import functools
 
@@ -6,7 +6,37 @@ import jax
 import numpy as np
 
 from mgrpo_jax.policy import params
+from mgrpo_jax.policy.config import Experts
+from mgrpo_jax.policy.rotary import LinearScaling, Llama3Scaling
 from mgrpo_jax.testing.sizes import tiny_config
+
+MOE = Experts(number=4, per_token=2, mlp_dim=10, normalised=True)
+GEMMA = {
+    "qk_norm": True,
+    "post_norms": True,
+    "activation": "gelu_tanh",
+    "embedding_scale": 12**0.5,
+    "attention_scale": 20**-0.5,
+    "windows": (4, 0),
+    "local_rope_base": 10.0,
+    "rope_scaling": LinearScaling(factor=8.0),
+}
+# What each family adds to a Llama, for `config`.
+FAMILIES = {
+    "llama": {},
+    "llama3": {
+        "rope_scaling": Llama3Scaling(
+            factor=8.0,
+            low_frequency=1.0,
+            high_frequency=4.0,
+            original_context=64,
+        )
+    },
+    "qwen2": {"qkv_bias": True, "tied_embeddings": False, "windows": (0, 5)},
+    "qwen3": {"qk_norm": True},
+    "qwen3_moe": {"qk_norm": True, "tied_embeddings": False, "experts": MOE},
+    "gemma3": GEMMA,
+}
 
 
 def config(**changes):
@@ -48,6 +78,8 @@ def oracle_weights(tree, cfg):
     arrays = {name: wide(value) for name, value in present.items()}
     arrays["query"] = arrays["query"].reshape(cfg.embed_dim, *heads)
     arrays["output"] = arrays["output"].reshape(*heads, cfg.embed_dim)
+    if cfg.qkv_bias:
+      arrays["query_bias"] = arrays["query_bias"].reshape(heads)
     return arrays
 
   return {
@@ -55,6 +87,33 @@ def oracle_weights(tree, cfg):
       "final_norm": wide(tree.final_norm),
       "unembedding": wide(tree.unembedding),
       "layers": [one(layer) for layer in tree.layers],
+  }
+
+
+def oracle_model(cfg):
+  """What oracles/transformer.py calls a model."""
+  scaling = None
+  if isinstance(cfg.rope_scaling, LinearScaling):
+    scaling = {"kind": "linear", "factor": cfg.rope_scaling.factor}
+  elif isinstance(cfg.rope_scaling, Llama3Scaling):
+    scaling = {
+        "kind": "llama3",
+        "factor": cfg.rope_scaling.factor,
+        "low": cfg.rope_scaling.low_frequency,
+        "high": cfg.rope_scaling.high_frequency,
+        "context": cfg.rope_scaling.original_context,
+    }
+  return {
+      "eps": cfg.norm_eps,
+      "base": cfg.rope_base,
+      "local_base": cfg.local_rope_base,
+      "scaling": scaling,
+      "attention_scale": cfg.attention_scale,
+      "embedding_scale": cfg.embedding_scale,
+      "activation": cfg.activation,
+      "windows": cfg.windows or (0,) * cfg.num_layers,
+      "per_token": cfg.experts and cfg.experts.per_token,
+      "normalised": cfg.experts and cfg.experts.normalised,
   }
 
 
