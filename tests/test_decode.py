@@ -20,6 +20,9 @@ CONFIGS = {
     ),
 }
 PLAIN = CONFIGS["plain"]
+# Less than a block, and over two borders of blocks; angles of their own.
+LOCAL = tiny_config(windows=(6, 19), local_rope_base=50.0)
+CONFIGS["windows"] = LOCAL
 CONFIGS["half"] = dataclasses.replace(PLAIN, dtype="bfloat16")
 
 PREFILL = jax.jit(decode.prefill, static_argnames=("config",))
@@ -115,6 +118,7 @@ def trainer_logprobs(config, stream, temperature):
         ("plain", 1.0, 1e-4),  # float32, sums in another order
         ("grouped", 0.7, 1e-4),
         ("half", 1.0, 0.2),  # bfloat16: 8 bits in each of 2 layers
+        ("windows", 1.0, 1e-4),
     ],
 )
 def test_sampled_logprobs_are_the_trainers(name, temperature, tolerance):
@@ -151,14 +155,17 @@ def test_greedy_tokens_are_the_argmax_of_the_trainers_logits():
     np.testing.assert_array_equal(logits.argmax(axis=1), tokens[:, index])
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_stream_does_not_notice_the_others(seed):
+@pytest.mark.parametrize(
+    ("config", "seed"),
+    [(PLAIN, 0), (PLAIN, 1), (PLAIN, 2), (PLAIN, 3), (LOCAL, 4), (LOCAL, 5)],
+)
+def test_a_stream_does_not_notice_the_others(config, seed):
   rng = np.random.default_rng(seed)
   mine = streams(seed, {0: int(rng.integers(1, 40))})[0]
-  cache = fill(PLAIN, empty(PLAIN), {2: mine})
-  cache, first, logp = run(PLAIN, cache, describe({2: mine}))
+  cache = fill(config, empty(config), {2: mine})
+  cache, first, logp = run(config, cache, describe({2: mine}))
   grown = mine + first[:, 2].tolist()
-  _, second, _ = run(PLAIN, cache, describe({2: grown}), steps=STEPS)
+  _, second, _ = run(config, cache, describe({2: grown}), steps=STEPS)
 
   place = int(rng.integers(SLOTS))
   others = streams(
@@ -166,14 +173,64 @@ def test_a_stream_does_not_notice_the_others(seed):
       {i: int(rng.integers(1, 40)) for i in range(SLOTS) if i != place},
   )
   crowd = dict(sorted((others | {place: mine}).items()))
-  cache = fill(PLAIN, empty(PLAIN, fill=3.0), crowd)
-  cache, tokens, crowd_logp = run(PLAIN, cache, describe(crowd))
+  cache = fill(config, empty(config, fill=3.0), crowd)
+  cache, tokens, crowd_logp = run(config, cache, describe(crowd))
   np.testing.assert_array_equal(tokens[:, place], first[:, 2])
   np.testing.assert_array_equal(crowd_logp[:, place], logp[:, 2])
   for index in crowd:
     crowd[index] = crowd[index] + tokens[:, index].tolist()
-  _, tokens, _ = run(PLAIN, cache, describe(crowd))
+  _, tokens, _ = run(config, cache, describe(crowd))
   np.testing.assert_array_equal(tokens[:, place], second[:, 2])
+
+
+def without_first_block(cache):
+  """The cache with NaN in the first block of every layer."""
+
+  def poison(layers):
+    return tuple(
+        (np.full_like(first, np.nan), *rest) for first, *rest in layers
+    )
+
+  return caching.KVCache(keys=poison(cache.keys), values=poison(cache.values))
+
+
+def test_blocks_before_every_window_are_not_read():
+  # The next token of 40 sees 21 and later: nothing of the first of 3 blocks.
+  mine = streams(11, {2: 40})
+  cache = fill(LOCAL, empty(LOCAL), mine)
+  clean = run(LOCAL, cache, describe(mine))
+  poisoned = without_first_block(cache)
+  with jax.debug_nans(False):
+    _, tokens, logp = run(LOCAL, poisoned, describe(mine))
+    # An idle slot's old length does not make it read; a short stream does.
+    slots = describe(mine)
+    slots.length[4] = 3
+    _, _, beside_idle = run(LOCAL, poisoned, slots)
+    _, _, beside_short = run(LOCAL, poisoned, describe(mine | {5: [1, 2, 3]}))
+  np.testing.assert_array_equal(tokens, clean[1])
+  np.testing.assert_array_equal(logp, clean[2])
+  np.testing.assert_array_equal(beside_idle[:, 2], logp[:, 2])
+  assert np.isnan(beside_short[:, 5]).all()
+
+
+def test_prefill_does_not_read_blocks_before_every_window():
+  mine = streams(12, {1: 48})
+  prefix = {1: mine[1][:37]}
+  cache = fill(LOCAL, empty(LOCAL), prefix, rows=2)
+  # Tokens 36 and later see 18 and later.
+  rest = np.zeros((2, 16), np.int32)
+  rest[0, :11] = mine[1][36:47]
+  where = np.int32([11, 0]), np.int32([1, 0]), np.int32([36, 0])
+  poisoned = without_first_block(cache)
+  with jax.debug_nans(False):
+    clean, dirty = (
+        PREFILL(weights(LOCAL), one, rest, *where, config=LOCAL)
+        for one in (cache, poisoned)
+    )
+  for left, right in zip(
+      clean.keys + clean.values, dirty.keys + dirty.values, strict=True
+  ):
+    jax.tree.map(np.testing.assert_array_equal, left[1:], right[1:])
 
 
 def test_a_slot_stops_alone():
