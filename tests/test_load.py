@@ -237,8 +237,8 @@ def test_tensors_must_be_floats(tmp_path):
     ("changes", "message"),
     [
         (
-            {"vocab_size": ..., "rope_theta": ..., "rope_parameters": ...},
-            "vocab_size; missing rope",
+            {"vocab_size": ..., "rms_norm_eps": ...},
+            "missing vocab_size; missing rms_norm_eps",
         ),
         ({"model_type": "gemma"}, "model_type = 'gemma', must be one"),
         ({"rope_scaling": {"factor": 8}}, "unknown factor of rope default"),

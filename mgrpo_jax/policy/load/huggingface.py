@@ -29,6 +29,8 @@ _FIXED: Mapping[str, Any] = {
     "final_logit_softcapping": None,
     "attn_logit_softcapping": None,
     "use_bidirectional_attention": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
 }
 # Gemma 3's multimodal files give only what differs from these.
 _GEMMA3: Fields = {
@@ -47,6 +49,19 @@ _GEMMA3: Fields = {
     "rope_theta": 1_000_000.0,
     "rope_local_base_freq": 10_000.0,
     "tie_word_embeddings": True,
+}
+# What transformers takes for keys that are absent, where it matters.
+_DEFAULTS: Mapping[str, Fields] = {
+    "llama": {"rope_theta": 10_000.0},  # Llama 1 and 2 do not give it
+    "qwen2": {"use_sliding_window": False, "max_window_layers": 28},
+    "qwen3": {
+        "use_sliding_window": False,
+        "max_window_layers": 28,
+        "head_dim": 128,
+    },
+    "qwen3_moe": {"use_sliding_window": False},
+    "gemma3_text": _GEMMA3,
+    "gemma3": _GEMMA3,
 }
 
 
@@ -72,8 +87,7 @@ def read(fields: Fields, source: str) -> TransformerConfig:
     )
   if family == "gemma3":
     fields = {"model_type": family} | dict(fields.get("text_config", {}))
-  if family.startswith("gemma3"):
-    fields = {**_GEMMA3, **fields}
+  fields = {**_DEFAULTS[family], **fields}
   rope = fields.get("rope_parameters") or {}
   ropes = rope if "full_attention" in rope else {"full_attention": rope}
   whole = {
@@ -107,7 +121,9 @@ def read(fields: Fields, source: str) -> TransformerConfig:
         dtype=fields.get("activation_dtype", "float32"),
         **_FAMILIES[family]({**fields, "rope_parameters": ropes}),
     )
-  except (ValueError, TypeError, KeyError) as error:
+  except KeyError as error:
+    raise ValueError(f"{source}: missing {error.args[0]}") from error
+  except (ValueError, TypeError) as error:
     raise ValueError(f"{source}: {error}") from error
 
 
@@ -121,13 +137,14 @@ def write(config: TransformerConfig) -> dict[str, Any]:
     Fields of `config.json`.
 
   Raises:
-    ValueError: no family has these features together.
+    ValueError: no family has these features together, or the family's files
+      cannot say one of them; naming it.
   """
   family = _family(config)
   sizes = {theirs: getattr(config, ours) for theirs, ours in _SIZES.items()}
   activation = "hidden_activation" if family == "gemma3_text" else "hidden_act"
-  rope: dict[str, Any] = {"rope_theta": config.rope_base}
-  rope |= _written_scaling(config.rope_scaling)
+  scaling = _written_scaling(config.rope_scaling)
+  rope = {"rope_theta": config.rope_base, **scaling}
   fields: dict[str, Any] = {
       **sizes,
       "model_type": family,
@@ -137,6 +154,7 @@ def write(config: TransformerConfig) -> dict[str, Any]:
       "tie_word_embeddings": config.tied_embeddings,
       activation: _ACTIVATIONS[config.activation],
       "rope_theta": config.rope_base,
+      "rope_scaling": None if config.rope_scaling is None else scaling,
       "rope_parameters": rope,
       "torch_dtype": "float32",
       "activation_dtype": config.dtype,
@@ -160,7 +178,21 @@ def write(config: TransformerConfig) -> dict[str, Any]:
         "mlp_only_layers": list(config.experts.dense_layers),
         "decoder_sparse_step": 1,
     }
+  said = _comparable(read(fields, family))
+  wanted = _comparable(config)
+  lost = [name for name, value in wanted.items() if said[name] != value]
+  if lost:
+    raise ValueError(f"config: {family} cannot have {', '.join(lost)}")
   return fields
+
+
+def _comparable(config: TransformerConfig) -> dict[str, Any]:
+  """Says what a config computes, so that equal models compare equal."""
+  return vars(config) | {
+      "attention_scale": round(config.query_scale**-2, 6),
+      "windows": tuple(map(config.window, range(config.num_layers))),
+      "execution": None,
+  }
 
 
 def _llama(fields: Fields) -> dict[str, Any]:
@@ -180,12 +212,10 @@ def _qwen3(fields: Fields) -> dict[str, Any]:
 
 
 def _qwen3_moe(fields: Fields) -> dict[str, Any]:
-  """Qwen 3 with a mixture of experts in its layers."""
+  """Qwen 3 with a mixture of experts; a window holds for every layer."""
   step = fields.get("decoder_sparse_step", 1)
   dense = set(fields.get("mlp_only_layers") or ())
-  number = fields.get("num_experts", fields.get("num_local_experts"))
-  if number is None:
-    raise ValueError("missing num_experts")
+  number = fields.get("num_experts") or fields["num_local_experts"]
   dense |= {
       layer
       for layer in range(fields["num_hidden_layers"])
@@ -198,7 +228,9 @@ def _qwen3_moe(fields: Fields) -> dict[str, Any]:
       normalised=fields.get("norm_topk_prob", False),
       dense_layers=tuple(sorted(dense)),
   )
-  return _qwen3(fields) | {"experts": experts}
+  window = fields.get("sliding_window") if fields["use_sliding_window"] else 0
+  windows = (window,) * fields["num_hidden_layers"] if window else ()
+  return {"qk_norm": True, "experts": experts, "windows": windows}
 
 
 def _gemma3(fields: Fields) -> dict[str, Any]:
@@ -292,9 +324,7 @@ def _windows(fields: Fields) -> tuple[int, ...]:
   if fields.get("use_sliding_window") is False or window is None:
     return ()
   if kinds is None:
-    every = fields.get(
-        "sliding_window_pattern", fields.get("_sliding_window_pattern")
-    )
+    every = fields.get("sliding_window_pattern")
     first = fields.get("max_window_layers", 0)
     kinds = [
         "full_attention"
