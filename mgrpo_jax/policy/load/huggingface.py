@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mgrpo_jax.policy.config import Experts, TransformerConfig
-from mgrpo_jax.policy.rotary import LinearScaling, Llama3Scaling, Scaling
+from mgrpo_jax.policy.load import scalings
 
 Fields = Mapping[str, Any]
 
@@ -103,7 +103,7 @@ def read(fields: Fields, source: str) -> TransformerConfig:
       for key, value in _FIXED.items()
       if fields.get(key, value) != value
   ]
-  scaling, wrong = _scaling(whole)
+  scaling, wrong = scalings.read(whole)
   problems += wrong
   if problems:
     raise ValueError(f"{source}: {'; '.join(problems)}")
@@ -143,7 +143,7 @@ def write(config: TransformerConfig) -> dict[str, Any]:
   family = _family(config)
   sizes = {theirs: getattr(config, ours) for theirs, ours in _SIZES.items()}
   activation = "hidden_activation" if family == "gemma3_text" else "hidden_act"
-  scaling = _written_scaling(config.rope_scaling)
+  scaling = scalings.write(config.rope_scaling)
   rope = {"rope_theta": config.rope_base, **scaling}
   fields: dict[str, Any] = {
       **sizes,
@@ -355,56 +355,3 @@ def _written_windows(config: TransformerConfig) -> dict[str, Any]:
           for window in config.windows
       ],
   }
-
-
-def _scaling(rope: Fields) -> tuple[Scaling | None, list[str]]:
-  """Reads how rotations are scaled, and what is wrong with it."""
-  unsaid = "default" if rope.keys() <= {"rope_theta"} else None
-  kind = rope.get("rope_type", rope.get("type", unsaid))
-  keys = {
-      "default": (),
-      "linear": ("factor",),
-      "llama3": (
-          "factor",
-          "low_freq_factor",
-          "high_freq_factor",
-          "original_max_position_embeddings",
-      ),
-  }
-  if kind not in keys:
-    return None, [f"rope_type = {kind!r}, must be one of {sorted(keys)}"]
-  known = {"rope_theta", "rope_type", "type", *keys[kind]}
-  wrong = [f"missing {k} of rope {kind}" for k in keys[kind] if k not in rope]
-  wrong += [f"unknown {k} of rope {kind}" for k in rope if k not in known]
-  if wrong or kind == "default":
-    return None, wrong
-  values = [rope[key] for key in keys[kind]]
-  if kind == "linear":
-    return LinearScaling(factor=values[0]), []
-  factor, low, high, context = values
-  return (
-      Llama3Scaling(
-          factor=factor,
-          low_frequency=low,
-          high_frequency=high,
-          original_context=context,
-      ),
-      [],
-  )
-
-
-def _written_scaling(scaling: Scaling | None) -> dict[str, Any]:
-  """Writes how rotations are scaled."""
-  if scaling is None:
-    return {"rope_type": "default"}
-  if isinstance(scaling, LinearScaling):
-    return {"rope_type": "linear", "factor": scaling.factor}
-  if isinstance(scaling, Llama3Scaling):
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_frequency,
-        "high_freq_factor": scaling.high_frequency,
-        "original_max_position_embeddings": scaling.original_context,
-    }
-  raise ValueError(f"rope_scaling: {scaling!r} cannot be written")
