@@ -182,7 +182,7 @@ def _trajectory(
 ) -> Trajectory:
   """A call of (unsampled, sampled) stretches of random tokens."""
   mask = np.concatenate(
-      [np.repeat(np.float32([0, 1]), lengths) for lengths in parts]
+      [np.repeat(np.array([0, 1], np.float32), one) for one in parts]
   )
   return Trajectory(
       task_id=f"t{number}",

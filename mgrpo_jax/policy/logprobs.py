@@ -53,8 +53,7 @@ def token_logprobs(
   )
   predicted = has_past(segment_ids)
   targets = jnp.roll(tokens, -1, axis=1)
-  is_cut = wanted is not None and most_wanted > 0
-  if is_cut:
+  if wanted is not None and most_wanted:
     predicted &= wanted
     following = jnp.roll(predicted, -1, axis=1)
     order = jnp.argsort(~following, axis=1, stable=True)[:, :most_wanted]
@@ -66,7 +65,7 @@ def token_logprobs(
     return _at(scaled, targets) - jax.nn.logsumexp(scaled, axis=-1)
 
   values = _map_chunks(logprob, params, hidden, targets, config=config)
-  if not is_cut:
+  if wanted is None or not most_wanted:
     values = jnp.roll(values, 1, axis=1)
   else:
     place = jnp.cumsum(predicted, axis=1) - 1
