@@ -26,7 +26,11 @@ def fingerprint(policy: Policy) -> dict[str, str]:
   arrays = leaves.to_host(policy.params)
   parts: Mapping[str, Any] = {
       "chat format": [policy.chat, policy.system],
-      "sizes": dataclasses.asdict(policy.config),
+      "sizes": {
+          field.name: repr(getattr(policy.config, field.name))
+          for field in dataclasses.fields(policy.config)
+          if field.name != "execution"  # changes no value
+      },
       "tokenizer": {
           name: hashlib.sha256(content).hexdigest()
           for name, content in files.items()
