@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import functools
 import re
 
@@ -10,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from mgrpo_jax import sharding
 from mgrpo_jax.policy import logprobs, params
-from mgrpo_jax.policy.config import Execution
+from mgrpo_jax.policy.config import Execution, Experts
 
 ROWS = ((9, 4), (13,), (2, 2), (5, 6, 2), (1,), (3, 8), (7,), (6, 6))
 LENGTH, CHUNK = 13, 5
@@ -20,10 +21,58 @@ CFG = tiny_llama.config(
     embed_dim=16,
     execution=Execution(logit_columns=CHUNK),
 )
-MESHES = (
-    {"data": 8, "fsdp": 1, "tensor": 1, "expert": 1},
-    {"data": 2, "fsdp": 2, "tensor": 2, "expert": 1},
+WIDE = dataclasses.replace(CFG, num_heads=16, num_kv_heads=8, mlp_dim=16)
+SPARSE = dataclasses.replace(
+    WIDE,
+    qk_norm=True,
+    experts=Experts(number=4, per_token=2, mlp_dim=8, normalised=True),
 )
+FAMILIES = {
+    "biased": dataclasses.replace(
+        WIDE,
+        qkv_bias=True,
+        tied_embeddings=False,
+        execution=Execution(
+            logit_columns=CHUNK,
+            remat=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        ),
+    ),
+    "windowed": dataclasses.replace(
+        WIDE,
+        num_layers=4,
+        windows=(3, 0, 3, 0),
+        local_rope_base=10.0,
+        qk_norm=True,
+        post_norms=True,
+        activation="gelu_tanh",
+        embedding_scale=4.0,
+        execution=Execution(
+            logit_columns=CHUNK,
+            scan_layers=True,
+            remat=jax.checkpoint_policies.nothing_saveable,
+        ),
+    ),
+    "sparse": SPARSE,
+}
+
+
+def sizes_of(data, fsdp, tensor, expert):
+  return {"data": data, "fsdp": fsdp, "tensor": tensor, "expert": expert}
+
+
+MIXED = sizes_of(2, 2, 2, 1)
+CASES = [
+    (family, sizes_of(*sizes))
+    for family, sizes in (
+        ("biased", (8, 1, 1, 1)),
+        ("biased", (2, 2, 2, 1)),
+        ("windowed", (1, 8, 1, 1)),
+        ("windowed", (1, 1, 8, 1)),
+        ("windowed", (2, 2, 2, 1)),
+        ("sparse", (2, 1, 1, 4)),
+        ("sparse", (1, 2, 2, 2)),
+    )
+]
 
 
 def batch():
@@ -49,39 +98,40 @@ def jitted(config=CFG):
 
 
 @functools.cache
-def on_one_device():
-  return jax.device_get(jitted()(tiny_llama.weights(CFG), batch()))
+def on_one_device(config):
+  return jax.device_get(jitted(config)(tiny_llama.weights(config), batch()))
 
 
-def placed(mesh):
-  at_rest = sharding.params_shardings(params.param_specs(CFG), mesh)
-  tree = jax.device_put(tiny_llama.weights(CFG), at_rest)
+def placed(mesh, config=CFG):
+  at_rest = sharding.params_shardings(params.param_specs(config), mesh)
+  tree = jax.device_put(tiny_llama.weights(config), at_rest)
   rows = jax.device_put(batch(), sharding.batch_shardings(batch(), mesh))
   return tree, rows
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_eight_devices_step_like_one(sizes):
+@pytest.mark.parametrize(("family", "sizes"), CASES, ids=str)
+def test_eight_devices_step_like_one(family, sizes):
+  config = FAMILIES[family]
   mesh = sharding.make_mesh(**sizes, devices=jax.devices())
   with jax.set_mesh(mesh):
-    tree, rows = placed(mesh)
-    step = jitted()
+    tree, rows = placed(mesh, config)
+    step = jitted(config)
     value, updated = step(tree, rows)
     step(updated, rows)
     assert step._cache_size() == 1  # shardings come out as they went in
-  expected_value, expected = on_one_device()
+  expected_value, expected = on_one_device(config)
   # float32 sums of some hundred terms, in another order.
   np.testing.assert_allclose(value, expected_value, rtol=1e-5)
-  before = tiny_llama.weights(CFG)
+  before = tiny_llama.weights(config)
   for actual, wanted, start in zip(
       *map(jax.tree.leaves, (updated, expected, before)), strict=True
   ):
-    np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-6)
-    assert np.max(np.abs(wanted - start)) > 1e-4
+    np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=2e-6)
+    assert np.max(np.abs(wanted - start)) > 1e-5
 
 
 def test_weights_at_rest_are_split_over_fsdp_and_tensor():
-  mesh = sharding.make_mesh(**MESHES[1], devices=jax.devices())
+  mesh = sharding.make_mesh(**MIXED, devices=jax.devices())
   tree, rows = placed(mesh)
   for value in jax.tree.leaves(tree):
     pieces = 4 if value.ndim > 1 else 1
@@ -109,7 +159,7 @@ def collectives(text):
 
 
 def test_the_compiled_step_communicates_what_it_must_and_no_more():
-  mesh = sharding.make_mesh(**MESHES[1], devices=jax.devices())
+  mesh = sharding.make_mesh(**MIXED, devices=jax.devices())
   with jax.set_mesh(mesh):
     found = collectives(jitted().lower(*placed(mesh)).compile().as_text())
   kinds = collections.Counter(kind for kind, _, _ in found)

@@ -91,13 +91,14 @@ def _mix(
   tokens = y.reshape(-1, y.shape[-1])
   share, chosen = _route(tokens, router, experts)
   order, sizes = _by_expert(chosen - first, gate.shape[0])
-  rows = tokens[order // experts.per_token]
+  # Rows of other devices' experts come last; what products leave there, going
+  # forward or backward, is undefined.
+  here = jnp.arange(len(order))[:, None] < jnp.sum(sizes)
+  rows = jnp.where(here, tokens[order // experts.per_token], 0.0)
   product = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
   inner = activation(product(rows, gate)) * product(rows, up)
-  # Rows of other devices' experts come last; what stands there is undefined.
-  here = jnp.arange(len(rows))[:, None] < jnp.sum(sizes)
   added = jnp.where(here, product(inner, down), 0.0)
-  back = added[jnp.argsort(order)].reshape(*chosen.shape, -1)
+  back = added[_argsort(order)].reshape(*chosen.shape, -1)
   mixed = jnp.einsum("akd,ak->ad", back, share.astype(back.dtype))
   return mixed.reshape(y.shape)
 
@@ -125,6 +126,15 @@ def _by_expert(
   """Sorts assignments to experts 0..number-1 to the front, and counts them."""
   flat = chosen.reshape(-1)
   held = jnp.where((flat >= 0) & (flat < number), flat, number)
-  each = jnp.arange(number)[None]
-  sizes = jnp.sum(held[:, None] == each, axis=0, dtype=jnp.int32)
-  return jnp.argsort(held), sizes
+  own = held[:, None] == jnp.arange(number)[None]
+  return _argsort(held), jnp.sum(own, axis=0, dtype=jnp.int32)
+
+
+def _argsort(keys: Int[Array, " Ak"]) -> Int[Array, " Ak"]:
+  """Sorts indices by key; they vary over the mesh axes that the keys do.
+
+  `jnp.argsort` forgets that (jax 0.10.2), and gradients through what it
+  gathers then lack a sum over those axes.
+  """
+  index = jax.lax.iota(keys.dtype, keys.size) + 0 * keys
+  return jax.lax.sort((keys, index), num_keys=1)[1]

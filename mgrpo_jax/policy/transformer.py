@@ -209,9 +209,9 @@ def project(
       "nte,ekd->ntkd", normed, value, out_sharding=sharding.out(*heads)
   )
   if layer.query_bias is not None:
-    q = q + _bias(layer.query_bias, *grouped[2:], config=config)
-    k = k + _bias(layer.key_bias, *heads[2:], config=config)
-    v = v + _bias(layer.value_bias, *heads[2:], config=config)
+    q = q + _bias(layer.query_bias, config=config)
+    k = k + _bias(layer.key_bias, config=config)
+    v = v + _bias(layer.value_bias, config=config)
   if layer.query_norm is not None:
     q = rms_norm(q, layer.query_norm, config=config)
     k = rms_norm(k, layer.key_norm, config=config)
@@ -376,8 +376,7 @@ def _weight(
 
 
 def _bias(
-    value: Float[Array, "*heads"], *axes: str, config: TransformerConfig
+    value: Float[Array, "*heads"], *, config: TransformerConfig
 ) -> Float[Array, "1 1 *heads"]:
   """Casts a bias of heads for compute, and gives it rows and tokens."""
-  weight = _weight(value, *axes, config=config)
-  return weight.reshape((1, 1, *weight.shape))
+  return jnp.expand_dims(jnp.asarray(value, config.dtype), (0, 1))
