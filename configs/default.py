@@ -44,7 +44,24 @@ def policy() -> ml_collections.ConfigDict:
   config.rope_base = 10_000.0  # of the rotary frequencies, > 0
   config.norm_eps = 1e-5  # added to mean squares, > 0
   config.tokenizer_share = 0.15  # of the training text it learns pieces from
+  _add_devices(config)
   return config.lock()
+
+
+def _add_devices(config: ml_collections.ConfigDict) -> None:
+  """What a policy runs on, and how; changes time and memory only."""
+  config.dtype = "float32"  # of activations, or bfloat16
+  config.mesh = ml_collections.ConfigDict()  # devices: the product of the four
+  config.mesh.data = 1  # replicas of the weights, >= 1
+  config.mesh.fsdp = 1  # pieces that weights are kept in, >= 1
+  config.mesh.tensor = 1  # pieces of heads, feed-forward, vocabulary, >= 1
+  config.mesh.expert = 1  # pieces that experts are split in, >= 1
+  config.sampler_tensor = 1  # devices that the sampler's heads are split over
+  config.execution = ml_collections.ConfigDict()
+  config.execution.attention = "blockwise"  # or splash: a kernel, TPU only
+  config.execution.remat = "none"  # layer: keep nothing; dots: only products
+  config.execution.scan_layers = False  # one loop: compiles faster, fuses less
+  config.execution.logit_columns = 64  # tokens a row with logits at once, >= 1
 
 
 def stage(objective: str, steps: int) -> ml_collections.ConfigDict:

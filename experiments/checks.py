@@ -7,13 +7,16 @@ import contextlib
 import difflib
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from configs import default
 from mgrpo_jax.agents.team import Team
+from mgrpo_jax.policy.config import DTYPES
 from mgrpo_jax.tasks.curriculum import Stage
+
+T = TypeVar("T")
 
 _MOST = 1_000_000  # of anything that is counted
 _MOST_CALLS = 4096  # of one role in a rollout, and slots for them
@@ -67,6 +70,14 @@ _SIZES = (
     "head_dim",
     "mlp_dim",
 )
+_PIECES = (
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+    "mesh.expert",
+    "sampler_tensor",
+    "execution.logit_columns",
+)
 _RATES = ("rope_base", "norm_eps")
 _COUNTS = ("max_turns", "max_new_tokens", "max_context", "max_calls")
 _SHARES = ("format_share", "correct_share", "expert_share")
@@ -86,6 +97,27 @@ def inside(key: str) -> Iterator[None]:
     yield
   except ValueError as error:
     raise ValueError(f"config.{key}: {error}") from error
+
+
+def pick(choices: Mapping[str, T], name: str, key: str) -> T:
+  """Looks a name up among the choices that a config key has.
+
+  Args:
+    choices: by name.
+    name: what the config says.
+    key: the config key, for the error.
+
+  Returns:
+    The choice.
+
+  Raises:
+    ValueError: there is no such choice; lists those there are.
+  """
+  if name not in choices:
+    raise ValueError(
+        f"config.{key}: {name!r}, allowed: {', '.join(sorted(choices))}"
+    )
+  return choices[name]
 
 
 def keys_and_types(values: Mapping[str, Any]) -> None:
@@ -193,6 +225,42 @@ def combinations(values: Mapping[str, Any], team: Team) -> None:
   _concurrency(values, team)
 
 
+def devices(values: Mapping[str, Any], number: int) -> None:
+  """Checks that policies fit the devices, and batches their meshes.
+
+  Args:
+    values: of the config, nested; each in its range.
+    number: of devices there are.
+
+  Raises:
+    ValueError: they do not; names the key and what is allowed.
+  """
+  for name, policy in values["policies"].items():
+    if policy["dtype"] not in DTYPES:
+      raise ValueError(
+          f"config.policies.{name}.dtype: {policy['dtype']!r}, allowed:"
+          f" {', '.join(DTYPES)}"
+      )
+    mesh = policy["mesh"]
+    for key, size in (
+        ("mesh", math.prod(mesh.values())),
+        ("sampler_tensor", policy["sampler_tensor"]),
+    ):
+      if size > number:
+        raise ValueError(
+            f"config.policies.{name}.{key}: takes {size} devices, there are"
+            f" {number}"
+        )
+    pieces = mesh["data"] * mesh["fsdp"]
+    for key in ("rows", "trajectories"):
+      if values["batch"][key] % pieces:
+        raise ValueError(
+            f"config.batch.{key}: {values['batch'][key]} must be a multiple of"
+            f" {pieces}, the product of config.policies.{name}.mesh.data and"
+            f" config.policies.{name}.mesh.fsdp"
+        )
+
+
 def learners(values: Mapping[str, Any], team: Team, stage: Stage) -> None:
   """Checks that a stage names policies that can learn, and that one does.
 
@@ -258,7 +326,8 @@ def _limits(values: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
   limits: dict[str, tuple[float, float]] = dict(_RANGES)
   limits["rollout.temperature"] = (_COLDEST, math.inf)
   for name in values["policies"]:
-    limits |= {f"policies.{name}.{key}": (1, _MOST) for key in _SIZES}
+    sizes = (*_SIZES, *_PIECES)
+    limits |= {f"policies.{name}.{key}": (1, _MOST) for key in sizes}
   for name in values["stages"]:
     limits[f"stages.{name}.steps"] = (0, _MOST)
   for name in values["team"]["roles"]:  # how few, `Role` knows

@@ -8,11 +8,12 @@ import functools
 import json
 import operator
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
+import jax
 import ml_collections
 
-from experiments import checks, world
+from experiments import checks, placing, world
 from mgrpo_jax import (
     advantages,
     alignment,
@@ -37,8 +38,6 @@ from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.tasks.factbook import Factbook
 from mgrpo_jax.types import Task
 from mgrpo_jax.workdir import Workdir
-
-T = TypeVar("T")
 
 ALIGNMENTS = {
     "duplicate_or_drop": alignment.duplicate_or_drop,
@@ -113,12 +112,15 @@ def check(config: ml_collections.ConfigDict) -> None:
   with checks.inside("team"):
     team = build_team(config)
   checks.combinations(values, team)
+  checks.devices(values, jax.device_count())
   for stage in build_stages(config):
     checks.learners(values, team, stage)
   build_method(config)
   build_sampler(config)
-  pick(world.PROTOCOLS, config.team.protocol, "team.protocol")
+  checks.pick(world.PROTOCOLS, config.team.protocol, "team.protocol")
   world.check_names(config, team)
+  for name in config.policies:
+    placing.execution(config, name)
   if config.publish.bucket:
     with checks.inside("publish.bucket"):
       if bucket.spec(config.publish.bucket)["driver"] == "memory":
@@ -151,8 +153,9 @@ def build(config: ml_collections.ConfigDict) -> Setup:
   stages = build_stages(config)
   book = factbook.load(config.tasks.seed)
   tools = world.tools(book, config.tools)
-  policies = world.policies(config, team, book)
-  protocol = pick(world.PROTOCOLS, config.team.protocol, "team.protocol")
+  meshes = placing.meshes(config, team, jax.devices())
+  policies = world.policies(config, team, book, meshes)
+  protocol = checks.pick(world.PROTOCOLS, config.team.protocol, "team.protocol")
   chats = world.chats(team, policies, config.team.protocol)
   world.check_prompts(team, chats, protocol, tools)
   demonstrator = world.Demonstrator(
@@ -180,6 +183,7 @@ def build(config: ml_collections.ConfigDict) -> Setup:
       rollouts_per_task=config.rollout.per_task,
       team=team,
       policies=policies,
+      meshes=meshes,
       actor=functools.partial(_actor, chats, protocol),
       tools=tools,
       demonstrate={
@@ -236,10 +240,10 @@ def build_stages(config: ml_collections.ConfigDict) -> tuple[Stage, ...]:
 def build_method(config: ml_collections.ConfigDict) -> Method:
   """Builds the algorithm of a recipe."""
   loss = config.loss
-  ratio = pick(RATIOS, loss.ratio, "loss.ratio")
-  aggregation = pick(AGGREGATIONS, loss.aggregation, "loss.aggregation")
-  kl = pick(KLS, loss.kl, "loss.kl")
-  importance = pick(IMPORTANCES, loss.importance, "loss.importance")
+  ratio = checks.pick(RATIOS, loss.ratio, "loss.ratio")
+  aggregation = checks.pick(AGGREGATIONS, loss.aggregation, "loss.aggregation")
+  kl = checks.pick(KLS, loss.kl, "loss.kl")
+  importance = checks.pick(IMPORTANCES, loss.importance, "loss.importance")
   if aggregation is losses.sequence_mean_token_sum_norm:
     longest = max(role.max_context for role in config.team.roles.values())
     aggregation = functools.partial(aggregation, max_tokens=longest)
@@ -267,14 +271,14 @@ def build_method(config: ml_collections.ConfigDict) -> Method:
   correct = _correct(config.reward)
   return Method(
       rules=rewards.Rules(
-          format=pick(FORMATS, config.reward.format, "reward.format"),
+          format=checks.pick(FORMATS, config.reward.format, "reward.format"),
           correct=correct,
           expert=functools.partial(
               rewards.evidence_grade,
               matches=correct,
               opened_share=config.reward.opened_share,
           ),
-          correct_of=pick(
+          correct_of=checks.pick(
               CORRECT_OF, config.reward.correct_of, "reward.correct_of"
           ),
       ),
@@ -286,9 +290,11 @@ def build_method(config: ml_collections.ConfigDict) -> Method:
           )
           for name, role in config.team.roles.items()
       },
-      align=pick(ALIGNMENTS, config.alignment.strategy, "alignment.strategy"),
+      align=checks.pick(
+          ALIGNMENTS, config.alignment.strategy, "alignment.strategy"
+      ),
       num_slots=config.alignment.num_slots,
-      advantage=pick(ADVANTAGES, config.advantage, "advantage"),
+      advantage=checks.pick(ADVANTAGES, config.advantage, "advantage"),
       policy_loss=policy_loss,
       imitation_loss=imitation_loss,
       minibatches=config.batch.minibatches,
@@ -310,27 +316,6 @@ def build_sampler(config: ml_collections.ConfigDict) -> Sampler:
   )
 
 
-def pick(choices: Mapping[str, T], name: str, key: str) -> T:
-  """Looks a name up among the choices that a config key has.
-
-  Args:
-    choices: by name.
-    name: what the config says.
-    key: the config key, for the error.
-
-  Returns:
-    The choice.
-
-  Raises:
-    ValueError: there is no such choice; lists those there are.
-  """
-  if name not in choices:
-    raise ValueError(
-        f"config.{key}: {name!r}, allowed: {', '.join(sorted(choices))}"
-    )
-  return choices[name]
-
-
 def _correct(config: ml_collections.ConfigDict) -> Matches:
   """What counts as right, from `config.reward`."""
   most = config.mention_words
@@ -340,7 +325,7 @@ def _correct(config: ml_collections.ConfigDict) -> Matches:
       "matches": answers.matches,
       "mentions": functools.partial(answers.mentions, max_words=most),
   }
-  return pick(choices, config.correct, "reward.correct")
+  return checks.pick(choices, config.correct, "reward.correct")
 
 
 def _actor(

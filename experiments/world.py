@@ -8,7 +8,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from experiments import checks
+from experiments import checks, placing
 from mgrpo_jax import rollout
 from mgrpo_jax.agents import compact, expert, hermes, llama, renaming
 from mgrpo_jax.agents.actor import Moment, scripted
@@ -36,6 +36,7 @@ from mgrpo_jax.policy.tokenizer import (
     SentencePieceTokenizer,
     train_sentencepiece,
 )
+from mgrpo_jax.sharding import Meshes
 from mgrpo_jax.tasks import factbook
 from mgrpo_jax.tasks.factbook import Factbook
 from mgrpo_jax.types import RolloutGroup, Status, Task
@@ -123,7 +124,10 @@ def tools(book: Factbook, config: ml_collections.ConfigDict) -> dict[str, Tool]:
 
 
 def policies(
-    config: ml_collections.ConfigDict, team: Team, book: Factbook
+    config: ml_collections.ConfigDict,
+    team: Team,
+    book: Factbook,
+    meshes: Mapping[str, Meshes],
 ) -> dict[str, Policy]:
   """Loads every policy of a team, or makes it from scratch.
 
@@ -131,22 +135,26 @@ def policies(
     config: the whole recipe.
     team: names the policies.
     book: what a tokenizer made from scratch learns from.
+    meshes: where each policy lives.
 
   Returns:
     Policies by name.
 
   Raises:
-    ValueError: the source of one cannot be loaded.
+    ValueError: the source of one cannot be loaded, or its mesh does not divide
+      it.
   """
   loaded: dict[str, Policy] = {}
   for position, name in enumerate(team.policies):
     one = config.policies[name]
     if one.source == "random":
       with checks.inside(f"policies.{name}"):
-        loaded[name] = _random(config, team, book, name, position)
-      continue
-    with checks.inside(f"policies.{name}.source"):
-      loaded[name] = load(one.source)
+        policy = _random(config, team, book, name, position)
+    else:
+      with checks.inside(f"policies.{name}.source"):
+        policy = load(one.source, mesh=meshes[name].learner)
+    sizes = placing.executed(policy.config, config, name, meshes[name])
+    loaded[name] = dataclasses.replace(policy, config=sizes)
   return loaded
 
 

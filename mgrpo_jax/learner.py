@@ -4,6 +4,7 @@ This is where the pure functions of `update` are jitted and their buffers
 donated. Policies of one configuration share the compiled programs.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mgrpo_jax import losses, optim, packing, update
+from mgrpo_jax import losses, optim, packing, sharding, update
 from mgrpo_jax.packing import BatchShape, Credit
 from mgrpo_jax.policy import logprobs
 from mgrpo_jax.policy.config import TransformerConfig
+from mgrpo_jax.policy.params import param_specs
 from mgrpo_jax.types import TrainBatch, TrainState
 
 
@@ -56,6 +58,7 @@ class Learner:
       temperature: float,
       needs_reference: bool,
       seed: int,
+      mesh: jax.sharding.Mesh | None,
   ) -> None:
     """Puts the parameters on the device with a fresh optimizer.
 
@@ -67,18 +70,41 @@ class Learner:
       temperature: of the distribution that was sampled from, > 0.
       needs_reference: whether the loss compares with the first weights.
       seed: of the state's random key, in [0, 2**32).
+      mesh: of `sharding.make_mesh`, None for the default device.
+
+    Raises:
+      ValueError: if the mesh does not divide the parameters, naming one.
     """
     self.config = config
+    self._mesh = mesh
     self._shape = shape
     self._optimizer = optimizer
     self._temperature = temperature
     # Where a row may be all targets, the head runs for all of it.
     is_cut = shape.row_targets < shape.row_tokens
     self._row_targets = shape.row_targets if is_cut else 0
-    self.state: TrainState = _begin(
-        params, np.uint32(seed), optimizer=optimizer
-    )
-    self._reference = jax.device_get(params) if needs_reference else None
+    if mesh is not None:
+      at_rest = sharding.params_shardings(param_specs(config), mesh)
+      params = jax.device_put(params, at_rest)
+    with self._on_mesh():
+      self.state: TrainState = _begin(
+          params, np.uint32(seed), optimizer=optimizer
+      )
+    self._reference: Any = None
+    if needs_reference:  # on a mesh it stays in its shards
+      self._reference = jax.device_get(params) if mesh is None else params
+
+  def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+    """Sets the mesh, if there is one, for what is traced or run inside."""
+    if self._mesh is None:
+      return contextlib.nullcontext()
+    return jax.set_mesh(self._mesh)
+
+  def _placed(self, batch: TrainBatch) -> TrainBatch:
+    """Splits a batch over the mesh, if there is one."""
+    if self._mesh is None:
+      return batch
+    return jax.device_put(batch, sharding.batch_shardings(batch, self._mesh))
 
   def pack(
       self, credits: Sequence[Credit], objective: update.Objective
@@ -95,7 +121,8 @@ class Learner:
     batches = packing.pack(credits, shape=self._shape)
     if isinstance(objective, update.ImitationLoss):
       return batches
-    return tuple(self._scored(batch) for batch in batches)
+    with self._on_mesh():
+      return tuple(self._scored(self._placed(batch)) for batch in batches)
 
   def _scored(self, batch: TrainBatch) -> TrainBatch:
     """Replaces the sampler's log-probs by the trainer's own."""
@@ -131,31 +158,32 @@ class Learner:
     imitates = isinstance(objective, update.ImitationLoss)
     tallies: list[update.Tally] = []
     applied: list[Mapping[str, jax.Array]] = []
-    for (batches, totals), rate in zip(
-        minibatches, learning_rates, strict=True
-    ):
-      if not batches:
-        continue
-      gradient = _zeros(self.state.params)
-      for batch in batches:
-        gradient, tally = _accumulate(
+    with self._on_mesh():
+      for (batches, totals), rate in zip(
+          minibatches, learning_rates, strict=True
+      ):
+        if not batches:
+          continue
+        gradient = _zeros(self.state.params)
+        for batch in batches:
+          gradient, tally = _accumulate(
+              gradient,
+              self.state.params,
+              self._placed(batch),
+              totals,
+              objective=objective,
+              config=self.config,
+              temperature=self._temperature,
+              row_targets=0 if imitates else self._row_targets,
+          )
+          tallies.append(tally)
+        self.state, metrics = _apply(
+            self.state,
             gradient,
-            self.state.params,
-            batch,
-            totals,
-            objective=objective,
-            config=self.config,
-            temperature=self._temperature,
-            row_targets=0 if imitates else self._row_targets,
+            np.float32(rate),
+            optimizer=self._optimizer,
         )
-        tallies.append(tally)
-      self.state, metrics = _apply(
-          self.state,
-          gradient,
-          np.float32(rate),
-          optimizer=self._optimizer,
-      )
-      applied.append(metrics)
+        applied.append(metrics)
     batches = tuple(batch for part, _ in minibatches for batch in part)
     return Step(
         tallies=tuple(tallies),

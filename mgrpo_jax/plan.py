@@ -12,6 +12,7 @@ from mgrpo_jax.packing import BatchShape
 from mgrpo_jax.policy.policy import Policy
 from mgrpo_jax.rewards import RewardWeights, Rules
 from mgrpo_jax.sampler.engine import Engine
+from mgrpo_jax.sharding import Meshes
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.types import RolloutGroup, Task
 
@@ -86,6 +87,7 @@ class Setup:
     rollouts_per_task: K.
     team: the roles.
     policies: by name, with the weights to begin with.
+    meshes: where each policy lives, by name.
     actor: makes the actor of a policy from its engine.
     tools: by name.
     demonstrate: by name of stage, plays the scripted expert on a task, with a
@@ -109,6 +111,7 @@ class Setup:
   rollouts_per_task: int
   team: Team
   policies: Mapping[str, Policy]
+  meshes: Mapping[str, Meshes]
   actor: Callable[[str, Engine], Actor]
   tools: Mapping[str, Tool]
   demonstrate: Mapping[str, Demonstrate]

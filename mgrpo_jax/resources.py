@@ -9,14 +9,14 @@ import pathlib
 from collections.abc import AsyncIterator, Mapping
 from typing import Literal
 
-from mgrpo_jax import atomic, publish
+from mgrpo_jax import atomic, publish, sharding
 from mgrpo_jax.agents.actor import Actor
 from mgrpo_jax.agents.context import Environment
 from mgrpo_jax.learner import Learner
 from mgrpo_jax.plan import Setup
 from mgrpo_jax.policy import fingerprint
 from mgrpo_jax.policy.load.safetensors import save_directory
-from mgrpo_jax.policy.params import abstract
+from mgrpo_jax.policy.params import param_specs
 from mgrpo_jax.publish import NoVersionError
 from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.store import Store
@@ -64,6 +64,7 @@ class Resources:
             temperature=setup.sampler.temperature,
             needs_reference=method.policy_loss.kl is not None,
             seed=setup.seed,
+            mesh=setup.meshes[name].learner,
         )
         for name, policy in setup.policies.items()
     }
@@ -72,6 +73,7 @@ class Resources:
             learner.config,
             learner.state.params,
             0,
+            mesh=setup.meshes[name].sampler,
             **setup.sampler.engine,
         )
         for name, learner in self.learners.items()
@@ -135,7 +137,10 @@ class Resources:
       )
     problems: list[str] = []
     for name, engine in self.engines.items():
-      like = abstract(self.learners[name].config)
+      like = sharding.shapes(
+          param_specs(self.learners[name].config),
+          self.setup.meshes[name].sampler,
+      )
       number: int | Literal["latest"] = "latest"
       if version != "latest":
         number = max((n for n in kept[name] if n <= version), default=version)

@@ -8,6 +8,7 @@ ambiguous says it (`out`). Without a mesh all of this is the identity.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,7 +41,21 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "expert": "expert",
     "router": None,  # experts, as columns of the router
     "rank": None,  # of a low-rank adapter
+    "slot": None,  # token streams being sampled
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Meshes:
+  """Where a policy lives.
+
+  Attributes:
+    learner: of `make_mesh`, or None for the default device.
+    sampler: of `sampler_mesh`, or None for the default device.
+  """
+
+  learner: Mesh | None
+  sampler: Mesh | None
 
 
 def make_mesh(
@@ -76,6 +91,69 @@ def make_mesh(
   return jax.make_mesh(
       sizes, MESH_AXES, (AxisType.Explicit,) * 4, devices=devices
   )
+
+
+def sampler_mesh(devices: Sequence[jax.Device]) -> Mesh:
+  """Arranges devices on the tensor axis, with automatic types.
+
+  What the sampler does with a cache (copying slots, attending to blocks that
+  may be skipped, drawing tokens) splits over heads and vocabulary without
+  choices to make, so the compiler splits it; `out` and its like, which speak
+  of the mesh that is set, are the identity there.
+
+  Args:
+    devices: over which heads, feed-forward and vocabulary are split.
+
+  Returns:
+    The mesh, not to be set: arrays that are placed on it suffice.
+  """
+  shape = (1, 1, len(devices), 1)
+  return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * 4, devices=devices)
+
+
+def assign(
+    needs: Mapping[str, int], devices: Sequence[Any]
+) -> dict[str, tuple[Any, ...]]:
+  """Decides which devices each policy lives on.
+
+  Where a policy needs more than one device and there are enough for all, the
+  groups are disjoint. A policy that fits in one slice never straddles two.
+  Where disjoint groups are not to be had, policies take turns on the devices.
+
+  Args:
+    needs: devices that each policy takes, by name.
+    devices: all of them; slices are told apart by `slice_index`.
+
+  Returns:
+    Devices by name, as many as needed.
+
+  Raises:
+    ValueError: if a policy needs more devices than there are.
+  """
+  slices: dict[int, list[Any]] = {}
+  for device in devices:
+    slices.setdefault(getattr(device, "slice_index", 0) or 0, []).append(device)
+  for name, need in needs.items():
+    if not 1 <= need <= len(devices):
+      raise ValueError(
+          f"{name} needs {need} devices, allowed: 1 to {len(devices)}"
+      )
+  if max(needs.values(), default=1) > 1:
+    free = [list(group) for group in slices.values()]
+    taken: dict[str, tuple[Any, ...]] = {}
+    for name in sorted(needs, key=lambda name: -needs[name]):
+      group = _take(needs[name], free, list(slices.values()))
+      if group is None:
+        break
+      taken[name] = group
+    else:
+      return {name: taken[name] for name in needs}
+  whole = list(slices.values())
+  shared = {
+      name: _take(need, [list(group) for group in whole], whole)
+      for name, need in needs.items()
+  }
+  return {name: group for name, group in shared.items() if group is not None}
 
 
 def spec(*logical_axes: str) -> PartitionSpec:
@@ -182,6 +260,49 @@ def batch_shardings(batch: Any, mesh: Mesh | AbstractMesh) -> Any:
     return _place(jax.tree_util.keystr(path), array.shape, axes, mesh)
 
   return jax.tree.map_with_path(place, batch)
+
+
+def shapes(specs: Any, mesh: Mesh | AbstractMesh | None) -> Any:
+  """Gives the parameters' shapes and where they rest, without values.
+
+  Args:
+    specs: pytree of `ParamSpec`, from `params.param_specs`.
+    mesh: with the axes of `MESH_AXES`, or None for no place.
+
+  Returns:
+    The same tree of `jax.ShapeDtypeStruct`.
+
+  Raises:
+    ValueError: see `params_shardings`.
+  """
+  if mesh is None:
+    return jax.tree.map(
+        lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype), specs
+    )
+  return jax.tree.map(
+      lambda one, where: jax.ShapeDtypeStruct(
+          one.shape, one.dtype, sharding=where
+      ),
+      specs,
+      params_shardings(specs, mesh),
+  )
+
+
+def _take(
+    need: int, free: list[list[Any]], slices: list[list[Any]]
+) -> tuple[Any, ...] | None:
+  """Takes devices out of what is free: of one slice if the slice is enough."""
+  for group in free:
+    if len(group) >= need:
+      taken, group[:] = tuple(group[:need]), group[need:]
+      return taken
+  if need <= max(map(len, slices)) or need > sum(map(len, free)):
+    return None
+  flat = [device for group in free for device in group]
+  kept = set(flat[need:])
+  for group in free:
+    group[:] = [device for device in group if device in kept]
+  return tuple(flat[:need])
 
 
 def _place(

@@ -1,9 +1,13 @@
+import jax
 import ml_collections
 import pytest
 
 from configs import default, quickstart, smollm2_factbook, warm_start
-from experiments import recipe
+from experiments import placing, recipe
+from mgrpo_jax import sharding
 from mgrpo_jax.agents.team import Team
+from mgrpo_jax.policy.config import Execution
+from mgrpo_jax.testing.sizes import tiny_config
 
 CONFIGS = {
     **{
@@ -161,6 +165,13 @@ def test_the_recipe_says_how_long_a_text_may_mention():
         ("checkpoint.keep", 0, "config.checkpoint.keep"),
         ("publish.every", 0, "config.publish.every"),
         ("evaluation.final_tasks", 0, "config.evaluation.final_tasks"),
+        ("policies.main.mesh.data", 0, "config.policies.main.mesh.data"),
+        ("policies.main.mesh.fsdp", 16, r"main.mesh: takes 16 devices.* are 8"),
+        ("policies.main.sampler_tensor", 9, "main.sampler_tensor: takes 9"),
+        ("policies.main.execution.attention", "flash", "execution.attention"),
+        ("policies.main.execution.remat", "all", "main.execution.remat"),
+        ("policies.main.execution.logit_columns", 0, "logit_columns"),
+        ("policies.main.dtype", "float16", "config.policies.main.dtype"),
     ],
 )
 def test_impossible_values_are_named(key, value, message):
@@ -185,6 +196,53 @@ def test_every_open_call_of_a_policy_has_a_slot():
   config.engine.num_slots -= 1
   with pytest.raises(ValueError, match="in 420 rollouts"):
     recipe.check(config)
+
+
+@pytest.mark.parametrize("key", ("rows", "trajectories"))
+def test_batches_must_divide_by_the_mesh(key):
+  config = quickstart.get_config()
+  config.policies.main.mesh.data = config.policies.main.mesh.fsdp = 2
+  config.batch[key] = 6
+  with pytest.raises(
+      ValueError, match=f"batch.{key}: 6 must be a multiple of 4.*mesh.data"
+  ):
+    recipe.check(config)
+
+
+def test_policies_live_where_the_recipe_says():
+  config = quickstart.get_config()
+  team = recipe.build_team(config)
+  alone = placing.meshes(config, team, jax.devices())
+  assert {m.learner for m in alone.values()} == {None}
+  assert {m.sampler for m in alone.values()} == {None}
+  config.policies.main.mesh.fsdp = 2
+  config.policies.researcher.sampler_tensor = 4
+  made = placing.meshes(config, team, jax.devices())
+  assert dict(made["main"].learner.shape)["fsdp"] == 2
+  assert dict(made["researcher"].sampler.shape)["tensor"] == 4
+  used = [
+      set(mesh.devices.flat)
+      for meshes in made.values()
+      for mesh in (meshes.learner, meshes.sampler)
+  ]
+  assert not (used[0] | used[1]) & (used[2] | used[3])
+
+
+def test_a_recipe_runs_a_policy_as_it_says():
+  config = quickstart.get_config()
+  execution = placing.execution(config, "main")
+  assert execution == Execution()  # the defaults change nothing
+  config.policies.main.dtype = "bfloat16"
+  config.policies.main.execution.remat = "dots"
+  config.policies.main.execution.scan_layers = True
+  where = sharding.Meshes(learner=None, sampler=None)
+  sizes = placing.executed(tiny_config(), config, "main", where)
+  assert (sizes.dtype, sizes.execution.scan_layers) == ("bfloat16", True)
+  assert sizes.execution.remat is placing.REMATS["dots"]
+  mesh = sharding.sampler_mesh(jax.devices()[:2])
+  where = sharding.Meshes(learner=None, sampler=mesh)
+  with pytest.raises(ValueError, match="main.sampler_tensor: .*of 2"):
+    placing.executed(tiny_config(), config, "main", where)
 
 
 def test_frozen_policies_cannot_be_asked_to_learn():

@@ -1,6 +1,7 @@
 import collections
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -61,6 +62,7 @@ def sizes_of(data, fsdp, tensor, expert):
 
 
 MIXED = sizes_of(2, 2, 2, 1)
+SPLIT = ("kv_heads", "mlp", "vocab", "expert")  # over tensor or expert
 CASES = [
     (family, sizes_of(*sizes))
     for family, sizes in (
@@ -185,6 +187,30 @@ def test_the_compiled_step_communicates_what_it_must_and_no_more():
   inside = [size for _, size, name in found if "while/body" in name]
   chunk = (len(ROWS) // 4, CHUNK)
   assert set(inside) <= {chunk, (*chunk, CFG.embed_dim)}
+
+
+def test_experts_are_gathered_over_fsdp_and_their_parts_added():
+  mesh = sharding.make_mesh(**sizes_of(1, 2, 2, 2), devices=jax.devices())
+  with jax.set_mesh(mesh):
+    lowered = jitted(SPARSE).lower(*placed(mesh, SPARSE))
+    found = collectives(lowered.compile().as_text())
+  assert not {kind for kind, _, _ in found} & {"all-to-all"}
+  kernels = [
+      s for s in jax.tree.leaves(params.param_specs(SPARSE)) if len(s.shape) > 1
+  ]
+  # What a device holds of a kernel in use: its tensor and expert pieces of it.
+  used = {
+      np.prod(s.shape) // math.prod(2 for a in s.logical_axes if a in SPLIT)
+      for s in kernels
+  }
+  gathered = [size for kind, size, _ in found if kind == "all-gather"]
+  assert {np.prod(size) for size in gathered} <= used
+  assert len(kernels) <= len(gathered) <= 2 * len(kernels)
+  # What the experts say is added once; so is, going backward, what they tell
+  # their inputs: the rows that gate and up were given, and the router's.
+  stream = (len(ROWS) // 2, LENGTH, SPARSE.embed_dim)
+  summed = [size for kind, size, _ in found if kind == "all-reduce"]
+  assert 1 <= summed.count(stream) <= 8
 
 
 def test_a_train_step_lowers_for_256_devices():

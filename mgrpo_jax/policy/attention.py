@@ -9,9 +9,13 @@ padding, and nothing else does.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from mgrpo_jax import sharding
 
 # Queries of a row are cut in at most MAX_BLOCKS blocks of at least MIN_BLOCK:
 # small blocks skip more of the masked half, many blocks make large programs.
@@ -20,6 +24,7 @@ MAX_BLOCKS = 8
 # Scores of a head that exist at once; blocks with more run piece by piece.
 MAX_SCORES = 2**22
 MASKED = -1e30  # a score that no real one comes near, and whose exp is 0
+SPLASH_BLOCKS = (512, 256, 128)  # tokens; the largest that divides the length
 
 
 def blockwise(
@@ -71,6 +76,89 @@ def blockwise(
   return jnp.transpose(attended, (0, 3, 1, 2, 4))
 
 
+def splash(
+    query: Float[Array, "N T Hkv G D"],
+    key: Float[Array, "N T Hkv D"],
+    value: Float[Array, "N T Hkv D"],
+    segment_ids: Int[Array, "N T"],
+    *,
+    window: int,
+    interpret: bool = False,
+) -> Float[Array, "N T Hkv G D"]:
+  """Attends with JAX's Pallas kernel for TPUs; scores never leave the chip.
+
+  Under a mesh each device attends for the rows and key heads it holds.
+
+  Args:
+    query: scaled, grouped by the key head they share.
+    key: one per key head.
+    value: one per key head.
+    segment_ids: [N, T] int32.
+    window: tokens that a query sees, itself included; 0 for all before it.
+    interpret: runs the kernel as plain operations, anywhere, slowly.
+
+  Returns:
+    Attended values, in the dtype of `query`.
+  """
+  length = query.shape[1]
+  padded = -(-length // SPLASH_BLOCKS[-1]) * SPLASH_BLOCKS[-1]
+  attend = _splash_kernel(padded, query.shape[3], window, interpret)
+
+  def on_device(query: Array, key: Array, value: Array, ids: Array) -> Array:
+    def heads_first(x: Array) -> Array:
+      wide = ((0, 0), (0, padded - length)) + ((0, 0),) * (x.ndim - 2)
+      return jnp.moveaxis(jnp.pad(x, wide), 1, -2)
+
+    ids = jnp.pad(ids, ((0, 0), (0, padded - length)))
+    arrays = map(heads_first, (query, key, value))
+    return jnp.moveaxis(attend(*arrays, ids), -2, 1)[:, :length]
+
+  if jax.sharding.get_abstract_mesh().empty:
+    return on_device(query, key, value, segment_ids)
+  heads = sharding.spec("batch", "length", "kv_heads", "head_dim")
+  grouped = sharding.spec("batch", "length", "kv_heads", "group", "head_dim")
+  return jax.shard_map(
+      on_device,
+      in_specs=(grouped, heads, heads, sharding.spec("batch", "length")),
+      out_specs=grouped,
+      check_vma=False,  # the kernel does not say what its results vary over
+  )(query, key, value, segment_ids)
+
+
+def _splash_kernel(
+    length: int, group: int, window: int, interpret: bool
+) -> Callable[..., Array]:
+  """Builds the kernel over [N, Hkv, G, T, D] queries and [N, Hkv, T, D]."""
+  # Takes most of a second to import, and only TPUs need it.
+  from jax.experimental.pallas.ops.tpu import splash_attention as pallas
+
+  shape = (length, length)
+  mask = (
+      pallas.LocalMask(shape, (window - 1, 0), offset=0)
+      if window
+      else pallas.CausalMask(shape)
+  )
+  block = next(size for size in SPLASH_BLOCKS if length % size == 0)
+  kernel = pallas.make_splash_mqa_single_device(
+      pallas.MultiHeadMask([mask] * group),
+      block_sizes=pallas.BlockSizes(
+          block_q=block,
+          block_kv=block,
+          block_q_dkv=block,
+          block_kv_dkv=block,
+          block_q_dq=block,
+          block_kv_dq=block,
+      ),
+      interpret=interpret,
+  )
+
+  def one(query: Array, key: Array, value: Array, ids: Array) -> Array:
+    return kernel(query, key, value, pallas.SegmentIds(q=ids, kv=ids))
+
+  of_a_row = jax.vmap(one, in_axes=(0, 0, 0, None))
+  return jax.vmap(of_a_row)
+
+
 def _attend_pieces(
     query: Float[Array, "N Hkv G Q D"],
     key: Float[Array, "N Hkv S D"],
@@ -83,10 +171,12 @@ def _attend_pieces(
   piece = max(1, MAX_SCORES // length)
   if size <= piece:
     visible = _visible(segment_ids, length - size, size, window)
-    return _attend(query, key, value, visible)
+    return jax.checkpoint(_attend)(query, key, value, visible)
   pieces = -(-size // piece)
   padded = jnp.pad(query, ((0, 0),) * 3 + ((0, pieces * piece - size), (0, 0)))
 
+  # Else the backward pass would keep what each piece sees: T² booleans.
+  @jax.checkpoint
   def one(number: Int[Array, ""]) -> Array:
     start = number * piece
     rows = jax.lax.dynamic_slice_in_dim(padded, start, piece, axis=3)
@@ -115,7 +205,6 @@ def _visible(
   return same & near[None]
 
 
-@jax.checkpoint
 def _attend(
     query: Float[Array, "N Hkv G Q D"],
     key: Float[Array, "N Hkv S D"],

@@ -3,6 +3,8 @@
 Functions are jitted once, here, with the configuration static: two engines of
 the same sizes share their compilations. Python runs a jitted function's body
 only while tracing, so counting there counts programs, and costs nothing.
+`heads` says over which devices the cache is split by heads, so that it stays
+there and can be donated; None on one device.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ import functools
 from collections.abc import Mapping
 
 import jax
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
+from mgrpo_jax import sharding
 from mgrpo_jax.policy import cache as caching
 from mgrpo_jax.policy import decode as decoding
 from mgrpo_jax.policy.cache import KVCache
@@ -33,6 +37,19 @@ def compilations() -> Mapping[str, int]:
   return dict(_TRACED)
 
 
+def split_heads(mesh: Mesh) -> NamedSharding:
+  """Says how a cache is split over a mesh.
+
+  Args:
+    mesh: of `sharding.sampler_mesh`.
+
+  Returns:
+    The sharding of every block of the cache.
+  """
+  axes = sharding.spec("slot", "kv_heads", "length", "head_dim")
+  return NamedSharding(mesh, axes)
+
+
 @functools.partial(
     jax.jit, static_argnames=("config", "num_slots", "length", "block")
 )
@@ -45,7 +62,7 @@ def init_cache(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config",), donate_argnames=("cache",)
+    jax.jit, static_argnames=("config", "heads"), donate_argnames=("cache",)
 )
 def prefill(
     params: Params,
@@ -56,17 +73,19 @@ def prefill(
     starts: Int[Array, " P"],
     *,
     config: TransformerConfig,
+    heads: NamedSharding | None = None,
 ) -> KVCache:
   """Runs `policy.decode.prefill`, in place."""
   _TRACED["prefill"] += 1
-  return decoding.prefill(
+  cache = decoding.prefill(
       params, cache, tokens, lengths, slots, starts, config=config
   )
+  return _kept(cache, heads)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "num_steps"),
+    static_argnames=("config", "num_steps", "heads"),
     donate_argnames=("cache",),
 )
 def decode(
@@ -76,18 +95,33 @@ def decode(
     *,
     config: TransformerConfig,
     num_steps: int,
+    heads: NamedSharding | None = None,
 ) -> tuple[KVCache, Int[Array, "N S"], Float[Array, "N S"]]:
   """Runs `policy.decode.decode`, in place."""
   _TRACED["decode"] += 1
-  return decoding.decode(
+  cache, tokens, logprobs = decoding.decode(
       params, cache, slots, config=config, num_steps=num_steps
   )
+  return _kept(cache, heads), tokens, logprobs
 
 
-@functools.partial(jax.jit, donate_argnames=("cache",))
+@functools.partial(
+    jax.jit, static_argnames=("heads",), donate_argnames=("cache",)
+)
 def copy_slots(
-    cache: KVCache, sources: Int[Array, " R"], targets: Int[Array, " R"]
+    cache: KVCache,
+    sources: Int[Array, " R"],
+    targets: Int[Array, " R"],
+    *,
+    heads: NamedSharding | None = None,
 ) -> KVCache:
   """Runs `policy.cache.copy_slots`, in place."""
   _TRACED["copy_slots"] += 1
-  return caching.copy_slots(cache, sources, targets)
+  return _kept(caching.copy_slots(cache, sources, targets), heads)
+
+
+def _kept(cache: KVCache, heads: NamedSharding | None) -> KVCache:
+  """Leaves a cache where it was, so that it can be donated."""
+  if heads is None:
+    return cache
+  return jax.lax.with_sharding_constraint(cache, heads)

@@ -25,10 +25,11 @@ from typing import Any, Self
 import jax
 import numpy as np
 
+from mgrpo_jax import sharding
 from mgrpo_jax.policy import sampling as drawing
 from mgrpo_jax.policy.cache import KVCache
 from mgrpo_jax.policy.config import TransformerConfig
-from mgrpo_jax.policy.params import Params
+from mgrpo_jax.policy.params import Params, param_specs
 from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.sampler import device
 from mgrpo_jax.sampler.schedule import Schedule, Visit, completion
@@ -62,6 +63,7 @@ class Engine:
       prefill_tokens: int,
       prefill_buckets: Sequence[int],
       decode_steps: int,
+      mesh: jax.sharding.Mesh | None = None,
   ) -> None:
     """Allocates the cache; compiles nothing else yet.
 
@@ -78,9 +80,11 @@ class Engine:
       prefill_buckets: lengths that new tokens are padded to; one compilation
         each. Longer inputs are cut into pieces of the largest.
       decode_steps: tokens sampled for each slot between two looks at the queue.
+      mesh: of `sharding.sampler_mesh`, None for the default device.
 
     Raises:
-      ValueError: if a size is not positive, naming it.
+      ValueError: if a size is not positive, naming it, or if the mesh does not
+        divide the parameters, naming one.
     """
     sizes = {
         "num_slots": num_slots,
@@ -96,13 +100,17 @@ class Engine:
     self._config = config
     self._context = context
     self._decode_steps = decode_steps
-    self._device = jax.local_devices()[0]
-    self._params = jax.device_put(params, self._device)
+    self._heads: jax.sharding.NamedSharding | None = None
+    self._place: Any = jax.local_devices()[0]
+    if mesh is not None:
+      self._heads = device.split_heads(mesh)
+      self._place = sharding.params_shardings(param_specs(config), mesh)
+    self._params = jax.device_put(params, self._place)
     self._cache: KVCache = jax.device_put(
         device.init_cache(
             config=config, num_slots=num_slots, length=context, block=block
         ),
-        self._device,
+        self._heads or self._place,
     )
     self._schedule = Schedule(
         version,
@@ -211,7 +219,7 @@ class Engine:
       params: weights; see `__init__`.
       version: their number.
     """
-    self._params = jax.device_put(params, self._device)
+    self._params = jax.device_put(params, self._place)
     self._schedule.renew(version)
 
   def stats(self) -> dict[str, Any]:
@@ -285,17 +293,19 @@ class Engine:
           call.slots,
           call.starts,
           config=self._config,
+          heads=self._heads,
       )
     for first in range(0, len(visit.copies), _COPIES):
       pairs = visit.copies[first : first + _COPIES]
       pairs = pairs + pairs[-1:] * (_COPIES - len(pairs))
       sources, targets = np.asarray(pairs, np.int32).T
-      cache = device.copy_slots(cache, sources, targets)
+      cache = device.copy_slots(cache, sources, targets, heads=self._heads)
     self._cache, tokens, logprobs = device.decode(
         params,
         cache,
         visit.slots,
         config=self._config,
         num_steps=self._decode_steps,
+        heads=self._heads,
     )
     return np.asarray(tokens), np.asarray(logprobs)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,6 +29,7 @@ from mgrpo_jax.policy.params import Params
 from mgrpo_jax.policy.params import init as init_params
 from mgrpo_jax.policy.policy import Policy
 from mgrpo_jax.sampler.engine import Engine
+from mgrpo_jax.sharding import Meshes
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.testing import corpus
 from mgrpo_jax.testing import team as team_lib
@@ -87,6 +90,8 @@ def small_setup(
     team: Team | None = None,
     method: Method | None = None,
     checkpoint_every: int = 2,
+    sizes: Mapping[str, Mapping[str, Any]] | None = None,
+    meshes: Mapping[str, Meshes] | None = None,
 ) -> Setup:
   """A run of two tiny policies from scratch.
 
@@ -97,6 +102,8 @@ def small_setup(
     team: the roles; main and researcher if None.
     method: the algorithm; `small_method` if None.
     checkpoint_every: steps.
+    sizes: by policy, fields of its transformer that differ from the tiny one.
+    meshes: by policy, where it lives; the default device if None.
 
   Returns:
     The setup.
@@ -139,7 +146,12 @@ def small_setup(
       max_retries=3,
       rollouts_per_task=3,
       team=roles,
-      policies={n: _policy(roles, i) for i, n in enumerate(roles.policies)},
+      policies={
+          name: _policy(roles, number, **(sizes or {}).get(name, {}))
+          for number, name in enumerate(roles.policies)
+      },
+      meshes=meshes
+      or dict.fromkeys(roles.policies, Meshes(learner=None, sampler=None)),
       actor=actor,
       tools=tools,
       demonstrate={stage.name: demonstrate for stage in stages},
@@ -221,10 +233,12 @@ def _stages(
   return imitate, reinforce
 
 
-def _policy(team: Team, number: int) -> Policy:
+def _policy(team: Team, number: int, **changes: Any) -> Policy:
   """A transformer of a few thousand parameters."""
   tokenizer = team_lib.tokenizer(team)
-  config = tiny_config(vocab_size=tokenizer.vocab_size, mlp_dim=32)
+  config = tiny_config(
+      **{"vocab_size": tokenizer.vocab_size, "mlp_dim": 32} | changes
+  )
   return Policy(
       config=config,
       params=_init(number, config=config),

@@ -1,0 +1,117 @@
+"""Where the policies of a recipe live, and how they are run there."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+
+from experiments import checks
+from mgrpo_jax import sharding
+from mgrpo_jax.agents.team import Team
+from mgrpo_jax.policy import attention
+from mgrpo_jax.policy.config import Execution, TransformerConfig
+from mgrpo_jax.policy.params import param_specs
+from mgrpo_jax.sharding import Meshes
+
+ATTENTIONS: Mapping[str, Callable[..., Any]] = {
+    "blockwise": attention.blockwise,
+    "splash": attention.splash,
+}
+REMATS: Mapping[str, Callable[..., Any] | None] = {
+    "none": None,
+    "layer": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def meshes(
+    config: ml_collections.ConfigDict,
+    team: Team,
+    devices: Sequence[jax.Device],
+) -> dict[str, Meshes]:
+  """Gives every policy its devices; see `sharding.assign`.
+
+  Args:
+    config: the whole recipe, checked.
+    team: names the policies.
+    devices: that there are.
+
+  Returns:
+    Meshes by policy; None where a policy has the first device for itself, or
+    shares it.
+  """
+  sizes = {name: config.policies[name].mesh.to_dict() for name in team.policies}
+  heads = {name: config.policies[name].sampler_tensor for name in team.policies}
+  needs = {
+      name: max(math.prod(sizes[name].values()), heads[name]) for name in sizes
+  }
+  made = {}
+  for name, group in sharding.assign(needs, devices).items():
+    alone = group == (devices[0],)
+    number = math.prod(sizes[name].values())
+    made[name] = Meshes(
+        learner=None
+        if alone
+        else sharding.make_mesh(**sizes[name], devices=group[:number]),
+        sampler=None if alone else sharding.sampler_mesh(group[: heads[name]]),
+    )
+  return made
+
+
+def execution(config: ml_collections.ConfigDict, name: str) -> Execution:
+  """Builds how a policy is run.
+
+  Args:
+    config: the whole recipe.
+    name: of the policy.
+
+  Returns:
+    The execution.
+
+  Raises:
+    ValueError: a name or number is not allowed, naming its key.
+  """
+  one, key = config.policies[name].execution, f"policies.{name}.execution"
+  with checks.inside(key):
+    return Execution(
+        attention=checks.pick(ATTENTIONS, one.attention, f"{key}.attention"),
+        remat=checks.pick(REMATS, one.remat, f"{key}.remat"),
+        scan_layers=one.scan_layers,
+        logit_columns=one.logit_columns,
+    )
+
+
+def executed(
+    sizes: TransformerConfig,
+    config: ml_collections.ConfigDict,
+    name: str,
+    where: Meshes,
+) -> TransformerConfig:
+  """Lets a policy run as its recipe says, where it divides.
+
+  Args:
+    sizes: of the transformer.
+    config: the whole recipe.
+    name: of the policy.
+    where: it lives.
+
+  Returns:
+    The same sizes, with dtype and execution.
+
+  Raises:
+    ValueError: a mesh does not divide the parameters, naming one.
+  """
+  with checks.inside(f"policies.{name}"):
+    sizes = dataclasses.replace(
+        sizes,
+        dtype=config.policies[name].dtype,
+        execution=execution(config, name),
+    )
+  for key, mesh in (("mesh", where.learner), ("sampler_tensor", where.sampler)):
+    if mesh is not None:
+      with checks.inside(f"policies.{name}.{key}"):
+        sharding.params_shardings(param_specs(sizes), mesh)
+  return sizes

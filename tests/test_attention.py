@@ -1,0 +1,133 @@
+"""Kernels agree; long rows cost what they must, and are cut where they can."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+
+from mgrpo_jax import sharding
+from mgrpo_jax.policy import attention, transformer
+from mgrpo_jax.policy.config import Execution
+from mgrpo_jax.policy.params import abstract
+from mgrpo_jax.testing.sizes import tiny_config
+
+LONG = 8192
+
+
+def value_and_gradients(kernel, arrays, segments, window):
+  def loss(*arrays):
+    attended = kernel(*arrays, segments, window=window)
+    real = (segments > 0).reshape((*segments.shape, 1, 1, 1))
+    attended = jnp.where(real, attended, 0.0)
+    return jnp.sum(attended**2), attended
+
+  step = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+  return jax.jit(step)(*arrays)
+
+
+@pytest.mark.parametrize("window", (0, 40))
+def test_splash_equals_blockwise(window):
+  rng = np.random.default_rng(0)
+  length, width = 130, 6  # neither fits the kernel's tiles
+  query, key, value = (
+      0.5 * rng.normal(size=(1, length, 2, *heads, width)).astype(np.float32)
+      for heads in ((2,), (), ())
+  )
+  segments = (np.arange(length) // 50 + 1)[None].astype(np.int32)
+  segments[:, -9:] = 0
+  splash = functools.partial(attention.splash, interpret=True)
+  results = [
+      value_and_gradients(kernel, (query, key, value), segments, window)
+      for kernel in (attention.blockwise, splash)
+  ]
+  for expected, actual in zip(*map(jax.tree.leaves, results), strict=True):
+    # Sums of up to 130 float32 terms, in another order.
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", (64, 128))
+def test_splash_lowers_for_a_sharded_tpu(width):
+  mesh = AbstractMesh(
+      (2, 2, 2, 1), sharding.MESH_AXES, axis_types=(AxisType.Explicit,) * 4
+  )
+
+  def shape(sizes, dtype, *axes):
+    where = NamedSharding(mesh, sharding.spec(*axes))
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=where)
+
+  def loss(*arrays):
+    return jnp.sum(attention.splash(*arrays, window=0).astype(jnp.float32))
+
+  rows = ("batch", "length", "kv_heads")
+  key = shape((8, 384, 2, width), "bfloat16", *rows, "head_dim")
+  query = shape((8, 384, 2, 4, width), "bfloat16", *rows, "group", "head_dim")
+  segments = shape((8, 384), "int32", *rows[:2])
+  with jax.sharding.use_abstract_mesh(mesh):
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(
+        query, key, key, segments
+    )
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+  # Forward, gradient of queries, gradient of keys and values.
+  assert text.count("tpu_custom_call") == 3
+  for result, argument in zip(
+      traced.jaxpr.out_avals, (query, key, key), strict=True
+  ):
+    assert result.sharding.spec == argument.sharding.spec
+
+
+@functools.cache
+def attended_gradient(window):
+  """Of one long row, compiled; a head of queries, 16 wide."""
+  row = jax.ShapeDtypeStruct((1, LONG, 1, 16), np.float32)
+  query = jax.ShapeDtypeStruct((1, LONG, 1, 1, 16), np.float32)
+  segments = jax.ShapeDtypeStruct((1, LONG), np.int32)
+
+  def loss(*arrays):
+    return jnp.sum(attention.blockwise(*arrays, window=window) ** 2)
+
+  gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+  return gradient.lower(query, row, row, segments).compile()
+
+
+def test_the_scores_of_a_long_row_never_all_exist():
+  memory = attended_gradient(0).memory_analysis()
+  scores = LONG * LONG * 4
+  # A few copies of MAX_SCORES of them do: 16 MiB each, of 256.
+  assert memory.temp_size_in_bytes < scores / 2
+
+
+def test_a_window_is_not_paid_for_in_full():
+  whole, near = (
+      attended_gradient(window).cost_analysis()["flops"]
+      for window in (0, LONG // 8)
+  )
+  # Loops are counted once: what is compared is one piece of each block.
+  assert near < 0.6 * whole
+
+
+def test_rematerialisation_takes_less_memory():
+  tokens = jax.ShapeDtypeStruct((2, 256), np.int32)
+
+  def peak(remat):
+    config = tiny_config(
+        num_layers=6,
+        embed_dim=64,
+        mlp_dim=256,
+        execution=Execution(remat=remat, scan_layers=True),
+    )
+
+    def loss(params, tokens, segment_ids):
+      hidden = transformer.hidden_states(
+          params, tokens, tokens, segment_ids, config=config
+      )
+      return jnp.sum(hidden**2)
+
+    lowered = jax.jit(jax.grad(loss)).lower(abstract(config), tokens, tokens)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+  policies = jax.checkpoint_policies
+  kept = peak(None)
+  assert peak(policies.nothing_saveable) < 0.6 * kept

@@ -1,0 +1,159 @@
+"""Policies on meshes of their own: who gets which devices, and whole runs."""
+
+import dataclasses
+import io
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+
+from mgrpo_jax import optim, publish, sharding, store
+from mgrpo_jax.policy.config import Experts
+from mgrpo_jax.policy.load import load
+from mgrpo_jax.policy.params import param_specs
+from mgrpo_jax.report.writer import read_metrics
+from mgrpo_jax.sharding import Meshes
+from mgrpo_jax.testing.setup import small_setup
+
+SIZES = {
+    "main": {
+        "num_kv_heads": 2,
+        "vocab_size": 320,
+        "qk_norm": True,
+        "experts": Experts(number=2, per_token=1, mlp_dim=8, normalised=True),
+        "num_layers": 1,
+    },
+    "researcher": {
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "vocab_size": 384,
+        "qkv_bias": True,
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  number: int
+  slice_index: int
+
+
+def fake(*slices):
+  """Devices of slices of the given sizes, numbered throughout."""
+  places = [i for i, size in enumerate(slices) for _ in range(size)]
+  return [Device(number, place) for number, place in enumerate(places)]
+
+
+def numbers(needs, devices):
+  taken = sharding.assign(needs, devices)
+  return {name: [d.number for d in group] for name, group in taken.items()}
+
+
+@pytest.mark.parametrize(
+    ("needs", "slices", "expected"),
+    [
+        # Nobody needs more than one device: all share the first.
+        ({"a": 1, "b": 1}, (8,), {"a": [0], "b": [0]}),
+        ({"a": 2, "b": 2}, (4,), {"a": [0, 1], "b": [2, 3]}),
+        ({"a": 1, "b": 3}, (4,), {"a": [3], "b": [0, 1, 2]}),
+        # There are not enough: they take turns.
+        ({"a": 2, "b": 3}, (4,), {"a": [0, 1], "b": [0, 1, 2]}),
+        # A slice each, though the first has room for a part of the second.
+        ({"a": 2, "b": 3}, (4, 4), {"a": [4, 5], "b": [0, 1, 2]}),
+        ({"a": 3, "b": 3}, (4, 4), {"a": [0, 1, 2], "b": [4, 5, 6]}),
+        # Only what fits in no slice straddles them.
+        ({"a": 1, "b": 6}, (4, 4), {"a": [6], "b": [0, 1, 2, 3, 4, 5]}),
+        # Disjoint groups would straddle: c goes back to a whole slice.
+        (
+            {"a": 3, "b": 3, "c": 2},
+            (4, 4),
+            {"a": [0, 1, 2], "b": [0, 1, 2], "c": [0, 1]},
+        ),
+    ],
+)
+def test_who_gets_which_devices(needs, slices, expected):
+  assert numbers(needs, fake(*slices)) == expected
+
+
+def test_a_policy_that_needs_too_many_devices_is_named():
+  with pytest.raises(ValueError, match="b needs 9 devices, allowed: 1 to 8"):
+    sharding.assign({"a": 1, "b": 9}, fake(4, 4))
+
+
+def halves():
+  """Main's experts and the researcher's heads, on four devices each."""
+  groups = sharding.assign({"main": 4, "researcher": 4}, jax.devices())
+  axes = {
+      "main": {"data": 1, "fsdp": 2, "tensor": 1, "expert": 2},
+      "researcher": {"data": 2, "fsdp": 1, "tensor": 2, "expert": 1},
+  }
+  return {
+      name: Meshes(
+          learner=sharding.make_mesh(**axes[name], devices=group),
+          sampler=sharding.sampler_mesh(group[:2]),
+      )
+      for name, group in groups.items()
+  }
+
+
+def setup(*, steps, meshes):
+  """The small team; its optimizer divides by no number near 0."""
+  made = small_setup(
+      seed=0,
+      imitation_steps=1,
+      steps=steps,
+      checkpoint_every=1,
+      sizes=SIZES,
+      meshes=meshes,
+  )
+  # Adam's first steps are the gradient's sign where eps is small, and a sign
+  # tells a rounding from its opposite.
+  optimizer = optim.AdamW(
+      b1=0.9, b2=0.99, eps=1e-2, weight_decay=0.0, clip_norm=1.0
+  )
+  method = dataclasses.replace(made.method, optimizer=optimizer)
+  return dataclasses.replace(made, method=method, evaluate_every=9)
+
+
+def train(directory, setup):
+  return tiny_run.train(directory, setup, config={}, stream=io.StringIO())
+
+
+def weights(directory, name):
+  return jax.tree.leaves(load(directory / "policies" / name).params)
+
+
+def test_a_team_on_two_halves_trains_like_one_on_one_device(tmp_path):
+  one, two = tmp_path / "one", tmp_path / "two"
+  before = setup(steps=1, meshes=None)
+  train(one, before)
+  train(two, setup(steps=1, meshes=halves()))
+  for name in SIZES:
+    moved = 0.0
+    start = jax.tree.leaves(before.policies[name].params)
+    for wanted, actual, first in zip(
+        weights(one, name), weights(two, name), start, strict=True
+    ):
+      # Gradients of float32 sums in another order, through Adam.
+      np.testing.assert_allclose(actual, wanted, rtol=1e-3, atol=2e-5)
+      moved = max(moved, float(np.max(np.abs(wanted - first))))
+    assert moved > 1e-3
+  rows = [read_metrics(path / "metrics.jsonl") for path in (one, two)]
+  for wanted, actual in zip(*rows, strict=True):
+    for key in ("loss/main", "loss/researcher", "trained_tokens"):
+      np.testing.assert_allclose(actual[key], wanted[key], atol=1e-4)
+  # It goes on from its checkpoint, in place, and what it published is read.
+  longer = setup(steps=2, meshes=halves())
+  bucket = store.open_folder(two / "bucket")
+  assert train(two, longer)["steps"] == 3
+  for name, policy in longer.policies.items():
+    mesh = longer.meshes[name].learner
+    like = sharding.shapes(param_specs(policy.config), mesh)
+    read = publish.read(bucket, name, "latest", like=like)
+    assert read.version.number == 3
+    for saved, leaf in zip(
+        weights(two, name), jax.tree.leaves(read.params), strict=True
+    ):
+      np.testing.assert_array_equal(saved, leaf)
+      assert leaf.sharding.device_set == set(mesh.devices.flat)
