@@ -48,6 +48,7 @@ def make_learner(**changes):
       temperature=TEMPERATURE,
       needs_reference=True,
       seed=0,
+      mesh=None,
   )
   return Learner(CONFIG, weights(0), **arguments | changes)
 
