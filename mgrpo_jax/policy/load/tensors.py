@@ -115,13 +115,7 @@ def assemble(
     places = jax.tree.map(lambda _: alone, entries)
   else:
     places = sharding.params_shardings(param_specs(config), mesh)
-  return jax.tree.map(
-      lambda entry, place: jax.make_array_from_callback(
-          entry.spec.shape, place, functools.partial(_read, entry, stored)
-      ),
-      entries,
-      places,
-  )
+  return jax.tree.map(functools.partial(_load, stored), entries, places)
 
 
 def disassemble(
@@ -192,14 +186,30 @@ def _entries(config: TransformerConfig, names: Names) -> Params:
   )
 
 
+def _load(
+    stored: Mapping[str, StoredTensor],
+    entry: _Entry,
+    place: jax.sharding.Sharding,
+) -> jax.Array:
+  """Reads a parameter into its shards, what several devices hold once."""
+  parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+  def part(index: Index) -> np.ndarray:
+    ends = tuple(
+        one.indices(size)[:2]
+        for one, size in zip(index, entry.spec.shape, strict=True)
+    )
+    if ends not in parts:
+      parts[ends] = _read(entry, stored, [slice(*one) for one in ends])
+    return parts[ends]
+
+  return jax.make_array_from_callback(entry.spec.shape, place, part)
+
+
 def _read(
-    entry: _Entry, stored: Mapping[str, StoredTensor], index: Index | None
+    entry: _Entry, stored: Mapping[str, StoredTensor], ranges: list[slice]
 ) -> np.ndarray:
   """Reads the part of a parameter that a device holds."""
-  ranges = [
-      slice(*part.indices(size)[:2])
-      for part, size in zip(index or (), entry.spec.shape, strict=True)
-  ]
   if not entry.stacked:
     return _read_one(entry, stored[entry.names[0]].read, ranges)
   experts = range(ranges[0].start, ranges[0].stop)
@@ -232,7 +242,9 @@ def _read_one(
     value = read(*ranges)
   else:
     value = read(_flat(ranges, shape))
-  part = np.ascontiguousarray(value, np.float32) + np.float32(entry.offset)
+  # One copy: what a file maps into memory must not become a parameter.
+  part = np.array(value, np.float32, order="C")
+  part += np.float32(entry.offset)
   return part.reshape([one.stop - one.start for one in ranges])
 
 
