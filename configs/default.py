@@ -33,6 +33,9 @@ def policy() -> ml_collections.ConfigDict:
   # A directory, a .gguf file, 'smollm2', or 'random': a transformer of the
   # shape below with a tokenizer learned from the training places.
   config.source = "random"
+  # A function of configs/architectures.py whose sizes experiments.aot compiles;
+  # empty for those of the config.json in the source.
+  config.architecture = ""
   config.trainable = True  # False freezes it in every stage
   config.vocab_size = 512  # pieces, special tokens included; for 'random'
   config.embed_dim = 96

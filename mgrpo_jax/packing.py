@@ -142,7 +142,7 @@ def pack(
     _check_credit(credit, shape)
   places = _first_fit([credit.trajectory for credit in credits], shape)
   num_batches = max((row for row, _ in places), default=-1) // shape.rows + 1
-  batches = [_empty_batch(shape) for _ in range(num_batches)]
+  batches = [empty(shape) for _ in range(num_batches)]
   used = [0] * num_batches
   segments: dict[int, int] = {}
   for credit, (row, offset) in zip(credits, places, strict=True):
@@ -220,8 +220,15 @@ def _first_fit(
   return places
 
 
-def _empty_batch(shape: BatchShape) -> TrainBatch:
-  """Makes a micro-batch of padding."""
+def empty(shape: BatchShape) -> TrainBatch:
+  """Makes a micro-batch of padding.
+
+  Args:
+    shape: of the micro-batch.
+
+  Returns:
+    NumPy arrays, all zeros.
+  """
   rows = (shape.rows, shape.row_tokens)
   entries = (shape.trajectories, shape.row_tokens)
   each = (shape.trajectories,)

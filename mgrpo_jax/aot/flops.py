@@ -1,0 +1,148 @@
+"""FLOPs: what a model's training needs, and what a traced program does."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from mgrpo_jax.policy import params
+from mgrpo_jax.policy.config import TransformerConfig
+from mgrpo_jax.policy.params import ParamSpec
+
+
+def active_params(config: TransformerConfig) -> int:
+  """Counts the weights that multiply a token.
+
+  Args:
+    config: sizes.
+
+  Returns:
+    All weights, of the experts only the share that a token is sent to, and
+    the embedding only where it is the unembedding too: a look-up multiplies
+    nothing.
+  """
+  experts = config.experts
+
+  def count(spec: ParamSpec) -> int:
+    size = math.prod(spec.shape)
+    if experts is not None and "expert" in spec.logical_axes:
+      return size * experts.per_token // experts.number
+    return size
+
+  total = sum(map(count, jax.tree.leaves(params.param_specs(config))))
+  if not config.tied_embeddings:
+    total -= config.vocab_size * config.embed_dim
+  return total
+
+
+def visible_pairs(length: int, window: int) -> int:
+  """Counts the (query, key) pairs of one causal row.
+
+      T (T + 1) / 2;   with a window w < T:  w T - w (w - 1) / 2
+
+  Args:
+    length: T, tokens of the row, all of one segment.
+    window: w, tokens that a query sees, itself included; 0 for all.
+
+  Returns:
+    The number of pairs.
+  """
+  if not window or window >= length:
+    return length * (length + 1) // 2
+  return window * length - window * (window - 1) // 2
+
+
+def training(config: TransformerConfig, *, rows: int, length: int) -> float:
+  """Computes the model FLOPs of training on full rows.
+
+      6 · active params · tokens + 12 · H · D · Σ_layers pairs · rows
+
+  Forward once and backward twice; of attention 2 D FLOPs a pair and head for
+  each of q·k and the weighted sum of values. Only visible pairs count, and
+  nothing that is computed twice (PaLM, arXiv 2204.02311, appendix B, which
+  counts all pairs).
+
+  Args:
+    config: sizes.
+    rows: packed rows, each of one segment.
+    length: tokens of a row.
+
+  Returns:
+    FLOPs of one forward and backward pass.
+  """
+  pairs = sum(
+      visible_pairs(length, config.window(layer))
+      for layer in range(config.num_layers)
+  )
+  width = config.num_heads * config.head_dim
+  dense = 6.0 * active_params(config) * rows * length
+  return dense + 12.0 * width * pairs * rows
+
+
+def traced(jaxpr: Any, *, loops: int = 1) -> float:
+  """Counts the matrix products of a traced program, as often as they run.
+
+  XLA's own count takes the body of a loop once.
+
+  Args:
+    jaxpr: of the whole program, on all devices.
+    loops: times that a `while` of unknown length runs.
+
+  Returns:
+    FLOPs on all devices together; of a condition's branches the most.
+  """
+  total = 0.0
+  for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+    name, values = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+      (contracted, _), _ = values["dimension_numbers"]
+      lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval
+      inner = math.prod(lhs.shape[axis] for axis in contracted)
+      total += 2.0 * math.prod(out.shape) * inner
+    elif name == "ragged_dot_general":
+      total += _ragged(eqn)
+    elif name == "pallas_call":
+      total += _kernel(values, loops)
+    elif name == "cond":
+      total += max(traced(one, loops=loops) for one in values["branches"])
+    else:
+      times = {"scan": values.get("length", 1), "while": loops}.get(name, 1)
+      if name == "shard_map":
+        times = math.prod(values["mesh"].shape.values())
+      total += times * sum(traced(one, loops=loops) for one in _inner(values))
+  return total
+
+
+def _ragged(eqn: Any) -> float:
+  """Every row of the left meets one group's matrix."""
+  numbers = eqn.params["ragged_dot_dimension_numbers"]
+  lhs, rhs = eqn.invars[0].aval, eqn.invars[1].aval
+  (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+  bound = {*contracted, *batch, *numbers.rhs_group_dimensions}
+  free = [size for axis, size in enumerate(rhs.shape) if axis not in bound]
+  return 2.0 * math.prod(lhs.shape) * math.prod(free)
+
+
+def _kernel(values: Any, loops: int) -> float:
+  """What a kernel says of itself, else its body at every grid point."""
+  estimate = values.get("cost_estimate")
+  if estimate is not None:
+    return float(estimate.flops)
+  grid = values["grid_mapping"].grid
+  sizes = [size for size in grid if isinstance(size, int | np.integer)]
+  return math.prod(sizes) * traced(values["jaxpr"], loops=loops)
+
+
+def _inner(values: Any) -> list[Any]:
+  """The programs among an operation's parameters."""
+  flat = jax.tree.leaves(
+      list(values.values()), is_leaf=lambda one: hasattr(one, "eqns")
+  )
+  return [
+      one
+      for one in flat
+      if hasattr(one, "eqns") or hasattr(getattr(one, "jaxpr", None), "eqns")
+  ]

@@ -1,0 +1,266 @@
+"""The programs that one policy runs, lowered for a mesh of absent devices.
+
+No weight exists: arguments are shapes, types and shardings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mgrpo_jax import losses, optim, packing, sharding, update
+from mgrpo_jax.aot import flops
+from mgrpo_jax.packing import BatchShape
+from mgrpo_jax.policy import cache as caching
+from mgrpo_jax.policy import decode as decoding
+from mgrpo_jax.policy import logprobs, params
+from mgrpo_jax.policy.config import TransformerConfig
+from mgrpo_jax.types import TrainState
+
+_MOST_STOPS = 4  # stop tokens of a request, as engines pad them
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """What one policy is to do, and where.
+
+  Attributes:
+    config: of the transformer, its execution included.
+    mesh: size of each mesh axis of the learner.
+    devices: its product of them.
+    sampler_tensor: devices that share one copy of the weights for sampling.
+    shape: of a micro-batch.
+    objective: what is minimised.
+    optimizer: how gradients become updates.
+    temperature: that was sampled with, > 0.
+    engine: `num_slots`, `context`, `block`, `prefill_tokens`,
+      `prefill_buckets` and `decode_steps` of each sampling engine.
+  """
+
+  config: TransformerConfig
+  mesh: Mapping[str, int]
+  devices: Sequence[Any]
+  sampler_tensor: int
+  shape: BatchShape
+  objective: update.Objective
+  optimizer: optim.AdamW
+  temperature: float
+  engine: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+  """One traced program.
+
+  Attributes:
+    traced: to be lowered and compiled.
+    mesh: of its devices; explicit axes are to be set while lowering.
+    flops: of all devices, loops as often as they run.
+    held: bytes a device of each kind of argument.
+  """
+
+  traced: Any
+  mesh: Mesh
+  flops: float
+  held: Mapping[str, int]
+
+  def compile(self) -> Any:
+    """Lowers and compiles for TPU; minutes, for a large program."""
+    return self.traced.lower(lowering_platforms=("tpu",)).compile()
+
+
+def programs(plan: Plan) -> dict[str, Callable[[], Program]]:
+  """Lists what a policy runs; nothing is traced until it is called.
+
+  Args:
+    plan: what and where.
+
+  Returns:
+    Functions that trace: `accumulate` (a micro-batch's gradient), `apply`
+    (the update), `prefill` and `decode` (a visit of the sampler).
+  """
+  return {
+      name: functools.partial(function, plan)
+      for name, function in (
+          ("accumulate", _accumulate),
+          ("apply", _apply),
+          ("prefill", _prefill),
+          ("decode", _decode),
+      )
+  }
+
+
+def device_bytes(tree: Any) -> int:
+  """Counts what one device holds of a tree.
+
+  Args:
+    tree: of shapes with shardings; without one, a device holds all of it.
+
+  Returns:
+    Bytes, without padding.
+  """
+
+  def count(leaf: Any) -> int:
+    shape = leaf.shape
+    if getattr(leaf, "sharding", None) is not None:
+      shape = leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
+
+  return sum(map(count, jax.tree.leaves(tree)))
+
+
+def _accumulate(plan: Plan) -> Program:
+  """Adds a micro-batch's gradient; see `update.accumulate`."""
+  mesh = _train_mesh(plan)
+  weights = _weights(plan.config, mesh)
+  rows = packing.empty(plan.shape)
+  batch = _placed(rows, sharding.batch_shardings(rows, mesh))
+  scalar = jax.ShapeDtypeStruct((), jnp.float32)
+  logprob_fn = functools.partial(
+      logprobs.token_logprobs, config=plan.config, temperature=plan.temperature
+  )
+  function = functools.partial(
+      update.accumulate, objective=plan.objective, logprob_fn=logprob_fn
+  )
+  gradient = update.Gradient(grads=weights, loss=scalar)
+  with jax.set_mesh(mesh):
+    traced = jax.jit(function, donate_argnums=0).trace(
+        gradient, weights, batch, losses.Totals(scalar, scalar, scalar)
+    )
+  held = {"parameters": weights, "gradients": gradient, "batch": batch}
+  return _program(traced, mesh, held)
+
+
+def _apply(plan: Plan) -> Program:
+  """Makes the update; see `update.apply`."""
+  mesh = _train_mesh(plan)
+  weights = _weights(plan.config, mesh)
+  optimizer = optim.adamw(plan.optimizer)
+  scalar = jax.ShapeDtypeStruct((), jnp.float32)
+  with jax.set_mesh(mesh):
+    state = TrainState(
+        params=weights,
+        opt_state=jax.eval_shape(optimizer.init, weights),
+        step=jax.ShapeDtypeStruct((), jnp.int32),
+        rng=jax.ShapeDtypeStruct((2,), jnp.uint32),
+    )
+    gradient = update.Gradient(grads=weights, loss=scalar)
+    function = functools.partial(update.apply, optimizer=optimizer)
+    # As the learner does it: the old state stays readable, nothing is donated.
+    traced = jax.jit(function).trace(state, gradient, scalar)
+  held = {
+      "parameters": weights,
+      "gradients": gradient,
+      "optimizer": state.opt_state,
+  }
+  return _program(traced, mesh, held)
+
+
+def _prefill(plan: Plan) -> Program:
+  """Adds the longest pieces to the cache; see `decode.prefill`."""
+  width = max(plan.engine["prefill_buckets"])
+  rows = max(1, plan.engine["prefill_tokens"] // width)
+  tokens = jax.ShapeDtypeStruct((rows, width), jnp.int32)
+  each = jax.ShapeDtypeStruct((rows,), jnp.int32)
+  mesh, weights, cache = _sampler(plan)
+  function = functools.partial(decoding.prefill, config=plan.config)
+  traced = jax.jit(function, donate_argnums=1).trace(
+      weights, cache, tokens, each, each, each
+  )
+  return _program(traced, mesh, {"weights": weights, "cache": cache})
+
+
+def _decode(plan: Plan) -> Program:
+  """Samples a visit's tokens for every slot; see `decode.decode`."""
+  mesh, weights, cache = _sampler(plan)
+  steps, slots = plan.engine["decode_steps"], plan.engine["num_slots"]
+  each = functools.partial(jax.ShapeDtypeStruct, (slots,))
+  state = decoding.Slots(
+      token=each(jnp.int32),
+      length=each(jnp.int32),
+      budget=each(jnp.int32),
+      seed=jax.ShapeDtypeStruct((slots, 2), jnp.uint32),
+      temperature=each(jnp.float32),
+      stop_ids=jax.ShapeDtypeStruct((slots, _MOST_STOPS), jnp.int32),
+  )
+  function = functools.partial(
+      decoding.decode, config=plan.config, num_steps=steps
+  )
+  traced = jax.jit(function, donate_argnums=1).trace(weights, cache, state)
+  held = {"weights": weights, "cache": cache}
+  return _program(traced, mesh, held, loops=steps)
+
+
+def _program(
+    traced: Any, mesh: Mesh, held: Mapping[str, Any], loops: int = 1
+) -> Program:
+  """Measures what can be known without compiling."""
+  return Program(
+      traced=traced,
+      mesh=mesh,
+      flops=flops.traced(traced.jaxpr, loops=loops),
+      held={name: device_bytes(tree) for name, tree in held.items()},
+  )
+
+
+def _train_mesh(plan: Plan) -> Mesh:
+  """The learner's mesh."""
+  return sharding.make_mesh(**plan.mesh, devices=plan.devices)
+
+
+def _weights(config: TransformerConfig, mesh: Mesh) -> Any:
+  """Float32 weights at rest."""
+  places = sharding.params_shardings(params.param_specs(config), mesh)
+  return _placed(params.abstract(config), places)
+
+
+def _sampler(plan: Plan) -> tuple[Mesh, Any, Any]:
+  """The mesh of one copy of the weights; weights and cache on it.
+
+  Axis types are automatic: how a product over cached blocks is split follows
+  from where weights and cache are, and no type needs to say it.
+  """
+  size, config = plan.sampler_tensor, plan.config
+  mesh = jax.make_mesh(
+      (1, 1, size, 1),
+      sharding.MESH_AXES,
+      (AxisType.Auto,) * 4,
+      devices=plan.devices[:size],
+  )
+  resting = jax.tree.map(
+      lambda one: jax.ShapeDtypeStruct(
+          one.shape, config.dtype, sharding=one.sharding
+      ),
+      _weights(config, mesh),
+  )
+  sizes = {
+      "num_slots": plan.engine["num_slots"],
+      "length": plan.engine["context"],
+      "block": plan.engine["block"],
+  }
+  cache = jax.eval_shape(functools.partial(caching.init, config, **sizes))
+  if config.num_kv_heads % size:
+    raise ValueError(
+        f"sampler_tensor {size} must divide num_kv_heads={config.num_kv_heads}"
+    )
+  heads = NamedSharding(mesh, PartitionSpec(None, "tensor"))
+  return mesh, resting, _placed(cache, jax.tree.map(lambda _: heads, cache))
+
+
+def _placed(tree: Any, places: Any) -> Any:
+  """Shapes with shardings."""
+  return jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(
+          np.shape(leaf), leaf.dtype, sharding=place
+      ),
+      tree,
+      places,
+  )
