@@ -97,8 +97,9 @@ def main() -> None:
   path = out / f"{name}.json"
   path.write_text(json.dumps(_json(plans, outcomes, topology), indent=2))
   print(f"written: {path}")
-  if any(_problems(plans[name], one, topology) for name, one in
-         outcomes.items()):
+  if any(
+      _problems(plans[name], one, topology) for name, one in outcomes.items()
+  ):
     sys.exit(TOO_LARGE)
 
 
@@ -144,7 +145,7 @@ def _outcome(policy: str, plan: Plan, topology: chips.Topology) -> Outcome:
             name,
             compiled,
             held=program.held,
-            flops=program.flops,
+            work=program.work,
             devices=program.mesh.size,
             topology=topology,
         )
@@ -175,9 +176,7 @@ def _mfu(one: Outcome, topology: chips.Topology) -> float | None:
   return report.mfu_bound(one.model_flops, step, topology)
 
 
-def _problems(
-    plan: Plan, one: Outcome, topology: chips.Topology
-) -> list[str]:
+def _problems(plan: Plan, one: Outcome, topology: chips.Topology) -> list[str]:
   """What does not fit, and what to change."""
   from mgrpo_jax.aot import report
 
@@ -192,9 +191,7 @@ def _problems(
     )
   remat = plan.config.execution.remat is not None
   return [
-      report.advice(
-          failure, mesh=plan.mesh, rows=plan.shape.rows, remat=remat
-      )
+      report.advice(failure, mesh=plan.mesh, rows=plan.shape.rows, remat=remat)
       for failure in failures
   ]
 
@@ -214,8 +211,10 @@ def _text(
         f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1
     )
     same = next(other for other in outcomes if outcomes[other] is one)
-    parts.append(f"\n{name}: {mesh or '1 device'}; {one.copies} samplers of"
-                 f" {plan.sampler_tensor}")
+    parts.append(
+        f"\n{name}: {mesh or '1 device'}; {one.copies} samplers of"
+        f" {plan.sampler_tensor}"
+    )
     if same != name:
       parts.append(f"the same programs as {same}")
       continue

@@ -59,7 +59,9 @@ def plans(
       {name: math.prod(config.policies[name].mesh.values()) for name in names},
   )
   method = recipe.build_method(config)
-  reinforced = any(s.objective == "reinforce" for s in recipe.build_stages(config))
+  reinforced = any(
+      s.objective == "reinforce" for s in recipe.build_stages(config)
+  )
   return {
       name: Plan(
           config=configs[name],

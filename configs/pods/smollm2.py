@@ -13,6 +13,7 @@ Hardware: v5e-4, two chips for each policy.
 import ml_collections
 
 from configs import smollm2_factbook
+from configs.pods import scale
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -21,12 +22,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.name = "pods/smollm2"
   for name in ("main", "researcher"):
     policy = config.policies[name]
-    policy.architecture = "smollm2_135m"
-    policy.dtype = "bfloat16"
+    scale.on_accelerator(policy, "smollm2_135m")
     policy.mesh.fsdp = 2
-    policy.execution.remat = "layer"
-    policy.execution.scan_layers = True
-    policy.execution.logit_columns = 1024
   config.engine.num_slots = 64
   config.batch.rows = 16
   return config

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +13,33 @@ import numpy as np
 from mgrpo_jax.policy import params
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import ParamSpec
+
+# Share of an attention kernel's grid that a causal mask leaves to compute.
+CAUSAL = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+  """FLOPs of matrix products.
+
+  Attributes:
+    products: that the compiler sees.
+    kernels: inside kernels, whose time the compiler does not estimate.
+  """
+
+  products: float = 0.0
+  kernels: float = 0.0
+
+  def __add__(self, other: Work) -> Work:
+    """One after the other."""
+    return Work(
+        products=self.products + other.products,
+        kernels=self.kernels + other.kernels,
+    )
+
+  def __mul__(self, times: int) -> Work:
+    """The same several times."""
+    return Work(products=self.products * times, kernels=self.kernels * times)
 
 
 def active_params(config: TransformerConfig) -> int:
@@ -82,10 +111,10 @@ def training(config: TransformerConfig, *, rows: int, length: int) -> float:
   return dense + 12.0 * width * pairs * rows
 
 
-def traced(jaxpr: Any, *, loops: int = 1) -> float:
+def traced(jaxpr: Any, *, loops: int = 1) -> Work:
   """Counts the matrix products of a traced program, as often as they run.
 
-  XLA's own count takes the body of a loop once.
+  XLA's own count takes the body of a loop once, and knows no kernels.
 
   Args:
     jaxpr: of the whole program, on all devices.
@@ -94,46 +123,61 @@ def traced(jaxpr: Any, *, loops: int = 1) -> float:
   Returns:
     FLOPs on all devices together; of a condition's branches the most.
   """
-  total = 0.0
+  total = Work()
   for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-    name, values = eqn.primitive.name, eqn.params
-    if name == "dot_general":
-      (contracted, _), _ = values["dimension_numbers"]
-      lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval
-      inner = math.prod(lhs.shape[axis] for axis in contracted)
-      total += 2.0 * math.prod(out.shape) * inner
-    elif name == "ragged_dot_general":
-      total += _ragged(eqn)
-    elif name == "pallas_call":
-      total += _kernel(values, loops)
-    elif name == "cond":
-      total += max(traced(one, loops=loops) for one in values["branches"])
-    else:
-      times = {"scan": values.get("length", 1), "while": loops}.get(name, 1)
-      if name == "shard_map":
-        times = math.prod(values["mesh"].shape.values())
-      total += times * sum(traced(one, loops=loops) for one in _inner(values))
+    if eqn.primitive.name in _COUNTED:
+      total += _COUNTED[eqn.primitive.name](eqn)
+      continue
+    parts = [traced(one, loops=loops) for one in _inner(eqn.params)]
+    if eqn.primitive.name == "cond":
+      parts = [max(parts, key=lambda part: part.products + part.kernels)]
+    total += sum(parts, Work()) * _times(eqn, loops)
   return total
 
 
-def _ragged(eqn: Any) -> float:
+def _times(eqn: Any, loops: int) -> int:
+  """How often an operation runs what is inside it, on all devices."""
+  if eqn.primitive.name == "scan":
+    return eqn.params["length"]
+  if eqn.primitive.name == "shard_map":
+    return math.prod(eqn.params["mesh"].shape.values())
+  return loops if eqn.primitive.name == "while" else 1
+
+
+def _dot(eqn: Any) -> Work:
+  """Twice the numbers of the result, times what is summed over."""
+  (contracted, _), _ = eqn.params["dimension_numbers"]
+  lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval
+  inner = math.prod(lhs.shape[axis] for axis in contracted)
+  return Work(products=2.0 * math.prod(out.shape) * inner)
+
+
+def _ragged(eqn: Any) -> Work:
   """Every row of the left meets one group's matrix."""
   numbers = eqn.params["ragged_dot_dimension_numbers"]
   lhs, rhs = eqn.invars[0].aval, eqn.invars[1].aval
   (_, contracted), (_, batch) = numbers.dot_dimension_numbers
   bound = {*contracted, *batch, *numbers.rhs_group_dimensions}
   free = [size for axis, size in enumerate(rhs.shape) if axis not in bound]
-  return 2.0 * math.prod(lhs.shape) * math.prod(free)
+  return Work(products=2.0 * math.prod(lhs.shape) * math.prod(free))
 
 
-def _kernel(values: Any, loops: int) -> float:
-  """What a kernel says of itself, else its body at every grid point."""
-  estimate = values.get("cost_estimate")
+def _kernel(eqn: Any) -> Work:
+  """What a kernel says of itself, else the unmasked half of its grid."""
+  estimate = eqn.params.get("cost_estimate")
   if estimate is not None:
-    return float(estimate.flops)
-  grid = values["grid_mapping"].grid
+    return Work(kernels=float(estimate.flops))
+  grid = eqn.params["grid_mapping"].grid
   sizes = [size for size in grid if isinstance(size, int | np.integer)]
-  return math.prod(sizes) * traced(values["jaxpr"], loops=loops)
+  body = traced(eqn.params["jaxpr"])
+  return Work(kernels=body.products * math.prod(sizes) * CAUSAL)
+
+
+_COUNTED: Mapping[str, Callable[[Any], Work]] = {
+    "dot_general": _dot,
+    "ragged_dot_general": _ragged,
+    "pallas_call": _kernel,
+}
 
 
 def _inner(values: Any) -> list[Any]:

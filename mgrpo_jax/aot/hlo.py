@@ -90,7 +90,7 @@ class Costs:
   unknown_loops: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Instruction:
   """One line of a computation."""
 
@@ -249,7 +249,9 @@ def _computations(
       program[current] = []
       entry = current if head[1] else entry
     elif current and (match := _INSTRUCTION.match(line)):
-      program[current].append(_Instruction(*match.groups(), line))
+      name, shape, kind = match.groups()
+      one = _Instruction(name=name, shape=shape, kind=kind, line=line)
+      program[current].append(one)
   return program, entry
 
 

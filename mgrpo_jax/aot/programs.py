@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mgrpo_jax import losses, optim, packing, sharding, update
 from mgrpo_jax.aot import flops
+from mgrpo_jax.aot.flops import Work
 from mgrpo_jax.packing import BatchShape
 from mgrpo_jax.policy import cache as caching
 from mgrpo_jax.policy import decode as decoding
@@ -63,13 +64,13 @@ class Program:
   Attributes:
     traced: to be lowered and compiled.
     mesh: of its devices; explicit axes are to be set while lowering.
-    flops: of all devices, loops as often as they run.
+    work: FLOPs of all devices, loops as often as they run.
     held: bytes a device of each kind of argument.
   """
 
   traced: Any
   mesh: Mesh
-  flops: float
+  work: Work
   held: Mapping[str, int]
 
   def compile(self) -> Any:
@@ -123,7 +124,7 @@ def _accumulate(plan: Plan) -> Program:
   weights = _weights(plan.config, mesh)
   rows = packing.empty(plan.shape)
   batch = _placed(rows, sharding.batch_shardings(rows, mesh))
-  scalar = jax.ShapeDtypeStruct((), jnp.float32)
+  scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
   logprob_fn = functools.partial(
       logprobs.token_logprobs, config=plan.config, temperature=plan.temperature
   )
@@ -144,13 +145,15 @@ def _apply(plan: Plan) -> Program:
   mesh = _train_mesh(plan)
   weights = _weights(plan.config, mesh)
   optimizer = optim.adamw(plan.optimizer)
-  scalar = jax.ShapeDtypeStruct((), jnp.float32)
+  step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+  rng: Any = jax.ShapeDtypeStruct((2,), jnp.uint32)
+  scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
   with jax.set_mesh(mesh):
     state = TrainState(
         params=weights,
         opt_state=jax.eval_shape(optimizer.init, weights),
-        step=jax.ShapeDtypeStruct((), jnp.int32),
-        rng=jax.ShapeDtypeStruct((2,), jnp.uint32),
+        step=step,
+        rng=rng,
     )
     gradient = update.Gradient(grads=weights, loss=scalar)
     function = functools.partial(update.apply, optimizer=optimizer)
@@ -206,7 +209,7 @@ def _program(
   return Program(
       traced=traced,
       mesh=mesh,
-      flops=flops.traced(traced.jaxpr, loops=loops),
+      work=flops.traced(traced.jaxpr, loops=loops),
       held={name: device_bytes(tree) for name, tree in held.items()},
   )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from mgrpo_jax.aot import hlo
 from mgrpo_jax.aot.chips import GIB, Topology
+from mgrpo_jax.aot.flops import Work
 
 _USED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -34,7 +35,8 @@ class ProgramReport:
     collectives: kind -> `count`, `bytes` of the arrays, `seconds` on the links
       that the groups can use at most.
     seconds: lower bounds of the time of a run, by what limits it: `flops` at
-      the chip's peak, `compiler` from its cycle estimates, `links`.
+      the chip's peak, `compiler` from its cycle estimates and kernels at the
+      peak, `links`.
   """
 
   name: str
@@ -86,7 +88,7 @@ def read(
     compiled: Any,
     *,
     held: Mapping[str, int],
-    flops: float,
+    work: Work,
     devices: int,
     topology: Topology,
 ) -> ProgramReport:
@@ -96,7 +98,7 @@ def read(
     name: of the program.
     compiled: from `lower().compile()`.
     held: bytes a device of its arguments, by kind.
-    flops: on all devices.
+    work: FLOPs on all devices.
     devices: of its mesh.
     topology: that it was compiled for.
 
@@ -107,6 +109,8 @@ def read(
   memory, once = compiled.memory_analysis(), compiled.cost_analysis()
   costs = hlo.parse(compiled.as_text())
   collectives = summarise(costs.collectives, topology)
+  kernels = work.kernels / devices
+  flops = work.products / devices + kernels
   return ProgramReport(
       name=name,
       devices=devices,
@@ -114,15 +118,15 @@ def read(
       outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
       temporaries=memory.temp_size_in_bytes,
       code=memory.generated_code_size_in_bytes,
-      flops=flops / devices,
+      flops=flops,
       bytes_moved=costs.bytes,
       counted_once={
           key: float(once.get(key, 0.0)) for key in ("flops", "bytes accessed")
       },
       collectives=collectives,
       seconds={
-          "flops": flops / devices / chip.flops,
-          "compiler": costs.cycles / chip.clock,
+          "flops": flops / chip.flops,
+          "compiler": costs.cycles / chip.clock + kernels / chip.flops,
           "links": sum(one["seconds"] for one in collectives.values()),
       },
   )
@@ -142,9 +146,7 @@ def summarise(
   """
   kinds: dict[str, dict[str, float]] = {}
   for one in collectives:
-    entry = kinds.setdefault(
-        one.kind, {"count": 0, "bytes": 0, "seconds": 0.0}
-    )
+    entry = kinds.setdefault(one.kind, {"count": 0, "bytes": 0, "seconds": 0.0})
     rate = topology.chip.link * topology.links(one.group)
     entry["count"] += one.times
     entry["bytes"] += one.times * one.size
@@ -274,8 +276,13 @@ def collective_rows(programs: Sequence[ProgramReport]) -> list[list[str]]:
     for kind, entry in sorted(one.collectives.items()):
       seconds = milliseconds(entry["seconds"])
       rows.append(
-          [one.name, kind, f"{entry['count']:.0f}", gib(entry["bytes"]),
-           seconds]
+          [
+              one.name,
+              kind,
+              f"{entry['count']:.0f}",
+              gib(entry["bytes"]),
+              seconds,
+          ]
       )
   return rows
 

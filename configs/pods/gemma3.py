@@ -1,0 +1,32 @@
+r"""Gemma 3 4B with a 1B researcher on one v5e slice of 16 chips.
+
+Question: does a team of two sizes share a small slice, half of it each, and
+what bounds the speed of either?
+
+    python -m experiments.aot --config=configs/pods/gemma3.py --topology=v5e-16
+
+Hardware: v5e-16, eight chips for each policy. The vocabulary of 262,208 makes
+the unembedding's gradient the largest array, so main splits it in two.
+"""
+
+import ml_collections
+
+from configs import smollm2_factbook
+from configs.pods import scale
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the recipe."""
+  config = smollm2_factbook.get_config()
+  config.name = "pods/gemma3"
+  main, researcher = config.policies.main, config.policies.researcher
+  scale.on_accelerator(main, "gemma3_4b")
+  main.source = "models/gemma3_4b"
+  main.mesh.fsdp, main.mesh.tensor = 4, 2
+  main.sampler_tensor = 4
+  scale.on_accelerator(researcher, "gemma3_1b")
+  researcher.source = "models/gemma3_1b"
+  researcher.mesh.fsdp = 8
+  scale.lengths(config, context=4096, rows=8)
+  config.engine.num_slots = 8
+  return config
