@@ -130,8 +130,7 @@ def _outcome(policy: str, plan: Plan, topology: chips.Topology) -> Outcome:
     if name not in _PROGRAMS.value:
       continue
     before = time.monotonic()
-    with cli.user_errors(ValueError):
-      program = trace()
+    program = trace()
     try:
       compiled = program.compile()
     except jax.errors.JaxRuntimeError as error:

@@ -62,20 +62,22 @@ def plans(
   reinforced = any(
       s.objective == "reinforce" for s in recipe.build_stages(config)
   )
-  return {
-      name: Plan(
+  made = {}
+  for name in names:
+    one = config.policies[name]
+    with checks.inside(f"policies.{name}"):
+      made[name] = Plan(
           config=configs[name],
-          mesh=dict(config.policies[name].mesh),
+          mesh=dict(one.mesh),
           devices=devices[name],
-          sampler_tensor=config.policies[name].sampler_tensor,
+          sampler_tensor=one.sampler_tensor,
           shape=method.shape,
           objective=method.policy_loss if reinforced else method.imitation_loss,
           optimizer=method.optimizer,
           temperature=config.rollout.temperature,
           engine=dict(config.engine),
       )
-      for name in names
-  }
+  return made
 
 
 def _transformer(

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mgrpo_jax import losses, optim, packing, sharding, update
 from mgrpo_jax.aot import flops
@@ -44,6 +44,9 @@ class Plan:
     temperature: that was sampled with, > 0.
     engine: `num_slots`, `context`, `block`, `prefill_tokens`,
       `prefill_buckets` and `decode_steps` of each sampling engine.
+
+  Raises:
+    ValueError: something is not a multiple of the devices it is split over.
   """
 
   config: TransformerConfig
@@ -55,6 +58,15 @@ class Plan:
   optimizer: optim.AdamW
   temperature: float
   engine: Mapping[str, Any]
+
+  def __post_init__(self) -> None:
+    """Checks that everything divides."""
+    mesh = AbstractMesh(tuple(self.mesh.values()), tuple(self.mesh))
+    specs = params.param_specs(self.config)
+    sharding.params_shardings(specs, mesh)
+    sharding.batch_shardings(packing.empty(self.shape), mesh)
+    sampler = AbstractMesh((1, 1, self.sampler_tensor, 1), sharding.MESH_AXES)
+    sharding.params_shardings(specs, sampler)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -250,10 +262,6 @@ def _sampler(plan: Plan) -> tuple[Mesh, Any, Any]:
       "block": plan.engine["block"],
   }
   cache = jax.eval_shape(functools.partial(caching.init, config, **sizes))
-  if config.num_kv_heads % size:
-    raise ValueError(
-        f"sampler_tensor {size} must divide num_kv_heads={config.num_kv_heads}"
-    )
   heads = NamedSharding(mesh, PartitionSpec(None, "tensor"))
   return mesh, resting, _placed(cache, jax.tree.map(lambda _: heads, cache))
 
