@@ -14,9 +14,11 @@ import tiny_llama
 
 from configs import architectures
 from experiments import pods
-from mgrpo_jax.aot import chips, flops, hlo, report
+from mgrpo_jax import optim, update
+from mgrpo_jax.aot import chips, flops, hlo, programs, report
+from mgrpo_jax.packing import BatchShape
 from mgrpo_jax.policy import params
-from mgrpo_jax.policy.config import Experts
+from mgrpo_jax.policy.config import Execution, Experts
 from mgrpo_jax.policy.load import huggingface
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -154,6 +156,68 @@ def test_traced_flops_of_ragged_products_and_their_gradients():
 
   gradients = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, w, sizes)
   assert flops.traced(gradients).products == 3 * 2 * 12 * 8 * 5
+
+
+def tiny_plan(**changes):
+  values = {
+      "config": tiny_llama.config(
+          vocab_size=24, num_layers=2, execution=Execution(logit_columns=4)
+      ),
+      "mesh": {"data": 1, "fsdp": 2, "tensor": 2, "expert": 1},
+      "devices": jax.devices()[:4],
+      "sampler_tensor": 2,
+      "shape": BatchShape(rows=4, row_tokens=8, trajectories=4),
+      "objective": update.ImitationLoss(context_weight=0.1),
+      "optimizer": optim.AdamW(
+          b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=1.0
+      ),
+      "temperature": 1.0,
+      "engine": {
+          "num_slots": 2,
+          "context": 8,
+          "block": 8,
+          "prefill_tokens": 8,
+          "prefill_buckets": (4,),
+          "decode_steps": 3,
+      },
+  }
+  return programs.Plan(**values | changes)
+
+
+def test_programs_of_a_policy_compile_from_shapes_alone():
+  plan = tiny_plan()
+  traced = {name: make() for name, make in programs.programs(plan).items()}
+  whole = 4 * params.num_params(plan.config)
+  train, sampled = traced["accumulate"], traced["decode"]
+  # Norms and what `tensor` does not split are whole on more devices.
+  assert whole / 4 < train.held["parameters"] < whole / 2
+  assert traced["apply"].held["optimizer"] == 2 * train.held["parameters"] + 4
+  heads, width = plan.config.num_kv_heads, plan.config.head_dim
+  assert sampled.held["cache"] == 2 * 2 * 2 * 8 * heads * width * 4 // 2
+  model = flops.training(plan.config, rows=4, length=8)
+  assert 0.8 < train.work.products / model < 2
+  for name, one in traced.items():
+    compiled = one.traced.lower().compile()
+    memory = compiled.memory_analysis()
+    held = sum(one.held.values())
+    # Lengths and seeds come on top; what a program does not read is dropped,
+    # such as the unembedding where a prompt is prefilled.
+    assert held / 2 < memory.argument_size_in_bytes < held + 256, name
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"sampler_tensor": 3}, "multiple of 3"),
+        (
+            {"shape": BatchShape(rows=3, row_tokens=8, trajectories=4)},
+            "multiple of 2",
+        ),
+    ],
+)
+def test_what_does_not_divide_is_named_before_anything_is_traced(changes, hint):
+  with pytest.raises(ValueError, match=hint):
+    tiny_plan(**changes)
 
 
 PROGRAM = """\
