@@ -194,10 +194,10 @@ def _load(
   """Reads a parameter into its shards, what several devices hold once."""
   parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
-  def part(index: Index) -> np.ndarray:
+  def part(index: Index | None) -> np.ndarray:
     ends = tuple(
         one.indices(size)[:2]
-        for one, size in zip(index, entry.spec.shape, strict=True)
+        for one, size in zip(index or (), entry.spec.shape, strict=True)
     )
     if ends not in parts:
       parts[ends] = _read(entry, stored, [slice(*one) for one in ends])
