@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import (
     AbstractMesh,
     AxisType,
@@ -250,12 +251,10 @@ def _sampler(plan: Plan) -> tuple[Mesh, Any, Any]:
   from where weights and cache are, and no type needs to say it.
   """
   size, config = plan.sampler_tensor, plan.config
-  mesh = jax.make_mesh(
-      (1, 1, size, 1),
-      sharding.MESH_AXES,
-      (AxisType.Auto,) * 4,
-      devices=plan.devices[:size],
+  grid = mesh_utils.create_device_mesh(
+      (1, 1, size, 1), plan.devices[:size], allow_split_physical_axes=True
   )
+  mesh = Mesh(grid, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 4)
   resting = jax.tree.map(
       lambda one: jax.ShapeDtypeStruct(
           one.shape, config.dtype, sharding=one.sharding
