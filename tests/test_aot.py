@@ -254,6 +254,7 @@ backend_config={"window_config":{"estimated_cycles":"100"}}
 ENTRY %main (a: f32[16]) -> f32[16] {
   %a = f32[16]{0} parameter(0)
   %loop = (s32[], f32[16]{0}) while(%a), condition=%cond, body=%body
+  %ahead = (f32[16]{0:S(1)}, f32[16]{0}, u32[]{:S(2)}) copy-start(%a)
   %moved = f32[16]{0} collective-permute(%a), channel_id=9, \
 source_target_pairs={{0,1},{1,0}}
   ROOT %sum = f32[16]{0} all-reduce(%a), channel_id=7, \
@@ -276,6 +277,13 @@ def test_collectives_of_a_program_are_found_once_and_times_their_loop():
   }
   assert costs.cycles == 30 * 100 + 7
   assert costs.unknown_loops == 0
+
+
+def test_bytes_are_those_that_leave_memory_or_reach_it():
+  # In the loop: x is read three times; two results are in memory.
+  inside = 3 * 64 + 128 + 256
+  # After it: a is fetched once, and exchanged twice, read and written.
+  assert hlo.parse(PROGRAM).bytes == 30 * inside + 64 + 2 * 2 * 64
 
 
 def test_what_lives_on_the_chip_is_not_read_from_memory():

@@ -78,7 +78,7 @@ class Costs:
 
   Attributes:
     cycles: the compiler's estimate, of everything but waiting for others.
-    bytes: moved between memory and chip; an upper estimate, because what an
+    bytes: moved between memory and chip; an estimate, because what an
       instruction reads of a large array is guessed from what it writes.
     collectives: everything that is exchanged.
     unknown_loops: loops whose length is not in the text, counted once.
@@ -268,6 +268,8 @@ def _collective(one: _Instruction, computation: str) -> str | None:
 
 def _moved(one: _Instruction, shapes: Mapping[str, str]) -> int:
   """Estimates the bytes that an instruction reads and writes."""
+  if one.kind == "copy-start":  # fetched ahead, or written back
+    return num_bytes(one.shape, memory_only=True)
   if one.kind in _FREE or one.kind.endswith(("-start", "-done")):
     return 0
   written = num_bytes(one.shape, memory_only=True)

@@ -29,7 +29,7 @@ class ProgramReport:
     temporaries: bytes it needs while it runs.
     code: bytes of the program itself.
     flops: of matrix products, loops as often as they run.
-    bytes_moved: between memory and chip, an upper estimate.
+    bytes_moved: between memory and chip, an estimate.
     counted_once: the compiler's `flops` and `bytes accessed`, which count
       the body of a loop once.
     collectives: kind -> `count`, `bytes` of the arrays, `seconds` on the links
