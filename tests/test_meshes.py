@@ -1,5 +1,6 @@
 """Policies on meshes of their own: who gets which devices, and whole runs."""
 
+import asyncio
 import dataclasses
 import io
 
@@ -11,15 +12,18 @@ import tiny_run
 from mgrpo_jax import optim, publish, sharding, store
 from mgrpo_jax.policy.config import Experts
 from mgrpo_jax.policy.load import load
-from mgrpo_jax.policy.params import param_specs
+from mgrpo_jax.policy.params import init, param_specs
+from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.report.writer import read_metrics
+from mgrpo_jax.sampler import device
+from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.sharding import Meshes
 from mgrpo_jax.testing.setup import small_setup
+from mgrpo_jax.testing.sizes import tiny_config
 
 SIZES = {
     "main": {
         "num_kv_heads": 2,
-        "vocab_size": 320,
         "qk_norm": True,
         "experts": Experts(number=2, per_token=1, mlp_dim=8, normalised=True),
         "num_layers": 1,
@@ -27,7 +31,6 @@ SIZES = {
     "researcher": {
         "num_heads": 4,
         "num_kv_heads": 2,
-        "vocab_size": 384,
         "qkv_bias": True,
     },
 }
@@ -79,6 +82,47 @@ def test_who_gets_which_devices(needs, slices, expected):
 def test_a_policy_that_needs_too_many_devices_is_named():
   with pytest.raises(ValueError, match="b needs 9 devices, allowed: 1 to 8"):
     sharding.assign({"a": 1, "b": 9}, fake(4, 4))
+
+
+async def sampled(config, weights, mesh):
+  """Completions of five prompts, two of them equal; and what was compiled."""
+  engine = Engine(
+      config,
+      weights,
+      0,
+      num_slots=4,
+      context=64,
+      block=32,
+      prefill_tokens=32,
+      prefill_buckets=(16,),
+      decode_steps=4,
+      mesh=mesh,
+  )
+  sampling = Sampling(temperature=1.0, max_new_tokens=12, stop_ids=())
+  async with engine:
+    completions = await asyncio.gather(
+        *(
+            engine.generate([1, 2, 3, last], sampling, last)
+            for last in (4, 5, 6, 7, 7)
+        )
+    )
+    before = device.compilations()
+    engine.update(jax.device_put(weights, jax.devices()[3]), 1)
+    await engine.generate([5, 6, 7], sampling, 3)
+    assert device.compilations() == before
+  return completions
+
+
+def test_a_sampler_of_two_devices_draws_what_one_draws():
+  config = tiny_config(num_kv_heads=2, num_layers=1, vocab_size=62)
+  weights = jax.jit(init, static_argnums=1)(jax.random.key(0), config)
+  mesh = sharding.sampler_mesh(jax.devices()[4:6])
+  one = asyncio.run(sampled(config, weights, None))
+  two = asyncio.run(sampled(config, weights, mesh))
+  for expected, actual in zip(one, two, strict=True):
+    np.testing.assert_array_equal(actual.tokens, expected.tokens)
+    # float32 sums of two halves.
+    np.testing.assert_allclose(actual.logprobs, expected.logprobs, atol=1e-5)
 
 
 def halves():
