@@ -206,11 +206,14 @@ def test_experts_are_gathered_over_fsdp_and_their_parts_added():
   gathered = [size for kind, size, _ in found if kind == "all-gather"]
   assert {np.prod(size) for size in gathered} <= used
   assert len(kernels) <= len(gathered) <= 2 * len(kernels)
-  # What the experts say is added once; so is, going backward, what they tell
-  # their inputs: the rows that gate and up were given, and the router's.
+  # What heads and experts say is added; going backward, what q, k, v and the
+  # experts tell their input. Once more for the embedding.
   stream = (len(ROWS) // 2, LENGTH, SPARSE.embed_dim)
   summed = [size for kind, size, _ in found if kind == "all-reduce"]
-  assert 1 <= summed.count(stream) <= 8
+  assert summed.count(stream) == 6 + 1
+  # One row a token, not one for each of its experts.
+  sent = np.prod(stream[:2]) * SPARSE.experts.per_token
+  assert not any(size[:1] == (sent,) for size in summed)
 
 
 def test_a_train_step_lowers_for_256_devices():

@@ -50,7 +50,7 @@ def mix(
       for weight in (layer.router, layer.gate, layer.up, layer.down)
   ]
   if jax.sharding.get_abstract_mesh().empty:
-    return local(normed, *weights, first=0)
+    return local(normed, normed, *weights, first=0)
 
   def on_device(y: Array, *shards: Array) -> Array:
     router, gate, up, down = (
@@ -58,7 +58,10 @@ def mix(
         for shard, axis in zip(shards, (0, 1, 1, 2), strict=True)
     )
     first = jax.lax.axis_index("expert") * gate.shape[0]
-    part = local(y, router, gate, up, down, first=first)
+    # Said here, where it is one row a token, gradients are added once, and not
+    # for every expert a token is sent to.
+    spread = jax.lax.pcast(y, ("tensor", "expert"), to="varying")
+    part = local(y, spread, router, gate, up, down, first=first)
     return jax.lax.psum(part, ("tensor", "expert"))
 
   stream = sharding.spec("batch", "length", "hidden")
@@ -78,6 +81,7 @@ def mix(
 
 def _mix(
     y: Float[Array, "N T E"],
+    spread: Float[Array, "N T E"],
     router: Float[Array, "E X"],
     gate: Float[Array, "local E F"],
     up: Float[Array, "local E F"],
@@ -87,9 +91,12 @@ def _mix(
     activation: Activation,
     experts: Experts,
 ) -> Float[Array, "N T E"]:
-  """Computes the part of experts first.. of the mixture."""
-  tokens = y.reshape(-1, y.shape[-1])
-  share, chosen = _route(tokens, router, experts)
+  """Computes the part of experts first.. of the mixture.
+
+  `spread` is y, as what differs between the devices that share its tokens.
+  """
+  share, chosen = _route(y.reshape(-1, y.shape[-1]), router, experts)
+  tokens = spread.reshape(-1, y.shape[-1])
   order, sizes = _by_expert(chosen - first, gate.shape[0])
   # Rows of other devices' experts come last; what products leave there, going
   # forward or backward, is undefined.
