@@ -8,30 +8,20 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import ml_collections
 from jax.experimental import topologies
 
 from configs import architectures
-from experiments import checks, recipe
+from experiments import checks, placing, recipe
 from mgrpo_jax.aot import chips
 from mgrpo_jax.aot.programs import Plan
-from mgrpo_jax.policy import attention
-from mgrpo_jax.policy.config import Execution, TransformerConfig
+from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.load import huggingface
 
 ARCHITECTURES: Mapping[str, Callable[[], dict[str, Any]]] = {
     name: function
     for name, function in inspect.getmembers(architectures, inspect.isfunction)
     if not name.startswith("_")
-}
-ATTENTIONS: Mapping[str, Callable[..., Any]] = {
-    "blockwise": attention.blockwise,
-}
-REMATS: Mapping[str, Callable[..., Any] | None] = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "layer": jax.checkpoint_policies.nothing_saveable,
 }
 
 
@@ -50,7 +40,7 @@ def plans(
   Raises:
     ValueError: a value is impossible, or there are too few devices.
   """
-  recipe.check(config)
+  recipe.check(config, num_devices=topology.chips * topology.slices)
   names = recipe.build_team(config).policies
   configs = {name: _transformer(config, name) for name in names}
   described = topologies.get_topology_desc(**topology.description())
@@ -87,7 +77,7 @@ def _transformer(
   one, key = config.policies[name], f"policies.{name}"
   path = pathlib.Path(one.source) / "config.json"
   if one.architecture:
-    choice = recipe.pick(ARCHITECTURES, one.architecture, f"{key}.architecture")
+    choice = checks.pick(ARCHITECTURES, one.architecture, f"{key}.architecture")
     fields, source = choice(), one.architecture
   elif path.is_file():
     fields, source = json.loads(path.read_text()), str(path)
@@ -97,17 +87,9 @@ def _transformer(
         f" config.{key}.architecture names none of"
         f" {', '.join(sorted(ARCHITECTURES))}"
     )
-  how = one.execution
   with checks.inside(key):
     return dataclasses.replace(
         huggingface.read(fields, source),
         dtype=one.dtype,
-        execution=Execution(
-            attention=recipe.pick(
-                ATTENTIONS, how.attention, f"{key}.execution.attention"
-            ),
-            remat=recipe.pick(REMATS, how.remat, f"{key}.execution.remat"),
-            scan_layers=how.scan_layers,
-            logit_columns=how.logit_columns,
-        ),
+        execution=placing.execution(config, name),
     )

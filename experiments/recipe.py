@@ -97,11 +97,14 @@ def restore(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(_tuples(values))
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check(
+    config: ml_collections.ConfigDict, *, num_devices: int | None = None
+) -> None:
   """Checks all values of a config, without reading or making anything.
 
   Args:
     config: of a recipe.
+    num_devices: that policies may take; None for those of this process.
 
   Raises:
     ValueError: a value is impossible; names the key and what is allowed.
@@ -112,7 +115,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   with checks.inside("team"):
     team = build_team(config)
   checks.combinations(values, team)
-  checks.devices(values, jax.device_count())
+  checks.devices(values, num_devices or jax.device_count())
   for stage in build_stages(config):
     checks.learners(values, team, stage)
   build_method(config)

@@ -190,9 +190,7 @@ def chats(
           f" {', '.join(constructors)}"
       )
     if constructor is chatml.chatml:
-      constructor = functools.partial(
-          constructor, default_system=policy.system
-      )
+      constructor = functools.partial(constructor, default_system=policy.system)
     with checks.inside(f"policies.{name}.source"):
       made[name] = constructor(policy.tokenizer)
   return made

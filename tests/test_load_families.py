@@ -38,6 +38,7 @@ def policy(config):
       params=tiny_llama.weights(config),
       tokenizer=None,
       chat=None,
+      system="",
   )
 
 

@@ -48,7 +48,9 @@ def saved(directory, name, monkeypatch):
   monkeypatch.setattr(directories, "MAX_FILE_BYTES", 4_000)
   config = CONFIGS[name]
   tree = tiny_llama.weights(config)
-  policy = Policy(config=config, params=tree, tokenizer=None, chat=None)
+  policy = Policy(
+      config=config, params=tree, tokenizer=None, chat=None, system=""
+  )
   save_directory(directory / name, policy)
   return directory / name
 
@@ -140,7 +142,9 @@ def test_a_host_never_holds_more_than_its_shards_and_one_tensor(tmp_path):
   tree = jax.tree.map(
       lambda spec: np.ones(spec.shape, np.float32), params.param_specs(config)
   )
-  policy = Policy(config=config, params=tree, tokenizer=None, chat=None)
+  policy = Policy(
+      config=config, params=tree, tokenizer=None, chat=None, system=""
+  )
   save_directory(tmp_path / "large", policy)
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))

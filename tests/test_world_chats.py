@@ -22,9 +22,7 @@ TOKENIZERS = {
 def policy(chat, tokenizer=None):
   make = TOKENIZERS.get(chat, families.qwen)
   made = tokenizer or make()
-  return Policy(
-      config=None, params=None, tokenizer=made, chat=chat, system=""
-  )
+  return Policy(config=None, params=None, tokenizer=made, chat=chat, system="")
 
 
 @pytest.mark.parametrize("name", [*CHATS, *SILENT_CHATS])
