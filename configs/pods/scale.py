@@ -14,6 +14,7 @@ def on_accelerator(
   """
   policy.architecture = architecture
   policy.dtype = "bfloat16"
+  policy.execution.attention = "splash"
   policy.execution.remat = "layer"
   policy.execution.scan_layers = True
   policy.execution.logit_columns = 1024
