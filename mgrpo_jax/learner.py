@@ -80,9 +80,6 @@ class Learner:
     self._shape = shape
     self._optimizer = optimizer
     self._temperature = temperature
-    # Where a row may be all targets, the head runs for all of it.
-    is_cut = shape.row_targets < shape.row_tokens
-    self._row_targets = shape.row_targets if is_cut else 0
     if mesh is not None:
       at_rest = sharding.params_shardings(param_specs(config), mesh)
       params = jax.device_put(params, at_rest)
@@ -129,7 +126,7 @@ class Learner:
     static = {
         "config": self.config,
         "temperature": self._temperature,
-        "row_targets": self._row_targets,
+        "most_wanted": self._shape.most_wanted,
     }
     old = _score(self.state.params, batch, **static)
     batch = dataclasses.replace(batch, old_logprobs=old)
@@ -174,7 +171,7 @@ class Learner:
               objective=objective,
               config=self.config,
               temperature=self._temperature,
-              row_targets=0 if imitates else self._row_targets,
+              most_wanted=0 if imitates else self._shape.most_wanted,
           )
           tallies.append(tally)
         self.state, metrics = _apply(
@@ -214,7 +211,7 @@ def _zeros(params: Any) -> update.Gradient:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "temperature", "row_targets")
+    jax.jit, static_argnames=("config", "temperature", "most_wanted")
 )
 def _score(
     params: Any,
@@ -222,16 +219,16 @@ def _score(
     *,
     config: TransformerConfig,
     temperature: float,
-    row_targets: int,
+    most_wanted: int,
 ) -> jax.Array:
   """See `update.score`."""
-  logprob_fn = _logprob_fn(config, temperature, row_targets)
+  logprob_fn = _logprob_fn(config, temperature, most_wanted)
   return update.score(params, batch, logprob_fn=logprob_fn)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("objective", "config", "temperature", "row_targets"),
+    static_argnames=("objective", "config", "temperature", "most_wanted"),
     donate_argnames="gradient",
 )
 def _accumulate(
@@ -243,7 +240,7 @@ def _accumulate(
     objective: update.Objective,
     config: TransformerConfig,
     temperature: float,
-    row_targets: int,
+    most_wanted: int,
 ) -> tuple[update.Gradient, update.Tally]:
   """See `update.accumulate`."""
   return update.accumulate(
@@ -252,7 +249,7 @@ def _accumulate(
       batch,
       totals,
       objective=objective,
-      logprob_fn=_logprob_fn(config, temperature, row_targets),
+      logprob_fn=_logprob_fn(config, temperature, most_wanted),
   )
 
 
@@ -273,12 +270,12 @@ def _apply(
 
 
 def _logprob_fn(
-    config: TransformerConfig, temperature: float, row_targets: int
+    config: TransformerConfig, temperature: float, most_wanted: int
 ) -> update.LogprobFn:
-  """Log-probs under one configuration; of all tokens where targets are 0."""
+  """Log-probs under one configuration; of all tokens where 0 are wanted."""
   return functools.partial(
       logprobs.token_logprobs,
       config=config,
       temperature=temperature,
-      most_wanted=row_targets,
+      most_wanted=most_wanted,
   )

@@ -66,6 +66,11 @@ class BatchShape:
         f"at most row_tokens = {self.row_tokens}",
     )
 
+  @property
+  def most_wanted(self) -> int:
+    """Tokens of a row that the head runs for; 0 where it runs for all."""
+    return self.row_targets if self.row_targets < self.row_tokens else 0
+
 
 def fold(
     calls: Sequence[Sequence[Sequence[Trajectory]]],

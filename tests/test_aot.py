@@ -166,7 +166,7 @@ def tiny_plan(**changes):
       "mesh": {"data": 1, "fsdp": 2, "tensor": 2, "expert": 1},
       "devices": jax.devices()[:4],
       "sampler_tensor": 2,
-      "shape": BatchShape(rows=4, row_tokens=8, trajectories=4),
+      "shape": BatchShape(rows=4, row_tokens=8, trajectories=4, row_targets=8),
       "objective": update.ImitationLoss(context_weight=0.1),
       "optimizer": optim.AdamW(
           b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=1.0
@@ -210,7 +210,11 @@ def test_programs_of_a_policy_compile_from_shapes_alone():
     [
         ({"sampler_tensor": 3}, "multiple of 3"),
         (
-            {"shape": BatchShape(rows=3, row_tokens=8, trajectories=4)},
+            {
+                "shape": BatchShape(
+                    rows=3, row_tokens=8, trajectories=4, row_targets=8
+                )
+            },
             "multiple of 2",
         ),
     ],

@@ -144,8 +144,12 @@ def _accumulate(plan: Plan) -> Program:
   rows = packing.empty(plan.shape)
   batch = _placed(rows, sharding.batch_shardings(rows, mesh))
   scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
+  imitates = isinstance(plan.objective, update.ImitationLoss)
   logprob_fn = functools.partial(
-      logprobs.token_logprobs, config=plan.config, temperature=plan.temperature
+      logprobs.token_logprobs,
+      config=plan.config,
+      temperature=plan.temperature,
+      most_wanted=0 if imitates else plan.shape.most_wanted,
   )
   function = functools.partial(
       update.accumulate, objective=plan.objective, logprob_fn=logprob_fn
