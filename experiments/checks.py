@@ -13,7 +13,6 @@ import numpy as np
 
 from configs import default
 from mgrpo_jax.agents.team import Team
-from mgrpo_jax.policy.config import DTYPES
 from mgrpo_jax.tasks.curriculum import Stage
 
 T = TypeVar("T")
@@ -223,42 +222,6 @@ def combinations(values: Mapping[str, Any], team: Team) -> None:
           f" {_MOST_CALLS}; lower a max_calls"
       )
   _concurrency(values, team)
-
-
-def devices(values: Mapping[str, Any], number: int) -> None:
-  """Checks that policies fit the devices, and batches their meshes.
-
-  Args:
-    values: of the config, nested; each in its range.
-    number: of devices there are.
-
-  Raises:
-    ValueError: they do not; names the key and what is allowed.
-  """
-  for name, policy in values["policies"].items():
-    if policy["dtype"] not in DTYPES:
-      raise ValueError(
-          f"config.policies.{name}.dtype: {policy['dtype']!r}, allowed:"
-          f" {', '.join(DTYPES)}"
-      )
-    mesh = policy["mesh"]
-    for key, size in (
-        ("mesh", math.prod(mesh.values())),
-        ("sampler_tensor", policy["sampler_tensor"]),
-    ):
-      if size > number:
-        raise ValueError(
-            f"config.policies.{name}.{key}: takes {size} devices, there are"
-            f" {number}"
-        )
-    pieces = mesh["data"] * mesh["fsdp"]
-    for key in ("rows", "trajectories"):
-      if values["batch"][key] % pieces:
-        raise ValueError(
-            f"config.batch.{key}: {values['batch'][key]} must be a multiple of"
-            f" {pieces}, the product of config.policies.{name}.mesh.data and"
-            f" config.policies.{name}.mesh.fsdp"
-        )
 
 
 def learners(values: Mapping[str, Any], team: Team, stage: Stage) -> None:

@@ -12,7 +12,7 @@ from experiments import checks
 from mgrpo_jax import sharding
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.policy import attention
-from mgrpo_jax.policy.config import Execution, TransformerConfig
+from mgrpo_jax.policy.config import DTYPES, Execution, TransformerConfig
 from mgrpo_jax.policy.params import param_specs
 from mgrpo_jax.sharding import Meshes
 
@@ -25,6 +25,42 @@ REMATS: Mapping[str, Callable[..., Any] | None] = {
     "layer": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+def check(values: Mapping[str, Any], number: int) -> None:
+  """Checks that policies fit the devices, and batches their meshes.
+
+  Args:
+    values: of the config, nested; each in its range.
+    number: of devices there are.
+
+  Raises:
+    ValueError: they do not; names the key and what is allowed.
+  """
+  for name, policy in values["policies"].items():
+    if policy["dtype"] not in DTYPES:
+      raise ValueError(
+          f"config.policies.{name}.dtype: {policy['dtype']!r}, allowed:"
+          f" {', '.join(DTYPES)}"
+      )
+    mesh = policy["mesh"]
+    for key, size in (
+        ("mesh", math.prod(mesh.values())),
+        ("sampler_tensor", policy["sampler_tensor"]),
+    ):
+      if size > number:
+        raise ValueError(
+            f"config.policies.{name}.{key}: takes {size} devices, there are"
+            f" {number}"
+        )
+    pieces = mesh["data"] * mesh["fsdp"]
+    for key in ("rows", "trajectories"):
+      if values["batch"][key] % pieces:
+        raise ValueError(
+            f"config.batch.{key}: {values['batch'][key]} must be a multiple of"
+            f" {pieces}, the product of config.policies.{name}.mesh.data and"
+            f" config.policies.{name}.mesh.fsdp"
+        )
 
 
 def meshes(

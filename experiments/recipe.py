@@ -115,7 +115,7 @@ def check(
   with checks.inside("team"):
     team = build_team(config)
   checks.combinations(values, team)
-  checks.devices(values, num_devices or jax.device_count())
+  placing.check(values, num_devices or jax.device_count())
   for stage in build_stages(config):
     checks.learners(values, team, stage)
   build_method(config)
