@@ -76,7 +76,11 @@ def test_a_directory_whose_first_write_was_killed_can_be_used(tmp_path):
   assert len(left) == 2 and left[0].startswith(".config.json.")
   workdir.check(tmp_path, CONFIG)
   with workdir.hold(tmp_path, CONFIG):
-    assert sorted(os.listdir(tmp_path)) == [".lock", "config.json"]
+    assert sorted(os.listdir(tmp_path)) == [
+        ".lock",
+        "config.json",
+        "run_id.json",
+    ]
 
 
 def test_another_programs_partial_file_is_left_alone(tmp_path):
