@@ -28,26 +28,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.bench.decode import POLICIES
 from mgrpo_jax import packing, update
 from mgrpo_jax.policy import logprobs, params
-from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.load import save_directory
 from mgrpo_jax.policy.policy import Policy
 from mgrpo_jax.types import NO_PARENT, Status, Trajectory
 
-SMOLLM2 = TransformerConfig(
-    vocab_size=49152,
-    embed_dim=576,
-    num_layers=30,
-    num_heads=9,
-    num_kv_heads=3,
-    head_dim=64,
-    mlp_dim=1536,
-    rope_base=100_000.0,
-    norm_eps=1e-5,
-    tied_embeddings=True,
-    dtype="float32",
-)
+SMOLLM2 = POLICIES["smollm2"]
 ROWS, LENGTH = 8, 256
 RAGGED = 24  # trajectories
 RAGGED_TARGETS = 128  # sampled tokens of a packed row, at most
