@@ -119,7 +119,7 @@ class Learner:
     if isinstance(objective, update.ImitationLoss):
       return batches
     with self._on_mesh():
-      return tuple(self._scored(self._placed(batch)) for batch in batches)
+      return tuple(self._scored(batch) for batch in batches)
 
   def _scored(self, batch: TrainBatch) -> TrainBatch:
     """Replaces the sampler's log-probs by the trainer's own."""
@@ -128,11 +128,12 @@ class Learner:
         "temperature": self._temperature,
         "most_wanted": self._shape.most_wanted,
     }
-    old = _score(self.state.params, batch, **static)
+    placed = self._placed(batch)
+    old = _score(self.state.params, placed, **static)
     batch = dataclasses.replace(batch, old_logprobs=old)
     if self._reference is None:
       return batch
-    reference = _score(self._reference, batch, **static)
+    reference = _score(self._reference, placed, **static)
     return dataclasses.replace(batch, ref_logprobs=reference)
 
   def step(

@@ -111,8 +111,10 @@ def sampler_mesh(devices: Sequence[jax.Device]) -> Mesh:
   Returns:
     The mesh, not to be set: arrays that are placed on it suffice.
   """
-  shape = (1, 1, len(devices), 1)
-  return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * 4, devices=devices)
+  grid = mesh_utils.create_device_mesh(
+      (1, 1, len(devices), 1), devices, allow_split_physical_axes=True
+  )
+  return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 def assign(

@@ -286,7 +286,8 @@ def apply(
       θ ← θ - learning_rate · optimizer(gradient)
 
   Args:
-    state: parameters and optimizer state; donate it.
+    state: parameters and optimizer state; donate it where nobody else reads
+      the parameters.
     gradient: of all micro-batches.
     learning_rate: float32 scalar, from `optim.learning_rate`.
     optimizer: of unit learning rate, such as `optim.adamw`.

@@ -3,6 +3,7 @@ import ml_collections
 import pytest
 
 from configs import default, quickstart, smollm2_factbook, warm_start
+from configs.pods import gemma3, qwen3_8b, qwen3_30b, smollm2
 from experiments import placing, recipe
 from mgrpo_jax import sharding
 from mgrpo_jax.agents.team import Team
@@ -28,6 +29,19 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_recipe_is_possible(name):
   recipe.check(CONFIGS[name]())
+
+
+@pytest.mark.parametrize(
+    "make",
+    (
+        gemma3.get_config,
+        qwen3_30b.get_config,
+        qwen3_8b.get_config,
+        smollm2.get_config,
+    ),
+)
+def test_recipes_for_pods_are_possible(make):
+  recipe.check(make(), num_devices=128)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -283,3 +283,35 @@ def test_without_a_mesh_nothing_is_placed():
   assert sharding.out("batch", "hidden") is None
   assert sharding.constrain(weight, "vocab", "embed") is weight
   assert sharding.gather(weight, "vocab", "embed") is weight
+
+
+def test_the_head_runs_for_wanted_tokens_alone_on_any_mesh():
+  wanted = np.random.default_rng(0).random((len(ROWS), LENGTH)) < 0.4
+
+  def score(tree, rows, wanted):
+    values = logprobs.token_logprobs(
+        tree,
+        **rows,
+        config=CFG,
+        temperature=1.0,
+        wanted=wanted,
+        most_wanted=LENGTH - 1,
+    )
+    return values.sum(), values
+
+  graded = jax.jit(jax.value_and_grad(score, has_aux=True))
+  (_, expected), slopes = graded(tiny_llama.weights(CFG), batch(), wanted)
+  assert 0 < np.count_nonzero(expected) < np.sum(wanted)
+  mesh = sharding.make_mesh(
+      data=2, fsdp=2, tensor=2, expert=1, devices=jax.devices()
+  )
+  with jax.set_mesh(mesh):
+    tree, rows = placed(mesh)
+    where = sharding.batch_shardings(wanted, mesh)
+    (_, values), gradient = graded(tree, rows, jax.device_put(wanted, where))
+  # float32 sums of some hundred terms, in another order.
+  np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-5)
+  for actual, slope in zip(
+      *map(jax.tree.leaves, (gradient, slopes)), strict=True
+  ):
+    np.testing.assert_allclose(actual, slope, rtol=1e-4, atol=1e-5)

@@ -29,4 +29,5 @@ def get_config() -> ml_collections.ConfigDict:
   researcher.mesh.fsdp = 8
   scale.lengths(config, context=4096, rows=8)
   config.engine.num_slots = 8
+  config.rollout.max_concurrent = 8
   return config

@@ -32,5 +32,6 @@ def get_config() -> ml_collections.ConfigDict:
     policy.sampler_tensor = 4
   scale.lengths(config, context=CONTEXT, rows=64)
   config.engine.num_slots = 16
+  config.rollout.max_concurrent = 16
   config.engine.block = CONTEXT // 2
   return config

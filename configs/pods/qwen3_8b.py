@@ -37,4 +37,5 @@ def get_config(arm: str = "v5e") -> ml_collections.ConfigDict:
     policy.sampler_tensor = 8
   scale.lengths(config, context=8192, rows=32 // tensor)
   config.engine.num_slots = 16
+  config.rollout.max_concurrent = 16
   return config

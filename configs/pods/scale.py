@@ -35,6 +35,7 @@ def lengths(
     role.max_new_tokens = min(4096, context // 4)
   config.batch.rows = rows
   config.batch.row_tokens = context
+  config.batch.row_targets = 0  # a call may sample most of a row
   config.batch.trajectories = rows
   config.engine.context = context
   config.engine.block = context

@@ -14,10 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import (
     AbstractMesh,
-    AxisType,
     Mesh,
     NamedSharding,
     PartitionSpec,
@@ -249,16 +247,9 @@ def _weights(config: TransformerConfig, mesh: Mesh) -> Any:
 
 
 def _sampler(plan: Plan) -> tuple[Mesh, Any, Any]:
-  """The mesh of one copy of the weights; weights and cache on it.
-
-  Axis types are automatic: how a product over cached blocks is split follows
-  from where weights and cache are, and no type needs to say it.
-  """
-  size, config = plan.sampler_tensor, plan.config
-  grid = mesh_utils.create_device_mesh(
-      (1, 1, size, 1), plan.devices[:size], allow_split_physical_axes=True
-  )
-  mesh = Mesh(grid, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+  """The mesh of one copy of the weights; weights and cache on it."""
+  config = plan.config
+  mesh = sharding.sampler_mesh(plan.devices[: plan.sampler_tensor])
   resting = jax.tree.map(
       lambda one: jax.ShapeDtypeStruct(
           one.shape, config.dtype, sharding=one.sharding

@@ -46,6 +46,10 @@ class Experts:
           f"per_token must be at most number={self.number}, got"
           f" {self.per_token}"
       )
+    if list(self.dense_layers) != sorted(set(self.dense_layers)):
+      raise ValueError(
+          f"dense_layers must be ascending, got {self.dense_layers}"
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

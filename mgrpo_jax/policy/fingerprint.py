@@ -23,7 +23,6 @@ def fingerprint(policy: Policy) -> dict[str, str]:
     Part (`chat format`, `sizes`, `tokenizer`, `weights`) to digest.
   """
   files = policy.tokenizer.files() if policy.tokenizer else {}
-  arrays = leaves.to_host(policy.params)
   parts: Mapping[str, Any] = {
       "chat format": [policy.chat, policy.system],
       "sizes": {
@@ -35,7 +34,10 @@ def fingerprint(policy: Policy) -> dict[str, str]:
           name: hashlib.sha256(content).hexdigest()
           for name, content in files.items()
       },
-      "weights": {name: leaves.describe(a) for name, a in arrays.items()},
+      "weights": {  # one at a time: all of them need not fit on the host
+          name: leaves.describe(leaves.to_host({name: leaf})[name])
+          for name, leaf in leaves.named(policy.params).items()
+      },
   }
   return {name: leaves.digest(part) for name, part in parts.items()}
 

@@ -41,8 +41,8 @@ def token_logprobs(
     temperature: > 0, of the distribution that was sampled from.
     wanted: [N, T], tokens whose log-probability is asked for. The head, which
       costs most in a small model, then runs only for them.
-    most_wanted: tokens wanted in a row, at most; what is beyond is not
-      computed. 0 scores all tokens, whatever is wanted.
+    most_wanted: tokens wanted in a row, at most; those beyond count as not
+      wanted. 0 scores all tokens, whatever is wanted.
 
   Returns:
     [N, T] float32, nats; 0 where none is wanted, at t = 0, where a segment
@@ -69,6 +69,7 @@ def token_logprobs(
     values = jnp.roll(values, 1, axis=1)
   else:
     place = jnp.cumsum(predicted, axis=1) - 1
+    predicted &= place < most_wanted
     values = jnp.take_along_axis(
         values, jnp.clip(place, 0, most_wanted - 1), axis=1
     )

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mgrpo_jax import sharding
@@ -105,7 +106,7 @@ class Engine:
     if mesh is not None:
       self._heads = device.split_heads(mesh)
       self._place = sharding.params_shardings(param_specs(config), mesh)
-    self._params = jax.device_put(params, self._place)
+    self._params = self._placed(params)
     self._cache: KVCache = jax.device_put(
         device.init_cache(
             config=config, num_slots=num_slots, length=context, block=block
@@ -219,8 +220,13 @@ class Engine:
       params: weights; see `__init__`.
       version: their number.
     """
-    self._params = jax.device_put(params, self._place)
+    self._params = self._placed(params)
     self._schedule.renew(version)
+
+  def _placed(self, params: Params) -> Params:
+    """Weights where they are sampled from, in the dtype they are used in."""
+    used = jax.tree.map(lambda w: jnp.asarray(w, self._config.dtype), params)
+    return jax.device_put(used, self._place)
 
   def stats(self) -> dict[str, Any]:
     """Counts what was done so far.
