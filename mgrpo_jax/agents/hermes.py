@@ -17,6 +17,7 @@ from mgrpo_jax.agents.protocol import (
     Protocol,
     Utterance,
     answer,
+    argument_text,
     checked_call,
     load_json,
     scrub,
@@ -102,13 +103,6 @@ def _call(text: str, functions: Mapping[str, Function]) -> Action | Malformed:
   return checked_call(call["name"], call["arguments"], functions)
 
 
-def _argument(action: Action) -> str:
-  """The arguments as JSON; an answer's text as it is."""
-  if action.kind == "answer":
-    return str(action.arguments["text"])
-  return json.dumps(dict(action.arguments), ensure_ascii=False)
-
-
 def _render(action: Action) -> Pieces:
   """Writes the tool call, or the answer's text."""
   if action.kind == "answer":
@@ -128,6 +122,6 @@ HERMES = Protocol(
     system=_system,
     parse=_parse,
     render=_render,
-    argument=_argument,
+    argument=argument_text,
     wrap=_wrap,
 )

@@ -15,6 +15,7 @@ from mgrpo_jax.agents.protocol import (
     Protocol,
     Utterance,
     answer,
+    argument_text,
     checked_call,
     load_json,
     scrub,
@@ -62,13 +63,6 @@ def _parse(
   return checked_call(call["name"], call["parameters"], functions)
 
 
-def _argument(action: Action) -> str:
-  """The arguments as JSON; an answer's text as it is."""
-  if action.kind == "answer":
-    return str(action.arguments["text"])
-  return json.dumps(dict(action.arguments), ensure_ascii=False)
-
-
 def _render(action: Action) -> Pieces:
   """Writes the call, or the answer's text."""
   if action.kind == "answer":
@@ -87,6 +81,6 @@ LLAMA = Protocol(
     system=_system,
     parse=_parse,
     render=_render,
-    argument=_argument,
+    argument=argument_text,
     wrap=_wrap,
 )

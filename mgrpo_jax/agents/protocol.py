@@ -273,6 +273,20 @@ def signature(function: Function) -> dict[str, Any]:
   }
 
 
+def argument_text(action: Action) -> str:
+  """Gives the arguments of a call for records, as JSON.
+
+  Args:
+    action: a call, or an answer, whose text is given as it is.
+
+  Returns:
+    The text.
+  """
+  if action.kind == "answer":
+    return str(action.arguments["text"])
+  return json.dumps(dict(action.arguments), ensure_ascii=False)
+
+
 def load_json(text: str) -> Any:
   """The JSON value of a text; None where it holds none or is too long."""
   if len(text) > _MAX_JSON_CHARS:

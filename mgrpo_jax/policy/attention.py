@@ -23,7 +23,7 @@ MIN_BLOCK = 64
 MAX_BLOCKS = 8
 # Scores of a head that exist at once; blocks with more run piece by piece.
 MAX_SCORES = 2**22
-MASKED = -1e30  # a score that no real one comes near, and whose exp is 0
+MASKED = -1e30  # finite, and no real score comes near; its exp is 0
 SPLASH_BLOCKS = (512, 256, 128)  # tokens; the largest that divides the length
 
 

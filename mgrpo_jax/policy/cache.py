@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from mgrpo_jax.policy.attention import MASKED
 from mgrpo_jax.policy.config import TransformerConfig
-
-MASKED = -1e30  # a score that no real one reaches; finite, so 0 · it is 0
 
 Blocks = tuple[Array, ...]
 
