@@ -28,6 +28,37 @@ def value_and_gradients(kernel, arrays, segments, window):
   return jax.jit(step)(*arrays)
 
 
+def whole(query, key, value, segments, *, window):
+  """The definition: every score at once, and gradients by autodiff."""
+  age = np.arange(segments.shape[1])[:, None] - np.arange(segments.shape[1])
+  seen = (age >= 0) & (age < (window or len(age)))
+  seen = seen & (segments[:, :, None] == segments[:, None])
+  scores = jnp.einsum("ntkgd,nskd->nkgts", query, key)
+  scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+  return jnp.einsum("nkgts,nskd->ntkgd", jax.nn.softmax(scores), value)
+
+
+@pytest.mark.parametrize("most_scores", (attention.MAX_SCORES, 700))
+@pytest.mark.parametrize("window", (0, 40))
+def test_blocks_and_pieces_equal_the_whole(window, most_scores, monkeypatch):
+  monkeypatch.setattr(attention, "MAX_SCORES", most_scores)
+  rng = np.random.default_rng(1)
+  length = 150
+  query, key, value = (
+      0.5 * rng.normal(size=(2, length, 2, *heads, 6)).astype(np.float32)
+      for heads in ((3,), (), ())
+  )
+  segments = np.stack([np.arange(length) // n + 1 for n in (47, 200)])
+  segments = segments.astype(np.int32)
+  segments[:, -9:] = 0
+  expected, actual = (
+      value_and_gradients(kernel, (query, key, value), segments, window)
+      for kernel in (whole, attention.blockwise)
+  )
+  for one, other in zip(*map(jax.tree.leaves, (expected, actual)), strict=True):
+    np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("window", (0, 40))
 def test_splash_equals_blockwise(window):
   rng = np.random.default_rng(0)

@@ -9,6 +9,7 @@ padding, and nothing else does.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -170,61 +171,124 @@ def _attend_pieces(
   size, length = query.shape[3], key.shape[2]
   piece = max(1, MAX_SCORES // length)
   if size <= piece:
-    visible = _visible(segment_ids, length - size, size, window)
-    return jax.checkpoint(_attend)(query, key, value, visible)
+    first = jnp.int32(length - size)
+    return _attend(query, key, value, segment_ids, first, window)
   pieces = -(-size // piece)
   padded = jnp.pad(query, ((0, 0),) * 3 + ((0, pieces * piece - size), (0, 0)))
 
-  # Else the backward pass would keep what each piece sees: T² booleans.
-  @jax.checkpoint
   def one(number: Int[Array, ""]) -> Array:
     start = number * piece
     rows = jax.lax.dynamic_slice_in_dim(padded, start, piece, axis=3)
-    visible = _visible(segment_ids, length - size + start, piece, window)
-    return _attend(rows, key, value, visible)
+    return _attend(rows, key, value, segment_ids, length - size + start, window)
 
   done = jax.lax.map(one, jnp.arange(pieces))
   joined = jnp.moveaxis(done, 0, 3)
   return joined.reshape(*query.shape[:3], -1, query.shape[4])[:, :, :, :size]
 
 
-def _visible(
-    segment_ids: Int[Array, "N S"],
-    start: int | Int[Array, ""],
-    size: int,
-    window: int,
-) -> Bool[Array, "N Q S"]:
-  """Says which of S tokens the queries start..start+size see."""
-  padded = jnp.pad(segment_ids, ((0, 0), (0, size)))
-  queries = jax.lax.dynamic_slice_in_dim(padded, start, size, axis=1)
-  same = queries[:, :, None] == segment_ids[:, None]
-  age = (
-      start + jnp.arange(size)[:, None] - jnp.arange(segment_ids.shape[1])[None]
-  )
-  near = (age >= 0) & (age < window) if window else age >= 0
-  return same & near[None]
-
-
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(
     query: Float[Array, "N Hkv G Q D"],
     key: Float[Array, "N Hkv S D"],
     value: Float[Array, "N Hkv S D"],
-    visible: Bool[Array, "N Q S"],
+    segment_ids: Int[Array, "N S"],
+    first: Int[Array, ""],
+    window: int,
 ) -> Float[Array, "N Hkv G Q D"]:
-  """Attends to visible keys; every real query sees at least itself."""
-  wide = jnp.promote_types(query.dtype, jnp.float32)
-  scores = jnp.einsum(
-      "nkgqd,nksd->nkgqs", query, key, preferred_element_type=wide
-  )
-  scores = jnp.where(visible[:, None, None], scores, MASKED)
+  """Attends from tokens first..first+Q to those of S that each sees.
+
+  The backward pass computes the softmax again from its normaliser (Dao,
+  arXiv 2307.08691), so neither pass leaves scores behind.
+  """
+  return _attend_forward(query, key, value, segment_ids, first, window)[0]
+
+
+def _attend_forward(
+    query: Array,
+    key: Array,
+    value: Array,
+    segment_ids: Array,
+    first: Array,
+    window: int,
+) -> tuple[Array, tuple[Array, ...]]:
+  """Attends, and keeps the logarithm of each query's normaliser."""
+  scores = _scores(query, key, segment_ids, first, window)
   highest = jnp.max(scores, axis=-1, keepdims=True)
-  weights = jnp.exp(scores - jax.lax.stop_gradient(highest))
+  weights = jnp.exp(scores - highest)
+  normaliser = jnp.sum(weights, axis=-1, keepdims=True)
   # Dividing the result, not the weights: D numbers a query instead of S.
-  total = jnp.einsum(
-      "nkgqs,nksd->nkgqd",
-      weights.astype(value.dtype),
-      value,
-      preferred_element_type=wide,
+  total = _product("nkqs,nksd->nkqd", weights.astype(value.dtype), value)
+  mean = (total / normaliser).astype(value.dtype).reshape(query.shape)
+  log_normaliser = highest + jnp.log(normaliser)
+  return mean, (query, key, value, segment_ids, first, mean, log_normaliser)
+
+
+def _attend_backward(
+    window: int, kept: tuple[Array, ...], cotangent: Array
+) -> tuple[Array | None, ...]:
+  """Pulls a cotangent of the mean back to queries, keys and values."""
+  query, key, value, segment_ids, first, mean, log_normaliser = kept
+  scores = _scores(query, key, segment_ids, first, window)
+  weights = jnp.exp(scores - log_normaliser)
+  along = jnp.sum(
+      (mean * cotangent).astype(scores.dtype), axis=-1, keepdims=True
   )
-  mean = total / jnp.sum(weights, axis=-1, keepdims=True)
-  return mean.astype(value.dtype)
+  above, rows = _merge(cotangent), _merge(query)
+  to_weights = _product("nkqd,nksd->nkqs", above, value)
+  to_scores = weights * (to_weights - _merge(along))
+  to_scores = to_scores.astype(key.dtype)
+  to_query = _product("nkqs,nksd->nkqd", to_scores, key)
+  to_key = _product("nkqs,nkqd->nksd", to_scores, rows)
+  to_value = _product("nkqs,nkqd->nksd", weights.astype(value.dtype), above)
+  return (
+      to_query.astype(query.dtype).reshape(query.shape),
+      to_key.astype(key.dtype),
+      to_value.astype(value.dtype),
+      None,
+      None,
+  )
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _scores(
+    query: Float[Array, "N Hkv G Q D"],
+    key: Float[Array, "N Hkv S D"],
+    segment_ids: Int[Array, "N S"],
+    first: Int[Array, ""],
+    window: int,
+) -> Float[Array, "N Hkv GQ S"]:
+  """Scores of the queries of all heads that share a key, MASKED if unseen."""
+  visible = _visible(segment_ids, first, query.shape[3], window)
+  scores = _product("nkqd,nksd->nkqs", _merge(query), key)
+  grouped = scores.reshape(*query.shape[:4], key.shape[2])
+  return _merge(jnp.where(visible[:, None, None], grouped, MASKED))
+
+
+def _merge(x: Float[Array, "N Hkv G Q D"]) -> Float[Array, "N Hkv GQ D"]:
+  """Lays the queries of heads that share a key one after the other."""
+  return x.reshape(*x.shape[:2], -1, x.shape[4])
+
+
+def _product(equation: str, left: Array, right: Array) -> Array:
+  """Multiplies batches of matrices, adding in float32 or wider."""
+  wide = jnp.promote_types(left.dtype, jnp.float32)
+  return jnp.einsum(equation, left, right, preferred_element_type=wide)
+
+
+def _visible(
+    segment_ids: Int[Array, "N S"],
+    first: Int[Array, ""],
+    size: int,
+    window: int,
+) -> Bool[Array, "N Q S"]:
+  """Says which of S tokens the queries first..first+size see."""
+  padded = jnp.pad(segment_ids, ((0, 0), (0, size)))
+  queries = jax.lax.dynamic_slice_in_dim(padded, first, size, axis=1)
+  same = queries[:, :, None] == segment_ids[:, None]
+  age = (
+      first + jnp.arange(size)[:, None] - jnp.arange(segment_ids.shape[1])[None]
+  )
+  near = (age >= 0) & (age < window) if window else age >= 0
+  return same & near[None]

@@ -199,15 +199,9 @@ def project(
   )
   key = _weight(layer.key, "hidden", "kv_heads", "head_dim", config=config)
   value = _weight(layer.value, "hidden", "kv_heads", "head_dim", config=config)
-  q = jnp.einsum(
-      "nte,ekgd->ntkgd", normed, query, out_sharding=sharding.out(*grouped)
-  )
-  k = jnp.einsum(
-      "nte,ekd->ntkd", normed, key, out_sharding=sharding.out(*heads)
-  )
-  v = jnp.einsum(
-      "nte,ekd->ntkd", normed, value, out_sharding=sharding.out(*heads)
-  )
+  q = _multiply(normed, query, *grouped)
+  k = _multiply(normed, key, *heads)
+  v = _multiply(normed, value, *heads)
   if layer.query_bias is not None:
     q = q + _bias(layer.query_bias, config=config)
     k = k + _bias(layer.key_bias, config=config)
@@ -240,12 +234,7 @@ def finish(
   output = _weight(
       layer.output, "kv_heads", "group", "head_dim", "hidden", config=config
   )
-  added = jnp.einsum(
-      "ntkgd,kgde->nte",
-      attended,
-      output,
-      out_sharding=sharding.out("batch", "length", "hidden"),
-  )
+  added = _multiply(attended, output, "batch", "length", "hidden")
   if layer.attention_post_norm is not None:
     added = rms_norm(added, layer.attention_post_norm, config=config)
   x = x + added
@@ -268,19 +257,14 @@ def _feed_forward(
     config: TransformerConfig,
 ) -> Float[Array, "N T E"]:
   """The gated feed-forward (Shazeer, arXiv 2002.05202)."""
-  inner = sharding.out("batch", "length", "mlp")
+  inner = ("batch", "length", "mlp")
   gate = _weight(layer.gate, "hidden", "mlp", config=config)
   up = _weight(layer.up, "hidden", "mlp", config=config)
   down = _weight(layer.down, "mlp", "hidden", config=config)
-  gated = activation(
-      jnp.einsum("nte,ef->ntf", normed, gate, out_sharding=inner)
-  ) * jnp.einsum("nte,ef->ntf", normed, up, out_sharding=inner)
-  return jnp.einsum(
-      "ntf,fe->nte",
-      gated,
-      down,
-      out_sharding=sharding.out("batch", "length", "hidden"),
+  gated = activation(_multiply(normed, gate, *inner)) * _multiply(
+      normed, up, *inner
   )
+  return _multiply(gated, down, "batch", "length", "hidden")
 
 
 def unembed(
@@ -366,6 +350,24 @@ def rms_norm(
   return normed.astype(x.dtype) * jnp.asarray(scale, x.dtype).reshape(
       (1,) * (x.ndim - 1) + (-1,)
   )
+
+
+def _multiply(
+    x: Float[Array, "N T *inputs"], weight: Float[Array, "*shape"], *axes: str
+) -> Float[Array, "N T *outputs"]:
+  """Multiplies tokens with a weight [*inputs, *outputs].
+
+  Rows are laid end to end for it: compilers for CPUs bring products over two
+  dimensions of tokens, such as a weight's gradient, into that form by copying.
+  """
+  product = jnp.tensordot(
+      x.reshape(-1, *x.shape[2:]),
+      weight,
+      axes=x.ndim - 2,
+      out_sharding=sharding.out("batch", *axes[2:]),
+  )
+  shape = (*x.shape[:2], *product.shape[1:])
+  return jnp.reshape(product, shape, out_sharding=sharding.out(*axes))
 
 
 def _weight(
