@@ -45,15 +45,19 @@ def get_config(arm: str = "co_train") -> ml_collections.ConfigDict:
     add_team(config, source="configs/quickstart_weights")
 
   config.curriculum = ("easy", "hard")
-  config.stages.easy = default.stage("reinforce", steps=20)
+  config.stages.easy = default.stage("reinforce", steps=10)
   config.stages.easy.families = ("attribute", "place")
-  config.stages.hard = default.stage("reinforce", steps=80)
+  config.stages.hard = default.stage("reinforce", steps=50)
   config.stages.hard.families = FAMILIES
   for name in config.curriculum:
-    config.stages[name].learning_rate = 1.5e-4
+    config.stages[name].learning_rate = 2e-4
   config.tasks.per_step = 16
   config.rollout.max_concurrent = 128
   config.engine.num_slots = 128
+  config.engine.prefill_tokens = 512
+  # A micro-batch whose intermediate results stay in a CPU's caches.
+  config.batch.rows = 2
+  config.batch.trajectories = 12
   config.evaluation.families = FAMILIES
   config.evaluation.tasks = 150
   if arm == "main_only":
