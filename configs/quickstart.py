@@ -47,7 +47,7 @@ def get_config(arm: str = "co_train") -> ml_collections.ConfigDict:
   config.curriculum = ("easy", "hard")
   config.stages.easy = default.stage("reinforce", steps=10)
   config.stages.easy.families = ("attribute", "place")
-  config.stages.hard = default.stage("reinforce", steps=50)
+  config.stages.hard = default.stage("reinforce", steps=30)
   config.stages.hard.families = FAMILIES
   for name in config.curriculum:
     config.stages[name].learning_rate = 2e-4
