@@ -8,12 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgrpo_jax.agents.chats.chatml import (
-    QWEN2_5_SYSTEM,
-    chatml,
-    qwen3,
-    qwen3_direct,
-)
+from mgrpo_jax.agents.chats.chatml import chatml, qwen3, qwen3_direct
 from mgrpo_jax.agents.chats.gemma3 import gemma3
 from mgrpo_jax.agents.chats.llama3 import llama3, llama3_1, llama3_1_tools
 from mgrpo_jax.agents.hermes import GUIDANCE, HERMES
@@ -26,6 +21,7 @@ from mgrpo_jax.agents.protocol import (
     answer,
     spelled,
 )
+from mgrpo_jax.policy.policy import QWEN2_5_SYSTEM
 from mgrpo_jax.policy.tokenizer import encode_with_specials
 
 GOLDEN = json.loads(families.GOLDEN.read_text())

@@ -9,7 +9,7 @@ import pytest
 import tiny_llama
 
 from mgrpo_jax.policy.load import load
-from mgrpo_jax.policy.policy import SMOLLM2_SYSTEM
+from mgrpo_jax.policy.policy import SYSTEMS
 
 TINY = tiny_llama.config(
     vocab_size=300, embed_dim=64, head_dim=16, mlp_dim=96, rope_base=10000.0
@@ -101,11 +101,12 @@ def test_round_trip(config, tmp_path):
 
 @pytest.mark.parametrize(
     ("template", "system"),
-    [(f"{{{{ '{SMOLLM2_SYSTEM}' }}}}", SMOLLM2_SYSTEM), ("{{ 'Qwen' }}", "")],
+    [
+        *((f"{{{{ '{known}' }}}}", known) for known in SYSTEMS),
+        ("{{ 'You are Qwen' }}", ""),
+    ],
 )
-def test_only_smollm2s_template_has_its_system_message(
-    template, system, tmp_path
-):
+def test_a_template_gives_its_own_system_message(template, system, tmp_path):
   fields = {"tokenizer.chat_template": template}
   weights = tiny_llama.weights(TINY)
   write_gguf(tmp_path / "tiny.gguf", TINY, weights, fields=fields)

@@ -12,6 +12,12 @@ from mgrpo_jax.policy.tokenizer import Tokenizer
 SMOLLM2_SYSTEM = (
     "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 )
+QWEN2_5_SYSTEM = (
+    "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+)
+QWEN2_SYSTEM = "You are a helpful assistant."
+# The last is part of the one before it.
+SYSTEMS = (SMOLLM2_SYSTEM, QWEN2_5_SYSTEM, QWEN2_SYSTEM)
 # Names of chat formats, and the control tokens by which a model that does not
 # say which it speaks is known; what is listed first is tried first.
 CHATS: Mapping[str, tuple[str, ...]] = {
@@ -69,7 +75,8 @@ class Policy:
 def default_system(template: object) -> str:
   """Finds the system message that a chat template gives of itself.
 
-  Templates are programs and are not run; only SmolLM2's message is known.
+  Templates are programs and are not run; those of SmolLM2, Qwen 2 and 2.5 are
+  known.
 
   Args:
     template: of a GGUF file or `tokenizer_config.json`; None for none.
@@ -77,4 +84,4 @@ def default_system(template: object) -> str:
   Returns:
     The message; empty where the template has none that is known.
   """
-  return SMOLLM2_SYSTEM if SMOLLM2_SYSTEM in str(template) else ""
+  return next((known for known in SYSTEMS if known in str(template)), "")

@@ -12,11 +12,6 @@ from mgrpo_jax.agents.chat import (
 )
 from mgrpo_jax.agents.protocol import Mark, Pieces, Utterance, spelled
 
-# What the models' own templates say where a conversation has no system message.
-QWEN2_5_SYSTEM = (
-    "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-)
-
 _START, _END = "<|im_start|>", "<|im_end|>"
 _THINK, _UNTHINK = "<think>", "</think>"
 _EMPTY_THOUGHT: Pieces = (Mark(_THINK), "\n\n", Mark(_UNTHINK), "\n\n")
