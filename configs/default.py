@@ -47,6 +47,21 @@ def policy() -> ml_collections.ConfigDict:
   config.rope_base = 10_000.0  # of the rotary frequencies, > 0
   config.norm_eps = 1e-5  # added to mean squares, > 0
   config.tokenizer_share = 0.15  # of the training text it learns pieces from
+  config.lora = ml_collections.ConfigDict()  # train an adapter, not the weights
+  config.lora.rank = 0  # of the two factors, >= 1; 0 trains all weights
+  config.lora.alpha = (
+      16.0  # the factors' product is scaled by alpha / rank, > 0
+  )
+  # Kernels of a layer that it changes; those of the experts where there are.
+  config.lora.targets = (
+      "query",
+      "key",
+      "value",
+      "output",
+      "gate",
+      "up",
+      "down",
+  )
   _add_devices(config)
   return config.lock()
 

@@ -38,6 +38,7 @@ def get_config(arm: str = "full") -> ml_collections.ConfigDict:
   quickstart.add_team(config, source="")
   for name, prompt in (("main", _MAIN), ("researcher", _RESEARCHER)):
     config.policies[name].source = "smollm2"
+    config.policies[name].architecture = "smollm2_135m"
     config.policies[name].execution.scan_layers = True  # compiles in a minute
     role = config.team.roles[name]
     role.prompt = prompt

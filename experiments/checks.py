@@ -83,18 +83,23 @@ _SHARES = ("format_share", "correct_share", "expert_share")
 
 
 @contextlib.contextmanager
-def inside(key: str) -> Iterator[None]:
+def inside(key: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
   """Says of every ValueError raised inside which config key it is about.
+
+  An error that names a key already, from an inner use, is left as it is.
 
   Args:
     key: dotted.
+    kind: of the errors that are about this key; others pass.
 
   Yields:
     Nothing.
   """
   try:
     yield
-  except ValueError as error:
+  except kind as error:
+    if str(error).startswith("config."):
+      raise
     raise ValueError(f"config.{key}: {error}") from error
 
 
@@ -291,6 +296,7 @@ def _limits(values: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
   for name in values["policies"]:
     sizes = (*_SIZES, *_PIECES)
     limits |= {f"policies.{name}.{key}": (1, _MOST) for key in sizes}
+    limits[f"policies.{name}.lora.rank"] = (0, _MOST)
   for name in values["stages"]:
     limits[f"stages.{name}.steps"] = (0, _MOST)
   for name in values["team"]["roles"]:  # how few, `Role` knows

@@ -63,6 +63,25 @@ def check(values: Mapping[str, Any], number: int) -> None:
         )
 
 
+def needs(
+    config: ml_collections.ConfigDict, names: Sequence[str]
+) -> dict[str, int]:
+  """Counts the devices that each policy takes.
+
+  Args:
+    config: the whole recipe, checked.
+    names: of the policies.
+
+  Returns:
+    Devices by policy: the more of its learner's and of one sampler's.
+  """
+  policies = [(name, config.policies[name]) for name in names]
+  return {
+      name: max(math.prod(one.mesh.values()), one.sampler_tensor)
+      for name, one in policies
+  }
+
+
 def meshes(
     config: ml_collections.ConfigDict,
     team: Team,
@@ -81,11 +100,9 @@ def meshes(
   """
   sizes = {name: config.policies[name].mesh.to_dict() for name in team.policies}
   heads = {name: config.policies[name].sampler_tensor for name in team.policies}
-  needs = {
-      name: max(math.prod(sizes[name].values()), heads[name]) for name in sizes
-  }
   made = {}
-  for name, group in sharding.assign(needs, devices).items():
+  groups = sharding.assign(needs(config, team.policies), devices)
+  for name, group in groups.items():
     alone = group == (devices[0],)
     number = math.prod(sizes[name].values())
     made[name] = Meshes(
@@ -95,6 +112,33 @@ def meshes(
         sampler=None if alone else sharding.sampler_mesh(group[: heads[name]]),
     )
   return made
+
+
+def random_sizes(
+    policy: ml_collections.ConfigDict, *, vocab_size: int
+) -> TransformerConfig:
+  """Builds the sizes of a policy that begins at random.
+
+  Args:
+    policy: of the recipe.
+    vocab_size: of its tokenizer.
+
+  Returns:
+    A small transformer of the Llama family, float32.
+  """
+  return TransformerConfig(
+      vocab_size=vocab_size,
+      embed_dim=policy.embed_dim,
+      num_layers=policy.num_layers,
+      num_heads=policy.num_heads,
+      num_kv_heads=policy.num_kv_heads,
+      head_dim=policy.head_dim,
+      mlp_dim=policy.mlp_dim,
+      rope_base=policy.rope_base,
+      norm_eps=policy.norm_eps,
+      tied_embeddings=True,
+      dtype="float32",
+  )
 
 
 def execution(config: ml_collections.ConfigDict, name: str) -> Execution:

@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import json
-import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from jax.experimental import topologies
 
 from configs import architectures
 from experiments import checks, placing, recipe
+from mgrpo_jax import sharding
 from mgrpo_jax.aot import chips
 from mgrpo_jax.aot.programs import Plan
 from mgrpo_jax.policy.config import TransformerConfig
@@ -44,10 +44,19 @@ def plans(
   names = recipe.build_team(config).policies
   configs = {name: _transformer(config, name) for name in names}
   described = topologies.get_topology_desc(**topology.description())
-  devices = chips.split(
-      described.devices,
-      {name: math.prod(config.policies[name].mesh.values()) for name in names},
-  )
+  needs = placing.needs(config, names)
+  devices = sharding.assign(needs, described.devices)
+  if len({device.id for group in devices.values() for device in group}) < sum(
+      needs.values()
+  ):
+    wanted = ", ".join(f"{name} {number}" for name, number in needs.items())
+    raise ValueError(
+        f"config.policies: meshes of {wanted} devices, allowed: what"
+        f" {topology.name} has for all of them side by side"
+    )
+  loras = {
+      name: one.lora for name, one in recipe.build_adaptations(config).items()
+  }
   method = recipe.build_method(config)
   reinforced = any(
       s.objective == "reinforce" for s in recipe.build_stages(config)
@@ -58,6 +67,7 @@ def plans(
     with checks.inside(f"policies.{name}"):
       made[name] = Plan(
           config=configs[name],
+          lora=loras.get(name),
           mesh=dict(one.mesh),
           devices=devices[name],
           sampler_tensor=one.sampler_tensor,
@@ -76,20 +86,22 @@ def _transformer(
   """What a policy computes, and how; no weights are read."""
   one, key = config.policies[name], f"policies.{name}"
   path = pathlib.Path(one.source) / "config.json"
-  if one.architecture:
-    choice = checks.pick(ARCHITECTURES, one.architecture, f"{key}.architecture")
-    fields, source = choice(), one.architecture
-  elif path.is_file():
-    fields, source = json.loads(path.read_text()), str(path)
-  else:
-    raise ValueError(
-        f"config.{key}.source: {one.source!r} holds no config.json, and"
-        f" config.{key}.architecture names none of"
-        f" {', '.join(sorted(ARCHITECTURES))}"
-    )
   with checks.inside(key):
+    if one.architecture:
+      choice = checks.pick(
+          ARCHITECTURES, one.architecture, f"{key}.architecture"
+      )
+      sizes = huggingface.read(choice(), one.architecture)
+    elif one.source == "random":
+      sizes = placing.random_sizes(one, vocab_size=one.vocab_size)
+    elif path.is_file():
+      sizes = huggingface.read(json.loads(path.read_text()), str(path))
+    else:
+      raise ValueError(
+          f"config.{key}.source: {one.source!r} holds no config.json, and"
+          f" config.{key}.architecture names none of"
+          f" {', '.join(sorted(ARCHITECTURES))}"
+      )
     return dataclasses.replace(
-        huggingface.read(fields, source),
-        dtype=one.dtype,
-        execution=placing.execution(config, name),
+        sizes, dtype=one.dtype, execution=placing.execution(config, name)
     )

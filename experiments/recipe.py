@@ -30,7 +30,8 @@ from mgrpo_jax.agents.actor import Actor, sampled
 from mgrpo_jax.agents.chat import Chat
 from mgrpo_jax.agents.protocol import Protocol
 from mgrpo_jax.agents.team import Role, Team
-from mgrpo_jax.plan import Method, Sampler, Setup
+from mgrpo_jax.plan import Adaptation, Method, Sampler, Setup
+from mgrpo_jax.policy.lora import LoRA
 from mgrpo_jax.rewards import Matches
 from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.tasks import factbook, pipeline
@@ -118,6 +119,7 @@ def check(
   placing.check(values, num_devices or jax.device_count())
   for stage in build_stages(config):
     checks.learners(values, team, stage)
+  build_adaptations(config)
   build_method(config)
   build_sampler(config)
   checks.pick(world.PROTOCOLS, config.team.protocol, "team.protocol")
@@ -186,6 +188,7 @@ def build(config: ml_collections.ConfigDict) -> Setup:
       rollouts_per_task=config.rollout.per_task,
       team=team,
       policies=policies,
+      adaptations=build_adaptations(config),
       meshes=meshes,
       actor=functools.partial(_actor, chats, protocol),
       tools=tools,
@@ -212,6 +215,24 @@ def build_team(config: ml_collections.ConfigDict) -> Team:
       roles=tuple(_role(name, roles[name]) for name in sorted(roles.keys())),
       root=config.team.root,
   )
+
+
+def build_adaptations(
+    config: ml_collections.ConfigDict,
+) -> dict[str, Adaptation]:
+  """Builds the adapters of a recipe; see `LoRA` for what is checked."""
+  made = {}
+  for name, policy in config.policies.items():
+    if not policy.lora.rank:
+      continue
+    with checks.inside(f"policies.{name}.lora"):
+      lora = LoRA(
+          rank=policy.lora.rank,
+          alpha=policy.lora.alpha,
+          targets=tuple(policy.lora.targets),
+      )
+    made[name] = Adaptation(lora=lora, base=policy.source)
+  return made
 
 
 def build_stages(config: ml_collections.ConfigDict) -> tuple[Stage, ...]:

@@ -31,12 +31,12 @@ from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.load import load
 from mgrpo_jax.policy.params import Params
 from mgrpo_jax.policy.params import init as init_params
-from mgrpo_jax.policy.policy import Policy
+from mgrpo_jax.policy.policy import QWEN2_5_SYSTEM, Policy
 from mgrpo_jax.policy.tokenizer import (
     SentencePieceTokenizer,
     train_sentencepiece,
 )
-from mgrpo_jax.sharding import Meshes
+from mgrpo_jax.sharding import IndivisibleError, Meshes
 from mgrpo_jax.tasks import factbook
 from mgrpo_jax.tasks.factbook import Factbook
 from mgrpo_jax.types import RolloutGroup, Status, Task
@@ -50,9 +50,9 @@ PROTOCOLS: Mapping[str, Protocol] = {
 # which needs the team. Runs are repeatable, so the date is the template's.
 CHATS: Mapping[str, Mapping[str, Callable[..., Chat]]] = {
     "hermes": {
-        "chatml": chatml.chatml,  # with the policy's own system message
+        "chatml": functools.partial(chatml.chatml, default_system=""),
         "qwen2_5": functools.partial(
-            chatml.chatml, default_system=chatml.QWEN2_5_SYSTEM
+            chatml.chatml, default_system=QWEN2_5_SYSTEM
         ),
         "qwen3": chatml.qwen3,
         "qwen3_direct": chatml.qwen3_direct,
@@ -151,7 +151,10 @@ def policies(
       with checks.inside(f"policies.{name}"):
         policy = _random(config, team, book, name, position)
     else:
-      with checks.inside(f"policies.{name}.source"):
+      with (
+          checks.inside(f"policies.{name}.source"),
+          checks.inside(f"policies.{name}.mesh", IndivisibleError),
+      ):
         policy = load(one.source, mesh=meshes[name].learner)
     sizes = placing.executed(policy.config, config, name, meshes[name])
     loaded[name] = dataclasses.replace(policy, config=sizes)
@@ -189,7 +192,7 @@ def chats(
           f" {policy.chat!r} of policy {name!r}, but with"
           f" {', '.join(constructors)}"
       )
-    if constructor is chatml.chatml:
+    if policy.system and policy.chat in ("chatml", "qwen2_5"):
       constructor = functools.partial(constructor, default_system=policy.system)
     with checks.inside(f"policies.{name}.source"):
       made[name] = constructor(policy.tokenizer)
@@ -313,19 +316,7 @@ def _random(
       special_tokens=compact.compact_tags(team),
   )
   tokenizer = SentencePieceTokenizer(model)
-  sizes = TransformerConfig(
-      vocab_size=tokenizer.vocab_size,
-      embed_dim=one.embed_dim,
-      num_layers=one.num_layers,
-      num_heads=one.num_heads,
-      num_kv_heads=one.num_kv_heads,
-      head_dim=one.head_dim,
-      mlp_dim=one.mlp_dim,
-      rope_base=one.rope_base,
-      norm_eps=one.norm_eps,
-      tied_embeddings=True,
-      dtype="float32",
-  )
+  sizes = placing.random_sizes(one, vocab_size=tokenizer.vocab_size)
   params = jax.jit(_init, static_argnames="config")(
       np.uint32(config.seed), position, config=sizes
   )

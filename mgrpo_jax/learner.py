@@ -1,12 +1,7 @@
-"""One policy in training: its state, and the compiled programs that move it.
-
-This is where the pure functions of `update` are jitted and their buffers
-donated. Policies of one configuration share the compiled programs.
-"""
+"""One policy in training: its state, and where it lives."""
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mgrpo_jax import losses, optim, packing, sharding, update
+from mgrpo_jax import losses, optim, packing, sharding, trainer, update
 from mgrpo_jax.packing import BatchShape, Credit
-from mgrpo_jax.policy import logprobs
+from mgrpo_jax.policy import lora as adapters
 from mgrpo_jax.policy.config import TransformerConfig
+from mgrpo_jax.policy.lora import LoRA
 from mgrpo_jax.policy.params import param_specs
 from mgrpo_jax.types import TrainBatch, TrainState
 
@@ -46,13 +42,17 @@ class Step:
 
 
 class Learner:
-  """Owns the train state of one policy."""
+  """Owns the train state of one policy: its weights', or its adapter's.
+
+  With an adapter the weights to begin with, its base, stay as they are.
+  """
 
   def __init__(
       self,
       config: TransformerConfig,
       params: Any,
       *,
+      lora: LoRA | None,
       shape: BatchShape,
       optimizer: optim.AdamW,
       temperature: float,
@@ -65,17 +65,19 @@ class Learner:
     Args:
       config: sizes of the transformer.
       params: weights to begin with.
+      lora: the adapter that is trained; None to train the weights.
       shape: of every micro-batch.
       optimizer: how gradients become updates.
       temperature: of the distribution that was sampled from, > 0.
       needs_reference: whether the loss compares with the first weights.
-      seed: of the state's random key, in [0, 2**32).
+      seed: of the state's random key and of the adapter, in [0, 2**32).
       mesh: of `sharding.make_mesh`, None for the default device.
 
     Raises:
       ValueError: if the mesh does not divide the parameters, naming one.
     """
     self.config = config
+    self.lora = lora
     self._mesh = mesh
     self._shape = shape
     self._optimizer = optimizer
@@ -84,12 +86,48 @@ class Learner:
       at_rest = sharding.params_shardings(param_specs(config), mesh)
       params = jax.device_put(params, at_rest)
     with self._on_mesh():
-      self.state: TrainState = _begin(
-          params, np.uint32(seed), optimizer=optimizer
+      trained: Any = params
+      self._base: Any = None
+      if lora is not None:
+        self._base = jax.tree.map(jnp.asarray, params)
+        trained = adapters.init(jax.random.key(seed), config, lora)
+        if mesh is not None:
+          resting = sharding.params_shardings(self.specs, mesh)
+          trained = jax.device_put(trained, resting)
+      self.state: TrainState = trainer.begin(
+          trained, np.uint32(seed), optimizer=optimizer
       )
     self._reference: Any = None
-    if needs_reference:  # on a mesh it stays in its shards
+    if needs_reference and lora is not None:
+      self._reference = self._base  # an adapter begins as no change
+    elif needs_reference:  # on a mesh it stays in its shards
       self._reference = jax.device_get(params) if mesh is None else params
+
+  @property
+  def specs(self) -> Any:
+    """`ParamSpec`s of what is trained, published and checkpointed."""
+    if self.lora is None:
+      return param_specs(self.config)
+    return adapters.adapter_specs(self.config, self.lora)
+
+  @property
+  def weights(self) -> Any:
+    """The transformer's weights as they are now."""
+    return self.merged(self.state.params)
+
+  def merged(self, trained: Any) -> Any:
+    """Gives the transformer's weights, whatever it is that is trained.
+
+    Args:
+      trained: parameters like `state.params`.
+
+    Returns:
+      The same where weights are trained, else base plus adapter.
+    """
+    if self.lora is None:
+      return trained
+    with self._on_mesh():
+      return trainer.merge(self._base, trained, lora=self.lora)
 
   def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
     """Sets the mesh, if there is one, for what is traced or run inside."""
@@ -123,17 +161,21 @@ class Learner:
 
   def _scored(self, batch: TrainBatch) -> TrainBatch:
     """Replaces the sampler's log-probs by the trainer's own."""
-    static = {
+    static: dict[str, Any] = {
         "config": self.config,
         "temperature": self._temperature,
         "most_wanted": self._shape.most_wanted,
     }
     placed = self._placed(batch)
-    old = _score(self.state.params, placed, **static)
+    old = trainer.score(
+        self.state.params, self._base, placed, lora=self.lora, **static
+    )
     batch = dataclasses.replace(batch, old_logprobs=old)
     if self._reference is None:
       return batch
-    reference = _score(self._reference, placed, **static)
+    reference = trainer.score(
+        self._reference, None, placed, lora=None, **static
+    )
     return dataclasses.replace(batch, ref_logprobs=reference)
 
   def step(
@@ -162,20 +204,22 @@ class Learner:
       ):
         if not batches:
           continue
-        gradient = _zeros(self.state.params)
+        gradient = trainer.zeros(self.state.params)
         for batch in batches:
-          gradient, tally = _accumulate(
+          gradient, tally = trainer.accumulate(
               gradient,
               self.state.params,
+              self._base,
               self._placed(batch),
               totals,
               objective=objective,
+              lora=self.lora,
               config=self.config,
               temperature=self._temperature,
               most_wanted=0 if imitates else self._shape.most_wanted,
           )
           tallies.append(tally)
-        self.state, metrics = _apply(
+        self.state, metrics = trainer.apply(
             self.state,
             gradient,
             np.float32(rate),
@@ -189,94 +233,3 @@ class Learner:
         batches=batches,
         tokens=int(sum(np.sum(batch.loss_mask) for batch in batches)),
     )
-
-
-@functools.partial(jax.jit, static_argnames="optimizer")
-def _begin(
-    params: Any, seed: np.uint32, *, optimizer: optim.AdamW
-) -> TrainState:
-  """A fresh train state; its arrays share nothing with the arguments."""
-  params = jax.tree.map(jnp.copy, params)
-  return TrainState(
-      params=params,
-      opt_state=optim.adamw(optimizer).init(params),
-      step=jnp.zeros((), jnp.int32),
-      rng=jax.random.key_data(jax.random.key(seed)),
-  )
-
-
-@jax.jit
-def _zeros(params: Any) -> update.Gradient:
-  """The gradient of no micro-batch."""
-  return update.zeros(params)
-
-
-@functools.partial(
-    jax.jit, static_argnames=("config", "temperature", "most_wanted")
-)
-def _score(
-    params: Any,
-    batch: TrainBatch,
-    *,
-    config: TransformerConfig,
-    temperature: float,
-    most_wanted: int,
-) -> jax.Array:
-  """See `update.score`."""
-  logprob_fn = _logprob_fn(config, temperature, most_wanted)
-  return update.score(params, batch, logprob_fn=logprob_fn)
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("objective", "config", "temperature", "most_wanted"),
-    donate_argnames="gradient",
-)
-def _accumulate(
-    gradient: update.Gradient,
-    params: Any,
-    batch: TrainBatch,
-    totals: losses.Totals,
-    *,
-    objective: update.Objective,
-    config: TransformerConfig,
-    temperature: float,
-    most_wanted: int,
-) -> tuple[update.Gradient, update.Tally]:
-  """See `update.accumulate`."""
-  return update.accumulate(
-      gradient,
-      params,
-      batch,
-      totals,
-      objective=objective,
-      logprob_fn=_logprob_fn(config, temperature, most_wanted),
-  )
-
-
-# The parameters are not donated: the sampler and the publisher read them while
-# the update runs.
-@functools.partial(jax.jit, static_argnames="optimizer")
-def _apply(
-    state: TrainState,
-    gradient: update.Gradient,
-    learning_rate: jax.Array,
-    *,
-    optimizer: optim.AdamW,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-  """See `update.apply`."""
-  return update.apply(
-      state, gradient, learning_rate, optimizer=optim.adamw(optimizer)
-  )
-
-
-def _logprob_fn(
-    config: TransformerConfig, temperature: float, most_wanted: int
-) -> update.LogprobFn:
-  """Log-probs under one configuration; of all tokens where 0 are wanted."""
-  return functools.partial(
-      logprobs.token_logprobs,
-      config=config,
-      temperature=temperature,
-      most_wanted=most_wanted,
-  )

@@ -9,6 +9,7 @@ from mgrpo_jax.agents.actor import Actor
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.agents.tools import Tool
 from mgrpo_jax.packing import BatchShape
+from mgrpo_jax.policy.lora import LoRA
 from mgrpo_jax.policy.policy import Policy
 from mgrpo_jax.rewards import RewardWeights, Rules
 from mgrpo_jax.sampler.engine import Engine
@@ -72,6 +73,19 @@ class Sampler:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Adaptation:
+  """A policy of which only an adapter is trained.
+
+  Attributes:
+    lora: the adapter's kind.
+    base: name or directory of the model it adapts, for who loads it.
+  """
+
+  lora: LoRA
+  base: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
   """Everything a recipe decides about a run.
 
@@ -87,6 +101,7 @@ class Setup:
     rollouts_per_task: K.
     team: the roles.
     policies: by name, with the weights to begin with.
+    adaptations: by policy; of those without one, all weights are trained.
     meshes: where each policy lives, by name.
     actor: makes the actor of a policy from its engine.
     tools: by name.
@@ -111,6 +126,7 @@ class Setup:
   rollouts_per_task: int
   team: Team
   policies: Mapping[str, Policy]
+  adaptations: Mapping[str, Adaptation]
   meshes: Mapping[str, Meshes]
   actor: Callable[[str, Engine], Actor]
   tools: Mapping[str, Tool]

@@ -15,8 +15,8 @@ from mgrpo_jax.agents.context import Environment
 from mgrpo_jax.learner import Learner
 from mgrpo_jax.plan import Setup
 from mgrpo_jax.policy import fingerprint
+from mgrpo_jax.policy.load.peft import save_adapter
 from mgrpo_jax.policy.load.safetensors import save_directory
-from mgrpo_jax.policy.params import param_specs
 from mgrpo_jax.publish import NoVersionError
 from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.store import Store
@@ -59,6 +59,9 @@ class Resources:
         name: Learner(
             policy.config,
             policy.params,
+            lora=setup.adaptations[name].lora
+            if name in setup.adaptations
+            else None,
             shape=method.shape,
             optimizer=method.optimizer,
             temperature=setup.sampler.temperature,
@@ -71,7 +74,7 @@ class Resources:
     self.engines = {
         name: Engine(
             learner.config,
-            learner.state.params,
+            learner.weights,
             0,
             mesh=setup.meshes[name].sampler,
             **setup.sampler.engine,
@@ -137,9 +140,10 @@ class Resources:
       )
     problems: list[str] = []
     for name, engine in self.engines.items():
+      learner, meshes = self.learners[name], self.setup.meshes[name]
+      merges = learner.lora is not None  # which its base's mesh does
       like = sharding.shapes(
-          param_specs(self.learners[name].config),
-          self.setup.meshes[name].sampler,
+          learner.specs, meshes.learner if merges else meshes.sampler
       )
       number: int | Literal["latest"] = "latest"
       if version != "latest":
@@ -148,12 +152,14 @@ class Resources:
       fingerprint.check(
           name, weights.meta.get("fingerprint"), self.fingerprints[name]
       )
-      engine.update(weights.params, weights.version.number)
+      engine.update(learner.merged(weights.params), weights.version.number)
       problems += weights.skipped
     return problems
 
   def save_policies(self, directory: pathlib.Path) -> None:
     """Writes every policy as a directory that `policy.load` reads.
+
+    Adapters are merged, and also stand beside in `adapter/`, for PEFT.
 
     Args:
       directory: what has that name is replaced, whole or not at all.
@@ -163,9 +169,17 @@ class Resources:
     """
     with atomic.replacing(directory) as made:
       for name, policy in self.setup.policies.items():
-        params = self.learners[name].state.params
-        trained = dataclasses.replace(policy, params=params)
+        learner = self.learners[name]
+        trained = dataclasses.replace(policy, params=learner.weights)
         save_directory(made / name, trained)
+        if adaptation := self.setup.adaptations.get(name):
+          save_adapter(
+              made / name / "adapter",
+              learner.state.params,
+              lora=adaptation.lora,
+              config=learner.config,
+              base=adaptation.base,
+          )
 
   def _environment(
       self, actors: Mapping[str, Actor], temperature: float

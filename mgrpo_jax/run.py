@@ -200,8 +200,8 @@ class Run:
     is_due = is_last or version % self.setup.publish_every == 0
     with self.timed("publish"):
       for policy in policies:
-        params = self.resources.learners[policy].state.params
-        self.resources.engines[policy].update(params, version)
+        weights = self.resources.learners[policy].weights
+        self.resources.engines[policy].update(weights, version)
         self._versions[policy] = version
         self._unpublished.add(policy)
         self.values[f"version/{policy}"] = float(version)

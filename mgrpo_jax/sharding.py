@@ -46,6 +46,10 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
 }
 
 
+class IndivisibleError(ValueError):
+  """An array's dimension is no multiple of the devices it is split over."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Meshes:
   """Where a policy lives.
@@ -235,8 +239,8 @@ def params_shardings(specs: Any, mesh: Mesh | AbstractMesh) -> Any:
     parameters takes the same.
 
   Raises:
-    ValueError: if a dimension is not a multiple of the devices it is split
-      over, naming the parameter.
+    IndivisibleError: if a dimension is not a multiple of the devices it is
+      split over, naming the parameter.
   """
 
   def place(path: tuple[Any, ...], param: Any) -> NamedSharding:
@@ -257,8 +261,8 @@ def batch_shardings(batch: Any, mesh: Mesh | AbstractMesh) -> Any:
     The same tree of `NamedSharding`.
 
   Raises:
-    ValueError: if a leading dimension is not a multiple of the devices it is
-      split over, naming the array.
+    IndivisibleError: if a leading dimension is not a multiple of the devices
+      it is split over, naming the array.
   """
 
   def place(path: tuple[Any, ...], array: Any) -> NamedSharding:
@@ -322,7 +326,7 @@ def _place(
   for size, axis in zip(shape, logical_axes, strict=True):
     pieces = _pieces(axis, mesh)
     if size % pieces:
-      raise ValueError(
+      raise IndivisibleError(
           f"{name}: {axis}={size} must be a multiple of {pieces}, the product"
           f" of mesh axes {RULES[axis]!r}"
       )

@@ -5,7 +5,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from mgrpo_jax.packing import BatchShape
 from mgrpo_jax.policy import params
 from mgrpo_jax.policy.config import Execution, Experts
 from mgrpo_jax.policy.load import huggingface
+from mgrpo_jax.policy.lora import LoRA
 
 ROOT = pathlib.Path(__file__).parents[1]
 V5E = chips.parse("v5e-4")
@@ -62,20 +62,6 @@ def test_a_wrong_topology_is_named(name):
 def test_a_group_uses_two_links_of_every_axis_it_must_span():
   cube = chips.parse("v5p-128")  # 4 × 4 × 4
   assert [cube.links(size) for size in (2, 4, 8, 16, 64)] == [2, 2, 4, 4, 6]
-
-
-def test_policies_get_slices_or_stretches_of_one():
-  def device(number, slice_index):
-    return types.SimpleNamespace(id=number, slice_index=slice_index)
-
-  two = [device(n, n // 4) for n in range(8)]
-  given = chips.split(two, {"main": 4, "sub": 4})
-  assert [d.id for d in given["sub"]] == [4, 5, 6, 7]
-  one = [device(n, 0) for n in range(8)]
-  given = chips.split(one, {"main": 2, "sub": 4})
-  assert [d.id for d in given["sub"]] == [2, 3, 4, 5]
-  with pytest.raises(ValueError, match="policies.sub.mesh"):
-    chips.split(one, {"main": 6, "sub": 4})
 
 
 def test_model_flops_of_a_llama_counted_by_hand():
@@ -163,6 +149,7 @@ def tiny_plan(**changes):
       "config": tiny_llama.config(
           vocab_size=24, num_layers=2, execution=Execution(logit_columns=4)
       ),
+      "lora": None,
       "mesh": {"data": 1, "fsdp": 2, "tensor": 2, "expert": 1},
       "devices": jax.devices()[:4],
       "sampler_tensor": 2,
@@ -184,6 +171,19 @@ def tiny_plan(**changes):
   return programs.Plan(**values | changes)
 
 
+def test_an_adapter_is_small_and_its_base_stays():
+  adapted = LoRA(rank=1, alpha=2.0, targets=("query", "down"))
+  whole, small = (
+      programs.programs(tiny_plan(lora=one)) for one in (None, adapted)
+  )
+  train, step = small["accumulate"](), small["apply"]()
+  weights = whole["accumulate"]().held["parameters"]
+  assert train.held["loaded"] == weights
+  assert 0 < train.held["parameters"] < weights / 4
+  assert step.held["optimizer"] == 2 * train.held["parameters"] + 4
+  train.traced.lower().compile()
+
+
 def test_programs_of_a_policy_compile_from_shapes_alone():
   plan = tiny_plan()
   traced = {name: make() for name, make in programs.programs(plan).items()}
@@ -199,7 +199,7 @@ def test_programs_of_a_policy_compile_from_shapes_alone():
   for name, one in traced.items():
     compiled = one.traced.lower().compile()
     memory = compiled.memory_analysis()
-    held = sum(one.held.values())
+    held = sum(one.held.values()) - one.held.get("loaded", 0)
     # Lengths and seeds come on top; what a program does not read is dropped,
     # such as the unembedding where a prompt is prefilled.
     assert held / 2 < memory.argument_size_in_bytes < held + 256, name

@@ -41,6 +41,7 @@ def weights(seed):
 
 def make_learner(**changes):
   arguments = dict(
+      lora=None,
       shape=SHAPE,
       optimizer=optim.AdamW(
           b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=1.0

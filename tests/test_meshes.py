@@ -10,8 +10,11 @@ import pytest
 import tiny_run
 
 from mgrpo_jax import optim, publish, sharding, store
+from mgrpo_jax.plan import Adaptation
 from mgrpo_jax.policy.config import Experts
 from mgrpo_jax.policy.load import load
+from mgrpo_jax.policy.load.peft import load_adapter
+from mgrpo_jax.policy.lora import TARGETS, LoRA
 from mgrpo_jax.policy.params import init, param_specs
 from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.report.writer import read_metrics
@@ -141,7 +144,7 @@ def halves():
   }
 
 
-def setup(*, steps, meshes):
+def setup(*, steps, meshes, adaptations=None):
   """The small team; its optimizer divides by no number near 0."""
   made = small_setup(
       seed=0,
@@ -150,6 +153,7 @@ def setup(*, steps, meshes):
       checkpoint_every=1,
       sizes=SIZES,
       meshes=meshes,
+      adaptations=adaptations,
   )
   # Adam's first steps are the gradient's sign where eps is small, and a sign
   # tells a rounding from its opposite.
@@ -203,3 +207,31 @@ def test_a_team_on_two_halves_trains_like_one_on_one_device(tmp_path):
     ):
       np.testing.assert_array_equal(saved, leaf)
       assert leaf.sharding.device_set == set(mesh.devices.flat)
+
+
+def test_adapters_on_two_halves_train_like_on_one_device(tmp_path):
+  loras = {
+      "main": LoRA(rank=2, alpha=8.0, targets=("query", "gate", "down")),
+      "researcher": LoRA(rank=3, alpha=8.0, targets=TARGETS),
+  }
+  adaptations = {
+      name: Adaptation(lora=lora, base="tiny") for name, lora in loras.items()
+  }
+  directories = [tmp_path / "one", tmp_path / "two"]
+  for directory, meshes in zip(directories, (None, halves()), strict=True):
+    train(directory, setup(steps=1, meshes=meshes, adaptations=adaptations))
+  for name, lora in loras.items():
+    config = load(directories[0] / "policies" / name).config
+    wanted, actual = (
+        load_adapter(path / "policies" / name / "adapter", config=config)
+        for path in directories
+    )
+    assert wanted[0] == actual[0]
+    assert wanted[0].rank == lora.rank
+    for one, other in zip(
+        jax.tree.leaves(wanted[1]), jax.tree.leaves(actual[1]), strict=True
+    ):
+      # Gradients of float32 sums in another order, through Adam.
+      np.testing.assert_allclose(other, one, rtol=1e-3, atol=2e-5)
+    moved = [np.abs(pair.b).max() for pair in wanted[1].layers[0].values()]
+    assert min(moved) > 1e-4

@@ -216,6 +216,7 @@ def test_every_open_call_of_a_policy_has_a_slot():
 def test_batches_must_divide_by_the_mesh(key):
   config = quickstart.get_config()
   config.policies.main.mesh.data = config.policies.main.mesh.fsdp = 2
+  config.batch.rows = config.batch.trajectories = 8
   config.batch[key] = 6
   with pytest.raises(
       ValueError, match=f"batch.{key}: 6 must be a multiple of 4.*mesh.data"

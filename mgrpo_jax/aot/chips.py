@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 GIB = 2**30
@@ -205,37 +205,6 @@ def parse(name: str) -> Topology:
   return Topology(
       chip=chip, chips=chips, sides=_sides(chips, chip.axes), slices=slices
   )
-
-
-def split(devices: Sequence[Any], sizes: Mapping[str, int]) -> dict[str, Any]:
-  """Gives each policy devices of its own.
-
-  Args:
-    devices: of all slices, in order; `slice_index` tells which.
-    sizes: devices that each policy needs, in order.
-
-  Returns:
-    Devices by policy: a slice each where there are as many slices, else
-    stretches of the one slice.
-
-  Raises:
-    ValueError: there are too few, naming the policy.
-  """
-  slices: dict[int, list[Any]] = {}
-  for device in devices:
-    slices.setdefault(getattr(device, "slice_index", 0) or 0, []).append(device)
-  pools = [slices[number] for number in sorted(slices)]
-  given: dict[str, Any] = {}
-  for position, (name, size) in enumerate(sizes.items()):
-    pool = pools[position % len(pools)]
-    if size > len(pool):
-      raise ValueError(
-          f"config.policies.{name}.mesh: its product {size} must be at most"
-          f" {len(pool)}, the devices that are left in its slice"
-      )
-    given[name] = pool[:size]
-    del pool[:size]
-  return given
 
 
 def _sides(chips: int, axes: int) -> tuple[int, ...]:

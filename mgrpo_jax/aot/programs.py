@@ -14,21 +14,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import (
-    AbstractMesh,
-    Mesh,
-    NamedSharding,
-    PartitionSpec,
-)
+from jax.sharding import AbstractMesh, Mesh
 
-from mgrpo_jax import losses, optim, packing, sharding, update
+from mgrpo_jax import losses, optim, packing, sharding, trainer, update
 from mgrpo_jax.aot import flops
 from mgrpo_jax.aot.flops import Work
 from mgrpo_jax.packing import BatchShape
 from mgrpo_jax.policy import cache as caching
-from mgrpo_jax.policy import decode as decoding
-from mgrpo_jax.policy import logprobs, params
+from mgrpo_jax.policy import lora, params
 from mgrpo_jax.policy.config import TransformerConfig
+from mgrpo_jax.policy.decode import Slots
+from mgrpo_jax.policy.lora import LoRA
+from mgrpo_jax.sampler import device
 from mgrpo_jax.types import TrainState
 
 _MOST_STOPS = 4  # stop tokens of a request, as engines pad them
@@ -40,6 +37,7 @@ class Plan:
 
   Attributes:
     config: of the transformer, its execution included.
+    lora: the adapter that is trained; None to train the weights.
     mesh: size of each mesh axis of the learner.
     devices: its product of them.
     sampler_tensor: devices that share one copy of the weights for sampling.
@@ -55,6 +53,7 @@ class Plan:
   """
 
   config: TransformerConfig
+  lora: LoRA | None
   mesh: Mapping[str, int]
   devices: Sequence[Any]
   sampler_tensor: int
@@ -82,7 +81,7 @@ class Program:
     traced: to be lowered and compiled.
     mesh: of its devices; explicit axes are to be set while lowering.
     work: FLOPs of all devices, loops as often as they run.
-    held: bytes a device of each kind of argument.
+    held: bytes a device of each kind of what is there while it runs.
   """
 
   traced: Any
@@ -138,50 +137,61 @@ def device_bytes(tree: Any) -> int:
 def _accumulate(plan: Plan) -> Program:
   """Adds a micro-batch's gradient; see `update.accumulate`."""
   mesh = _train_mesh(plan)
-  weights = _weights(plan.config, mesh)
+  trained, base = _trained(plan, mesh)
   rows = packing.empty(plan.shape)
   batch = _placed(rows, sharding.batch_shardings(rows, mesh))
   scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
   imitates = isinstance(plan.objective, update.ImitationLoss)
-  logprob_fn = functools.partial(
-      logprobs.token_logprobs,
-      config=plan.config,
-      temperature=plan.temperature,
-      most_wanted=0 if imitates else plan.shape.most_wanted,
-  )
-  function = functools.partial(
-      update.accumulate, objective=plan.objective, logprob_fn=logprob_fn
-  )
-  gradient = update.Gradient(grads=weights, loss=scalar)
+  gradient = update.Gradient(grads=trained, loss=scalar)
   with jax.set_mesh(mesh):
-    traced = jax.jit(function, donate_argnums=0).trace(
-        gradient, weights, batch, losses.Totals(scalar, scalar, scalar)
+    traced = trainer.accumulate.trace(
+        gradient,
+        trained,
+        base,
+        batch,
+        losses.Totals(scalar, scalar, scalar),
+        objective=plan.objective,
+        lora=plan.lora,
+        config=plan.config,
+        temperature=plan.temperature,
+        most_wanted=0 if imitates else plan.shape.most_wanted,
     )
-  held = {"parameters": weights, "gradients": gradient, "batch": batch}
+  held = {
+      # What the run began with stays: a setup may run twice. An adapter's base
+      # and its reference are these very arrays.
+      "loaded": _weights(plan.config, mesh),
+      "parameters": trained,
+      "gradients": gradient,
+      "batch": batch,
+  }
+  objective = plan.objective
+  compares = isinstance(objective, update.PolicyLoss) and objective.kl
+  if compares and plan.lora is None:
+    held["reference"] = trained
   return _program(traced, mesh, held)
 
 
 def _apply(plan: Plan) -> Program:
   """Makes the update; see `update.apply`."""
   mesh = _train_mesh(plan)
-  weights = _weights(plan.config, mesh)
-  optimizer = optim.adamw(plan.optimizer)
+  trained, _ = _trained(plan, mesh)
   step: Any = jax.ShapeDtypeStruct((), jnp.int32)
   rng: Any = jax.ShapeDtypeStruct((2,), jnp.uint32)
   scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
   with jax.set_mesh(mesh):
+    begin = optim.adamw(plan.optimizer).init
     state = TrainState(
-        params=weights,
-        opt_state=jax.eval_shape(optimizer.init, weights),
+        params=trained,
+        opt_state=jax.eval_shape(begin, trained),
         step=step,
         rng=rng,
     )
-    gradient = update.Gradient(grads=weights, loss=scalar)
-    function = functools.partial(update.apply, optimizer=optimizer)
-    # As the learner does it: the old state stays readable, nothing is donated.
-    traced = jax.jit(function).trace(state, gradient, scalar)
+    gradient = update.Gradient(grads=trained, loss=scalar)
+    traced = trainer.apply.trace(
+        state, gradient, scalar, optimizer=plan.optimizer
+    )
   held = {
-      "parameters": weights,
+      "parameters": trained,
       "gradients": gradient,
       "optimizer": state.opt_state,
   }
@@ -189,25 +199,31 @@ def _apply(plan: Plan) -> Program:
 
 
 def _prefill(plan: Plan) -> Program:
-  """Adds the longest pieces to the cache; see `decode.prefill`."""
+  """Adds the longest pieces to the cache; see `sampler.device`."""
   width = max(plan.engine["prefill_buckets"])
   rows = max(1, plan.engine["prefill_tokens"] // width)
   tokens = jax.ShapeDtypeStruct((rows, width), jnp.int32)
   each = jax.ShapeDtypeStruct((rows,), jnp.int32)
   mesh, weights, cache = _sampler(plan)
-  function = functools.partial(decoding.prefill, config=plan.config)
-  traced = jax.jit(function, donate_argnums=1).trace(
-      weights, cache, tokens, each, each, each
+  traced = device.prefill.trace(
+      weights,
+      cache,
+      tokens,
+      each,
+      each,
+      each,
+      config=plan.config,
+      heads=device.split_heads(mesh),
   )
   return _program(traced, mesh, {"weights": weights, "cache": cache})
 
 
 def _decode(plan: Plan) -> Program:
-  """Samples a visit's tokens for every slot; see `decode.decode`."""
+  """Samples a visit's tokens for every slot; see `sampler.device`."""
   mesh, weights, cache = _sampler(plan)
   steps, slots = plan.engine["decode_steps"], plan.engine["num_slots"]
   each = functools.partial(jax.ShapeDtypeStruct, (slots,))
-  state = decoding.Slots(
+  state = Slots(
       token=each(jnp.int32),
       length=each(jnp.int32),
       budget=each(jnp.int32),
@@ -215,10 +231,14 @@ def _decode(plan: Plan) -> Program:
       temperature=each(jnp.float32),
       stop_ids=jax.ShapeDtypeStruct((slots, _MOST_STOPS), jnp.int32),
   )
-  function = functools.partial(
-      decoding.decode, config=plan.config, num_steps=steps
+  traced = device.decode.trace(
+      weights,
+      cache,
+      state,
+      config=plan.config,
+      num_steps=steps,
+      heads=device.split_heads(mesh),
   )
-  traced = jax.jit(function, donate_argnums=1).trace(weights, cache, state)
   held = {"weights": weights, "cache": cache}
   return _program(traced, mesh, held, loops=steps)
 
@@ -246,6 +266,15 @@ def _weights(config: TransformerConfig, mesh: Mesh) -> Any:
   return _placed(params.abstract(config), places)
 
 
+def _trained(plan: Plan, mesh: Mesh) -> tuple[Any, Any]:
+  """What is trained, at rest, and the base that it adapts or None."""
+  weights = _weights(plan.config, mesh)
+  if plan.lora is None:
+    return weights, None
+  specs = lora.adapter_specs(plan.config, plan.lora)
+  return sharding.shapes(specs, mesh), weights
+
+
 def _sampler(plan: Plan) -> tuple[Mesh, Any, Any]:
   """The mesh of one copy of the weights; weights and cache on it."""
   config = plan.config
@@ -262,7 +291,7 @@ def _sampler(plan: Plan) -> tuple[Mesh, Any, Any]:
       "block": plan.engine["block"],
   }
   cache = jax.eval_shape(functools.partial(caching.init, config, **sizes))
-  heads = NamedSharding(mesh, PartitionSpec(None, "tensor"))
+  heads = device.split_heads(mesh)
   return mesh, resting, _placed(cache, jax.tree.map(lambda _: heads, cache))
 
 

@@ -24,7 +24,7 @@ class ProgramReport:
   Attributes:
     name: of the program.
     devices: that run it together.
-    held: bytes of its arguments, by kind.
+    held: bytes of what is there while it runs, by kind.
     outputs: bytes of results that replace no argument.
     temporaries: bytes it needs while it runs.
     code: bytes of the program itself.
@@ -63,7 +63,7 @@ class ProgramReport:
 
   @property
   def peak(self) -> int:
-    """Bytes of a device while it runs, arguments included."""
+    """Bytes of a device while it runs, all that is held included."""
     held = sum(self.held.values())
     return held + self.outputs + self.temporaries + self.code
 
@@ -97,7 +97,7 @@ def read(
   Args:
     name: of the program.
     compiled: from `lower().compile()`.
-    held: bytes a device of its arguments, by kind.
+    held: bytes a device of what is there while it runs, by kind.
     work: FLOPs on all devices.
     devices: of its mesh.
     topology: that it was compiled for.

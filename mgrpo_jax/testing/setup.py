@@ -23,7 +23,7 @@ from mgrpo_jax.agents import expert
 from mgrpo_jax.agents.actor import Actor, sampled
 from mgrpo_jax.agents.compact import COMPACT
 from mgrpo_jax.agents.team import Team
-from mgrpo_jax.plan import Method, Sampler, Setup
+from mgrpo_jax.plan import Adaptation, Method, Sampler, Setup
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import Params
 from mgrpo_jax.policy.params import init as init_params
@@ -92,6 +92,7 @@ def small_setup(
     checkpoint_every: int = 2,
     sizes: Mapping[str, Mapping[str, Any]] | None = None,
     meshes: Mapping[str, Meshes] | None = None,
+    adaptations: Mapping[str, Adaptation] | None = None,
 ) -> Setup:
   """A run of two tiny policies from scratch.
 
@@ -104,6 +105,7 @@ def small_setup(
     checkpoint_every: steps.
     sizes: by policy, fields of its transformer that differ from the tiny one.
     meshes: by policy, where it lives; the default device if None.
+    adaptations: by policy, the adapter that is trained in place of it.
 
   Returns:
     The setup.
@@ -150,6 +152,7 @@ def small_setup(
           name: _policy(roles, number, **(sizes or {}).get(name, {}))
           for number, name in enumerate(roles.policies)
       },
+      adaptations=adaptations or {},
       meshes=meshes
       or dict.fromkeys(roles.policies, Meshes(learner=None, sampler=None)),
       actor=actor,

@@ -1,0 +1,163 @@
+"""The trainer's compiled programs, shared by every learner of the process.
+
+The pure functions of `update`, jitted with what does not change static: two
+policies of the same sizes share their compilations. What is trained is a
+transformer's weights or, with a `LoRA`, an adapter of weights called the base.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mgrpo_jax import losses, optim, update
+from mgrpo_jax.policy import logprobs
+from mgrpo_jax.policy import lora as adapters
+from mgrpo_jax.policy.config import TransformerConfig
+from mgrpo_jax.policy.lora import LoRA
+from mgrpo_jax.types import TrainBatch, TrainState
+
+
+@functools.partial(jax.jit, static_argnames="optimizer")
+def begin(
+    params: Any, seed: np.uint32, *, optimizer: optim.AdamW
+) -> TrainState:
+  """Makes a fresh train state; its arrays share nothing with the arguments.
+
+  Args:
+    params: what is trained, float32.
+    seed: of the state's random key.
+    optimizer: how gradients become updates.
+
+  Returns:
+    The state, at step 0.
+  """
+  params = jax.tree.map(jnp.copy, params)
+  return TrainState(
+      params=params,
+      opt_state=optim.adamw(optimizer).init(params),
+      step=jnp.zeros((), jnp.int32),
+      rng=jax.random.key_data(jax.random.key(seed)),
+  )
+
+
+@jax.jit
+def zeros(params: Any) -> update.Gradient:
+  """Runs `update.zeros`."""
+  return update.zeros(params)
+
+
+@functools.partial(jax.jit, static_argnames="lora")
+def merge(base: Any, adapter: Any, *, lora: LoRA) -> Any:
+  """Runs `policy.lora.merge`."""
+  return adapters.merge(base, adapter, lora=lora)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("lora", "config", "temperature", "most_wanted")
+)
+def score(
+    params: Any,
+    base: Any,
+    batch: TrainBatch,
+    *,
+    lora: LoRA | None,
+    config: TransformerConfig,
+    temperature: float,
+    most_wanted: int,
+) -> jax.Array:
+  """Runs `update.score`.
+
+  Args:
+    params: what is trained.
+    base: that an adapter adapts; None without one.
+    batch: packed rows.
+    lora: of the adapter, or None.
+    config: sizes of the transformer.
+    temperature: that was sampled with, > 0.
+    most_wanted: tokens of a row that the head runs for; 0 for all.
+
+  Returns:
+    See `update.score`.
+  """
+  logprob_fn = _logprob_fn(base, lora, config, temperature, most_wanted)
+  return update.score(params, batch, logprob_fn=logprob_fn)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "objective",
+        "lora",
+        "config",
+        "temperature",
+        "most_wanted",
+    ),
+    donate_argnames="gradient",
+)
+def accumulate(
+    gradient: update.Gradient,
+    params: Any,
+    base: Any,
+    batch: TrainBatch,
+    totals: losses.Totals,
+    *,
+    objective: update.Objective,
+    lora: LoRA | None,
+    config: TransformerConfig,
+    temperature: float,
+    most_wanted: int,
+) -> tuple[update.Gradient, update.Tally]:
+  """Runs `update.accumulate`, in place; see `score` for the arguments."""
+  return update.accumulate(
+      gradient,
+      params,
+      batch,
+      totals,
+      objective=objective,
+      logprob_fn=_logprob_fn(base, lora, config, temperature, most_wanted),
+  )
+
+
+# The parameters are not donated: the sampler and the publisher read them while
+# the update runs.
+@functools.partial(jax.jit, static_argnames="optimizer")
+def apply(
+    state: TrainState,
+    gradient: update.Gradient,
+    learning_rate: jax.Array,
+    *,
+    optimizer: optim.AdamW,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """Runs `update.apply`."""
+  return update.apply(
+      state, gradient, learning_rate, optimizer=optim.adamw(optimizer)
+  )
+
+
+def _logprob_fn(
+    base: Any,
+    lora: LoRA | None,
+    config: TransformerConfig,
+    temperature: float,
+    most_wanted: int,
+) -> update.LogprobFn:
+  """Log-probs given what is trained; of all tokens where 0 are wanted."""
+  score = functools.partial(
+      logprobs.token_logprobs,
+      config=config,
+      temperature=temperature,
+      most_wanted=most_wanted,
+  )
+  if lora is None:
+    return score
+
+  def adapted(adapter: Any, *rows: Any, wanted: Any) -> jax.Array:
+    params = adapters.merge(base, adapter, lora=lora)
+    return score(params, *rows, wanted=wanted)
+
+  return adapted
