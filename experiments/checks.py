@@ -6,6 +6,7 @@ What a dataclass of `mgrpo_jax` checks itself is not repeated here.
 import contextlib
 import difflib
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ T = TypeVar("T")
 
 _MOST = 1_000_000  # of anything that is counted
 _MOST_CALLS = 4096  # of one role in a rollout, and slots for them
+_NAMES_KEY = re.compile(r"config\.(?!json\b)")
 _LEAST32 = float(np.finfo(np.float32).tiny)
 _MOST32 = float(np.finfo(np.float32).max)
 
@@ -77,7 +79,7 @@ _PIECES = (
     "sampler_tensor",
     "execution.logit_columns",
 )
-_RATES = ("rope_base", "norm_eps")
+_RATES = ("rope_base", "norm_eps", "lora.alpha")
 _COUNTS = ("max_turns", "max_new_tokens", "max_context", "max_calls")
 _SHARES = ("format_share", "correct_share", "expert_share")
 
@@ -98,7 +100,7 @@ def inside(key: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
   try:
     yield
   except kind as error:
-    if str(error).startswith("config."):
+    if _NAMES_KEY.match(str(error)):
       raise
     raise ValueError(f"config.{key}: {error}") from error
 

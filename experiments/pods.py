@@ -45,7 +45,7 @@ def plans(
   configs = {name: _transformer(config, name) for name in names}
   described = topologies.get_topology_desc(**topology.description())
   needs = placing.needs(config, names)
-  devices = sharding.assign(needs, described.devices)
+  devices = sharding.assign(needs, described.devices, apart=True)
   if len({device.id for group in devices.values() for device in group}) < sum(
       needs.values()
   ):
@@ -95,7 +95,7 @@ def _transformer(
     elif one.source == "random":
       sizes = placing.random_sizes(one, vocab_size=one.vocab_size)
     elif path.is_file():
-      sizes = huggingface.read(json.loads(path.read_text()), str(path))
+      sizes = huggingface.read(_fields(path), str(path))
     else:
       raise ValueError(
           f"config.{key}.source: {one.source!r} holds no config.json, and"
@@ -105,3 +105,11 @@ def _transformer(
     return dataclasses.replace(
         sizes, dtype=one.dtype, execution=placing.execution(config, name)
     )
+
+
+def _fields(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a model's config.json."""
+  try:
+    return json.loads(path.read_text("utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error

@@ -225,6 +225,11 @@ def build_adaptations(
   for name, policy in config.policies.items():
     if not policy.lora.rank:
       continue
+    if not policy.trainable:
+      raise ValueError(
+          f"config.policies.{name}.lora.rank: {policy.lora.rank}, allowed: 0,"
+          f" for config.policies.{name}.trainable is False"
+      )
     with checks.inside(f"policies.{name}.lora"):
       lora = LoRA(
           rank=policy.lora.rank,

@@ -90,7 +90,8 @@ class Learner:
       self._base: Any = None
       if lora is not None:
         self._base = jax.tree.map(jnp.asarray, params)
-        trained = adapters.init(jax.random.key(seed), config, lora)
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        trained = adapters.init(key, config, lora)
         if mesh is not None:
           resting = sharding.params_shardings(self.specs, mesh)
           trained = jax.device_put(trained, resting)

@@ -114,7 +114,7 @@ METRICS: Mapping[str, Metric] = dict((
     _metric("gradient_norm", "policy", "1", "",
             "global norm of the gradient before clipping"),
     _metric("update_norm", "policy", "1", "", "global norm of the update"),
-    _metric("param_norm", "policy", "1", "", "global norm of the weights"),
+    _metric("param_norm", "policy", "1", "", "global norm of what is trained"),
     _metric("learning_rate", "policy", "1", "", "of the step's last update"),
     _metric("version", "policy", "versions", "", "that is sampled from"),
     _metric("staleness", "policy", "versions", "lower",

@@ -9,6 +9,8 @@ import pathlib
 from collections.abc import AsyncIterator, Mapping
 from typing import Literal
 
+import numpy as np
+
 from mgrpo_jax import atomic, publish, sharding
 from mgrpo_jax.agents.actor import Actor
 from mgrpo_jax.agents.context import Environment
@@ -51,25 +53,32 @@ class Resources:
     self.setup = setup
     self.store = store
     method = setup.method
+    loras = {name: one.lora for name, one in setup.adaptations.items()}
+    if unknown := sorted(loras.keys() - setup.policies.keys()):
+      raise ValueError(f"adaptations of unknown policies {unknown}")
     self.fingerprints = {
-        name: fingerprint.fingerprint(policy)
+        name: fingerprint.fingerprint(policy, loras.get(name))
         for name, policy in setup.policies.items()
     }
+    # Equal policies get different adapters.
+    seeds = np.random.SeedSequence(setup.seed).generate_state(
+        len(setup.policies)
+    )
     self.learners = {
         name: Learner(
             policy.config,
             policy.params,
-            lora=setup.adaptations[name].lora
-            if name in setup.adaptations
-            else None,
+            lora=loras.get(name),
             shape=method.shape,
             optimizer=method.optimizer,
             temperature=setup.sampler.temperature,
             needs_reference=method.policy_loss.kl is not None,
-            seed=setup.seed,
+            seed=int(seed),
             mesh=setup.meshes[name].learner,
         )
-        for name, policy in setup.policies.items()
+        for seed, (name, policy) in zip(
+            seeds, setup.policies.items(), strict=True
+        )
     }
     self.engines = {
         name: Engine(

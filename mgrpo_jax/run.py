@@ -206,16 +206,20 @@ class Run:
         self._unpublished.add(policy)
         self.values[f"version/{policy}"] = float(version)
       for policy in sorted(self._unpublished) if is_due else ():
+        learner = self.resources.learners[policy]
+        meta = {
+            "step": self._versions[policy] - 1,
+            "fingerprint": self.resources.fingerprints[policy],
+        }
+        if learner.lora is not None:  # what else it takes to merge it
+          meta["adapter"] = dataclasses.asdict(learner.lora)
         published = publish.publish(
             self.resources.store,
             policy,
             self._versions[policy],
-            self.resources.learners[policy].state.params,
+            learner.state.params,
             keep=self.setup.keep_versions,
-            meta={
-                "step": self._versions[policy] - 1,
-                "fingerprint": self.resources.fingerprints[policy],
-            },
+            meta=meta,
         )
         self._unpublished.remove(policy)
         problems += [p for p in published.damaged if p not in self._told]

@@ -122,7 +122,7 @@ def sampler_mesh(devices: Sequence[jax.Device]) -> Mesh:
 
 
 def assign(
-    needs: Mapping[str, int], devices: Sequence[Any]
+    needs: Mapping[str, int], devices: Sequence[Any], *, apart: bool = False
 ) -> dict[str, tuple[Any, ...]]:
   """Decides which devices each policy lives on.
 
@@ -133,6 +133,7 @@ def assign(
   Args:
     needs: devices that each policy takes, by name.
     devices: all of them; slices are told apart by `slice_index`.
+    apart: whether policies of one device each also get one of their own.
 
   Returns:
     Devices by name, as many as needed.
@@ -148,7 +149,7 @@ def assign(
       raise ValueError(
           f"{name} needs {need} devices, allowed: 1 to {len(devices)}"
       )
-  if max(needs.values(), default=1) > 1:
+  if apart or max(needs.values(), default=1) > 1:
     free = [list(group) for group in slices.values()]
     taken: dict[str, tuple[Any, ...]] = {}
     for name in sorted(needs, key=lambda name: -needs[name]):

@@ -47,13 +47,29 @@ def begin(
 
 @jax.jit
 def zeros(params: Any) -> update.Gradient:
-  """Runs `update.zeros`."""
+  """Runs `update.zeros`.
+
+  Args:
+    params: what is trained.
+
+  Returns:
+    The gradient of no micro-batch.
+  """
   return update.zeros(params)
 
 
 @functools.partial(jax.jit, static_argnames="lora")
 def merge(base: Any, adapter: Any, *, lora: LoRA) -> Any:
-  """Runs `policy.lora.merge`."""
+  """Runs `policy.lora.merge`.
+
+  Args:
+    base: weights, float32.
+    adapter: factors.
+    lora: of the adapter.
+
+  Returns:
+    Base plus adapter.
+  """
   return adapters.merge(base, adapter, lora=lora)
 
 
@@ -112,7 +128,23 @@ def accumulate(
     temperature: float,
     most_wanted: int,
 ) -> tuple[update.Gradient, update.Tally]:
-  """Runs `update.accumulate`, in place; see `score` for the arguments."""
+  """Runs `update.accumulate`, in place.
+
+  Args:
+    gradient: of the micro-batches before; donated.
+    params: what is trained.
+    base: that an adapter adapts; None without one.
+    batch: a micro-batch.
+    totals: of the whole optimizer batch.
+    objective: what is minimised.
+    lora: of the adapter, or None.
+    config: sizes of the transformer.
+    temperature: that was sampled with, > 0.
+    most_wanted: tokens of a row that the head runs for; 0 for all.
+
+  Returns:
+    The sum, and the micro-batch's metrics.
+  """
   return update.accumulate(
       gradient,
       params,
@@ -133,7 +165,17 @@ def apply(
     *,
     optimizer: optim.AdamW,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """Runs `update.apply`."""
+  """Runs `update.apply`.
+
+  Args:
+    state: before the update.
+    gradient: of all micro-batches.
+    learning_rate: float32 scalar.
+    optimizer: how gradients become updates.
+
+  Returns:
+    See `update.apply`.
+  """
   return update.apply(
       state, gradient, learning_rate, optimizer=optim.adamw(optimizer)
   )

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import json
 import math
@@ -5,13 +6,14 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 import tiny_llama
 
-from configs import architectures
+from configs import architectures, quickstart
 from experiments import pods
 from mgrpo_jax import optim, update
 from mgrpo_jax.aot import chips, flops, hlo, programs, report
@@ -171,6 +173,35 @@ def tiny_plan(**changes):
   return programs.Plan(**values | changes)
 
 
+def test_a_sampler_may_take_more_devices_than_the_learner():
+  plan = tiny_plan(mesh={"data": 1, "fsdp": 1, "tensor": 1, "expert": 1})
+  sizes = {n: make().mesh.size for n, make in programs.programs(plan).items()}
+  assert sizes == {"accumulate": 1, "apply": 1, "prefill": 2, "decode": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A device of a slice that is elsewhere."""
+
+  id: int
+  slice_index: int = 0
+
+
+def test_policies_of_a_recipe_get_chips_of_their_own(monkeypatch):
+  four = types.SimpleNamespace(devices=[Chip(number) for number in range(4)])
+  monkeypatch.setattr(pods.topologies, "get_topology_desc", lambda **_: four)
+  config = quickstart.get_config()
+  config.policies.main.lora.rank = 2
+  plans = pods.plans(config, V5E)
+  assert [plan.devices for plan in plans.values()] == [(Chip(0),), (Chip(1),)]
+  assert plans["main"].lora.rank == 2
+  assert plans["researcher"].lora is None
+  config.policies.main.mesh.fsdp = 2
+  config.policies.researcher.mesh.tensor = 4
+  with pytest.raises(ValueError, match="main 2, researcher 4 devices.*v5e-4"):
+    pods.plans(config, V5E)
+
+
 def test_an_adapter_is_small_and_its_base_stays():
   adapted = LoRA(rank=1, alpha=2.0, targets=("query", "down"))
   whole, small = (
@@ -199,6 +230,9 @@ def test_programs_of_a_policy_compile_from_shapes_alone():
   for name, one in traced.items():
     compiled = one.traced.lower().compile()
     memory = compiled.memory_analysis()
+    assert one.held.get("loaded", 0) == train.held["parameters"] * (
+        name in ("accumulate", "apply")
+    )
     held = sum(one.held.values()) - one.held.get("loaded", 0)
     # Lengths and seeds come on top; what a program does not read is dropped,
     # such as the unembedding where a prompt is prefilled.

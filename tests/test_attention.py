@@ -59,6 +59,28 @@ def test_blocks_and_pieces_equal_the_whole(window, most_scores, monkeypatch):
     np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5)
 
 
+def test_gradients_in_bfloat16_are_those_of_float32_rounded():
+  rng = np.random.default_rng(2)
+  length = 130
+  arrays = [
+      0.5 * jnp.asarray(rng.normal(size=(1, length, 2, *heads, 8)), "bfloat16")
+      for heads in ((2,), (), ())
+  ]
+  segments = (np.arange(length) // 60 + 1)[None].astype(np.int32)
+  exact, rounded = (
+      value_and_gradients(
+          attention.blockwise,
+          [one.astype(dtype) for one in arrays],
+          segments,
+          0,
+      )
+      for dtype in ("float32", "bfloat16")
+  )
+  for one, other in zip(*map(jax.tree.leaves, (exact, rounded)), strict=True):
+    error = np.abs(np.asarray(other, np.float32) - one).max()
+    assert error < 0.02 * np.abs(one).max()
+
+
 @pytest.mark.parametrize("window", (0, 40))
 def test_splash_equals_blockwise(window):
   rng = np.random.default_rng(0)

@@ -9,6 +9,7 @@ import pytest
 from mgrpo_jax.atomic import MismatchError
 from mgrpo_jax.policy import fingerprint
 from mgrpo_jax.policy.load import load, save_directory
+from mgrpo_jax.policy.lora import LoRA
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -44,3 +45,14 @@ def test_what_differs_is_named(policy):
 def test_a_run_that_recorded_nothing_is_not_trusted(policy):
   with pytest.raises(MismatchError, match="'main': the run did not record"):
     fingerprint.check("main", None, fingerprint.fingerprint(policy))
+
+
+def test_an_adapter_of_another_scale_is_named(policy):
+  one, other = (
+      fingerprint.fingerprint(
+          policy, LoRA(rank=1, alpha=alpha, targets=("key",))
+      )
+      for alpha in (1.0, 2.0)
+  )
+  with pytest.raises(MismatchError, match=": adapter$"):
+    fingerprint.check("main", one, other)

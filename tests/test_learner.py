@@ -12,6 +12,7 @@ from mgrpo_jax import losses, optim, packing, update
 from mgrpo_jax.learner import Learner
 from mgrpo_jax.policy import logprobs
 from mgrpo_jax.policy import params as policy_params
+from mgrpo_jax.policy.lora import LoRA
 from mgrpo_jax.testing.sizes import tiny_config
 
 CONFIG = tiny_config(vocab_size=11, num_layers=1, mlp_dim=16)
@@ -109,3 +110,16 @@ def test_an_update_compares_at_the_temperature_of_the_score(moved):
   np.testing.assert_allclose(found["ratio_max"], 1.0, atol=1e-5)
   masks = [one.trajectory.loss_mask for one in CREDITS]
   assert step.tokens == sum(mask.sum() for mask in masks)
+
+
+def test_an_adapters_reference_is_its_base():
+  adapted = LoRA(rank=2, alpha=4.0, targets=("query", "down"))
+  learner = make_learner(lora=adapted)
+  shifted = jax.tree.map(lambda one: one + 0.3, learner.state.params)
+  learner.state = dataclasses.replace(learner.state, params=shifted)
+  (batch,) = learner.pack(CREDITS, REGULARISED)
+  today = np.asarray(scorer()(learner.weights, batch))
+  first = expected(0, batch)
+  assert np.abs(today - first).max() > 0.01
+  np.testing.assert_allclose(batch.old_logprobs, today, **FLOAT32)
+  np.testing.assert_allclose(batch.ref_logprobs, first, **FLOAT32)

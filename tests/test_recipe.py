@@ -8,6 +8,7 @@ from experiments import placing, recipe
 from mgrpo_jax import sharding
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.policy.config import Execution
+from mgrpo_jax.policy.lora import LoRA
 from mgrpo_jax.testing.sizes import tiny_config
 
 CONFIGS = {
@@ -186,6 +187,8 @@ def test_the_recipe_says_how_long_a_text_may_mention():
         ("policies.main.execution.remat", "all", "main.execution.remat"),
         ("policies.main.execution.logit_columns", 0, "logit_columns"),
         ("policies.main.dtype", "float16", "config.policies.main.dtype"),
+        ("policies.main.lora.rank", -1, "config.policies.main.lora.rank"),
+        ("policies.main.lora.alpha", 1e-60, "policies.main.lora.alpha"),
     ],
 )
 def test_impossible_values_are_named(key, value, message):
@@ -312,3 +315,24 @@ def test_the_defaults_are_a_locked_config():
   assert isinstance(config, ml_collections.ConfigDict)
   assert config.is_locked
   assert config.optimizer.is_locked
+
+
+def test_an_adapter_is_what_the_config_says():
+  config = quickstart.get_config()
+  assert recipe.build_adaptations(config) == {}
+  config.policies.main.lora.rank = 4
+  config.policies.main.lora.targets = ("key", "down")
+  recipe.check(config)
+  (name, one), *_ = recipe.build_adaptations(config).items()
+  assert (name, one.base) == ("main", config.policies.main.source)
+  assert one.lora == LoRA(rank=4, alpha=16.0, targets=("key", "down"))
+  config.policies.main.lora.targets = ("keys",)
+  with pytest.raises(ValueError, match="config.policies.main.lora: targets"):
+    recipe.check(config)
+
+
+def test_a_frozen_policy_has_no_adapter():
+  config = quickstart.get_config("main_only")
+  config.policies.researcher.lora.rank = 4
+  with pytest.raises(ValueError, match="policies.researcher.lora.rank: 4.*0"):
+    recipe.check(config)

@@ -39,7 +39,7 @@ class Plan:
     config: of the transformer, its execution included.
     lora: the adapter that is trained; None to train the weights.
     mesh: size of each mesh axis of the learner.
-    devices: its product of them.
+    devices: as many as the learner's mesh and one sampler take.
     sampler_tensor: devices that share one copy of the weights for sampling.
     shape: of a micro-batch.
     objective: what is minimised.
@@ -157,17 +157,11 @@ def _accumulate(plan: Plan) -> Program:
         most_wanted=0 if imitates else plan.shape.most_wanted,
     )
   held = {
-      # What the run began with stays: a setup may run twice. An adapter's base
-      # and its reference are these very arrays.
-      "loaded": _weights(plan.config, mesh),
+      "loaded": _loaded(plan, mesh),
       "parameters": trained,
       "gradients": gradient,
       "batch": batch,
   }
-  objective = plan.objective
-  compares = isinstance(objective, update.PolicyLoss) and objective.kl
-  if compares and plan.lora is None:
-    held["reference"] = trained
   return _program(traced, mesh, held)
 
 
@@ -191,6 +185,7 @@ def _apply(plan: Plan) -> Program:
         state, gradient, scalar, optimizer=plan.optimizer
     )
   held = {
+      "loaded": _loaded(plan, mesh),
       "parameters": trained,
       "gradients": gradient,
       "optimizer": state.opt_state,
@@ -257,18 +252,21 @@ def _program(
 
 def _train_mesh(plan: Plan) -> Mesh:
   """The learner's mesh."""
-  return sharding.make_mesh(**plan.mesh, devices=plan.devices)
+  number = math.prod(plan.mesh.values())
+  return sharding.make_mesh(**plan.mesh, devices=plan.devices[:number])
 
 
-def _weights(config: TransformerConfig, mesh: Mesh) -> Any:
-  """Float32 weights at rest."""
-  places = sharding.params_shardings(params.param_specs(config), mesh)
-  return _placed(params.abstract(config), places)
+def _loaded(plan: Plan, mesh: Mesh) -> Any:
+  """The weights that a run begins with, which stay: a setup may run twice.
+
+  A KL term's reference, and an adapter's base, are these very arrays.
+  """
+  return sharding.shapes(params.param_specs(plan.config), mesh)
 
 
 def _trained(plan: Plan, mesh: Mesh) -> tuple[Any, Any]:
   """What is trained, at rest, and the base that it adapts or None."""
-  weights = _weights(plan.config, mesh)
+  weights = _loaded(plan, mesh)
   if plan.lora is None:
     return weights, None
   specs = lora.adapter_specs(plan.config, plan.lora)
@@ -283,7 +281,7 @@ def _sampler(plan: Plan) -> tuple[Mesh, Any, Any]:
       lambda one: jax.ShapeDtypeStruct(
           one.shape, config.dtype, sharding=one.sharding
       ),
-      _weights(config, mesh),
+      _loaded(plan, mesh),
   )
   sizes = {
       "num_slots": plan.engine["num_slots"],

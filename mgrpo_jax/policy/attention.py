@@ -231,7 +231,9 @@ def _attend_backward(
   scores = _scores(query, key, segment_ids, first, window)
   weights = jnp.exp(scores - log_normaliser)
   along = jnp.sum(
-      (mean * cotangent).astype(scores.dtype), axis=-1, keepdims=True
+      mean.astype(scores.dtype) * cotangent.astype(scores.dtype),
+      axis=-1,
+      keepdims=True,
   )
   above, rows = _merge(cotangent), _merge(query)
   to_weights = _product("nkqd,nksd->nkqs", above, value)

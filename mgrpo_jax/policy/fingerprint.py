@@ -10,17 +10,20 @@ from typing import Any
 
 from mgrpo_jax import leaves
 from mgrpo_jax.atomic import MismatchError
+from mgrpo_jax.policy.lora import LoRA
 from mgrpo_jax.policy.policy import Policy
 
 
-def fingerprint(policy: Policy) -> dict[str, str]:
+def fingerprint(policy: Policy, lora: LoRA | None = None) -> dict[str, str]:
   """Computes the sha256 of every part of a policy.
 
   Args:
     policy: as it was loaded.
+    lora: the adapter that is trained in place of its weights, or None.
 
   Returns:
-    Part (`chat format`, `sizes`, `tokenizer`, `weights`) to digest.
+    Part (`chat format`, `sizes`, `tokenizer`, `weights`, and `adapter` where
+    there is one) to digest.
   """
   files = policy.tokenizer.files() if policy.tokenizer else {}
   parts: Mapping[str, Any] = {
@@ -39,6 +42,8 @@ def fingerprint(policy: Policy) -> dict[str, str]:
           for name, leaf in leaves.named(policy.params).items()
       },
   }
+  if lora is not None:
+    parts = {**parts, "adapter": dataclasses.asdict(lora)}
   return {name: leaves.digest(part) for name, part in parts.items()}
 
 
