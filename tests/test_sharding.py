@@ -181,9 +181,8 @@ def test_the_compiled_step_communicates_what_it_must_and_no_more():
   }
   # In a layer: attention and feed-forward add what their heads and columns
   # hold; backward, q, k, v, gate and up do. Once more for the embedding.
-  summed = [size for kind, size, _ in found if kind == "all-reduce"]
-  sizes = [np.prod(size) for size in summed]
-  assert sizes.count(stream) == 7 * CFG.num_layers + 1
+  summed = [np.prod(size) for kind, size, _ in found if kind == "all-reduce"]
+  assert summed.count(stream) == 7 * CFG.num_layers + 1
   # Gradients are summed over rows once, not for every chunk of logits.
   inside = [size for _, size, name in found if "while/body" in name]
   chunk = (len(ROWS) // 4, CHUNK)
@@ -209,11 +208,12 @@ def test_experts_are_gathered_over_fsdp_and_their_parts_added():
   assert len(kernels) <= len(gathered) <= 2 * len(kernels)
   # What heads and experts say is added; going backward, what q, k, v and the
   # experts tell their input. Once more for the embedding.
-  stream = (len(ROWS) // 2, LENGTH, SPARSE.embed_dim)
+  tokens = len(ROWS) // 2 * LENGTH
   summed = [size for kind, size, _ in found if kind == "all-reduce"]
-  assert summed.count(stream) == 6 + 1
+  sizes = [np.prod(size) for size in summed]
+  assert sizes.count(tokens * SPARSE.embed_dim) == 6 + 1
   # One row a token, not one for each of its experts.
-  sent = np.prod(stream[:2]) * SPARSE.experts.per_token
+  sent = tokens * SPARSE.experts.per_token
   assert not any(size[:1] == (sent,) for size in summed)
 
 
