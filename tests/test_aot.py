@@ -143,7 +143,7 @@ def test_traced_flops_of_ragged_products_and_their_gradients():
     return (jax.lax.ragged_dot(x, w, sizes) ** 2).sum()
 
   gradients = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, w, sizes)
-  assert flops.traced(gradients).products == 3 * 2 * 12 * 8 * 5
+  assert flops.traced(gradients).kernels == 3 * 2 * 12 * 8 * 5
 
 
 def tiny_plan(**changes):

@@ -236,3 +236,40 @@ def test_without_experts_is_an_error():
 def test_impossible_mixtures_are_named(field, value):
   with pytest.raises(ValueError, match=f"^{field} must be .*{value!r}"):
     dataclasses.replace(SHAPES["two_of_five"], **{field: value})
+
+
+@pytest.mark.parametrize("tile", (1, 3, 1024))
+def test_kernels_learn_tile_by_tile_what_they_learn_at_once(tile, monkeypatch):
+  monkeypatch.setattr(experts, "_TILE", tile)
+  rng = np.random.default_rng(0)
+  sizes = np.array([4, 0, 7, 1], np.int32)
+  rows, kernels, told = (
+      rng.normal(size=shape).astype(np.float32)
+      for shape in ((15, 5), (4, 5, 2), (15, 2))
+  )
+
+  def loss(product, rows, kernels):
+    added = product(rows, kernels, sizes)
+    return jnp.sum(jnp.where(np.arange(15)[:, None] < 12, added * told, 0.0))
+
+  wanted, actual = (
+      jax.grad(functools.partial(loss, product), argnums=(0, 1))(rows, kernels)
+      for product in (
+          lambda *x: jax.lax.ragged_dot(x[0], x[1], group_sizes=x[2]),
+          experts.multiply,
+      )
+  )
+  np.testing.assert_allclose(actual[0][:12], wanted[0][:12], rtol=1e-5)
+  np.testing.assert_allclose(actual[1], wanted[1], rtol=1e-5, atol=1e-6)
+  assert not np.any(actual[1][1])
+
+
+def test_what_stands_in_rows_of_no_kernel_teaches_nothing():
+  sizes = np.array([1, 1], np.int32)
+  rows, kernels = np.ones((3, 2), np.float32), np.ones((2, 2, 2), np.float32)
+  rows[2] = np.nan
+  told = np.array([[1, 2], [3, 4], [np.nan] * 2], np.float32)
+  with jax.debug_nans(False):
+    _, pull = jax.vjp(lambda k: experts.multiply(rows, k, sizes), kernels)
+    (learnt,) = pull(told)
+  np.testing.assert_array_equal(learnt, [[[1, 2]] * 2, [[3, 4]] * 2])

@@ -153,13 +153,13 @@ def _dot(eqn: Any) -> Work:
 
 
 def _ragged(eqn: Any) -> Work:
-  """Every row of the left meets one group's matrix."""
+  """Every row of the left meets one group's matrix; a kernel, on TPUs."""
   numbers = eqn.params["ragged_dot_dimension_numbers"]
   lhs, rhs = eqn.invars[0].aval, eqn.invars[1].aval
   (_, contracted), (_, batch) = numbers.dot_dimension_numbers
   bound = {*contracted, *batch, *numbers.rhs_group_dimensions}
   free = [size for axis, size in enumerate(rhs.shape) if axis not in bound]
-  return Work(products=2.0 * math.prod(lhs.shape) * math.prod(free))
+  return Work(kernels=2.0 * math.prod(lhs.shape) * math.prod(free))
 
 
 def _kernel(eqn: Any) -> Work:

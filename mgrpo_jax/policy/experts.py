@@ -20,6 +20,8 @@ from mgrpo_jax.policy.params import Layer
 
 Activation = Callable[[Array], Array]
 
+_TILE = 1024  # rows of one kernel that its gradient takes in at once
+
 
 def mix(
     layer: Layer,
@@ -53,9 +55,12 @@ def mix(
     return local(normed, normed, *weights, first=0)
 
   def on_device(y: Array, *shards: Array) -> Array:
-    router, gate, up, down = (
+    router, *kernels = (
         jax.lax.all_gather(shard, "fsdp", axis=axis, tiled=True)
         for shard, axis in zip(shards, (0, 1, 1, 2), strict=True)
+    )
+    gate, up, down = (
+        jax.lax.pcast(kernel, "data", to="varying") for kernel in kernels
     )
     first = jax.lax.axis_index("expert") * gate.shape[0]
     # Said here, where it is one row a token, gradients are added once, and not
@@ -102,12 +107,90 @@ def _mix(
   # forward or backward, is undefined.
   here = jnp.arange(len(order))[:, None] < jnp.sum(sizes)
   rows = jnp.where(here, tokens[order // experts.per_token], 0.0)
-  product = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
-  inner = activation(product(rows, gate)) * product(rows, up)
-  added = jnp.where(here, product(inner, down), 0.0)
+  inner = activation(multiply(rows, gate, sizes)) * multiply(rows, up, sizes)
+  added = jnp.where(here, multiply(inner, down, sizes), 0.0)
   back = added[_argsort(order)].reshape(*chosen.shape, -1)
   mixed = jnp.einsum("akd,ak->ad", back, share.astype(back.dtype))
   return mixed.reshape(y.shape)
+
+
+@jax.custom_vjp
+def multiply(
+    rows: Float[Array, "A I"],
+    kernels: Float[Array, "X I O"],
+    sizes: Int[Array, " X"],
+) -> Float[Array, "A O"]:
+  """Multiplies runs of rows with a kernel each, like `jax.lax.ragged_dot`.
+
+  Only its gradient differs: compilers for TPUs (libtpu 0.0.42) multiply all
+  rows for every kernel to get the kernels' gradient, X times the work.
+
+  Args:
+    rows: sorted by kernel.
+    kernels: X of them; under `shard_map` they vary over the axes that rows do.
+    sizes: rows of each kernel, int32; rows beyond their sum belong to none.
+
+  Returns:
+    Products; undefined for rows of no kernel, and so are their gradients.
+  """
+  return jax.lax.ragged_dot(rows, kernels, group_sizes=sizes)
+
+
+def _multiply_forward(
+    rows: Array, kernels: Array, sizes: Array
+) -> tuple[Array, tuple[Array, Array, Array]]:
+  """Keeps the arguments."""
+  return multiply(rows, kernels, sizes), (rows, kernels, sizes)
+
+
+def _multiply_backward(
+    kept: tuple[Array, Array, Array], cotangent: Array
+) -> tuple[Array, Array, None]:
+  """Pulls a cotangent of the products back."""
+  rows, kernels, sizes = map(jnp.asarray, kept)
+  transposed = jnp.swapaxes(kernels, 1, 2)
+  to_rows = jax.lax.ragged_dot(cotangent, transposed, group_sizes=sizes)
+  to_kernels = _kernel_gradients(rows, cotangent, sizes)
+  return to_rows, to_kernels.astype(kernels.dtype), None
+
+
+multiply.defvjp(_multiply_forward, _multiply_backward)
+
+
+def _kernel_gradients(
+    rows: Float[Array, "A I"],
+    cotangent: Float[Array, "A O"],
+    sizes: Int[Array, " X"],
+) -> Float[Array, "X I O"]:
+  """Adds up, tile by tile of one kernel's rows, what each kernel is told."""
+  number, tile = len(sizes), min(_TILE, len(rows))
+  ends = jnp.cumsum(sizes)
+  tiles = -(-sizes // tile)
+  last = jnp.cumsum(tiles)  # tile that each kernel's end before
+
+  def add(total: Array, place: Array) -> tuple[Array, None]:
+    kernel = jnp.minimum(jnp.sum(last <= place), number - 1)
+    done = place - (last[kernel] - tiles[kernel])
+    first = ends[kernel] - sizes[kernel] + done * tile
+    start = jnp.clip(first, 0, len(rows) - tile)
+    index = start + jnp.arange(tile)
+    own = ((index >= first) & (index < ends[kernel]))[:, None]
+    left, right = (
+        jnp.where(own, jax.lax.dynamic_slice_in_dim(x, start, tile), 0.0)
+        for x in (rows, cotangent)
+    )
+    part = jnp.einsum(
+        "ai,ao->io", left, right, preferred_element_type=total.dtype
+    )
+    return total.at[kernel].add(part), None
+
+  wide = jnp.promote_types(rows.dtype, jnp.float32)
+  shape = (number, rows.shape[1], cotangent.shape[1])
+  # Always 0; so the sum varies over the mesh axes that its terms do.
+  same = (rows[0, 0] == 0) & (cotangent[0, 0] == 0) & (sizes[0] == 0)
+  zeros = jnp.zeros(shape, wide) + jnp.where(same, 0.0, 0.0)
+  most = len(rows) // tile + number  # each kernel's last tile may be short
+  return jax.lax.scan(add, zeros, jnp.arange(most))[0]
 
 
 def _route(
