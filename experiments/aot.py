@@ -38,6 +38,8 @@ if typing.TYPE_CHECKING:
 
 PROGRAMS = ("accumulate", "apply", "prefill", "decode")
 TOO_LARGE = 1
+# How the compiler says that a program may not run on a part of a slice.
+_WHOLE_SLICES = "should include all slice devices"
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "recipe, such as configs/pods/smollm2.py"
@@ -134,6 +136,13 @@ def _outcome(policy: str, plan: Plan, topology: chips.Topology) -> Outcome:
     try:
       compiled = program.compile()
     except jax.errors.JaxRuntimeError as error:
+      if _WHOLE_SLICES in str(error):
+        cli.fail(
+            f"policies.{policy}: programs for {topology.chip.name} take whole"
+            f" slices, not {program.mesh.size} of {topology.chips} chips:"
+            " --topology must have a slice for each policy, such as 2xv5e-32"
+            " for the halves of v5e-64"
+        )
       failure = report.too_large(name, str(error))
       if failure is None:
         raise
