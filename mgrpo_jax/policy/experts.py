@@ -190,7 +190,10 @@ def _kernel_gradients(
   same = (rows[0, 0] == 0) & (cotangent[0, 0] == 0) & (sizes[0] == 0)
   zeros = jnp.zeros(shape, wide) + jnp.where(same, 0.0, 0.0)
   most = len(rows) // tile + number  # each kernel's last tile may be short
-  return jax.lax.scan(add, zeros, jnp.arange(most))[0]
+  total, _ = jax.lax.scan(add, zeros, jnp.arange(most))
+  # Else the sum takes the layout that its exchange between devices wants, and
+  # every tile is copied into and out of it.
+  return jax.lax.optimization_barrier(total)
 
 
 def _route(
