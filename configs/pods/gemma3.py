@@ -3,10 +3,11 @@ r"""Gemma 3 4B with a 1B researcher on one v5e slice of 16 chips.
 Question: does a team of two sizes share a small slice, half of it each, and
 what bounds the speed of either?
 
-    python -m experiments.aot --config=configs/pods/gemma3.py --topology=v5e-16
+    python -m experiments.aot --config=configs/pods/gemma3.py --topology=2xv5e-8
 
-Hardware: v5e-16, eight chips for each policy. The vocabulary of 262,208 makes
-the unembedding's gradient the largest array, so main splits it in two.
+Hardware: v5e-16, eight chips for each policy; as two slices, see
+qwen3_8b. The vocabulary of 262,208 makes the unembedding's gradient the largest
+array, so main splits it in two.
 """
 
 import ml_collections

@@ -4,11 +4,12 @@ Question: do two policies of 8 B parameters fit half a slice each at 8,192
 tokens, and what bounds their speed?
 
     python -m experiments.aot --config=configs/pods/qwen3_8b.py:v5e \
-        --topology=v5e-64
+        --topology=2xv5e-32
     python -m experiments.aot --config=configs/pods/qwen3_8b.py:v6e \
-        --topology=v6e-64
+        --topology=2xv6e-32
 
-Hardware: v5e-64 or v6e-64, 32 chips for each policy. The unembedding and its
+Hardware: v5e-64 or v6e-64, 32 chips for each policy; as two slices, because the
+compiler refuses programs on a part of v5e-64. The unembedding and its
 gradient, 2.5 GB each in float32, are whole on every chip while logits are
 computed: v6e has room for that, v5e splits them in two (`tensor`).
 """

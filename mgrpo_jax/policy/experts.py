@@ -166,7 +166,7 @@ def _kernel_gradients(
   number, tile = len(sizes), min(_TILE, len(rows))
   ends = jnp.cumsum(sizes)
   tiles = -(-sizes // tile)
-  last = jnp.cumsum(tiles)  # tile that each kernel's end before
+  last = jnp.cumsum(tiles)  # those of a kernel and of all before it
 
   def add(total: Array, place: Array) -> tuple[Array, None]:
     kernel = jnp.minimum(jnp.sum(last <= place), number - 1)
