@@ -77,7 +77,9 @@ def _add_devices(config: ml_collections.ConfigDict) -> None:
   config.sampler_tensor = 1  # devices that the sampler's heads are split over
   config.execution = ml_collections.ConfigDict()
   config.execution.attention = "blockwise"  # or splash: a kernel, TPU only
-  config.execution.remat = "none"  # layer: keep nothing; dots: only products
+  # What of a layer is kept for the backward pass and not computed again: none
+  # keeps all; dots its products, attention what was attended to, layer nothing.
+  config.execution.remat = "none"
   config.execution.scan_layers = False  # one loop: compiles faster, fuses less
   config.execution.logit_columns = 64  # tokens a row with logits at once, >= 1
 

@@ -23,6 +23,9 @@ ATTENTIONS: Mapping[str, Callable[..., Any]] = {
 REMATS: Mapping[str, Callable[..., Any] | None] = {
     "none": None,
     "layer": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(
+        attention.ATTENDED
+    ),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 

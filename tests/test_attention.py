@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
+from experiments import placing
 from mgrpo_jax import sharding
+from mgrpo_jax.aot import flops
 from mgrpo_jax.policy import attention, transformer
 from mgrpo_jax.policy.config import Execution
 from mgrpo_jax.policy.params import abstract
@@ -81,10 +83,19 @@ def test_gradients_in_bfloat16_are_those_of_float32_rounded():
     assert error < 0.02 * np.abs(one).max()
 
 
-@pytest.mark.parametrize("window", (0, 40))
-def test_splash_equals_blockwise(window):
+@pytest.mark.parametrize(
+    ("length", "window"),
+    (
+        (130, 0),
+        (130, 40),
+        (1900, 0),  # the backward kernel holds two blocks of keys at once
+    ),
+)
+def test_splash_equals_blockwise(length, window, monkeypatch):
+  monkeypatch.setattr(attention, "SPLASH_BLOCKS", (128,))
+  monkeypatch.setattr(attention, "SPLASH_HELD", (256,))
   rng = np.random.default_rng(0)
-  length, width = 130, 6  # neither fits the kernel's tiles
+  width = 6  # no length or width here fits the kernel's tiles
   query, key, value = (
       0.5 * rng.normal(size=(1, length, 2, *heads, width)).astype(np.float32)
       for heads in ((2,), (), ())
@@ -101,8 +112,13 @@ def test_splash_equals_blockwise(window):
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("width", (64, 128))
-def test_splash_lowers_for_a_sharded_tpu(width):
+@pytest.mark.parametrize(
+    ("width", "window", "kernels"),
+    # Forward, and all gradients at once; or with a window those of queries,
+    # and those of keys and values.
+    ((64, 0, 2), (128, 0, 2), (128, 40, 3)),
+)
+def test_splash_lowers_for_a_sharded_tpu(width, window, kernels):
   mesh = AbstractMesh(
       (2, 2, 2, 1), sharding.MESH_AXES, axis_types=(AxisType.Explicit,) * 4
   )
@@ -112,7 +128,8 @@ def test_splash_lowers_for_a_sharded_tpu(width):
     return jax.ShapeDtypeStruct(sizes, dtype, sharding=where)
 
   def loss(*arrays):
-    return jnp.sum(attention.splash(*arrays, window=0).astype(jnp.float32))
+    attended = attention.splash(*arrays, window=window)
+    return jnp.sum(attended.astype(jnp.float32))
 
   rows = ("batch", "length", "kv_heads")
   key = shape((8, 384, 2, width), "bfloat16", *rows, "head_dim")
@@ -123,8 +140,7 @@ def test_splash_lowers_for_a_sharded_tpu(width):
         query, key, key, segments
     )
     text = traced.lower(lowering_platforms=("tpu",)).as_text()
-  # Forward, gradient of queries, gradient of keys and values.
-  assert text.count("tpu_custom_call") == 3
+  assert text.count("tpu_custom_call") == kernels
   for result, argument in zip(
       traced.jaxpr.out_avals, (query, key, key), strict=True
   ):
@@ -161,6 +177,38 @@ def test_a_window_is_not_paid_for_in_full():
   )
   # Loops are counted once: what is compared is one piece of each block.
   assert near < 0.6 * whole
+
+
+@pytest.mark.parametrize(
+    ("kernel", "window"),
+    (
+        (attention.blockwise, 0),
+        (functools.partial(attention.splash, interpret=True), 0),
+        (functools.partial(attention.splash, interpret=True), 200),
+    ),
+)
+def test_what_was_attended_to_need_not_be_attended_to_again(kernel, window):
+  row = jax.ShapeDtypeStruct((1, 512, 1, 8), np.float32)
+  query = jax.ShapeDtypeStruct((1, 512, 1, 2, 8), np.float32)
+  segments = jax.ShapeDtypeStruct((1, 512), np.int32)
+
+  def work(remat):
+    layer = jax.checkpoint(
+        lambda *arrays: kernel(*arrays, window=window),
+        policy=placing.REMATS[remat],
+    )
+    gradient = jax.value_and_grad(
+        lambda *arrays: jnp.sum(layer(*arrays) ** 2), argnums=(0, 1, 2)
+    )
+    traced = jax.jit(gradient).trace(query, row, row, segments)
+    done = flops.traced(traced.jaxpr)
+    return done.products + done.kernels
+
+  # Passes over the scores: two forward; backward five, in two kernels seven.
+  backward = 7 if window else 5
+  assert work("layer") / work("attention") == pytest.approx(
+      (4 + backward) / (2 + backward), rel=1e-3
+  )
 
 
 def test_rematerialisation_takes_less_memory():

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import transformer as oracle
 
+from experiments import placing
 from mgrpo_jax.policy import attention, transformer
 from mgrpo_jax.policy.config import Execution, Experts
 from mgrpo_jax.policy.rotary import LinearScaling, Llama3Scaling
@@ -152,10 +153,8 @@ def test_every_feature_is_felt_by_the_oracle(name, change):
   assert np.max(np.abs(with_it - without_it)) > 100 * CLOSE["atol"]
 
 
-def looped(cfg):
-  execution = Execution(
-      scan_layers=True, remat=jax.checkpoint_policies.nothing_saveable
-  )
+def looped(cfg, remat="layer"):
+  execution = Execution(scan_layers=True, remat=placing.REMATS[remat])
   return dataclasses.replace(cfg, execution=execution)
 
 
@@ -174,7 +173,8 @@ def test_layers_in_a_loop_change_no_value():
   )
 
 
-def test_rematerialisation_in_a_loop_changes_no_gradient():
+@pytest.mark.parametrize("remat", placing.REMATS)
+def test_rematerialisation_in_a_loop_changes_no_gradient(remat):
   plain = SHARED
   rows = tiny_llama.packed_rows(ROWS, LENGTH, plain)
 
@@ -185,7 +185,7 @@ def test_rematerialisation_in_a_loop_changes_no_gradient():
   gradient = jax.jit(jax.grad(loss), static_argnums=1)
   jax.tree.map(
       functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6),
-      gradient(tiny_llama.weights(plain), looped(plain)),
+      gradient(tiny_llama.weights(plain), looped(plain, remat)),
       gradient(tiny_llama.weights(plain), plain),
   )
 

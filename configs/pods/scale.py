@@ -15,7 +15,7 @@ def on_accelerator(
   policy.architecture = architecture
   policy.dtype = "bfloat16"
   policy.execution.attention = "splash"
-  policy.execution.remat = "layer"
+  policy.execution.remat = "attention"
   policy.execution.scan_layers = True
   policy.execution.logit_columns = 1024
 

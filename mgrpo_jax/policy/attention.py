@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from mgrpo_jax import sharding
@@ -26,6 +27,13 @@ MAX_BLOCKS = 8
 MAX_SCORES = 2**22
 MASKED = -1e30  # finite, and no real score comes near; its exp is 0
 SPLASH_BLOCKS = (512, 256, 128)  # tokens; the largest that divides the length
+# Keys that the backward kernel holds at once, at most an eighth of a row: it
+# writes the queries' gradient once for each such block, and of those on the
+# diagonal it computes the masked half too.
+SPLASH_HELD = (4096, 2048, 1024)
+# Name, for rematerialisation, of all that the backward pass needs of attention
+# beside its arguments: means and normalisers.
+ATTENDED = "attended"
 
 
 def blockwise(
@@ -140,16 +148,26 @@ def _splash_kernel(
       else pallas.CausalMask(shape)
   )
   block = next(size for size in SPLASH_BLOCKS if length % size == 0)
+  held = next(
+      (size for size in SPLASH_HELD if length % (8 * size) == 0), block
+  )
+  # One kernel for all gradients computes scores once, where two do it twice;
+  # but it walks over all blocks, of which a window leaves few.
+  backward: dict[str, int | bool] = (
+      {"block_kv_dkv": block, "block_q_dq": block, "block_kv_dq": block}
+      if window
+      else {"block_kv_dkv": held, "use_fused_bwd_kernel": True}
+  )
   kernel = pallas.make_splash_mqa_single_device(
       pallas.MultiHeadMask([mask] * group),
       block_sizes=pallas.BlockSizes(
           block_q=block,
           block_kv=block,
           block_q_dkv=block,
-          block_kv_dkv=block,
-          block_q_dq=block,
-          block_kv_dq=block,
+          block_kv_dkv_compute=block,
+          **backward,
       ),
+      residual_checkpoint_name=ATTENDED,
       interpret=interpret,
   )
 
@@ -220,6 +238,8 @@ def _attend_forward(
   total = _product("nkqs,nksd->nkqd", weights.astype(value.dtype), value)
   mean = (total / normaliser).astype(value.dtype).reshape(query.shape)
   log_normaliser = highest + jnp.log(normaliser)
+  mean = checkpoint_name(mean, ATTENDED)
+  log_normaliser = checkpoint_name(log_normaliser, ATTENDED)
   return mean, (query, key, value, segment_ids, first, mean, log_normaliser)
 
 
