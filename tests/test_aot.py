@@ -119,15 +119,19 @@ def test_traced_flops_count_loops_as_often_as_they_run():
   def branched(x, w):
     return jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x)
 
+  def unused(x, w):
+    return jax.jit(lambda x: (x @ w, x @ w @ w))(x)[0]
+
   def recomputed(x, w):
     layer = jax.checkpoint(lambda x: jnp.sin(x @ w))
-    return jax.grad(lambda x: layer(x).sum())(x)
+    return jax.value_and_grad(lambda x: layer(x).sum())(x)
 
   one = 2 * 3 * 8 * 8
   for function, times in (
       (scanned, 5),
       (looped, 7),
       (branched, 2),
+      (unused, 1),
       (recomputed, 3),  # forward, forward once more, backward
   ):
     work = flops.traced(jax.make_jaxpr(function)(x, w), loops=7)

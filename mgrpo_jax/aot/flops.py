@@ -9,13 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.interpreters import partial_eval
 
 from mgrpo_jax.policy import params
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import ParamSpec
-
-# Share of an attention kernel's grid that a causal mask leaves to compute.
-CAUSAL = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,18 +115,26 @@ def traced(jaxpr: Any, *, loops: int = 1) -> Work:
   XLA's own count takes the body of a loop once, and knows no kernels.
 
   Args:
-    jaxpr: of the whole program, on all devices.
+    jaxpr: of the whole program, on all devices; what none of its results
+      needs is left out, as compilers do.
     loops: times that a `while` of unknown length runs.
 
   Returns:
     FLOPs on all devices together; of a condition's branches the most.
   """
+  whole = getattr(jaxpr, "jaxpr", jaxpr)
+  used, _ = partial_eval.dce_jaxpr(whole, [True] * len(whole.outvars))
+  return _count(used, loops)
+
+
+def _count(jaxpr: Any, loops: int) -> Work:
+  """Adds up the operations of a program and of what they run."""
   total = Work()
   for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
     if eqn.primitive.name in _COUNTED:
       total += _COUNTED[eqn.primitive.name](eqn)
       continue
-    parts = [traced(one, loops=loops) for one in _inner(eqn.params)]
+    parts = [_count(one, loops) for one in _inner(eqn.params)]
     if eqn.primitive.name == "cond":
       parts = [max(parts, key=lambda part: part.products + part.kernels)]
     total += sum(parts, Work()) * _times(eqn, loops)
@@ -163,14 +169,22 @@ def _ragged(eqn: Any) -> Work:
 
 
 def _kernel(eqn: Any) -> Work:
-  """What a kernel says of itself, else the unmasked half of its grid."""
+  """What a kernel says of itself, else the blocks that a causal row computes.
+
+  Of n x m blocks of queries and keys that is 1/2 + 1/(2 min(n, m)) of them:
+  those below the diagonal and those on it.
+  """
   estimate = eqn.params.get("cost_estimate")
   if estimate is not None:
     return Work(kernels=float(estimate.flops))
   grid = eqn.params["grid_mapping"].grid
   sizes = [size for size in grid if isinstance(size, int | np.integer)]
-  body = traced(eqn.params["jaxpr"])
-  return Work(kernels=body.products * math.prod(sizes) * CAUSAL)
+  # Splash attention's gradient of keys has its heads in the middle.
+  middle = "dkv" in eqn.params["name"]
+  fewest = min(sizes[-1], sizes[-3 if middle else -2])
+  body = _count(eqn.params["jaxpr"], 1)
+  visible = 0.5 + 0.5 / fewest
+  return Work(kernels=body.products * math.prod(sizes) * visible)
 
 
 _COUNTED: Mapping[str, Callable[[Any], Work]] = {
