@@ -20,7 +20,7 @@ from mgrpo_jax.policy.params import Layer
 
 Activation = Callable[[Array], Array]
 
-_TILE = 1024  # rows of one kernel that its gradient takes in at once
+_TILE = 2048  # rows of one kernel that its gradient takes in at once
 
 
 def mix(
@@ -103,12 +103,17 @@ def _mix(
   share, chosen = _route(y.reshape(-1, y.shape[-1]), router, experts)
   tokens = spread.reshape(-1, y.shape[-1])
   order, sizes = _by_expert(chosen - first, gate.shape[0])
-  # Rows of other devices' experts come last; what products leave there, going
-  # forward or backward, is undefined.
-  here = jnp.arange(len(order))[:, None] < jnp.sum(sizes)
-  rows = jnp.where(here, tokens[order // experts.per_token], 0.0)
+  rows = tokens[order // experts.per_token]
+  split = gate.shape[0] < experts.number
+  if split:
+    # Rows of other devices' experts come last; what products leave there,
+    # going forward or backward, is undefined.
+    here = jnp.arange(len(order))[:, None] < jnp.sum(sizes)
+    rows = jnp.where(here, rows, 0.0)
   inner = activation(multiply(rows, gate, sizes)) * multiply(rows, up, sizes)
-  added = jnp.where(here, multiply(inner, down, sizes), 0.0)
+  added = multiply(inner, down, sizes)
+  if split:
+    added = jnp.where(here, added, 0.0)
   back = added[_argsort(order)].reshape(*chosen.shape, -1)
   mixed = jnp.einsum("akd,ak->ad", back, share.astype(back.dtype))
   return mixed.reshape(y.shape)
@@ -167,14 +172,20 @@ def _kernel_gradients(
   ends = jnp.cumsum(sizes)
   tiles = -(-sizes // tile)
   last = jnp.cumsum(tiles)  # those of a kernel and of all before it
+  most = len(rows) // tile + number  # each kernel's last tile may be short
+  places = jnp.arange(most)
+  kernels = jnp.sum(last[None] <= places[:, None], axis=1)
+  kernels = jnp.minimum(kernels, number - 1)
+  done = places - (last - tiles)[kernels]
+  firsts = (ends - sizes)[kernels] + done * tile
 
-  def add(total: Array, place: Array) -> tuple[Array, None]:
-    kernel = jnp.minimum(jnp.sum(last <= place), number - 1)
-    done = place - (last[kernel] - tiles[kernel])
-    first = ends[kernel] - sizes[kernel] + done * tile
+  def add(
+      total: Array, one: tuple[Array, Array, Array]
+  ) -> tuple[Array, None]:
+    kernel, first, end = one
     start = jnp.clip(first, 0, len(rows) - tile)
     index = start + jnp.arange(tile)
-    own = ((index >= first) & (index < ends[kernel]))[:, None]
+    own = ((index >= first) & (index < end))[:, None]
     left, right = (
         jnp.where(own, jax.lax.dynamic_slice_in_dim(x, start, tile), 0.0)
         for x in (rows, cotangent)
@@ -189,8 +200,7 @@ def _kernel_gradients(
   # Always 0; so the sum varies over the mesh axes that its terms do.
   same = (rows[0, 0] == 0) & (cotangent[0, 0] == 0) & (sizes[0] == 0)
   zeros = jnp.zeros(shape, wide) + jnp.where(same, 0.0, 0.0)
-  most = len(rows) // tile + number  # each kernel's last tile may be short
-  total, _ = jax.lax.scan(add, zeros, jnp.arange(most))
+  total, _ = jax.lax.scan(add, zeros, (kernels, firsts, ends[kernels]))
   # Else the sum takes the layout that its exchange between devices wants, and
   # every tile is copied into and out of it.
   return jax.lax.optimization_barrier(total)
