@@ -11,7 +11,7 @@ import ml_collections
 from jax.experimental import topologies
 
 from configs import architectures
-from experiments import checks, placing, recipe
+from experiments import checks, method, placing, recipe
 from mgrpo_jax import sharding
 from mgrpo_jax.aot import chips
 from mgrpo_jax.aot.programs import Plan
@@ -57,7 +57,7 @@ def plans(
   loras = {
       name: one.lora for name, one in recipe.build_adaptations(config).items()
   }
-  method = recipe.build_method(config)
+  chosen = method.build(config)
   reinforced = any(
       s.objective == "reinforce" for s in recipe.build_stages(config)
   )
@@ -71,9 +71,9 @@ def plans(
           mesh=dict(one.mesh),
           devices=devices[name],
           sampler_tensor=one.sampler_tensor,
-          shape=method.shape,
-          objective=method.policy_loss if reinforced else method.imitation_loss,
-          optimizer=method.optimizer,
+          shape=chosen.shape,
+          objective=chosen.policy_loss if reinforced else chosen.imitation_loss,
+          optimizer=chosen.optimizer,
           temperature=config.rollout.temperature,
           engine=dict(config.engine),
       )

@@ -1,4 +1,4 @@
-"""The objective: ratios, clipping, KL, importance weights, aggregations.
+"""The objective: ratios, clipping, KL, aggregations.
 
 All functions act on trajectory-major arrays [N, T]: N trajectories of T token
 positions. Where a mask is given, what lies under a zero may be NaN.
@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -201,80 +200,6 @@ def kl_k3(
   # expm1 keeps the digits that exp(log r) - 1 loses near equality; the maximum
   # removes the last bit's rounding.
   return jnp.maximum(jnp.expm1(log_r) - log_r, 0.0)
-
-
-def token_importance(
-    old_logprobs: Float[Array, "N T"],
-    sampler_logprobs: Float[Array, "N T"],
-    mask: Float[Array, "N T"],
-    *,
-    cap: float,
-) -> Float[Array, "N T"]:
-  """Weighs each token by how much likelier the trainer found it, truncated.
-
-      min(exp(log π_old - log π_sampler), cap)
-
-  Args:
-    old_logprobs: float32, nats, trainer's, before the batch's updates.
-    sampler_logprobs: float32, nats, recorded when the token was sampled.
-    mask: float32, 1 on sampled tokens.
-    cap: > 0, largest weight.
-
-  Returns:
-    Weights, float32, without gradient.
-  """
-  ratio = token_ratio(old_logprobs, sampler_logprobs, mask)
-  return jax.lax.stop_gradient(jnp.minimum(ratio, cap))
-
-
-def sequence_importance(
-    old_logprobs: Float[Array, "N T"],
-    sampler_logprobs: Float[Array, "N T"],
-    mask: Float[Array, "N T"],
-    *,
-    cap: float,
-) -> Float[Array, "N T"]:
-  """Weighs each trajectory by how much likelier the trainer found it.
-
-      min(exp Σ_t (log π_old - log π_sampler), cap)
-
-  Args:
-    old_logprobs: float32, nats, trainer's, before the batch's updates.
-    sampler_logprobs: float32, nats, recorded when the token was sampled.
-    mask: float32, 1 on sampled tokens.
-    cap: > 0, largest weight.
-
-  Returns:
-    Weights, float32, without gradient, the same at every token of a
-    trajectory.
-  """
-  ratio = sequence_ratio(old_logprobs, sampler_logprobs, mask)
-  return jax.lax.stop_gradient(jnp.minimum(ratio, cap))
-
-
-def sequence_rejection(
-    old_logprobs: Float[Array, "N T"],
-    sampler_logprobs: Float[Array, "N T"],
-    mask: Float[Array, "N T"],
-    *,
-    cap: float,
-) -> Float[Array, "N T"]:
-  """Drops trajectories on which trainer and sampler disagree.
-
-      1 if 1/cap ≤ exp Σ_t (log π_old - log π_sampler) ≤ cap, else 0
-
-  Args:
-    old_logprobs: float32, nats, trainer's, before the batch's updates.
-    sampler_logprobs: float32, nats, recorded when the token was sampled.
-    mask: float32, 1 on sampled tokens.
-    cap: ≥ 1, largest ratio either way.
-
-  Returns:
-    Weights 0 or 1, float32, the same at every token of a trajectory.
-  """
-  ratio = sequence_ratio(old_logprobs, sampler_logprobs, mask)
-  kept = (ratio <= cap) & (ratio >= 1 / cap)
-  return kept.astype(ratio.dtype)
 
 
 def token_mean(

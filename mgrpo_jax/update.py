@@ -78,8 +78,8 @@ class PolicyLoss:
     clip_high: ε_high, ≥ 0.
     kl: `losses.kl_k1`, `kl_k2` or `kl_k3` to the reference, or None.
     kl_coefficient: β, > 0; 0 where kl is None.
-    importance: c, the trainer-over-sampler weight; `losses.token_importance`,
-      `sequence_importance`, `sequence_rejection`, or None for 1.
+    importance: c, the trainer-over-sampler weight; `importance.by_token`,
+      `by_sequence`, `reject_sequences`, or None for 1.
     importance_cap: its largest value, ≥ 1.
 
   Raises:

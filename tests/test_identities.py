@@ -21,6 +21,7 @@ from trajectories import group, random_trajectory, task
 from mgrpo_jax import (
     advantages,
     alignment,
+    importance,
     losses,
     packing,
     rewards,
@@ -61,7 +62,7 @@ LOSS = update.PolicyLoss(
     clip_high=0.2,
     kl=losses.kl_k3,
     kl_coefficient=0.1,
-    importance=losses.token_importance,
+    importance=importance.by_token,
     importance_cap=2.0,
 )
 PURE = dataclasses.replace(LOSS, kl=None, kl_coefficient=0.0, importance=None)

@@ -18,7 +18,6 @@ AGGREGATIONS = (
     "sequence_mean_token_sum",
     "sequence_mean_token_sum_norm",
 )
-IMPORTANCES = ("token_importance", "sequence_importance", "sequence_rejection")
 SHAPE = (3, 5)
 
 
@@ -188,33 +187,3 @@ def test_micro_batches_add_up_with_the_whole_batchs_totals(name):
   ]
   whole = run(values, mask, weight)
   np.testing.assert_allclose(sum(map(float, parts)), whole, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", IMPORTANCES)
-@given(LOGPROBS, LOGPROBS, MASK)
-@settings(max_examples=30, deadline=None)
-def test_importance_weights_equal_their_definition(name, old, sampler, mask):
-  kind = "token_ratio" if name.startswith("token") else "sequence_ratio"
-  ratio = getattr(oracle, kind)(old, sampler, mask)
-  expected = (
-      (ratio <= 2) & (ratio >= 0.5)
-      if name == "sequence_rejection"
-      else np.minimum(ratio, 2.0)
-  )
-  found = call(name, old, sampler, mask, cap=2.0)
-  at_border = np.isclose(ratio, 2, rtol=1e-4) | np.isclose(
-      ratio, 0.5, rtol=1e-4
-  )
-  close = np.isclose(found, expected, rtol=3e-5)
-  assert (close | at_border).all()
-
-
-@pytest.mark.parametrize("name", IMPORTANCES)
-def test_importance_weights_have_no_gradient(name):
-  old, ones = np.full((2, 3), -1.0, np.float32), np.ones((2, 3), np.float32)
-
-  def total(old):
-    return getattr(losses, name)(old, -1.1 * ones, ones, cap=2.0).sum()
-
-  slope = jax.jit(jax.grad(total))(old)
-  np.testing.assert_array_equal(slope, 0.0)

@@ -4,7 +4,7 @@ import pytest
 
 from configs import default, quickstart, smollm2_factbook, warm_start
 from configs.pods import gemma3, qwen3_8b, qwen3_30b, smollm2
-from experiments import placing, recipe
+from experiments import method, placing, recipe
 from mgrpo_jax import sharding
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.policy.config import Execution
@@ -83,7 +83,7 @@ def test_the_main_agent_must_delegate():
 def test_the_recipe_says_how_long_a_text_may_mention():
   config = quickstart.get_config()
   config.reward.correct, config.reward.mention_words = "mentions", 5
-  correct = recipe.build_method(config).rules.correct
+  correct = method.build(config).rules.correct
   assert correct("The capital of Peru is Lima.", ["Lima"])
   assert not correct("Surely the capital of Peru is Lima.", ["Lima"])
 

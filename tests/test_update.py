@@ -9,7 +9,15 @@ from oracles import losses as loss_oracle
 from oracles import update as oracle
 from trajectories import random_credits
 
-from mgrpo_jax import losses, metrics, optim, packing, sharding, update
+from mgrpo_jax import (
+    importance,
+    losses,
+    metrics,
+    optim,
+    packing,
+    sharding,
+    update,
+)
 from mgrpo_jax.policy import logprobs as policy_logprobs
 from mgrpo_jax.policy import params as policy_params
 from mgrpo_jax.testing.sizes import tiny_config
@@ -39,7 +47,7 @@ RICH = dataclasses.replace(
     PLAIN,
     kl=losses.kl_k3,
     kl_coefficient=0.3,
-    importance=losses.token_importance,
+    importance=importance.by_token,
 )
 CONFIG = tiny_config(
     vocab_size=VOCAB, num_layers=1, mlp_dim=16, tied_embeddings=False

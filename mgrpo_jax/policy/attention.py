@@ -29,8 +29,8 @@ MASKED = -1e30  # finite, and no real score comes near; its exp is 0
 SPLASH_BLOCKS = (512, 256, 128)  # tokens; the largest that divides the length
 # Keys that the backward kernel holds at once, at most an eighth of a row: it
 # writes the queries' gradient once for each such block, and of those on the
-# diagonal it computes the masked half too.
-SPLASH_HELD = (4096, 2048, 1024)
+# diagonal it computes the masked half too. 4096 exceed a chip's fast memory.
+SPLASH_HELD = (2048, 1024)
 # Name, for rematerialisation, of all that the backward pass needs of attention
 # beside its arguments: means and normalisers.
 ATTENDED = "attended"
@@ -148,9 +148,7 @@ def _splash_kernel(
       else pallas.CausalMask(shape)
   )
   block = next(size for size in SPLASH_BLOCKS if length % size == 0)
-  held = next(
-      (size for size in SPLASH_HELD if length % (8 * size) == 0), block
-  )
+  held = next((size for size in SPLASH_HELD if length % (8 * size) == 0), block)
   # One kernel for all gradients computes scores once, where two do it twice;
   # but it walks over all blocks, of which a window leaves few.
   backward: dict[str, int | bool] = (

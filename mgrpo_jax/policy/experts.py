@@ -179,9 +179,7 @@ def _kernel_gradients(
   done = places - (last - tiles)[kernels]
   firsts = (ends - sizes)[kernels] + done * tile
 
-  def add(
-      total: Array, one: tuple[Array, Array, Array]
-  ) -> tuple[Array, None]:
+  def add(total: Array, one: tuple[Array, Array, Array]) -> tuple[Array, None]:
     kernel, first, end = one
     start = jnp.clip(first, 0, len(rows) - tile)
     index = start + jnp.arange(tile)
