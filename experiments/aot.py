@@ -93,11 +93,15 @@ def main() -> None:
     plans = pods.plans(_CONFIG.value, topology)
     out = pathlib.Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
-  outcomes = _compile(plans, topology)
-  print(_text(plans, outcomes, topology))
   name = re.sub(r"[^\w.\-]", "_", f"{_CONFIG.value.name}_{topology.name}")
   path = out / f"{name}.json"
-  path.write_text(json.dumps(_json(plans, outcomes, topology), indent=2))
+  outcomes: dict[str, Outcome] = {}
+  for policy, plan in plans.items():
+    outcomes[policy] = _equal(plan, plans, outcomes) or _outcome(
+        policy, plan, topology
+    )
+    path.write_text(json.dumps(_json(plans, outcomes, topology), indent=2))
+  print(_text(plans, outcomes, topology))
   print(f"written: {path}")
   if any(
       _problems(plans[name], one, topology) for name, one in outcomes.items()
@@ -105,18 +109,18 @@ def main() -> None:
     sys.exit(TOO_LARGE)
 
 
-def _compile(
-    plans: Mapping[str, Plan], topology: chips.Topology
-) -> dict[str, Outcome]:
-  """Compiles every policy's programs, equal ones once."""
-  outcomes: dict[str, Outcome] = {}
-  known: dict[Any, Outcome] = {}
-  for name, plan in plans.items():
-    key = str(dataclasses.replace(plan, devices=range(len(plan.devices))))
-    if key not in known:
-      known[key] = _outcome(name, plan, topology)
-    outcomes[name] = known[key]
-  return outcomes
+def _equal(
+    plan: Plan, plans: Mapping[str, Plan], outcomes: Mapping[str, Outcome]
+) -> Outcome | None:
+  """The outcome of a policy that runs the same programs, if one has."""
+
+  def key(one: Plan) -> str:
+    return str(dataclasses.replace(one, devices=range(len(one.devices))))
+
+  return next(
+      (out for name, out in outcomes.items() if key(plans[name]) == key(plan)),
+      None,
+  )
 
 
 def _outcome(policy: str, plan: Plan, topology: chips.Topology) -> Outcome:

@@ -11,10 +11,10 @@ from mgrpo_jax import (
     answers,
     importance,
     losses,
+    objectives,
     optim,
     packing,
     rewards,
-    update,
 )
 from mgrpo_jax.plan import Method
 from mgrpo_jax.rewards import Matches
@@ -64,7 +64,7 @@ def build(config: ml_collections.ConfigDict) -> Method:
     longest = max(role.max_context for role in config.team.roles.values())
     aggregation = functools.partial(aggregation, max_tokens=longest)
   with checks.inside("loss"):
-    policy_loss = update.PolicyLoss(
+    policy_loss = objectives.PolicyLoss(
         ratio=ratio,
         aggregation=aggregation,
         clip_low=loss.clip_low,
@@ -74,7 +74,9 @@ def build(config: ml_collections.ConfigDict) -> Method:
         importance=correction,
         importance_cap=loss.importance_cap,
     )
-    imitation_loss = update.ImitationLoss(context_weight=loss.context_weight)
+    imitation_loss = objectives.ImitationLoss(
+        context_weight=loss.context_weight
+    )
   with checks.inside("batch"):
     shape = packing.BatchShape(
         rows=config.batch.rows,

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -69,7 +69,7 @@ def plans(
           config=configs[name],
           lora=loras.get(name),
           mesh=dict(one.mesh),
-          devices=devices[name],
+          devices=_compiled_for(devices[name], described.devices),
           sampler_tensor=one.sampler_tensor,
           shape=chosen.shape,
           objective=chosen.policy_loss if reinforced else chosen.imitation_loss,
@@ -78,6 +78,21 @@ def plans(
           engine=dict(config.engine),
       )
   return made
+
+
+def _compiled_for(
+    held: Sequence[Any], devices: Sequence[Any]
+) -> tuple[Any, ...]:
+  """The same places on the first slice, for what lies on another one.
+
+  Slices are equal, and the compiler (libtpu 0.0.42) takes no program that
+  leaves the first one out: "Slice is empty".
+  """
+  slices = sharding.by_slice(devices)
+  own = next((one for one in slices if set(held) <= set(one)), None)
+  if own is None:
+    return tuple(held)
+  return tuple(slices[0][own.index(device)] for device in held)
 
 
 def _transformer(

@@ -9,13 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mgrpo_jax import losses, optim, packing, sharding, trainer, update
+from mgrpo_jax import (
+    losses,
+    objectives,
+    optim,
+    packing,
+    sharding,
+    trainer,
+    update,
+)
 from mgrpo_jax.packing import BatchShape, Credit
 from mgrpo_jax.policy import lora as adapters
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.lora import LoRA
 from mgrpo_jax.policy.params import param_specs
-from mgrpo_jax.types import TrainBatch, TrainState
+from mgrpo_jax.types import Reference, TrainBatch, TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +37,7 @@ class Step:
     tokens: sampled tokens that were trained on.
   """
 
-  tallies: tuple[update.Tally, ...]
+  tallies: tuple[objectives.Tally, ...]
   applied: tuple[Mapping[str, jax.Array], ...]
   batches: tuple[TrainBatch, ...]
   tokens: int
@@ -56,7 +64,7 @@ class Learner:
       shape: BatchShape,
       optimizer: optim.AdamW,
       temperature: float,
-      needs_reference: bool,
+      reference: Reference,
       seed: int,
       mesh: jax.sharding.Mesh | None,
   ) -> None:
@@ -69,7 +77,7 @@ class Learner:
       shape: of every micro-batch.
       optimizer: how gradients become updates.
       temperature: of the distribution that was sampled from, > 0.
-      needs_reference: whether the loss compares with the first weights.
+      reference: what the loss compares with.
       seed: of the state's random key and of the adapter, in [0, 2**32).
       mesh: of `sharding.make_mesh`, None for the default device.
 
@@ -96,13 +104,16 @@ class Learner:
           resting = sharding.params_shardings(self.specs, mesh)
           trained = jax.device_put(trained, resting)
       self.state: TrainState = trainer.begin(
-          trained, np.uint32(seed), optimizer=optimizer
+          trained,
+          np.uint32(seed),
+          optimizer=optimizer,
+          keep=reference == "moving",
       )
-    self._reference: Any = None
-    if needs_reference and lora is not None:
-      self._reference = self._base  # an adapter begins as no change
-    elif needs_reference:  # on a mesh it stays in its shards
-      self._reference = jax.device_get(params) if mesh is None else params
+    self._first: Any = None
+    if reference == "first" and lora is not None:
+      self._first = self._base  # an adapter begins as no change
+    elif reference == "first":  # on a mesh it stays in its shards
+      self._first = jax.device_get(params) if mesh is None else params
 
   @property
   def specs(self) -> Any:
@@ -143,7 +154,7 @@ class Learner:
     return jax.device_put(batch, sharding.batch_shardings(batch, self._mesh))
 
   def pack(
-      self, credits: Sequence[Credit], objective: update.Objective
+      self, credits: Sequence[Credit], objective: objectives.Objective
   ) -> tuple[TrainBatch, ...]:
     """Packs trajectories; fills in old and reference log-probs if needed.
 
@@ -155,35 +166,42 @@ class Learner:
       Micro-batches, still on the host but for the log-probs.
     """
     batches = packing.pack(credits, shape=self._shape)
-    if isinstance(objective, update.ImitationLoss):
+    if isinstance(objective, objectives.ImitationLoss):
       return batches
     with self._on_mesh():
       return tuple(self._scored(batch) for batch in batches)
 
+  def move_reference(self) -> None:
+    """Compares with the weights as they are now, from now on."""
+    with self._on_mesh():
+      self.state = trainer.keep(self.state)
+
   def _scored(self, batch: TrainBatch) -> TrainBatch:
-    """Replaces the sampler's log-probs by the trainer's own."""
+    """Fills in what the trainer says of a batch before its updates."""
     static: dict[str, Any] = {
         "config": self.config,
         "temperature": self._temperature,
         "most_wanted": self._shape.most_wanted,
     }
     placed = self._placed(batch)
-    old = trainer.score(
-        self.state.params, self._base, placed, lora=self.lora, **static
-    )
-    batch = dataclasses.replace(batch, old_logprobs=old)
-    if self._reference is None:
+    state, adapted = self.state, (self._base, placed)
+    old = trainer.score(state.params, *adapted, lora=self.lora, **static)
+    batch = dataclasses.replace(batch, old_logprobs=old.logprobs)
+    if old.values is not None:
+      batch = dataclasses.replace(batch, old_values=old.values)
+    if state.reference is not None:
+      kept = trainer.score(state.reference, *adapted, lora=self.lora, **static)
+    elif self._first is not None:
+      kept = trainer.score(self._first, None, placed, lora=None, **static)
+    else:
       return batch
-    reference = trainer.score(
-        self._reference, None, placed, lora=None, **static
-    )
-    return dataclasses.replace(batch, ref_logprobs=reference)
+    return dataclasses.replace(batch, ref_logprobs=kept.logprobs)
 
   def step(
       self,
       minibatches: Sequence[tuple[tuple[TrainBatch, ...], losses.Totals]],
       *,
-      objective: update.Objective,
+      objective: objectives.Objective,
       learning_rates: Sequence[float],
   ) -> Step:
     """Makes one update for each minibatch, without waiting for the device.
@@ -196,8 +214,8 @@ class Learner:
     Returns:
       What was dispatched.
     """
-    imitates = isinstance(objective, update.ImitationLoss)
-    tallies: list[update.Tally] = []
+    imitates = isinstance(objective, objectives.ImitationLoss)
+    tallies: list[objectives.Tally] = []
     applied: list[Mapping[str, jax.Array]] = []
     with self._on_mesh():
       for (batches, totals), rate in zip(

@@ -1,4 +1,4 @@
-"""The objective: ratios, clipping, KL, aggregations.
+"""The objective's parts: ratios, clipping, KL, aggregations.
 
 All functions act on trajectory-major arrays [N, T]: N trajectories of T token
 positions. Where a mask is given, what lies under a zero may be NaN.
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -138,6 +139,68 @@ def clipped_surrogate(
   plain = ratio * advantages
   clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages
   return jnp.where(plain <= clipped, plain, clipped)
+
+
+def dual_clipped_surrogate(
+    ratio: Float[Array, "N T"],
+    advantages: Float[Array, "N T"],
+    *,
+    clip_low: float,
+    clip_high: float,
+    floor: float,
+) -> Float[Array, "N T"]:
+  """Bounds the clipped objective below where the advantage is negative.
+
+      max(clipped, c A)   where A < 0, else clipped
+
+  Ye et al., arXiv 1912.09729: a token that became much likelier, though it was
+  bad, no longer dominates the batch.
+
+  Args:
+    ratio: ρ, float32.
+    advantages: A, float32, same shape.
+    clip_low: ε_low, in 0..1.
+    clip_high: ε_high, ≥ 0.
+    floor: c, above 1 + ε_high.
+
+  Returns:
+    The objective of each token, same shape.
+  """
+  clipped = clipped_surrogate(
+      ratio, advantages, clip_low=clip_low, clip_high=clip_high
+  )
+  least = floor * advantages
+  return jnp.where((advantages < 0) & (clipped < least), least, clipped)
+
+
+def cispo_surrogate(
+    ratio: Float[Array, "N T"],
+    advantages: Float[Array, "N T"],
+    *,
+    clip_low: float,
+    clip_high: float,
+) -> Float[Array, "N T"]:
+  """Clips the weight of a token's gradient instead of dropping the gradient.
+
+      sg(clip(ρ, 1 - ε_low, 1 + ε_high)) A log π
+
+  CISPO (MiniMax, arXiv 2506.13585, Eq. 4–5).
+
+  Deviation: log π is written as ρ / sg(ρ), which has its gradient and the
+  value 1, so that the objective has the scale of the others'.
+
+  Args:
+    ratio: ρ, float32.
+    advantages: A, float32, same shape.
+    clip_low: ε_low, in 0..1; 1 leaves small ratios alone, as the paper does.
+    clip_high: ε_high, ≥ 0.
+
+  Returns:
+    The objective of each token, same shape.
+  """
+  weight = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+  here = ratio / jax.lax.stop_gradient(ratio)
+  return jax.lax.stop_gradient(weight) * advantages * here
 
 
 def kl_k1(

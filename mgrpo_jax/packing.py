@@ -249,6 +249,7 @@ def empty(shape: BatchShape) -> TrainBatch:
       "sampler_logprobs": np.zeros(entries, np.float32),
       "old_logprobs": np.zeros(entries, np.float32),
       "ref_logprobs": np.zeros(entries, np.float32),
+      "old_values": np.zeros(entries, np.float32),
       "advantage": np.zeros(each, np.float32),
       "weight": np.zeros(each, np.float32),
   }

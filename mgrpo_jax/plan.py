@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
-from mgrpo_jax import credit, optim, update
+from mgrpo_jax import credit, objectives, optim
 from mgrpo_jax.agents.actor import Actor
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.agents.tools import Tool
@@ -15,7 +15,7 @@ from mgrpo_jax.rewards import RewardWeights, Rules
 from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.sharding import Meshes
 from mgrpo_jax.tasks.curriculum import Stage
-from mgrpo_jax.types import RolloutGroup, Task
+from mgrpo_jax.types import Reference, RolloutGroup, Task
 
 Demonstrate = Callable[[Task, int], Coroutine[Any, Any, RolloutGroup | None]]
 
@@ -36,6 +36,8 @@ class Method:
     shape: of a micro-batch.
     optimizer: how gradients become updates.
     warmup_steps: updates of linear warm-up in every stage.
+    reference_every: steps of a stage after which the KL term's reference moves
+      to the policy; 0 leaves it where the run began.
   """
 
   rules: Rules
@@ -43,12 +45,20 @@ class Method:
   align: credit.Align
   num_slots: int
   advantage: credit.Advantage
-  policy_loss: update.PolicyLoss
-  imitation_loss: update.ImitationLoss
+  policy_loss: objectives.PolicyLoss
+  imitation_loss: objectives.ImitationLoss
   minibatches: int
   shape: BatchShape
   optimizer: optim.AdamW
   warmup_steps: int
+  reference_every: int = 0
+
+  @property
+  def reference(self) -> Reference:
+    """What policies are compared with."""
+    if self.policy_loss.kl is None:
+      return "none"
+    return "moving" if self.reference_every else "first"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,7 @@ class Resources:
             shape=method.shape,
             optimizer=method.optimizer,
             temperature=setup.sampler.temperature,
-            needs_reference=method.policy_loss.kl is not None,
+            reference=method.reference,
             seed=int(seed),
             mesh=setup.meshes[name].learner,
         )

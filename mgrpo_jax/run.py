@@ -15,13 +15,13 @@ import numpy as np
 from mgrpo_jax import (
     credit,
     evaluate,
+    objectives,
     optim,
     packing,
     publish,
     rewards,
     rollout,
     statistics,
-    update,
 )
 from mgrpo_jax.agents.call import turn_seed
 from mgrpo_jax.atomic import MismatchError
@@ -154,7 +154,7 @@ class Run:
     )
     part_of = {group.task.id: b % parts for b, group in enumerate(groups)}
     method = self.setup.method
-    objective: update.Objective = (
+    objective: objectives.Objective = (
         method.imitation_loss
         if stage.objective == "imitate"
         else method.policy_loss
@@ -181,6 +181,9 @@ class Run:
           ],
       )
       self.work.trained_tokens += dispatched[policy].tokens
+      every = method.reference_every
+      if method.reference == "moving" and (number + 1) % every == 0:
+        learner.move_reference()
     return dispatched
 
   def publish(self, policies: Sequence[str], version: int) -> list[str]:
@@ -395,9 +398,9 @@ async def open_run(setup: Setup, store: Store) -> AsyncIterator[Run]:
 
 
 def _with_gradient(
-    credits: Sequence[Credit], objective: update.Objective
+    credits: Sequence[Credit], objective: objectives.Objective
 ) -> list[Credit]:
   """Leaves out what cannot move the policy; denominators still count it."""
-  if isinstance(objective, update.PolicyLoss) and objective.kl is None:
+  if isinstance(objective, objectives.PolicyLoss) and objective.only_advantage:
     return [one for one in credits if one.advantage != 0]
   return list(credits)

@@ -141,30 +141,42 @@ def assign(
   Raises:
     ValueError: if a policy needs more devices than there are.
   """
-  slices: dict[int, list[Any]] = {}
-  for device in devices:
-    slices.setdefault(getattr(device, "slice_index", 0) or 0, []).append(device)
+  slices = by_slice(devices)
   for name, need in needs.items():
     if not 1 <= need <= len(devices):
       raise ValueError(
           f"{name} needs {need} devices, allowed: 1 to {len(devices)}"
       )
   if apart or max(needs.values(), default=1) > 1:
-    free = [list(group) for group in slices.values()]
+    free = [list(group) for group in slices]
     taken: dict[str, tuple[Any, ...]] = {}
     for name in sorted(needs, key=lambda name: -needs[name]):
-      group = _take(needs[name], free, list(slices.values()))
+      group = _take(needs[name], free, slices)
       if group is None:
         break
       taken[name] = group
     else:
       return {name: taken[name] for name in needs}
-  whole = list(slices.values())
   shared = {
-      name: _take(need, [list(group) for group in whole], whole)
+      name: _take(need, [list(group) for group in slices], slices)
       for name, need in needs.items()
   }
   return {name: group for name, group in shared.items() if group is not None}
+
+
+def by_slice(devices: Sequence[Any]) -> list[list[Any]]:
+  """Sorts devices by the slice that they belong to.
+
+  Args:
+    devices: told apart by `slice_index`, where they have one.
+
+  Returns:
+    Slices in order of their first device, each in the order given.
+  """
+  slices: dict[int, list[Any]] = {}
+  for device in devices:
+    slices.setdefault(getattr(device, "slice_index", 0) or 0, []).append(device)
+  return list(slices.values())
 
 
 def spec(*logical_axes: str) -> PartitionSpec:

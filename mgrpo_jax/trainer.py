@@ -7,6 +7,7 @@ transformer's weights or, with a `LoRA`, an adapter of weights called the base.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,17 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mgrpo_jax import losses, optim, update
+from mgrpo_jax import losses, objectives, optim, update
 from mgrpo_jax.policy import logprobs
 from mgrpo_jax.policy import lora as adapters
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.lora import LoRA
-from mgrpo_jax.types import TrainBatch, TrainState
+from mgrpo_jax.types import Prediction, TrainBatch, TrainState
 
 
-@functools.partial(jax.jit, static_argnames="optimizer")
+@functools.partial(jax.jit, static_argnames=("optimizer", "keep"))
 def begin(
-    params: Any, seed: np.uint32, *, optimizer: optim.AdamW
+    params: Any, seed: np.uint32, *, optimizer: optim.AdamW, keep: bool = False
 ) -> TrainState:
   """Makes a fresh train state; its arrays share nothing with the arguments.
 
@@ -32,6 +33,7 @@ def begin(
     params: what is trained, float32.
     seed: of the state's random key.
     optimizer: how gradients become updates.
+    keep: whether the parameters are kept as a reference that moves.
 
   Returns:
     The state, at step 0.
@@ -42,7 +44,22 @@ def begin(
       opt_state=optim.adamw(optimizer).init(params),
       step=jnp.zeros((), jnp.int32),
       rng=jax.random.key_data(jax.random.key(seed)),
+      reference=jax.tree.map(jnp.copy, params) if keep else None,
   )
+
+
+@jax.jit
+def keep(state: TrainState) -> TrainState:
+  """Moves a state's reference to its parameters.
+
+  Args:
+    state: with a reference.
+
+  Returns:
+    The state, which shares nothing with the argument.
+  """
+  copied: TrainState = jax.tree.map(jnp.copy, state)
+  return dataclasses.replace(copied, reference=copied.params)
 
 
 @jax.jit
@@ -85,7 +102,7 @@ def score(
     config: TransformerConfig,
     temperature: float,
     most_wanted: int,
-) -> jax.Array:
+) -> Prediction:
   """Runs `update.score`.
 
   Args:
@@ -100,8 +117,8 @@ def score(
   Returns:
     See `update.score`.
   """
-  logprob_fn = _logprob_fn(base, lora, config, temperature, most_wanted)
-  return update.score(params, batch, logprob_fn=logprob_fn)
+  predict_fn = _predict_fn(base, lora, config, temperature, most_wanted)
+  return update.score(params, batch, predict_fn=predict_fn)
 
 
 @functools.partial(
@@ -122,12 +139,12 @@ def accumulate(
     batch: TrainBatch,
     totals: losses.Totals,
     *,
-    objective: update.Objective,
+    objective: objectives.Objective,
     lora: LoRA | None,
     config: TransformerConfig,
     temperature: float,
     most_wanted: int,
-) -> tuple[update.Gradient, update.Tally]:
+) -> tuple[update.Gradient, objectives.Tally]:
   """Runs `update.accumulate`, in place.
 
   Args:
@@ -151,7 +168,9 @@ def accumulate(
       batch,
       totals,
       objective=objective,
-      logprob_fn=_logprob_fn(base, lora, config, temperature, most_wanted),
+      predict_fn=_predict_fn(
+          base, lora, config, temperature, most_wanted, objective.needs_entropy
+      ),
   )
 
 
@@ -181,25 +200,27 @@ def apply(
   )
 
 
-def _logprob_fn(
+def _predict_fn(
     base: Any,
     lora: LoRA | None,
     config: TransformerConfig,
     temperature: float,
     most_wanted: int,
-) -> update.LogprobFn:
-  """Log-probs given what is trained; of all tokens where 0 are wanted."""
-  score = functools.partial(
-      logprobs.token_logprobs,
+    entropy: bool = False,
+) -> update.PredictFn:
+  """Predicts with what is trained; all tokens where 0 are wanted."""
+  predict = functools.partial(
+      logprobs.predict,
       config=config,
       temperature=temperature,
       most_wanted=most_wanted,
+      entropy=entropy,
   )
   if lora is None:
-    return score
+    return predict
 
-  def adapted(adapter: Any, *rows: Any, wanted: Any) -> jax.Array:
+  def adapted(adapter: Any, *rows: Any, wanted: Any) -> Prediction:
     params = adapters.merge(base, adapter, lora=lora)
-    return score(params, *rows, wanted=wanted)
+    return predict(params, *rows, wanted=wanted)
 
   return adapted

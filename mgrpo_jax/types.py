@@ -17,6 +17,10 @@ import numpy as np
 
 NO_PARENT = -1
 
+# What a policy in training is compared with: nothing, the weights it began
+# with, or those of a while ago.
+Reference = Literal["none", "first", "moving"]
+
 
 class Status(enum.IntEnum):
   """How an agent call ended."""
@@ -183,6 +187,15 @@ class Alignment:
 
 
 @flax.struct.dataclass
+class Prediction:
+  """What a policy says of tokens; [N, T] in packed rows, [M, L] unpacked."""
+
+  logprobs: jax.Array  # float32, nats, of each token given its past
+  entropy: Any = None  # float32, nats, of what it was drawn from; if asked for
+  values: Any = None  # float32, expected reward before it; of a critic
+
+
+@flax.struct.dataclass
 class TrainBatch:
   """One micro-batch: N packed rows of T tokens, M trajectories of L tokens.
 
@@ -203,6 +216,7 @@ class TrainBatch:
   sampler_logprobs: jax.Array  # [M, L] float32, nats
   old_logprobs: jax.Array  # [M, L] float32, nats
   ref_logprobs: jax.Array  # [M, L] float32, nats
+  old_values: jax.Array  # [M, L] float32, a critic's; 0 without one
   advantage: jax.Array  # [M] float32
   weight: jax.Array  # [M] float32
 
@@ -215,6 +229,7 @@ class TrainState:
   opt_state: Any  # optax state
   step: jax.Array  # [] int32, updates applied
   rng: jax.Array  # PRNG key
+  reference: Any = None  # like params, of a reference that moves
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import tiny_llama
 
 from configs import architectures, quickstart
 from experiments import pods
-from mgrpo_jax import optim, update
+from mgrpo_jax import objectives, optim
 from mgrpo_jax.aot import chips, flops, hlo, programs, report
 from mgrpo_jax.packing import BatchShape
 from mgrpo_jax.policy import params
@@ -160,7 +160,7 @@ def tiny_plan(**changes):
       "devices": jax.devices()[:4],
       "sampler_tensor": 2,
       "shape": BatchShape(rows=4, row_tokens=8, trajectories=4, row_targets=8),
-      "objective": update.ImitationLoss(context_weight=0.1),
+      "objective": objectives.ImitationLoss(context_weight=0.1),
       "optimizer": optim.AdamW(
           b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=1.0
       ),
@@ -204,6 +204,20 @@ def test_policies_of_a_recipe_get_chips_of_their_own(monkeypatch):
   config.policies.researcher.mesh.tensor = 4
   with pytest.raises(ValueError, match="main 2, researcher 4 devices.*v5e-4"):
     pods.plans(config, V5E)
+
+
+def test_programs_of_another_slice_are_compiled_for_the_first(monkeypatch):
+  chips_of = {
+      s: [Chip(4 * s + n, slice_index=s) for n in range(4)] for s in (0, 1)
+  }
+  both = types.SimpleNamespace(devices=[*chips_of[0], *chips_of[1]])
+  monkeypatch.setattr(pods.topologies, "get_topology_desc", lambda **_: both)
+  config = quickstart.get_config()
+  config.batch.rows = 4
+  for name in ("main", "researcher"):
+    config.policies[name].mesh.data = 4
+  plans = pods.plans(config, chips.parse("2xv5e-4"))
+  assert [plan.devices for plan in plans.values()] == [tuple(chips_of[0])] * 2
 
 
 def test_an_adapter_is_small_and_its_base_stays():

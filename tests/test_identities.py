@@ -23,11 +23,12 @@ from mgrpo_jax import (
     alignment,
     importance,
     losses,
+    objectives,
     packing,
     rewards,
     update,
 )
-from mgrpo_jax.types import Alignment, TrainBatch
+from mgrpo_jax.types import Alignment, Prediction, TrainBatch
 
 SHAPE = (2, 4, 3)
 NORMALISERS = (
@@ -55,7 +56,7 @@ AGGREGATIONS = (
     losses.sequence_mean_token_sum,
     functools.partial(losses.sequence_mean_token_sum_norm, max_tokens=8.0),
 )
-LOSS = update.PolicyLoss(
+LOSS = objectives.PolicyLoss(
     ratio=losses.token_ratio,
     aggregation=losses.sequence_mean_token_mean,
     clip_low=0.2,
@@ -186,7 +187,8 @@ def test_4_a_team_without_calls_is_a_single_agent(strategy):
 def bigram(params, tokens, positions, segment_ids, *, wanted):
   logits = jax.nn.log_softmax(params[tokens[:, :-1]])
   values = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=2)[..., 0]
-  return jnp.pad(jnp.where(positions[:, 1:] > 0, values, 0.0), ((0, 0), (1, 0)))
+  values = jnp.where(positions[:, 1:] > 0, values, 0.0)
+  return Prediction(logprobs=jnp.pad(values, ((0, 0), (1, 0))))
 
 
 PACKED = packing.BatchShape(
@@ -199,7 +201,7 @@ PARAMS = np.float32(np.random.default_rng(3).normal(size=(9, 9)))
 def accumulator(objective):
   return jax.jit(
       functools.partial(
-          update.accumulate, objective=objective, logprob_fn=bigram
+          update.accumulate, objective=objective, predict_fn=bigram
       )
   )
 
@@ -347,7 +349,7 @@ def batch_of(logprobs, mask, gains, weight):
 @functools.cache
 def slope(objective):
   def loss(logprobs, batch, totals):
-    return objective(logprobs, batch, totals)[0]
+    return objective(Prediction(logprobs=logprobs), batch, totals)[0]
 
   return jax.jit(jax.grad(loss))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from trajectories import random_credits
 
-from mgrpo_jax import losses, optim, packing, update
+from mgrpo_jax import losses, objectives, optim, packing, update
 from mgrpo_jax.learner import Learner
 from mgrpo_jax.policy import logprobs
 from mgrpo_jax.policy import params as policy_params
@@ -21,7 +21,7 @@ SHAPE = packing.BatchShape(
 )
 TEMPERATURE = 0.7  # not 1: a trainer that forgets to divide by it is seen
 CREDITS = random_credits([7, 16, 3], vocab_size=11, weights=(1.0,))
-REGULARISED = update.PolicyLoss(
+REGULARISED = objectives.PolicyLoss(
     ratio=losses.token_ratio,
     aggregation=losses.token_mean,
     clip_low=0.2,
@@ -48,7 +48,7 @@ def make_learner(**changes):
           b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=1.0
       ),
       temperature=TEMPERATURE,
-      needs_reference=True,
+      reference="first",
       seed=0,
       mesh=None,
   )
@@ -57,15 +57,15 @@ def make_learner(**changes):
 
 @functools.cache
 def scorer():
-  logprob_fn = functools.partial(
-      logprobs.token_logprobs, config=CONFIG, temperature=TEMPERATURE
+  predict_fn = functools.partial(
+      logprobs.predict, config=CONFIG, temperature=TEMPERATURE
   )
-  return jax.jit(functools.partial(update.score, logprob_fn=logprob_fn))
+  return jax.jit(functools.partial(update.score, predict_fn=predict_fn))
 
 
 def expected(seed, batch):
   """Log-probs of a batch under the weights of a seed."""
-  return np.asarray(scorer()(weights(seed), batch))
+  return np.asarray(scorer()(weights(seed), batch).logprobs)
 
 
 @pytest.fixture
@@ -85,14 +85,14 @@ def test_old_logprobs_are_todays_and_the_reference_is_the_first(moved):
 
 
 def test_without_a_reference_only_old_logprobs_are_scored():
-  learner = make_learner(needs_reference=False)
+  learner = make_learner(reference="none")
   (batch,) = learner.pack(CREDITS, REGULARISED)
   np.testing.assert_allclose(batch.old_logprobs, expected(0, batch), **FLOAT32)
   np.testing.assert_array_equal(batch.ref_logprobs, batch.sampler_logprobs)
 
 
 def test_imitation_scores_nothing(moved):
-  objective = update.ImitationLoss(context_weight=0.1)
+  objective = objectives.ImitationLoss(context_weight=0.1)
   (batch,) = moved.pack(CREDITS, objective)
   np.testing.assert_array_equal(batch.old_logprobs, batch.sampler_logprobs)
 
@@ -118,7 +118,7 @@ def test_an_adapters_reference_is_its_base():
   shifted = jax.tree.map(lambda one: one + 0.3, learner.state.params)
   learner.state = dataclasses.replace(learner.state, params=shifted)
   (batch,) = learner.pack(CREDITS, REGULARISED)
-  today = np.asarray(scorer()(learner.weights, batch))
+  today = np.asarray(scorer()(learner.weights, batch).logprobs)
   first = expected(0, batch)
   assert np.abs(today - first).max() > 0.01
   np.testing.assert_allclose(batch.old_logprobs, today, **FLOAT32)

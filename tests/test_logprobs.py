@@ -44,18 +44,20 @@ def expected(batch, temperature):
   return oracle.token_logprobs(logits, batch[0], batch[2], temperature)
 
 
+WITH_ENTROPY = functools.partial(logprobs.predict, entropy=True)
+
+
 @settings(max_examples=5, deadline=None)
 @given(st.integers(0, 99), st.sampled_from([0.3, 1.0, 2.5]))
 def test_equals_the_oracle(seed, temperature):
   batch = rows(seed)
   values, entropies = expected(batch, temperature)
   alone = score(logprobs.token_logprobs, batch, temperature=temperature)
-  both = score(
-      logprobs.token_logprobs_and_entropy, batch, temperature=temperature
-  )
+  both = score(WITH_ENTROPY, batch, temperature=temperature)
   np.testing.assert_allclose(alone, values, **CLOSE)
-  np.testing.assert_allclose(both[0], values, **CLOSE)
-  np.testing.assert_allclose(both[1], entropies, **CLOSE)
+  np.testing.assert_allclose(both.logprobs, values, **CLOSE)
+  np.testing.assert_allclose(both.entropy, entropies, **CLOSE)
+  assert both.values is None
 
 
 def test_zero_exactly_where_nothing_is_predicted():
@@ -164,8 +166,8 @@ def test_wanted_tokens_alone_score_alike(most):
   real = wanted & (everywhere != 0)
   assert 2 <= np.max(np.sum(real, axis=1)) <= most
 
-  def some(tree):
-    return logprobs.token_logprobs(
+  def said(tree):
+    return WITH_ENTROPY(
         tree,
         *batch,
         config=CFG,
@@ -174,7 +176,15 @@ def test_wanted_tokens_alone_score_alike(most):
         most_wanted=most,
     )
 
+  def some(tree):
+    return said(tree).logprobs
+
   tree = tiny_llama.weights(CFG)
+  np.testing.assert_allclose(
+      jax.jit(said)(tree).entropy,
+      np.where(real, score(WITH_ENTROPY, batch, temperature=0.7).entropy, 0.0),
+      **CLOSE,
+  )
   np.testing.assert_allclose(
       jax.jit(some)(tree), np.where(real, everywhere, 0.0), **CLOSE
   )
@@ -195,3 +205,35 @@ def test_wanted_tokens_alone_score_alike(most):
       jax.tree.leaves(slopes), jax.tree.leaves(whole), strict=True
   ):
     np.testing.assert_allclose(actual, wanted_slope, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("most", (0, 13))
+def test_a_critic_expects_what_stands_before_a_token(most):
+  batch, tree = rows(), tiny_llama.weights(CFG)
+  head = np.random.default_rng(0).normal(size=CFG.embed_dim)
+  tree = dataclasses.replace(tree, value_head=np.float32(head))
+  config = dataclasses.replace(CFG, value_head=True)
+  wanted = np.random.default_rng(4).random(batch[0].shape) < 0.5
+
+  def said(tree):
+    return logprobs.predict(
+        tree,
+        *batch,
+        config=config,
+        temperature=0.7,
+        wanted=wanted,
+        most_wanted=most,
+    )
+
+  hidden = jax.jit(functools.partial(transformer.hidden_states, config=config))(
+      tree, *batch
+  )
+  expected = np.roll(np.asarray(hidden) @ head, 1, axis=1)
+  asked = wanted | (most == 0)
+  expected = np.where(logprobs.has_past(batch[2]) & asked, expected, 0.0)
+  found = jax.jit(said)(tree)
+  np.testing.assert_allclose(found.values, expected, **CLOSE)
+  everywhere = score(logprobs.token_logprobs, batch, temperature=0.7)
+  np.testing.assert_allclose(
+      found.logprobs, np.where(asked, everywhere, 0.0), **CLOSE
+  )

@@ -13,6 +13,7 @@ from mgrpo_jax import (
     importance,
     losses,
     metrics,
+    objectives,
     optim,
     packing,
     sharding,
@@ -21,7 +22,7 @@ from mgrpo_jax import (
 from mgrpo_jax.policy import logprobs as policy_logprobs
 from mgrpo_jax.policy import params as policy_params
 from mgrpo_jax.testing.sizes import tiny_config
-from mgrpo_jax.types import TrainState
+from mgrpo_jax.types import Prediction, TrainState
 
 VOCAB = 11
 SHAPE = packing.BatchShape(
@@ -33,7 +34,7 @@ ADAMW = dict(b1=0.9, b2=0.99, eps=1e-3, weight_decay=0.01, clip_norm=0.7)
 OPTIMIZER = optim.adamw(optim.AdamW(**ADAMW))
 RATE = np.float32(0.1)
 CLIP = (0.02, 0.03)  # tight, so that geometric ratios meet it too
-PLAIN = update.PolicyLoss(
+PLAIN = objectives.PolicyLoss(
     ratio=losses.token_ratio,
     aggregation=losses.token_mean,
     clip_low=CLIP[0],
@@ -58,7 +59,8 @@ def bigram(params, tokens, positions, segment_ids, *, wanted):
   """Predicts each token from the one before it, of the same segment."""
   logits = jax.nn.log_softmax(params["table"][tokens[:, :-1]])
   values = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=2)[..., 0]
-  return jnp.pad(jnp.where(positions[:, 1:] > 0, values, 0.0), ((0, 0), (1, 0)))
+  values = jnp.where(positions[:, 1:] > 0, values, 0.0)
+  return Prediction(logprobs=jnp.pad(values, ((0, 0), (1, 0))))
 
 
 def mixer(params, tokens, positions, segment_ids, *, wanted):
@@ -74,11 +76,12 @@ def mixer(params, tokens, positions, segment_ids, *, wanted):
   hidden = jnp.tanh(past.astype(jnp.float32) @ embedded)
   logits = jax.nn.log_softmax(hidden[:, :-1] @ params["table"])
   values = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=2)[..., 0]
-  return jnp.pad(jnp.where(positions[:, 1:] > 0, values, 0.0), ((0, 0), (1, 0)))
+  values = jnp.where(positions[:, 1:] > 0, values, 0.0)
+  return Prediction(logprobs=jnp.pad(values, ((0, 0), (1, 0))))
 
 
 transformer = functools.partial(
-    policy_logprobs.token_logprobs, config=CONFIG, temperature=1.0
+    policy_logprobs.predict, config=CONFIG, temperature=1.0
 )
 
 
@@ -87,15 +90,15 @@ apply = jax.jit(functools.partial(update.apply, optimizer=OPTIMIZER))
 
 
 @functools.cache
-def scorer(logprob_fn):
-  return jax.jit(functools.partial(update.score, logprob_fn=logprob_fn))
+def scorer(predict_fn):
+  return jax.jit(functools.partial(update.score, predict_fn=predict_fn))
 
 
 @functools.cache
-def accumulator(logprob_fn, objective):
+def accumulator(predict_fn, objective):
   return jax.jit(
       functools.partial(
-          update.accumulate, objective=objective, logprob_fn=logprob_fn
+          update.accumulate, objective=objective, predict_fn=predict_fn
       ),
       donate_argnums=0,
   )
@@ -123,18 +126,18 @@ def differentiate(
     credits,
     *,
     objective,
-    logprob_fn,
+    predict_fn,
     shape=SHAPE,
     old_params=None,
     totals=None,
 ):
   """Accumulates over all micro-batches, with old and reference log-probs."""
-  score, accumulate = scorer(logprob_fn), accumulator(logprob_fn, objective)
+  score, accumulate = scorer(predict_fn), accumulator(predict_fn, objective)
   totals = packing.count(credits) if totals is None else totals
   gradient, tallies = zeros(params), []
   for batch in packing.pack(credits, shape=shape):
     if old_params is not None:
-      old = score(old_params, batch)
+      old = score(old_params, batch).logprobs
       batch = batch.replace(old_logprobs=old, ref_logprobs=old)
     gradient, tally = accumulate(gradient, params, batch, totals)
     tallies.append(tally)
@@ -198,7 +201,7 @@ def test_update_equals_the_oracle(ratio, aggregation, base):
       as_params(now),
       CREDITS,
       objective=objective,
-      logprob_fn=bigram,
+      predict_fn=bigram,
       old_params=as_params(old),
   )
   np.testing.assert_allclose(gradient.loss, loss(values), rtol=1e-4, atol=1e-6)
@@ -218,7 +221,7 @@ def test_update_equals_the_oracle(ratio, aggregation, base):
 @pytest.mark.parametrize("context_weight", [0.0, 0.1])
 def test_imitation_equals_the_oracle(context_weight):
   table, _ = tables()
-  objective = update.ImitationLoss(context_weight=context_weight)
+  objective = objectives.ImitationLoss(context_weight=context_weight)
   streams = [credit.trajectory.tokens for credit in CREDITS]
   importance = []
   for credit in CREDITS:
@@ -230,7 +233,7 @@ def test_imitation_equals_the_oracle(context_weight):
   values = [oracle.logprobs(table, tokens) for tokens in streams]
   loss = -sum(map(np.dot, importance, values)) / total
   gradient, tallies = differentiate(
-      as_params(table), CREDITS, objective=objective, logprob_fn=bigram
+      as_params(table), CREDITS, objective=objective, predict_fn=bigram
   )
   np.testing.assert_allclose(gradient.loss, loss, rtol=1e-5)
   np.testing.assert_allclose(
@@ -253,13 +256,13 @@ def transformer_params():
   return jax.device_get(jax.jit(init)(jax.random.key(0)))
 
 
-def update_once(params, credits, shape, logprob_fn):
+def update_once(params, credits, shape, predict_fn):
   old = jax.tree.map(lambda p: np.float32(p * 1.02), params)
   gradient, _ = differentiate(
       params,
       credits,
       objective=RICH,
-      logprob_fn=logprob_fn,
+      predict_fn=predict_fn,
       shape=shape,
       old_params=old,
   )
@@ -328,7 +331,7 @@ def test_devices_do_not_matter():
   with jax.set_mesh(mesh):
     params = jax.device_put(transformer_params(), placed)
     batch = jax.device_put(batch, sharding.batch_shardings(batch, mesh))
-    before = score(jax.device_put(old, placed), batch)
+    before = score(jax.device_put(old, placed), batch).logprobs
     batch = batch.replace(old_logprobs=before, ref_logprobs=before)
     gradient, _ = accumulate(
         zeros(params), params, batch, packing.count(CREDITS)
@@ -347,7 +350,7 @@ def test_one_program_for_any_number_of_micro_batches():
   objective = dataclasses.replace(PLAIN, clip_low=0.019)  # nothing cached
   table, old = map(as_params, tables())
   run = functools.partial(
-      differentiate, objective=objective, logprob_fn=bigram, old_params=old
+      differentiate, objective=objective, predict_fn=bigram, old_params=old
   )
   gradient, _ = run(table, CREDITS)
   state, _ = apply(new_state(table), gradient, RATE)
@@ -369,7 +372,7 @@ def test_trajectories_without_advantage_may_be_left_out():
   ]
   table, old = map(as_params, tables())
   run = functools.partial(
-      differentiate, objective=PLAIN, logprob_fn=bigram, old_params=old
+      differentiate, objective=PLAIN, predict_fn=bigram, old_params=old
   )
   everything, _ = run(table, credits)
   some, _ = run(
@@ -388,7 +391,7 @@ def test_metrics_are_means_over_sampled_tokens():
       as_params(now),
       CREDITS,
       objective=RICH,
-      logprob_fn=bigram,
+      predict_fn=bigram,
       old_params=as_params(old),
   )
   _, applied = apply(new_state(as_params(now)), gradient, RATE)
@@ -455,7 +458,7 @@ def test_a_non_finite_update_is_not_made(broken):
   jax.tree.map(np.testing.assert_array_equal, after, state)
   assert (
       update.summarise(
-          [update.Tally(count=np.float32(0), sums={}, maxima={})],
+          [objectives.Tally(count=np.float32(0), sums={}, maxima={})],
           [applied, {**applied, "nonfinite": 0.0}],
       )["nonfinite"]
       == 1
@@ -475,7 +478,7 @@ def test_bad_fields_are_named(field, value):
   with pytest.raises(ValueError, match=f"^{field} must be "):
     dataclasses.replace(PLAIN, **{field: value})
   with pytest.raises(ValueError, match="^context_weight must be >= 0"):
-    update.ImitationLoss(context_weight=-1.0)
+    objectives.ImitationLoss(context_weight=-1.0)
 
 
 def test_objectives_are_hashable():

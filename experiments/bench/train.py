@@ -29,7 +29,7 @@ import jax
 import numpy as np
 
 from experiments.bench.decode import POLICIES
-from mgrpo_jax import packing, update
+from mgrpo_jax import objectives, packing, update
 from mgrpo_jax.policy import logprobs, params
 from mgrpo_jax.policy.load import save_directory
 from mgrpo_jax.policy.policy import Policy
@@ -77,16 +77,16 @@ def ours(
   batches = packing.pack(credits, shape=shape)
   totals = packing.count(credits)
   # A mean over sampled tokens is imitation that reads no context.
-  objective = update.ImitationLoss(context_weight=0.0)
-  logprob_fn = functools.partial(
-      logprobs.token_logprobs,
+  objective = objectives.ImitationLoss(context_weight=0.0)
+  predict_fn = functools.partial(
+      logprobs.predict,
       config=SMOLLM2,
       temperature=1.0,
       most_wanted=targets if targets < LENGTH else 0,
   )
   step = jax.jit(
       functools.partial(
-          update.accumulate, objective=objective, logprob_fn=logprob_fn
+          update.accumulate, objective=objective, predict_fn=predict_fn
       ),
       donate_argnums=0,
   )

@@ -16,7 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from mgrpo_jax import losses, optim, packing, sharding, trainer, update
+from mgrpo_jax import (
+    losses,
+    objectives,
+    optim,
+    packing,
+    sharding,
+    trainer,
+    update,
+)
 from mgrpo_jax.aot import flops
 from mgrpo_jax.aot.flops import Work
 from mgrpo_jax.packing import BatchShape
@@ -58,7 +66,7 @@ class Plan:
   devices: Sequence[Any]
   sampler_tensor: int
   shape: BatchShape
-  objective: update.Objective
+  objective: objectives.Objective
   optimizer: optim.AdamW
   temperature: float
   engine: Mapping[str, Any]
@@ -141,7 +149,7 @@ def _accumulate(plan: Plan) -> Program:
   rows = packing.empty(plan.shape)
   batch = _placed(rows, sharding.batch_shardings(rows, mesh))
   scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
-  imitates = isinstance(plan.objective, update.ImitationLoss)
+  imitates = isinstance(plan.objective, objectives.ImitationLoss)
   gradient = update.Gradient(grads=trained, loss=scalar)
   with jax.set_mesh(mesh):
     traced = trainer.accumulate.trace(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +152,7 @@ def _splash_kernel(
   held = next((size for size in SPLASH_HELD if length % (8 * size) == 0), block)
   # One kernel for all gradients computes scores once, where two do it twice;
   # but it walks over all blocks, of which a window leaves few.
-  backward: dict[str, int | bool] = (
+  backward: dict[str, Any] = (
       {"block_kv_dkv": block, "block_q_dq": block, "block_kv_dq": block}
       if window
       else {"block_kv_dkv": held, "use_fused_bwd_kernel": True}

@@ -112,6 +112,7 @@ class TransformerConfig:
       which are not scaled; None for those of the other layers.
     rope_scaling: of the rotary frequencies, None for none.
     experts: mixture of experts, None for a dense feed-forward.
+    value_head: whether a critic's head stands beside the unembedding.
     execution: how it is run.
 
   Raises:
@@ -139,6 +140,7 @@ class TransformerConfig:
   local_rope_base: float | None = None
   rope_scaling: Scaling | None = None
   experts: Experts | None = None
+  value_head: bool = False
   execution: Execution = Execution()
 
   def __post_init__(self) -> None:

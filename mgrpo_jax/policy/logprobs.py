@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mgrpo_jax.policy import transformer
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import Params
+from mgrpo_jax.types import Prediction
 
 
 def token_logprobs(
@@ -22,12 +25,48 @@ def token_logprobs(
     *,
     config: TransformerConfig,
     temperature: float | Float[Array, ""],
-    wanted: Bool[Array, "N T"] | None = None,
-    most_wanted: int = 0,
 ) -> Float[Array, "N T"]:
   """Computes the log-probability of every token given its past.
 
       out[t] = log softmax(logits[t - 1] / temperature)[tokens[t]]
+
+  Args:
+    params: weights.
+    tokens: [N, T] int32.
+    positions: [N, T] int32, from 0 in each segment.
+    segment_ids: [N, T] int32, 0 is padding.
+    config: sizes.
+    temperature: > 0, of the distribution that was sampled from.
+
+  Returns:
+    [N, T] float32, nats; 0 at t = 0, where a segment starts, and in padding.
+  """
+  return predict(
+      params,
+      tokens,
+      positions,
+      segment_ids,
+      config=config,
+      temperature=temperature,
+  ).logprobs
+
+
+def predict(
+    params: Params,
+    tokens: Int[Array, "N T"],
+    positions: Int[Array, "N T"],
+    segment_ids: Int[Array, "N T"],
+    *,
+    config: TransformerConfig,
+    temperature: float | Float[Array, ""],
+    wanted: Bool[Array, "N T"] | None = None,
+    most_wanted: int = 0,
+    entropy: bool = False,
+) -> Prediction:
+  """Computes `token_logprobs`, and what else is said of every token.
+
+      entropy[t] = -Σ p log p,   p = softmax(logits[t - 1] / temperature)
+      values[t] = value_head · hidden[t - 1]
 
   Logits are computed for `execution.logit_columns` at a time and recomputed in
   the backward pass, so [N, T, V] exists in neither.
@@ -37,83 +76,52 @@ def token_logprobs(
     tokens: [N, T] int32.
     positions: [N, T] int32, from 0 in each segment.
     segment_ids: [N, T] int32, 0 is padding.
-    config: sizes.
+    config: sizes; with a value head there are values.
     temperature: > 0, of the distribution that was sampled from.
-    wanted: [N, T], tokens whose log-probability is asked for. The head, which
-      costs most in a small model, then runs only for them.
+    wanted: [N, T], tokens that are asked for. The head, which costs most in a
+      small model, then runs only for them.
     most_wanted: tokens wanted in a row, at most; those beyond count as not
       wanted. 0 scores all tokens, whatever is wanted.
+    entropy: whether to compute entropies.
 
   Returns:
-    [N, T] float32, nats; 0 where none is wanted, at t = 0, where a segment
-    starts, and in padding.
+    [N, T] float32; 0 where none is wanted, at t = 0, where a segment starts,
+    and in padding.
   """
   hidden = transformer.hidden_states(
       params, tokens, positions, segment_ids, config=config
   )
   predicted = has_past(segment_ids)
   targets = jnp.roll(tokens, -1, axis=1)
-  if wanted is not None and most_wanted:
+  some = wanted is not None and most_wanted > 0
+  if some:
     predicted &= wanted
     following = jnp.roll(predicted, -1, axis=1)
     order = jnp.argsort(~following, axis=1, stable=True)[:, :most_wanted]
     hidden = jnp.take_along_axis(hidden, order[:, :, None], axis=1)
     targets = jnp.take_along_axis(targets, order, axis=1)
 
-  def logprob(logits: Array, targets: Array) -> Array:
+  def say(logits: Array, targets: Array) -> Prediction:
     scaled = logits / temperature
-    return _at(scaled, targets) - jax.nn.logsumexp(scaled, axis=-1)
+    normaliser = jax.nn.logsumexp(scaled, axis=-1)
+    mean = None
+    if entropy:
+      share = jnp.exp(scaled - normaliser[..., None])
+      mean = normaliser - jnp.sum(share * scaled, axis=-1)
+    chosen = _at(scaled, targets) - normaliser
+    return Prediction(logprobs=chosen, entropy=mean)
 
-  values = _map_chunks(logprob, params, hidden, targets, config=config)
-  if wanted is None or not most_wanted:
-    values = jnp.roll(values, 1, axis=1)
+  said = _map_chunks(say, params, hidden, targets, config=config)
+  if config.value_head:
+    said = dataclasses.replace(said, values=_values(params, hidden))
+  if not some:
+    spread = functools.partial(jnp.roll, shift=1, axis=1)
   else:
     place = jnp.cumsum(predicted, axis=1) - 1
     predicted &= place < most_wanted
-    values = jnp.take_along_axis(
-        values, jnp.clip(place, 0, most_wanted - 1), axis=1
-    )
-  return jnp.where(predicted, values, 0.0)
-
-
-def token_logprobs_and_entropy(
-    params: Params,
-    tokens: Int[Array, "N T"],
-    positions: Int[Array, "N T"],
-    segment_ids: Int[Array, "N T"],
-    *,
-    config: TransformerConfig,
-    temperature: float | Float[Array, ""],
-) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
-  """Computes `token_logprobs` and the entropy of what each was drawn from.
-
-      out[t] = -Σ_v p[v] log p[v],   p = softmax(logits[t - 1] / temperature)
-
-  Args:
-    params: weights.
-    tokens: [N, T] int32.
-    positions: [N, T] int32, from 0 in each segment.
-    segment_ids: [N, T] int32, 0 is padding.
-    config: sizes.
-    temperature: > 0.
-
-  Returns:
-    Log-probabilities and entropies, [N, T] float32, nats; 0 at t = 0, where
-    a segment starts, and in padding.
-  """
-  hidden = transformer.hidden_states(
-      params, tokens, positions, segment_ids, config=config
-  )
-
-  def both(logits: Array, targets: Array) -> tuple[Array, Array]:
-    logps = jax.nn.log_softmax(logits / temperature, axis=-1)
-    return _at(logps, targets), -jnp.sum(jnp.exp(logps) * logps, axis=-1)
-
-  targets = jnp.roll(tokens, -1, axis=1)
-  found = _map_chunks(both, params, hidden, targets, config=config)
-  real = has_past(segment_ids)
-  values, entropies = (jnp.roll(one, 1, axis=1) for one in found)
-  return jnp.where(real, values, 0.0), jnp.where(real, entropies, 0.0)
+    place = jnp.clip(place, 0, most_wanted - 1)
+    spread = functools.partial(jnp.take_along_axis, indices=place, axis=1)
+  return jax.tree.map(lambda x: jnp.where(predicted, spread(x), 0.0), said)
 
 
 def has_past(segment_ids: Int[Array, "N T"]) -> Array:
@@ -128,6 +136,14 @@ def has_past(segment_ids: Int[Array, "N T"]) -> Array:
   same = segment_ids[:, 1:] == segment_ids[:, :-1]
   later = same & (segment_ids[:, 1:] > 0)
   return jnp.pad(later, ((0, 0), (1, 0)))
+
+
+def _values(
+    params: Params, hidden: Float[Array, "N T E"]
+) -> Float[Array, "N T"]:
+  """What a critic expects after each token, in float32."""
+  head = jnp.asarray(params.value_head, jnp.float32)
+  return jnp.einsum("nte,e->nt", hidden.astype(jnp.float32), head)
 
 
 def _at(values: Array, targets: Array) -> Array:

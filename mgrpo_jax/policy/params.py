@@ -59,6 +59,7 @@ class Params:
   layers: tuple[Layer, ...]
   final_norm: Any  # [E]
   unembedding: Any  # [E, V], or None where tied to the embedding
+  value_head: Any = None  # [E], of a critic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ def param_specs(config: TransformerConfig) -> Params:
   Kernels start normal with variance 1 / fan-in; the two that write to the
   residual stream are scaled down by sqrt(2 L), so that its variance does not
   grow with depth; the embedding has variance 1 / E, which gives logits of unit
-  variance where it is tied.
+  variance where it is tied. A critic starts at 0.
 
   Args:
     config: sizes.
@@ -103,6 +104,7 @@ def param_specs(config: TransformerConfig) -> Params:
       unembedding=None
       if config.tied_embeddings
       else _normal(embed, 1, embed=embed, vocab=config.vocab_size),
+      value_head=_zeros(norm=embed) if config.value_head else None,
   )
 
 

@@ -14,11 +14,11 @@ from mgrpo_jax import (
     answers,
     importance,
     losses,
+    objectives,
     optim,
     packing,
     rewards,
     rollout,
-    update,
 )
 from mgrpo_jax.agents import expert
 from mgrpo_jax.agents.actor import Actor, sampled
@@ -183,7 +183,7 @@ def small_method(team: Team) -> Method:
       align=alignment.duplicate_or_drop,
       num_slots=2,
       advantage=advantages.per_task,
-      policy_loss=update.PolicyLoss(
+      policy_loss=objectives.PolicyLoss(
           ratio=losses.token_ratio,
           aggregation=losses.sequence_mean_token_mean,
           clip_low=0.2,
@@ -193,7 +193,7 @@ def small_method(team: Team) -> Method:
           importance=importance.by_token,
           importance_cap=2.0,
       ),
-      imitation_loss=update.ImitationLoss(context_weight=0.1),
+      imitation_loss=objectives.ImitationLoss(context_weight=0.1),
       minibatches=2,
       shape=packing.BatchShape(
           rows=4, row_tokens=CONTEXT, trajectories=16, row_targets=CONTEXT
