@@ -97,6 +97,49 @@ def test_surrogate_worked_by_hand():
   np.testing.assert_array_equal(slope, [[0.0, -1.0, 1.0, 0.0]])
 
 
+@given(
+    table(st.floats(0.01, 5.0)),
+    table(st.floats(-2.0, 2.0)),
+    st.sampled_from([(0.2, 0.2), (0.2, 0.28), (1.0, 0.0)]),
+)
+@settings(max_examples=40, deadline=None)
+def test_other_surrogates_equal_their_equations(ratio, advantages, clip):
+  keywords = {"clip_low": clip[0], "clip_high": clip[1]}
+  for name, more in (
+      ("dual_clipped_surrogate", {"floor": 3.0}),
+      ("cispo_surrogate", {}),
+  ):
+    np.testing.assert_allclose(
+        call(name, ratio, advantages, **keywords, **more),
+        getattr(oracle, name)(ratio, advantages, **keywords, **more),
+        rtol=1e-6,
+        atol=1e-7,
+    )
+
+
+def test_where_other_surrogates_learn():
+  now = np.log(np.float32([[5.0, 5.0, 0.5, 1.1]]))  # log-probs; old ones 0
+  gains = np.float32([[-1.0, 1.0, -1.0, 2.0]])
+
+  def slope(surrogate, **more):
+    def total(now):
+      clip = {"clip_low": 0.2, "clip_high": 0.2}
+      return surrogate(jnp.exp(now), gains, **clip, **more).sum()
+
+    return jax.jit(jax.grad(total))(now)
+
+  # Beyond the floor nothing pushes further; elsewhere all is as clipped.
+  np.testing.assert_allclose(
+      slope(losses.dual_clipped_surrogate, floor=3.0),
+      [[0.0, 0.0, 0.0, 2.2]],
+      rtol=1e-6,
+  )
+  # Every token learns, by its clipped ratio.
+  np.testing.assert_allclose(
+      slope(losses.cispo_surrogate), [[-1.2, 1.2, -0.8, 2.2]], rtol=1e-6
+  )
+
+
 @pytest.mark.parametrize("name", KLS)
 @given(LOGPROBS, LOGPROBS)
 @settings(max_examples=40, deadline=None)

@@ -90,3 +90,47 @@ def sequence_mean_token_sum(values, mask, weight):
 
 def sequence_mean_token_sum_norm(values, mask, weight, *, max_tokens):
   return sequence_mean_token_sum(values, mask, weight) / max_tokens
+
+
+def dual_clipped_surrogate(ratio, advantages, *, floor, **clip):
+  result = clipped_surrogate(ratio, advantages, **clip)
+  for place in np.ndindex(ratio.shape):
+    if advantages[place] < 0:
+      result[place] = max(result[place], floor * advantages[place])
+  return result
+
+
+def cispo_surrogate(ratio, advantages, *, clip_low, clip_high):
+  result = np.empty(ratio.shape)
+  for place in np.ndindex(ratio.shape):
+    weight = min(max(ratio[place], 1 - clip_low), 1 + clip_high)
+    result[place] = weight * advantages[place]
+  return result
+
+
+def generalised_advantages(rewards, values, mask, *, discount, trace):
+  """As the sum of all later errors (arXiv 1506.02438, Eq. 16)."""
+  result = np.zeros(mask.shape)
+  for n in range(len(mask)):
+    tokens = _sampled(mask, n)
+    worth = [values[n, t] for t in tokens] + [0.0]
+    earned = [0.0] * (len(tokens) - 1) + [rewards[n]]
+    errors = [
+        earned[i] + discount * worth[i + 1] - worth[i]
+        for i in range(len(tokens))
+    ]
+    for i, t in enumerate(tokens):
+      result[n, t] = sum(
+          (discount * trace) ** j * error for j, error in enumerate(errors[i:])
+      )
+  return result
+
+
+def clipped_value_loss(values, old, returns, *, clip):
+  result = np.empty(values.shape)
+  for place in np.ndindex(values.shape):
+    near = min(max(values[place], old[place] - clip), old[place] + clip)
+    result[place] = 0.5 * max(
+        (values[place] - returns[place]) ** 2, (near - returns[place]) ** 2
+    )
+  return result
