@@ -183,7 +183,7 @@ def test_unexpected_tensors_are_errors(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"pre": "llama-bpe"}, "tokenizer.ggml.pre = 'llama-bpe'"),
+        ({"pre": "tekken"}, "tokenizer.ggml.pre = 'tekken'"),
         ({"merges": ["t1 nowhere"]}, "tokenizer: .*nowhere"),
         ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type = 'yarn'"),
     ],

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from mgrpo_jax.policy.bpe import BPETokenizer
 from mgrpo_jax.policy.config import Experts, TransformerConfig
+from mgrpo_jax.policy.load.gguf_tokenizer import read_tokenizer
 from mgrpo_jax.policy.load.names import GGUF
 from mgrpo_jax.policy.load.tensors import StoredTensor, assemble
 from mgrpo_jax.policy.params import Params
@@ -26,7 +26,6 @@ QUANTIZATIONS = (
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"
 )  # fmt: skip
 _INTERLEAVED = ("attn_q.weight", "attn_k.weight")
-_CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 
 
 def load_gguf(path: pathlib.Path, *, mesh: jax.sharding.Mesh | None) -> Policy:
@@ -53,7 +52,7 @@ def load_gguf(path: pathlib.Path, *, mesh: jax.sharding.Mesh | None) -> Policy:
   config = _config(fields, names, str(path))
   interleaved = fields["general.architecture"] == "llama"
   params = _params(reader, config, str(path), interleaved, mesh)
-  tokenizer = _tokenizer(fields, str(path))
+  tokenizer = read_tokenizer(fields, str(path))
   if tokenizer.vocab_size != config.vocab_size:
     raise ValueError(
         f"{path}: {tokenizer.vocab_size} tokens for a vocabulary of"
@@ -256,73 +255,3 @@ def _read(tensor: Any, interleaved: int, *index: slice) -> np.ndarray:
     return part
   pairs = part.reshape(-1, interleaved // 2, 2, part.shape[-1])
   return pairs.swapaxes(1, 2).reshape(part.shape)
-
-
-def _tokenizer(fields: Mapping[str, Any], source: str) -> BPETokenizer:
-  """Builds the byte-level BPE tokenizer that the metadata describes."""
-  from tokenizers import AddedToken, Tokenizer, decoders, models
-
-  kind = fields.get("tokenizer.ggml.model")
-  pre: Any = fields.get("tokenizer.ggml.pre")
-  needed = [f"tokenizer.ggml.{k}" for k in ("token_type", "merges")]
-  problems = [f"missing {key}" for key in needed if key not in fields]
-  if kind != "gpt2":
-    problems.append(f"tokenizer.ggml.model = {kind!r}, must be 'gpt2'")
-  if pre not in _PRE_TOKENIZERS:
-    problems.append(
-        f"tokenizer.ggml.pre = {pre!r}, must be one of {list(_PRE_TOKENIZERS)}"
-    )
-  if problems:
-    raise ValueError(f"{source}: {'; '.join(problems)}")
-  tokens = fields["tokenizer.ggml.tokens"]
-  merges = [tuple(m.split(" ")) for m in fields["tokenizer.ggml.merges"]]
-  ids = {token: i for i, token in enumerate(tokens)}
-  try:
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges))
-  except Exception as error:  # the library raises bare Exceptions
-    raise ValueError(f"{source}: tokenizer: {error}") from error
-  tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
-  tokenizer.decoder = decoders.ByteLevel()
-  tokenizer.add_special_tokens(
-      [
-          AddedToken(token, normalized=False, special=True)
-          for token, kind in zip(
-              tokens, fields["tokenizer.ggml.token_type"], strict=True
-          )
-          if kind in (_CONTROL, _USER_DEFINED)
-      ]
-  )
-  return BPETokenizer(tokenizer.to_str(), _tokenizer_config(fields))
-
-
-def _tokenizer_config(fields: Mapping[str, Any]) -> dict[str, Any]:
-  """Gives the named tokens in the manner of `tokenizer_config.json`."""
-  tokens = fields["tokenizer.ggml.tokens"]
-  config: dict[str, Any] = {
-      "add_bos_token": fields.get("tokenizer.ggml.add_bos_token", False)
-  }
-  for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-    token = fields.get(f"tokenizer.ggml.{key}_token_id")
-    config[f"{name}_token"] = None if token is None else tokens[token]
-  return config
-
-
-def _split_words() -> Any:
-  """GPT-2's: words, numbers, punctuation, spaces; then bytes."""
-  from tokenizers import pre_tokenizers
-
-  return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _split_digits_and_words() -> Any:
-  """SmolLM's: every digit apart, the rest as GPT-2."""
-  from tokenizers import pre_tokenizers
-
-  digits = pre_tokenizers.Digits(individual_digits=True)
-  return pre_tokenizers.Sequence([digits, _split_words()])
-
-
-_PRE_TOKENIZERS: Mapping[str, Callable[[], Any]] = {
-    "gpt-2": _split_words,
-    "smollm": _split_digits_and_words,
-}
