@@ -1,4 +1,4 @@
-"""Small tokenizers built as those of Llama 3, Qwen and Gemma are."""
+"""Small tokenizers built as those of Llama 2, Llama 3, Qwen and Gemma are."""
 
 import functools
 import io
@@ -98,9 +98,8 @@ def llama():
   return BPETokenizer(json.dumps(fields), config)
 
 
-@functools.cache
-def gemma_model():
-  """A tokenizer.model whose control tokens are user-defined symbols."""
+def _sentencepiece_model(**settings):
+  """A tokenizer.model that keeps text, trained on the golden conversations."""
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter("\n".join(lines()).split("\n")),
@@ -109,18 +108,37 @@ def gemma_model():
       vocab_size=700,
       byte_fallback=True,
       normalization_rule_name="identity",
-      add_dummy_prefix=False,
       remove_extra_whitespaces=False,
       split_digits=True,
       allow_whitespace_only_pieces=True,
+      num_threads=1,
+      minloglevel=2,
+      **settings,
+  )
+  return model.getvalue()
+
+
+@functools.cache
+def llama2_model():
+  """A tokenizer.model that begins every text with a space."""
+  return _sentencepiece_model(add_dummy_prefix=True)
+
+
+@functools.cache
+def llama2():
+  return SentencePieceTokenizer(llama2_model())
+
+
+@functools.cache
+def gemma_model():
+  """A tokenizer.model whose control tokens are user-defined symbols."""
+  return _sentencepiece_model(
+      add_dummy_prefix=False,
       **{"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3},
       **{"pad_piece": "<pad>", "eos_piece": "<eos>"},
       **{"bos_piece": "<bos>", "unk_piece": "<unk>"},
       user_defined_symbols=[*GEMMA_CONTROL, *GEMMA_PLAIN],
-      num_threads=1,
-      minloglevel=2,
   )
-  return model.getvalue()
 
 
 @functools.cache
@@ -173,4 +191,10 @@ def gemma_json():
   return BPETokenizer(tokenizer.to_str(), config)
 
 
-ALL = {"qwen": qwen, "llama": llama, "gemma": gemma, "gemma_json": gemma_json}
+ALL = {
+    "qwen": qwen,
+    "llama": llama,
+    "llama2": llama2,
+    "gemma": gemma,
+    "gemma_json": gemma_json,
+}

@@ -103,8 +103,9 @@ def test_named_tokens_in_both_forms():
   assert no_pad.pad_id == 11
 
 
-def test_a_template_that_begins_with_bos_adds_it():
-  config = {"eos_token": "<eos>", "bos_token": "<bos>"}
+@pytest.mark.parametrize("bos", ["<bos>", {"content": "<bos>"}])
+def test_a_template_that_begins_with_bos_adds_it(bos):
+  config = {"eos_token": "<eos>", "bos_token": bos}
   added = {"<eos>": 11, "<bos>": 12}
   template = {
       "type": "TemplateProcessing",

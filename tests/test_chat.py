@@ -14,7 +14,7 @@ from mgrpo_jax.agents.chats.compact import compact
 from mgrpo_jax.agents.compact import COMPACT, compact_tags
 from mgrpo_jax.agents.hermes import HERMES
 from mgrpo_jax.agents.protocol import Mark, answer
-from mgrpo_jax.policy.load import gguf as gguf_loader
+from mgrpo_jax.policy.load.gguf_tokenizer import read_tokenizer
 from mgrpo_jax.policy.policy import SMOLLM2_SYSTEM, Policy
 from mgrpo_jax.testing.sizes import tiny_config
 from mgrpo_jax.testing.team import chat_of, small_team, tokenizer
@@ -33,7 +33,7 @@ def smollm2():
   (file,) = pathlib.Path(found[0]).glob("*.gguf")
   fields = gguf.GGUFReader(file).fields
   contents = {name: field.contents() for name, field in fields.items()}
-  return contents, gguf_loader._tokenizer(contents, str(file))
+  return contents, read_tokenizer(contents, str(file))
 
 
 def test_the_golden_template_is_the_packaged_one(smollm2):

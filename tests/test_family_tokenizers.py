@@ -4,6 +4,7 @@ import unicodedata
 
 import families
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,6 +47,7 @@ def test_text_survives_and_is_never_structure(family, text):
     [
         ("qwen", (*families.QWEN_SPECIAL, *families.QWEN_ADDED)),
         ("llama", families.LLAMA_SPECIAL),
+        ("llama2", ("<s>", "</s>", "<unk>")),
         ("gemma", ("<bos>", "<unk>", *families.GEMMA_CONTROL)),
         ("gemma_json", ("<bos>", "<unk>", *families.GEMMA_CONTROL)),
     ],
@@ -72,6 +74,28 @@ def test_plain_symbols_of_gemma_stay_ordinary(family):
 @given(text=TEXTS)
 def test_both_forms_of_gemma_agree(text):
   assert families.gemma().encode(text) == families.gemma_json().encode(text)
+
+
+@thorough
+@given(text=TEXTS.filter(lambda text: "\u2581" not in text))
+def test_llama2_begins_every_text_with_a_space(text):
+  library = sentencepiece.SentencePieceProcessor()
+  library.LoadFromSerializedProto(families.llama2_model())
+  text = text.encode("utf-16-le", "surrogatepass").decode(
+      "utf-16-le", "replace"
+  )
+  ids = families.llama2().encode(text)
+  assert ids == library.encode(text)
+  assert families.llama2().decode(ids) == library.decode(ids) == text
+
+
+def test_the_space_of_llama2_is_no_part_of_the_text():
+  tok = families.llama2()
+  ids = [tok.bos_id, *tok.encode("user"), tok.eos_id, *tok.encode(" user")]
+  assert tok.decode(ids) == "<s>user</s> user"
+  assert "".join(map(tok.token_text, tok.encode("a user"))) == " a user"
+  assert tok.encode("") == []
+  assert (tok.bos_id, tok.eos_id, tok.pad_id) == (1, 2, 2)
 
 
 def test_digits_go_by_one_in_qwen_and_by_three_in_llama():

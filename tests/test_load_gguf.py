@@ -3,13 +3,18 @@
 import dataclasses
 
 import gguf
+import gguf_vocabularies
 import jax
 import numpy as np
 import pytest
+import test_gguf_tokenizer
+import test_scalings
 import tiny_llama
 
-from mgrpo_jax.policy.load import load
+from mgrpo_jax.policy import transformer
+from mgrpo_jax.policy.load import load, save_directory
 from mgrpo_jax.policy.policy import SYSTEMS
+from mgrpo_jax.policy.rotary import Llama3Scaling
 
 TINY = tiny_llama.config(
     vocab_size=300, embed_dim=64, head_dim=16, mlp_dim=96, rope_base=10000.0
@@ -22,7 +27,31 @@ def assert_same_params(left, right):
   jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
-def write_gguf(path, config, weights, *, types=None, fields=None, drop=()):
+def words_of(config):
+  """A vocabulary of one merge."""
+  words = ["<|im_end|>", "t", "1"]
+  words += [f"t{i}" for i in range(config.vocab_size - len(words))]
+  return {
+      "model": "gpt2",
+      "pre": "smollm",
+      "tokens": words,
+      "types": [3] + [1] * (len(words) - 1),
+      "merges": ["t 1"],
+      "eos": 0,
+  }
+
+
+def write_gguf(
+    path,
+    config,
+    weights,
+    *,
+    types=None,
+    fields=None,
+    drop=(),
+    tensors=None,
+    vocabulary=None,
+):
   """Writes as llama.cpp's converter does: queries and keys interleaved."""
   types, fields = types or {}, fields or {}
   writer = gguf.GGUFWriter(path, "llama")
@@ -32,20 +61,14 @@ def write_gguf(path, config, weights, *, types=None, fields=None, drop=()):
   writer.add_head_count(config.num_heads)
   writer.add_head_count_kv(config.num_kv_heads)
   writer.add_key_length(config.head_dim)
-  writer.add_rope_freq_base(config.rope_base)
+  if "rope.freq_base" not in drop:
+    writer.add_rope_freq_base(config.rope_base)
   writer.add_layer_norm_rms_eps(config.norm_eps)
-  words = ["<|im_end|>", "t", "1"]
-  words += [f"t{i}" for i in range(config.vocab_size - len(words))]
-  writer.add_tokenizer_model("gpt2")
-  writer.add_tokenizer_pre(fields.get("pre", "smollm"))
-  writer.add_token_list(words)
-  writer.add_token_types([3] + [1] * (len(words) - 1))
-  writer.add_token_merges(fields.get("merges", ["t 1"]))
-  writer.add_eos_token_id(0)
+  gguf_vocabularies.add(writer, **words_of(config) | (vocabulary or {}))
   for key, value in fields.items():
-    if key.startswith(("llama.", "tokenizer.")):
-      writer.add_string(key, value)
-  for name, matrix in gguf_tensors(config, weights).items():
+    writer.add_string(key, value)
+  written = gguf_tensors(config, weights) | (tensors or {})
+  for name, matrix in written.items():
     if name in drop:
       continue
     kind = types.get(name, gguf.GGMLQuantizationType.F32)
@@ -180,18 +203,82 @@ def test_unexpected_tensors_are_errors(tmp_path):
     load(tmp_path / "tiny.gguf")
 
 
+def test_llama3_equals_its_directory(tmp_path):
+  """Scaled rotations, interleaved rows and the tokenizer, all at once."""
+  vocabulary = test_gguf_tokenizer.vocabulary("llama")
+  numbers = 8.0, 1.0, 4.0, 8192
+  names = "factor", "low_frequency", "high_frequency", "original_context"
+  config = dataclasses.replace(
+      TINY,
+      vocab_size=len(vocabulary["tokens"]),
+      norm_eps=float(np.float32(TINY.norm_eps)),
+      rope_scaling=Llama3Scaling(**dict(zip(names, numbers, strict=True))),
+  )
+  factors = test_scalings.factors_of(
+      config.rope_base, config.head_dim, *numbers
+  )
+  weights = tiny_llama.weights(config)
+  write_gguf(
+      tmp_path / "tiny.gguf",
+      config,
+      weights,
+      tensors={"rope_freqs.weight": factors},
+      vocabulary=vocabulary,
+  )
+  loaded = load(tmp_path / "tiny.gguf")
+  assert loaded.chat == "llama3_1"
+  policy = dataclasses.replace(loaded, config=config, params=weights)
+  save_directory(tmp_path / "directory", policy)
+  directory = load(tmp_path / "directory")
+  assert loaded.config == directory.config
+  assert_same_params(loaded.params, directory.params)
+  ids = loaded.tokenizer.encode("The capital of Peru is Lima. " * 9)
+  assert ids == directory.tokenizer.encode("The capital of Peru is Lima. " * 9)
+  tokens = np.array([ids], np.int32)
+  # Far enough for the scaled rotations to matter.
+  rows = tokens, 40 * np.arange(len(ids))[None], np.ones_like(tokens)
+  logits, same, unscaled = (
+      transformer.apply(loaded.params, *rows, config=one)
+      for one in (
+          loaded.config,
+          directory.config,
+          dataclasses.replace(config, rope_scaling=None),
+      )
+  )
+  np.testing.assert_array_equal(logits, same)
+  assert np.abs(logits - unscaled).max() > 0.1
+
+
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("factors", "message"),
     [
-        ({"pre": "llama-bpe"}, "tokenizer.ggml.pre = 'llama-bpe'"),
-        ({"merges": ["t1 nowhere"]}, "tokenizer: .*nowhere"),
-        ({"llama.rope.scaling.type": "yarn"}, "rope.scaling.type = 'yarn'"),
+        (np.ones(4, np.float32), r"is \('F32', \(4,\)\), must be"),
+        (
+            np.arange(1, 9, dtype=np.float32),
+            "no llama3 scaling .* load the dir",
+        ),
     ],
 )
-def test_what_is_not_supported(fields, message, tmp_path):
+def test_factors_of_rotations_that_mean_nothing(factors, message, tmp_path):
+  path, weights = tmp_path / "tiny.gguf", tiny_llama.weights(TINY)
+  write_gguf(path, TINY, weights, tensors={"rope_freqs.weight": factors})
+  with pytest.raises(
+      ValueError, match=f"tiny.gguf: rope_freqs.weight.*{message}"
+  ):
+    load(path)
+
+
+def test_llama2_does_not_say_its_base(tmp_path):
+  weights = tiny_llama.weights(TINY)
+  write_gguf(tmp_path / "tiny.gguf", TINY, weights, drop=("rope.freq_base",))
+  assert load(tmp_path / "tiny.gguf").config.rope_base == 10_000.0
+
+
+def test_what_is_not_supported(tmp_path):
   path = tmp_path / "tiny.gguf"
+  fields = {"llama.rope.scaling.type": "yarn"}
   write_gguf(path, TINY, tiny_llama.weights(TINY), fields=fields)
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError, match="rope.scaling.type = 'yarn'"):
     load(path)
 
 

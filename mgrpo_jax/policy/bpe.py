@@ -67,7 +67,7 @@ class BPETokenizer:
     self.pad_id: int = eos if pad is None else pad
     adds_bos = config.get(
         "add_bos_token",
-        json.dumps(config.get("bos_token"))
+        json.dumps(self._name("bos_token"))
         in json.dumps(fields.get("post_processor")),
     )
     self.bos_id: int | None = self._named("bos_token") if adds_bos else None
@@ -105,11 +105,16 @@ class BPETokenizer:
     """Decodes ids none of which is special."""
     return self._inner.decode(ids, skip_special_tokens=False)
 
-  def _named(self, key: str) -> int | None:
-    """Looks up the token that the config names under a key."""
+  def _name(self, key: str) -> str | None:
+    """Reads the name under a key of the config, in either of its forms."""
     name = self._config.get(key)
     if isinstance(name, dict):  # the long form of transformers
-      name = name.get("content")
+      return name.get("content")
+    return name
+
+  def _named(self, key: str) -> int | None:
+    """Looks up the token that the config names under a key."""
+    name = self._name(key)
     if name is None:
       return None
     if name not in self.special_ids:

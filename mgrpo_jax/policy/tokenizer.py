@@ -20,8 +20,8 @@ from sentencepiece import sentencepiece_model_pb2
 SENTENCEPIECE_FILE = "tokenizer.model"
 
 _PAD, _UNK, _EOS = "<pad>", "<unk>", "<eos>"
-_SPACE = "\u2581"  # how sentencepiece spells a space; text may hold it too
-SPACE_BYTES = tuple(f"<0x{byte:02X}>" for byte in _SPACE.encode())
+SPACE = "\u2581"  # how sentencepiece spells a space; text may hold it too
+SPACE_BYTES = tuple(f"<0x{byte:02X}>" for byte in SPACE.encode())
 _MODEL: Any = sentencepiece_model_pb2  # its classes are made at run time
 _HTML = re.compile(
     r"</?(html|body|div|span|footer|iframe|img|bbox|a|ul|li|table|caption|thead"
@@ -100,20 +100,25 @@ class SentencePieceTokenizer:
   Some models (Gemma) have theirs among the user-defined symbols, which the
   library would find in text. Those that are no plain text count as control
   symbols here.
+
+  Some models (Llama 1 and 2) begin every text with a space. `encode` puts it
+  there, and `decode` takes it from the start of every run of ordinary tokens.
   """
 
   def __init__(self, model: bytes):
     """Reads a serialised model.
 
     Args:
-      model: the content of a `.model` file.
+      model: the content of a `.model` file. Without a padding token the end
+        token pads.
 
     Raises:
-      ValueError: where the model cannot be read, has no padding or end token,
-        or changes text (normalisation, dummy prefix, no byte fallback).
+      ValueError: where the model cannot be read, has no end token, or changes
+        text (normalisation, no byte fallback).
     """
     self._model = bytes(model)
-    self._processor = _read_sentencepiece(_with_control_symbols(self._model))
+    ordinary, self._prefix = _ordinary(self._model)
+    self._processor = _read_sentencepiece(ordinary)
     size = self._processor.vocab_size()
     self.vocab_size: int = size
     self.special_ids: Mapping[str, int] = types.MappingProxyType(
@@ -127,39 +132,46 @@ class SentencePieceTokenizer:
     bos = self._processor.bos_id()
     self.bos_id: int | None = bos if bos >= 0 else None
     self.eos_id: int = self._processor.eos_id()
-    self.pad_id: int = self._processor.pad_id()
-    if self.eos_id < 0 or self.pad_id < 0:
-      raise ValueError(
-          "sentencepiece model: needs an end and a padding token, has ids"
-          f" {self.eos_id} and {self.pad_id}"
-      )
+    if self.eos_id < 0:
+      raise ValueError("sentencepiece model: needs an end token")
+    pad = self._processor.pad_id()
+    self.pad_id: int = pad if pad >= 0 else self.eos_id
     self._space_ids = [self._processor.piece_to_id(p) for p in SPACE_BYTES]
     if self.decode(self.encode(_PROBE)) != _PROBE:
       raise ValueError(
           "sentencepiece model: changes text; train it with identity"
-          " normalisation, byte fallback and no dummy prefix"
-          " (train_sentencepiece does)"
+          " normalisation and byte fallback (train_sentencepiece does)"
       )
 
   def encode(self, text: str) -> list[int]:
     """See `Tokenizer.encode`."""
-    return encode_around_spaces(text, self._processor.encode, self._space_ids)
+    return encode_around_spaces(
+        self._prefix + text if text else "",
+        self._processor.encode,
+        self._space_ids,
+    )
 
   def decode(self, ids: Iterable[int]) -> str:
     """See `Tokenizer.decode`."""
-    return decode_runs(
-        ids, self._special_names, self.vocab_size, self._processor.decode
+    return self._decode(
+        ids, lambda run: self._processor.decode(run).removeprefix(self._prefix)
     )
 
   def token_text(self, token: int) -> str:
     """See `Tokenizer.token_text`."""
-    text = self.decode([token])
+    text = self._decode([token], self._processor.decode)
     piece = self._processor.id_to_piece(token)
     return piece if REPLACEMENT in text else text
 
   def files(self) -> dict[str, bytes]:
     """See `Tokenizer.files`."""
     return {SENTENCEPIECE_FILE: self._model}
+
+  def _decode(
+      self, ids: Iterable[int], decode: Callable[[list[int]], str]
+  ) -> str:
+    """Decodes, given what decodes ordinary ids."""
+    return decode_runs(ids, self._special_names, self.vocab_size, decode)
 
 
 def train_sentencepiece(
@@ -262,7 +274,7 @@ def is_plain(name: str) -> bool:
     True for white space and the HTML elements that Gemma has pieces for;
     False for everything else (`<tool_call>`, `<unused7>`, …), known or not.
   """
-  is_space = name.replace(_SPACE, " ").isspace()
+  is_space = name.replace(SPACE, " ").isspace()
   return is_space or _HTML.fullmatch(name) is not None
 
 
@@ -279,7 +291,7 @@ def encode_around_spaces(
   Returns:
     Ids that decode to the text.
   """
-  first, *rest = without_surrogates(text).split(_SPACE)
+  first, *rest = without_surrogates(text).split(SPACE)
   ids = list(encode(first))
   for part in rest:
     ids += space_ids
@@ -336,8 +348,16 @@ def decode_runs(
   return "".join(parts)
 
 
-def _with_control_symbols(model: bytes) -> bytes:
-  """Turns user-defined symbols that are no plain text into control symbols."""
+def _ordinary(model: bytes) -> tuple[bytes, str]:
+  """Leaves a model nothing but the text that it is given.
+
+  Args:
+    model: serialised.
+
+  Returns:
+    The model, its user-defined symbols that are no plain text as control
+    symbols and without the prefix of texts; the prefix.
+  """
   fields = _MODEL.ModelProto()
   try:
     fields.ParseFromString(model)
@@ -346,7 +366,9 @@ def _with_control_symbols(model: bytes) -> bytes:
   for piece in fields.pieces:
     if piece.type == piece.USER_DEFINED and not is_plain(piece.piece):
       piece.type = piece.CONTROL
-  return fields.SerializeToString()
+  prefix = " " if fields.normalizer_spec.add_dummy_prefix else ""
+  fields.normalizer_spec.add_dummy_prefix = False
+  return fields.SerializeToString(), prefix
 
 
 def _read_sentencepiece(model: bytes) -> sentencepiece.SentencePieceProcessor:

@@ -3,30 +3,39 @@
 Weights are dequantised to float32. For Llama a GGUF stores the rows of query
 and key kernels with the two halves of every head interleaved, which is how
 llama.cpp rotates them; here they go back to the half-split order of
-`rotary.rotate`.
+`rotary.rotate`. Of Llama 3's scaled rotations it stores what every frequency is
+divided by; here that becomes the scaling again.
 """
 
+import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from mgrpo_jax.policy.bpe import BPETokenizer
 from mgrpo_jax.policy.config import Experts, TransformerConfig
+from mgrpo_jax.policy.load import scalings
+from mgrpo_jax.policy.load.gguf_tokenizer import read_tokenizer
 from mgrpo_jax.policy.load.names import GGUF
 from mgrpo_jax.policy.load.tensors import StoredTensor, assemble
 from mgrpo_jax.policy.params import Params
 from mgrpo_jax.policy.policy import Policy, default_system, derive_chat
-from mgrpo_jax.policy.rotary import LinearScaling
+from mgrpo_jax.policy.rotary import LinearScaling, Scaling
 
 QUANTIZATIONS = (
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"
 )  # fmt: skip
 _INTERLEAVED = ("attn_q.weight", "attn_k.weight")
-_CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
+_FACTORS = "rope_freqs.weight"
+# What llama.cpp takes for keys that are absent; Llama 1 and 2 lack the first,
+# Llama 3.x the second.
+_DEFAULTS: Mapping[str, Any] = {
+    "llama.rope.freq_base": 10_000.0,
+    "llama.rope.scaling.original_context_length": 8192,
+}
 
 
 def load_gguf(path: pathlib.Path, *, mesh: jax.sharding.Mesh | None) -> Policy:
@@ -34,8 +43,8 @@ def load_gguf(path: pathlib.Path, *, mesh: jax.sharding.Mesh | None) -> Policy:
 
   Args:
     path: the file; an architecture of `_FAMILIES`, no RoPE scaling but Gemma's
-      linear one, tensors of a type in `QUANTIZATIONS`, a byte-level BPE
-      tokenizer.
+      linear one and Llama 3's, tensors of a type in `QUANTIZATIONS`, a
+      tokenizer as `gguf_tokenizer` says.
     mesh: whose devices hold the parameters; None for the default device.
 
   Returns:
@@ -48,12 +57,16 @@ def load_gguf(path: pathlib.Path, *, mesh: jax.sharding.Mesh | None) -> Policy:
       type; all findings in one message.
   """
   reader = _open(path)
-  fields = {name: field.contents() for name, field in reader.fields.items()}
-  names = {tensor.name for tensor in reader.tensors}
-  config = _config(fields, names, str(path))
-  interleaved = fields["general.architecture"] == "llama"
-  params = _params(reader, config, str(path), interleaved, mesh)
-  tokenizer = _tokenizer(fields, str(path))
+  fields = dict(_DEFAULTS)
+  fields |= {name: field.contents() for name, field in reader.fields.items()}
+  tensors = {tensor.name: tensor for tensor in reader.tensors}
+  config = _config(fields, set(tensors), str(path))
+  is_llama = fields["general.architecture"] == "llama"
+  if is_llama and _FACTORS in tensors:
+    scaling = _llama3_scaling(tensors.pop(_FACTORS), fields, config, str(path))
+    config = dataclasses.replace(config, rope_scaling=scaling)
+  params = _params(tensors.values(), config, str(path), is_llama, mesh)
+  tokenizer = read_tokenizer(fields, str(path))
   if tokenizer.vocab_size != config.vocab_size:
     raise ValueError(
         f"{path}: {tokenizer.vocab_size} tokens for a vocabulary of"
@@ -92,10 +105,10 @@ def _config(
     )
   needed = {ours: f"{family}.{theirs}" for ours, theirs in _SIZES.items()}
   needed["tokens"] = "tokenizer.ggml.tokens"
-  scalings = ("none", "linear") if family == "gemma3" else ("none",)
+  scaled = ("none", "linear") if family == "gemma3" else ("none",)
   kind = fields.get(f"{family}.rope.scaling.type", "none")
   problems = [f"missing {k}" for k in needed.values() if k not in fields]
-  if kind not in scalings:
+  if kind not in scaled:
     problems.append(f"{family}.rope.scaling.type = {kind!r} is not supported")
   if problems:
     raise ValueError(f"{source}: {'; '.join(problems)}")
@@ -206,15 +219,39 @@ _FAMILIES: Mapping[str, Callable[[Mapping[str, Any], int], dict[str, Any]]] = {
 }
 
 
+def _llama3_scaling(
+    tensor: Any,
+    fields: Mapping[str, Any],
+    config: TransformerConfig,
+    source: str,
+) -> Scaling | None:
+  """Reads how Llama 3.1 to 3.3 stretch their context."""
+  found = tensor.tensor_type.name, tuple(map(int, tensor.shape))
+  wanted = "F32", (config.head_dim // 2,)
+  if found != wanted:
+    raise ValueError(f"{source}: {_FACTORS} is {found}, must be {wanted}")
+  try:
+    return scalings.recover(
+        tensor.data,
+        base=config.rope_base,
+        context=fields["llama.rope.scaling.original_context_length"],
+    )
+  except ValueError as error:
+    raise ValueError(
+        f"{source}: {_FACTORS}: {error}; load the directory that the file was"
+        " converted from"
+    ) from error
+
+
 def _params(
-    reader: Any,
+    tensors: Collection[Any],
     config: TransformerConfig,
     source: str,
     interleaved: bool,
     mesh: jax.sharding.Mesh | None,
 ) -> Params:
   """Dequantises the tensors and gives them their places."""
-  types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+  types = {tensor.name: tensor.tensor_type.name for tensor in tensors}
   wrong = [f"{n} is {t}" for n, t in types.items() if t not in QUANTIZATIONS]
   if wrong:
     raise ValueError(
@@ -231,7 +268,7 @@ def _params(
               else 0,
           ),
       )
-      for tensor in reader.tensors
+      for tensor in tensors
   }
   return assemble(stored, config, GGUF, source, mesh)
 
@@ -256,73 +293,3 @@ def _read(tensor: Any, interleaved: int, *index: slice) -> np.ndarray:
     return part
   pairs = part.reshape(-1, interleaved // 2, 2, part.shape[-1])
   return pairs.swapaxes(1, 2).reshape(part.shape)
-
-
-def _tokenizer(fields: Mapping[str, Any], source: str) -> BPETokenizer:
-  """Builds the byte-level BPE tokenizer that the metadata describes."""
-  from tokenizers import AddedToken, Tokenizer, decoders, models
-
-  kind = fields.get("tokenizer.ggml.model")
-  pre: Any = fields.get("tokenizer.ggml.pre")
-  needed = [f"tokenizer.ggml.{k}" for k in ("token_type", "merges")]
-  problems = [f"missing {key}" for key in needed if key not in fields]
-  if kind != "gpt2":
-    problems.append(f"tokenizer.ggml.model = {kind!r}, must be 'gpt2'")
-  if pre not in _PRE_TOKENIZERS:
-    problems.append(
-        f"tokenizer.ggml.pre = {pre!r}, must be one of {list(_PRE_TOKENIZERS)}"
-    )
-  if problems:
-    raise ValueError(f"{source}: {'; '.join(problems)}")
-  tokens = fields["tokenizer.ggml.tokens"]
-  merges = [tuple(m.split(" ")) for m in fields["tokenizer.ggml.merges"]]
-  ids = {token: i for i, token in enumerate(tokens)}
-  try:
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges))
-  except Exception as error:  # the library raises bare Exceptions
-    raise ValueError(f"{source}: tokenizer: {error}") from error
-  tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
-  tokenizer.decoder = decoders.ByteLevel()
-  tokenizer.add_special_tokens(
-      [
-          AddedToken(token, normalized=False, special=True)
-          for token, kind in zip(
-              tokens, fields["tokenizer.ggml.token_type"], strict=True
-          )
-          if kind in (_CONTROL, _USER_DEFINED)
-      ]
-  )
-  return BPETokenizer(tokenizer.to_str(), _tokenizer_config(fields))
-
-
-def _tokenizer_config(fields: Mapping[str, Any]) -> dict[str, Any]:
-  """Gives the named tokens in the manner of `tokenizer_config.json`."""
-  tokens = fields["tokenizer.ggml.tokens"]
-  config: dict[str, Any] = {
-      "add_bos_token": fields.get("tokenizer.ggml.add_bos_token", False)
-  }
-  for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-    token = fields.get(f"tokenizer.ggml.{key}_token_id")
-    config[f"{name}_token"] = None if token is None else tokens[token]
-  return config
-
-
-def _split_words() -> Any:
-  """GPT-2's: words, numbers, punctuation, spaces; then bytes."""
-  from tokenizers import pre_tokenizers
-
-  return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _split_digits_and_words() -> Any:
-  """SmolLM's: every digit apart, the rest as GPT-2."""
-  from tokenizers import pre_tokenizers
-
-  digits = pre_tokenizers.Digits(individual_digits=True)
-  return pre_tokenizers.Sequence([digits, _split_words()])
-
-
-_PRE_TOKENIZERS: Mapping[str, Callable[[], Any]] = {
-    "gpt-2": _split_words,
-    "smollm": _split_digits_and_words,
-}
