@@ -72,7 +72,9 @@ def write_gguf(
     if name in drop:
       continue
     kind = types.get(name, gguf.GGMLQuantizationType.F32)
-    writer.add_tensor(name, gguf.quants.quantize(matrix, kind), raw_dtype=kind)
+    if matrix.dtype != np.uint8:  # else blocks, as they are
+      matrix = gguf.quants.quantize(matrix, kind)
+    writer.add_tensor(name, matrix, raw_dtype=kind)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
@@ -167,6 +169,53 @@ def test_q4_1_and_q8_0_by_hand():
   data = np.frombuffer(block, np.uint8)[None]
   values = gguf.quants.dequantize(data, gguf.GGMLQuantizationType.Q8_0)
   np.testing.assert_array_equal(values[0], numbers * 0.25)
+
+
+def q4_k(rng):
+  """A block of 256 numbers, d s q - m n, as bytes and as numbers."""
+  d, least = np.float16([0.01, 0.02])
+  scales, mins = rng.integers(64, size=(2, 8))
+  numbers = rng.integers(16, size=(8, 32))
+  low = [scales[j] | (scales[j + 4] >> 4) << 6 for j in range(4)]
+  low += [mins[j] | (mins[j + 4] >> 4) << 6 for j in range(4)]
+  rest = [scales[j] & 15 | (mins[j] & 15) << 4 for j in range(4, 8)]
+  nibbles = numbers[0::2] | numbers[1::2] << 4
+  block = np.float16([d, least]).tobytes()
+  block += np.uint8([*low, *rest]).tobytes() + nibbles.astype("u1").tobytes()
+  values = np.float32(d) * scales[:, None] * numbers
+  return block, (values - np.float32(least) * mins[:, None]).ravel()
+
+
+def q6_k(rng):
+  """A block of 256 numbers, d s (q - 32), as bytes and as numbers."""
+  d = np.float16(0.01)
+  scales = rng.integers(-128, 128, size=16)
+  numbers = rng.integers(64, size=(2, 4, 32))
+  low, high = numbers & 15, numbers >> 4
+  halves = np.stack([low[:, 0] | low[:, 2] << 4, low[:, 1] | low[:, 3] << 4], 1)
+  packed = sum(high[:, place] << 2 * place for place in range(4))
+  block = halves.astype("u1").tobytes() + packed.astype("u1").tobytes()
+  block += scales.astype("i1").tobytes() + d.tobytes()
+  values = np.float32(d) * scales[:, None] * (numbers.reshape(16, 16) - 32)
+  return block, values.ravel()
+
+
+@pytest.mark.parametrize(("kind", "make"), [("Q4_K", q4_k), ("Q6_K", q6_k)])
+def test_blocks_of_256_by_hand(kind, make, tmp_path):
+  config = tiny_llama.config(embed_dim=256)
+  width = config.num_kv_heads * config.head_dim
+  made = [make(np.random.default_rng(row)) for row in range(width)]
+  name = "blk.0.attn_v.weight"
+  write_gguf(
+      tmp_path / "tiny.gguf",
+      config,
+      tiny_llama.weights(config),
+      types={name: gguf.GGMLQuantizationType[kind]},
+      tensors={name: np.stack([np.frombuffer(b, np.uint8) for b, _ in made])},
+  )
+  loaded = load(tmp_path / "tiny.gguf").params.layers[0].value
+  wanted = np.stack([values for _, values in made]).T.reshape(loaded.shape)
+  np.testing.assert_allclose(loaded, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_truncated_anywhere(tmp_path):

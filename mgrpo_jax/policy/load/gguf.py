@@ -26,7 +26,8 @@ from mgrpo_jax.policy.policy import Policy, default_system, derive_chat
 from mgrpo_jax.policy.rotary import LinearScaling, Scaling
 
 QUANTIZATIONS = (
-    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"
+    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0",
+    "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
 )  # fmt: skip
 _INTERLEAVED = ("attn_q.weight", "attn_k.weight")
 _FACTORS = "rope_freqs.weight"
