@@ -18,6 +18,7 @@ def role(policy: str) -> ml_collections.ConfigDict:
   config.max_new_tokens = 32  # tokens a turn, >= 1
   config.max_context = 256  # tokens of the whole stream, >= 1
   config.max_calls = 4  # child calls, >= 0
+  config.attempts = 1  # at a sub-task given to it, >= 1; the first is reported
   config.trainable = True  # whether its calls train its policy
   # R = format_share * format + correct_share * correct + expert_share *
   # expert (Eq. 4-5); shares in [0, 1].
@@ -164,26 +165,40 @@ def _add_method(config: ml_collections.ConfigDict) -> None:
   config.reward.mention_words = 40  # longest text that can mention, words, >= 1
   config.reward.opened_share = 0.5  # of the expert's grade; the report's: rest
   config.reward.correct_of = "root"  # or parent: whose correctness calls share
+  # Tokens at the end of a context whose use costs, and what all of them cost.
+  config.reward.overlong_tokens = 0  # >= 0; 0 for none
+  config.reward.overlong_share = 1.0  # > 0
 
   config.alignment = ml_collections.ConfigDict()
   config.alignment.strategy = "duplicate_or_drop"  # mask, inverse_count
   config.alignment.num_slots = 8  # D, slots a sub role has; the paper's 8
 
-  # per_task, mean_only, leave_one_out, per_call_index or per_batch
+  # per_task, mean_only, leave_one_out, per_call_index or per_batch; of calls
+  # also per_subtask (needs roles with attempts) or inherit_parent; plain: none
   config.advantage = "per_task"
 
   config.loss = ml_collections.ConfigDict()
   config.loss.ratio = "token"  # or sequence (the paper's), geometric
   config.loss.aggregation = "sequence_mean_token_mean"  # see losses.py
+  config.loss.surrogate = "clipped"  # or dual_clipped, cispo
+  config.loss.dual_floor = 3.0  # of dual_clipped, > 1 + clip_high
   config.loss.clip_low = 0.2  # ratio >= 1 - clip_low, in [0, 1]
   config.loss.clip_high = 0.2  # ratio <= 1 + clip_high, >= 0
   # On-policy, k1's gradient has mean zero: it does not regularise. k2's is the
   # gradient of the reverse KL.
   config.loss.kl = "none"  # or k1, k2, k3, against the weights at the start
   config.loss.kl_coefficient = 0.0  # > 0 with a kl, 0 without
+  config.loss.reference_every = 0  # steps until it moves, >= 0; 0 for never
+  config.loss.entropy_coefficient = 0.0  # of the exact entropy, >= 0
   config.loss.importance = "token"  # none, sequence, sequence_rejection
   config.loss.importance_cap = 2.0  # on exp(old - sampler), >= 1
   config.loss.context_weight = 0.1  # imitation: unsampled tokens' share, >= 0
+
+  config.critic = ml_collections.ConfigDict()  # PPO's; goes with plain
+  config.critic.coefficient = 0.0  # of its error, >= 0; 0 for no critic
+  config.critic.discount = 1.0  # gamma, in (0, 1]
+  config.critic.trace = 0.95  # lambda, in [0, 1]
+  config.critic.clip = 0.2  # how far a value moves in an update, > 0
 
 
 def _add_optimisation(config: ml_collections.ConfigDict) -> None:

@@ -41,6 +41,9 @@ _RANGES = {  # lowest and highest allowed
     "engine.prefill_tokens": (1, _MOST),
     "engine.decode_steps": (1, _MOST),
     "alignment.num_slots": (1, _MOST_CALLS),
+    "reward.overlong_tokens": (0, _MOST),
+    "loss.reference_every": (0, _MOST),
+    "critic.coefficient": (0, math.inf),
     "batch.minibatches": (1, _MOST),
     "batch.rows": (1, _MOST),
     "batch.row_tokens": (1, _MOST),
@@ -59,6 +62,7 @@ _POSITIVE = (  # as float32, which is what they are computed with
     "rollout.turn_deadline",
     "tools.deadline",
     "optimizer.eps",
+    "reward.overlong_share",
     "optimizer.clip_norm",
 )
 _COLDEST = 1e-3  # temperature; below, logits are divided beyond float32
@@ -80,7 +84,13 @@ _PIECES = (
     "execution.logit_columns",
 )
 _RATES = ("rope_base", "norm_eps", "lora.alpha")
-_COUNTS = ("max_turns", "max_new_tokens", "max_context", "max_calls")
+_COUNTS = (
+    "max_turns",
+    "max_new_tokens",
+    "max_context",
+    "max_calls",
+    "attempts",
+)
 _SHARES = ("format_share", "correct_share", "expert_share")
 
 

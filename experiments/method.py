@@ -9,6 +9,7 @@ from mgrpo_jax import (
     advantages,
     alignment,
     answers,
+    grades,
     importance,
     losses,
     objectives,
@@ -16,8 +17,10 @@ from mgrpo_jax import (
     packing,
     rewards,
 )
+from mgrpo_jax.credit import Advantage
+from mgrpo_jax.critic import Critic
+from mgrpo_jax.grades import Matches
 from mgrpo_jax.plan import Method
-from mgrpo_jax.rewards import Matches
 
 ALIGNMENTS = {
     "duplicate_or_drop": alignment.duplicate_or_drop,
@@ -30,6 +33,14 @@ ADVANTAGES = {
     "leave_one_out": advantages.leave_one_out,
     "per_call_index": advantages.per_call_index,
     "per_batch": advantages.per_batch,
+    "per_subtask": advantages.per_subtask,
+    "inherit_parent": advantages.inherit_parent,
+    "plain": advantages.plain,
+}
+SURROGATES = {
+    "clipped": losses.clipped_surrogate,
+    "dual_clipped": losses.dual_clipped_surrogate,
+    "cispo": losses.cispo_surrogate,
 }
 RATIOS = {
     "token": losses.token_ratio,
@@ -49,34 +60,22 @@ IMPORTANCES = {
     "sequence": importance.by_sequence,
     "sequence_rejection": importance.reject_sequences,
 }
-FORMATS = {"answered": rewards.answered, "well_formed": rewards.well_formed}
+FORMATS = {"answered": grades.answered, "well_formed": grades.well_formed}
 CORRECT_OF = {"root": rewards.of_root, "parent": rewards.of_parent}
 
 
 def build(config: ml_collections.ConfigDict) -> Method:
-  """Builds the algorithm of a recipe."""
-  loss = config.loss
-  ratio = checks.pick(RATIOS, loss.ratio, "loss.ratio")
-  aggregation = checks.pick(AGGREGATIONS, loss.aggregation, "loss.aggregation")
-  kl = checks.pick(KLS, loss.kl, "loss.kl")
-  correction = checks.pick(IMPORTANCES, loss.importance, "loss.importance")
-  if aggregation is losses.sequence_mean_token_sum_norm:
-    longest = max(role.max_context for role in config.team.roles.values())
-    aggregation = functools.partial(aggregation, max_tokens=longest)
-  with checks.inside("loss"):
-    policy_loss = objectives.PolicyLoss(
-        ratio=ratio,
-        aggregation=aggregation,
-        clip_low=loss.clip_low,
-        clip_high=loss.clip_high,
-        kl=kl,
-        kl_coefficient=loss.kl_coefficient,
-        importance=correction,
-        importance_cap=loss.importance_cap,
-    )
-    imitation_loss = objectives.ImitationLoss(
-        context_weight=loss.context_weight
-    )
+  """Builds the algorithm of a recipe.
+
+  Args:
+    config: of the recipe.
+
+  Returns:
+    The method.
+
+  Raises:
+    ValueError: a value is impossible; names the key and what is allowed.
+  """
   with checks.inside("batch"):
     shape = packing.BatchShape(
         rows=config.batch.rows,
@@ -86,25 +85,18 @@ def build(config: ml_collections.ConfigDict) -> Method:
     )
   with checks.inside("optimizer"):
     optimizer = optim.AdamW(**config.optimizer)
-  correct = _correct(config.reward)
+  with checks.inside("loss"):
+    imitation_loss = objectives.ImitationLoss(
+        context_weight=config.loss.context_weight
+    )
   return Method(
-      rules=rewards.Rules(
-          format=checks.pick(FORMATS, config.reward.format, "reward.format"),
-          correct=correct,
-          expert=functools.partial(
-              rewards.evidence_grade,
-              matches=correct,
-              opened_share=config.reward.opened_share,
-          ),
-          correct_of=checks.pick(
-              CORRECT_OF, config.reward.correct_of, "reward.correct_of"
-          ),
-      ),
+      rules=_rules(config),
       reward_weights={
           name: rewards.RewardWeights(
               format=role.format_share,
               correct=role.correct_share,
               expert=role.expert_share,
+              overlong=config.reward.overlong_share,
           )
           for name, role in config.team.roles.items()
       },
@@ -112,14 +104,104 @@ def build(config: ml_collections.ConfigDict) -> Method:
           ALIGNMENTS, config.alignment.strategy, "alignment.strategy"
       ),
       num_slots=config.alignment.num_slots,
-      advantage=checks.pick(ADVANTAGES, config.advantage, "advantage"),
-      policy_loss=policy_loss,
+      advantage=_advantage(config),
+      policy_loss=_policy_loss(config),
       imitation_loss=imitation_loss,
       minibatches=config.batch.minibatches,
       shape=shape,
       optimizer=optimizer,
       warmup_steps=config.warmup_steps,
+      reference_every=config.loss.reference_every,
   )
+
+
+def _rules(config: ml_collections.ConfigDict) -> rewards.Rules:
+  """How calls are graded."""
+  reward = config.reward
+  correct = _correct(reward)
+  overlong = None
+  if reward.overlong_tokens:
+    longest = {n: role.max_context for n, role in config.team.roles.items()}
+    overlong = functools.partial(
+        grades.overlong, longest=longest, buffer=reward.overlong_tokens
+    )
+  return rewards.Rules(
+      format=checks.pick(FORMATS, reward.format, "reward.format"),
+      correct=correct,
+      expert=functools.partial(
+          grades.evidence_grade,
+          matches=correct,
+          opened_share=reward.opened_share,
+      ),
+      correct_of=checks.pick(
+          CORRECT_OF, reward.correct_of, "reward.correct_of"
+      ),
+      overlong=overlong,
+  )
+
+
+def _advantage(config: ml_collections.ConfigDict) -> Advantage:
+  """What rewards are compared with, and whether that can be."""
+  chosen = checks.pick(ADVANTAGES, config.advantage, "advantage")
+  tried = any(role.attempts > 1 for role in config.team.roles.values())
+  if chosen is advantages.per_subtask and not tried:
+    raise ValueError(
+        "config.advantage: 'per_subtask' compares attempts at the same"
+        " sub-task; set attempts of a role that is called above 1"
+    )
+  if config.critic.coefficient and chosen is not advantages.plain:
+    raise ValueError(
+        f"config.advantage: {config.advantage!r}, allowed: plain, where"
+        " config.critic.coefficient is above 0"
+    )
+  return chosen
+
+
+def _policy_loss(
+    config: ml_collections.ConfigDict,
+) -> objectives.PolicyLoss:
+  """What is minimised in stages that reinforce."""
+  loss = config.loss
+  aggregation = checks.pick(AGGREGATIONS, loss.aggregation, "loss.aggregation")
+  if aggregation is losses.sequence_mean_token_sum_norm:
+    longest = max(role.max_context for role in config.team.roles.values())
+    aggregation = functools.partial(aggregation, max_tokens=longest)
+  surrogate = checks.pick(SURROGATES, loss.surrogate, "loss.surrogate")
+  if surrogate is losses.dual_clipped_surrogate:
+    if not loss.dual_floor > 1 + loss.clip_high:
+      raise ValueError(
+          f"config.loss.dual_floor: {loss.dual_floor} must be above 1 +"
+          f" clip_high = {1 + loss.clip_high}"
+      )
+    surrogate = functools.partial(surrogate, floor=loss.dual_floor)
+  with checks.inside("loss"):
+    return objectives.PolicyLoss(
+        ratio=checks.pick(RATIOS, loss.ratio, "loss.ratio"),
+        aggregation=aggregation,
+        clip_low=loss.clip_low,
+        clip_high=loss.clip_high,
+        kl=checks.pick(KLS, loss.kl, "loss.kl"),
+        kl_coefficient=loss.kl_coefficient,
+        importance=checks.pick(IMPORTANCES, loss.importance, "loss.importance"),
+        importance_cap=loss.importance_cap,
+        surrogate=surrogate,
+        entropy_coefficient=loss.entropy_coefficient,
+        critic=_critic(config),
+    )
+
+
+def _critic(config: ml_collections.ConfigDict) -> Critic | None:
+  """The critic, where there is one."""
+  if not config.critic.coefficient:
+    return None
+  for name, policy in config.policies.items():
+    if policy.lora.rank:
+      raise ValueError(
+          f"config.critic.coefficient: {config.critic.coefficient}, allowed: 0"
+          f" where config.policies.{name} trains an adapter, which has no head"
+      )
+  with checks.inside("critic"):
+    return Critic(**config.critic)
 
 
 def _correct(config: ml_collections.ConfigDict) -> Matches:

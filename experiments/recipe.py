@@ -259,6 +259,7 @@ def _role(name: str, config: ml_collections.ConfigDict) -> Role:
       max_context=config.max_context,
       max_calls=config.max_calls,
       trainable=config.trainable,
+      attempts=config.attempts,
   )
 
 

@@ -9,7 +9,7 @@ group without spread and a group with fewer than two weighted members get 0.
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from mgrpo_jax import numerics
 
@@ -120,6 +120,70 @@ def per_batch(
     A, float32.
   """
   return _standardised(rewards, weights, PER_BATCH)
+
+
+def per_subtask(
+    rewards: Float[Array, "B K D"],
+    weights: Float[Array, "B K D"],
+    *,
+    subtasks: Int[Array, "B K D"],
+) -> Float[Array, "B K D"]:
+  """Standardises rewards over the attempts at the same sub-task.
+
+      A = (R - mean_w R) / std_w R,   group: slots of equal sub-task
+
+  An attempt is compared only with what was asked the same way: neither how
+  hard the sub-task is, nor what became of the rollout, is in the comparison.
+
+  Args:
+    rewards: R, float32.
+    weights: w, float32, ≥ 0, from the alignment.
+    subtasks: number of the sub-task in its rollout, of the call in each slot.
+
+  Returns:
+    A, float32; 0 where a sub-task was attempted once.
+  """
+  same = subtasks[..., :, None] == subtasks[..., None, :]
+  shared = jnp.where(same, weights[..., None, :], 0.0)
+  spread = jnp.broadcast_to(rewards[..., None, :], shared.shape)
+  scaled = _standardised(spread, shared, (-1,))
+  diagonal = jnp.eye(rewards.shape[-1], dtype=bool)[None, None]
+  return numerics.masked(
+      jnp.sum(jnp.where(diagonal, scaled, 0.0), axis=-1), weights
+  )
+
+
+def inherit_parent(
+    parents: Float[Array, "B K 1"], weights: Float[Array, "B K D"]
+) -> Float[Array, "B K D"]:
+  """Gives every call the advantage of the rollout that it belongs to.
+
+  MATPO (Mo et al., arXiv 2510.04678): a caller's advantage is its callees',
+  all the way down from the root, whose rewards are compared `per_task`.
+
+  Args:
+    parents: the roots' advantages, float32.
+    weights: w, float32, ≥ 0, from the alignment.
+
+  Returns:
+    A, float32.
+  """
+  return numerics.masked(parents + jnp.zeros_like(weights), weights)
+
+
+def plain(
+    rewards: Float[Array, "B K D"], weights: Float[Array, "B K D"]
+) -> Float[Array, "B K D"]:
+  """Compares with nothing: rewards as they are, for a critic to judge.
+
+  Args:
+    rewards: R, float32.
+    weights: w, float32, ≥ 0, from the alignment.
+
+  Returns:
+    R, float32, in units of reward.
+  """
+  return numerics.masked(rewards, weights)
 
 
 def has_spread(

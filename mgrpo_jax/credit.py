@@ -16,7 +16,8 @@ from mgrpo_jax.rewards import RoleCalls, Scores
 from mgrpo_jax.types import Alignment, RolloutGroup
 
 Align = Callable[..., Alignment]
-Advantage = Callable[[Array, Array], Array]
+# One of `advantages`' normalisers; what it is given differs, see `_gains`.
+Advantage = Callable[..., Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,8 @@ def compared(
     team: the roles.
     trained: names of the policies that learn.
     align: one of `alignment`'s strategies.
-    advantage: one of `advantages`' normalisers.
+    advantage: one of `advantages`' normalisers; `per_task` for the root where
+      it says something about calls only.
     num_slots: D of every role but the root, which has 1.
     seeds: of the alignment's draws, by role, in [0, 2**32).
 
@@ -113,8 +115,13 @@ def compared(
   gains = _unseen(groups)
   by_policy: dict[str, tuple[Credit, ...]] = {}
   assignments: dict[str, Assignment] = {}
-  for role in team.roles:
-    if role.policy not in trained or not role.trainable:
+  inherits = advantage is advantages.inherit_parent
+  for_calls = inherits or advantage is advantages.per_subtask
+  roots: np.ndarray | None = None
+  for role in team.roles:  # the root first
+    is_root = role.name == team.root
+    learns = role.policy in trained and role.trainable
+    if not learns and not (is_root and inherits):
       continue
     calls = rewards.by_role(
         groups, scores, role=role.name, max_calls=team.most_calls(role.name)
@@ -122,10 +129,14 @@ def compared(
     assignment = assign(
         calls,
         align=align,
-        advantage=advantage,
-        num_slots=1 if role.name == team.root else num_slots,
+        advantage=advantages.per_task if is_root and for_calls else advantage,
+        num_slots=1 if is_root else num_slots,
         seed=seeds[role.name],
+        roots=roots,
     )
+    roots = assignment.advantages if is_root else roots
+    if not learns:
+      continue
     scatter(assignment, calls, gains)
     assignments[role.name] = assignment
     earlier = by_policy.get(role.policy, ())
@@ -140,6 +151,7 @@ def assign(
     advantage: Advantage,
     num_slots: int,
     seed: int,
+    roots: Float[np.ndarray, "B K 1"] | None = None,
 ) -> Assignment:
   """Aligns a role's calls and compares each slot with its group.
 
@@ -149,6 +161,7 @@ def assign(
     advantage: one of `advantages`' normalisers.
     num_slots: D.
     seed: of the alignment's draws, in [0, 2**32).
+    roots: advantages of the rollouts' roots, for calls that inherit them.
 
   Returns:
     The assignment.
@@ -157,6 +170,10 @@ def assign(
       np.uint32(seed),
       calls.num_calls,
       calls.rewards,
+      calls.subtasks,
+      np.zeros((*calls.num_calls.shape, 1), np.float32)
+      if roots is None
+      else roots,
       align=align,
       advantage=advantage,
       num_slots=num_slots,
@@ -201,6 +218,8 @@ def _aligned(
     seed: Int[Array, ""],
     num_calls: Int[Array, "B K"],
     earned: Float[Array, "B K C"],
+    subtasks: Int[Array, "B K C"],
+    roots: Float[Array, "B K 1"],
     *,
     align: Align,
     advantage: Advantage,
@@ -214,6 +233,23 @@ def _aligned(
   return (
       aligned,
       gathered,
-      advantage(gathered, aligned.weight),
+      _gains(
+          advantage, gathered, aligned.weight, gather(subtasks, aligned), roots
+      ),
       advantages.has_spread(gathered, aligned.weight),
   )
+
+
+def _gains(
+    advantage: Advantage,
+    gathered: Float[Array, "B K D"],
+    weights: Float[Array, "B K D"],
+    subtasks: Int[Array, "B K D"],
+    roots: Float[Array, "B K 1"],
+) -> Float[Array, "B K D"]:
+  """Calls a normaliser with what it compares."""
+  if advantage is advantages.per_subtask:
+    return advantage(gathered, weights, subtasks=subtasks)
+  if advantage is advantages.inherit_parent:
+    return advantage(roots, weights)
+  return advantage(gathered, weights)

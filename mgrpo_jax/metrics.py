@@ -106,7 +106,10 @@ METRICS: Mapping[str, Metric] = dict((
     _metric("truncated_weights", "policy", "1", "lower",
             "share of importance weights cut to their cap"),
     _metric("entropy", "policy", "nats", "",
-            "estimate of the entropy: mean -log-prob of a sampled token"),
+            "mean -log-prob of a sampled token, an estimate of the entropy;"
+            " the exact one where it has a coefficient"),
+    _metric("value_loss", "policy", "reward^2", "lower",
+            "half the squared error of the critic, mean per token"),
     _metric("logprob_gap_mean", "policy", "nats", "lower",
             "mean |sampler's - trainer's| log-prob of a sampled token"),
     _metric("logprob_gap_max", "policy", "nats", "lower",

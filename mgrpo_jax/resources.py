@@ -14,6 +14,7 @@ import numpy as np
 from mgrpo_jax import atomic, publish, sharding
 from mgrpo_jax.agents.actor import Actor
 from mgrpo_jax.agents.context import Environment
+from mgrpo_jax.agents.team import Team
 from mgrpo_jax.learner import Learner
 from mgrpo_jax.plan import Setup
 from mgrpo_jax.policy import fingerprint
@@ -99,9 +100,10 @@ class Resources:
         for stage in setup.stages
     }
     actors = {n: setup.actor(n, e) for n, e in self.engines.items()}
-    self.training = self._environment(actors, setup.sampler.temperature)
+    team, sampler = setup.team, setup.sampler
+    self.training = self._environment(team, actors, sampler.temperature)
     self.testing = self._environment(
-        actors, setup.sampler.evaluation_temperature
+        team.without_attempts(), actors, sampler.evaluation_temperature
     )
 
   @property
@@ -191,12 +193,12 @@ class Resources:
           )
 
   def _environment(
-      self, actors: Mapping[str, Actor], temperature: float
+      self, team: Team, actors: Mapping[str, Actor], temperature: float
   ) -> Environment:
     """What agent calls share, at one temperature."""
     sampler = self.setup.sampler
     return Environment(
-        team=self.setup.team,
+        team=team,
         actors=actors,
         tools=self.setup.tools,
         temperature=temperature,

@@ -13,17 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from mgrpo_jax import answers, fields
+from mgrpo_jax import fields, grades
 from mgrpo_jax.types import (
     NO_PARENT,
-    Evidence,
     RolloutGroup,
     Status,
     Task,
     Trajectory,
 )
 
-Matches = Callable[[str, Sequence[str]], bool]
 PerCall = Float[np.ndarray, " M"]  # of a group's M trajectories
 Positions = Int[np.ndarray, " M"]  # among them
 
@@ -36,6 +34,7 @@ class RewardWeights:
     format: of a well-formed call.
     correct: of the root's correctness.
     expert: of the grade of the call itself; 0 for the root.
+    overlong: what a call that used up its context loses.
 
   Raises:
     ValueError: if a weight is negative or not finite, naming it.
@@ -44,6 +43,7 @@ class RewardWeights:
   format: float
   correct: float
   expert: float
+  overlong: float = 0.0
 
   def __post_init__(self) -> None:
     """Checks every field."""
@@ -57,20 +57,23 @@ class Rules:
   """The functions that grade.
 
   Attributes:
-    format: trajectory -> whether its format is valid; `answered` or
-      `well_formed`.
+    format: trajectory -> whether its format is valid; `grades.answered` or
+      `grades.well_formed`.
     correct: text, accepted answers -> whether it is right, such as
       `answers.matches`; None if the judge failed.
     expert: task, trajectory -> grade of the call in 0..1, such as
-      `evidence_grade`; None if the judge failed.
+      `grades.evidence_grade`; None if the judge failed.
     correct_of: group -> for each call, which one's correctness counts; only
       these are judged; `of_root` or `of_parent`.
+    overlong: trajectory -> how deep it went into the end of its context, in
+      0..1, such as `grades.overlong`; None where that costs nothing.
   """
 
   format: Callable[[Trajectory], bool]
   correct: Callable[[str, Sequence[str]], bool | None]
   expert: Callable[[Task, Trajectory], float | None]
   correct_of: Callable[[RolloutGroup], Positions]
+  overlong: Callable[[Trajectory], float] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,7 @@ class Scores:
     format: [M] float32, 0 or 1.
     correct: [M] float32, 0 or 1; of the root, or the caller.
     expert: [M] float32, 0..1; 0 where the role's weight of it is 0.
+    overlong: [M] float32, 0..1; 0 where that costs nothing.
     total: [M] float32.
     weight: [M] float32, 1, or 0 where something failed; the other entries
       are then 0 and mean nothing.
@@ -89,12 +93,13 @@ class Scores:
   format: PerCall
   correct: PerCall
   expert: PerCall
+  overlong: PerCall
   total: PerCall
   weight: PerCall
 
   def records(self) -> list[dict[str, float]]:
     """Lists components and total by name; nothing where weight is 0."""
-    names = ("format", "correct", "expert", "total")
+    names = ("format", "correct", "expert", "overlong", "total")
     return [
         {name: float(getattr(self, name)[m]) for name in names}
         if counted
@@ -112,12 +117,15 @@ class RoleCalls:
     positions: [B][K][d] where they stand in their group.
     num_calls: [B, K] int32, d.
     rewards: [B, K, C] float32, totals, padded with 0 to C calls.
+    subtasks: [B, K, C] int32, counts what was delegated; attempts at the same
+      sub-task share its number. Padded with -1.
   """
 
   calls: tuple[tuple[tuple[Trajectory, ...], ...], ...]
   positions: tuple[tuple[tuple[int, ...], ...], ...]
   num_calls: Int[np.ndarray, "B K"]
   rewards: Float[np.ndarray, "B K C"]
+  subtasks: Int[np.ndarray, "B K C"]
 
 
 def score(
@@ -129,6 +137,7 @@ def score(
   """Grades every call of a group.
 
       R = a1 · format + a2 · correct + b3 · expert,   0 if format is invalid
+      R - c · overlong                                where that is to cost
 
   M-GRPO, arXiv 2511.13288, Eq. 4 (root, b3 = 0) and 5 (its calls).
 
@@ -165,13 +174,14 @@ def score(
       else _grade(group.task, t, own[m] or 0.0, weights[t.role], rules)
       for t, m in zip(group.trajectories, counting, strict=True)
   ]
-  table = np.array([row or (0.0,) * 4 for row in rows], np.float32)
-  table = table.reshape(len(rows), 4)
+  table = np.array([row or (0.0,) * 5 for row in rows], np.float32)
+  table = table.reshape(len(rows), 5)
   return Scores(
       format=table[:, 0],
       correct=table[:, 1],
       expert=table[:, 2],
-      total=table[:, 3],
+      overlong=table[:, 3],
+      total=table[:, 4],
       weight=np.array([row is not None for row in rows], np.float32),
   )
 
@@ -213,9 +223,12 @@ def by_role(
         f" in a rollout, got {max_calls}"
     )
   rewards = np.zeros((*num_calls.shape, max_calls), np.float32)
+  subtasks = np.full(rewards.shape, -1, np.int32)
   for b, k in np.ndindex(num_calls.shape):
     held = list(positions[b][k])
     rewards[b, k, : len(held)] = scores[b].total[held]
+    first = [groups[b].trajectories[m].attempt == 0 for m in held]
+    subtasks[b, k, : len(held)] = np.cumsum(first) - 1
   return RoleCalls(
       calls=tuple(
           tuple(tuple(group.trajectories[m] for m in k) for k in b)
@@ -224,86 +237,7 @@ def by_role(
       positions=positions,
       num_calls=num_calls,
       rewards=rewards,
-  )
-
-
-def answered(trajectory: Trajectory) -> bool:
-  """Accepts a call that ended with an answer, whatever came before.
-
-  Args:
-    trajectory: the call.
-
-  Returns:
-    Whether its format is valid.
-  """
-  return trajectory.status == Status.COMPLETED and bool(
-      trajectory.result_text.strip()
-  )
-
-
-def well_formed(trajectory: Trajectory) -> bool:
-  """Accepts a call that answered without a malformed turn.
-
-  Args:
-    trajectory: the call.
-
-  Returns:
-    Whether its format is valid.
-  """
-  return answered(trajectory) and all(
-      turn.kind != "malformed" for turn in trajectory.turns
-  )
-
-
-def evidence_grade(
-    task: Task,
-    trajectory: Trajectory,
-    *,
-    matches: Matches,
-    opened_share: float,
-) -> float:
-  """Grades a call by the evidence it was sent for.
-
-      o · opened the passage + (1 - o) · its report is the passage's answer
-
-  The evidence is the task's look-up whose question is nearest the request, by
-  F1 of words; the best grade among equally near ones.
-
-  Args:
-    task: with its evidence; without any the grade is 0.
-    trajectory: the call.
-    matches: text, accepted answers -> whether a report is right, such as
-      `answers.matches`, or `answers.mentions` where reports are sentences.
-    opened_share: o, what opening alone is worth, in [0, 1].
-
-  Returns:
-    0, o, 1 - o or 1.
-  """
-  grades = [
-      opened_share * _opened(trajectory, evidence)
-      + (1 - opened_share) * _reports(trajectory, evidence, matches)
-      for evidence in nearest_evidence(task, trajectory.request)
-  ]
-  return max(grades, default=0.0)
-
-
-def nearest_evidence(task: Task, request: str) -> tuple[Evidence, ...]:
-  """Finds what a request asks for among a task's look-ups.
-
-  Args:
-    task: with its evidence.
-    request: what a caller asked.
-
-  Returns:
-    The evidence whose question shares most words with the request (F1), all
-    of it where several share equally many.
-  """
-  nearness = [answers.overlap(request, e.question) for e in task.evidence]
-  best = max(nearness, default=0.0)
-  return tuple(
-      evidence
-      for evidence, near in zip(task.evidence, nearness, strict=True)
-      if near == best
+      subtasks=subtasks,
   )
 
 
@@ -342,8 +276,8 @@ def _grade(
     correct: float,
     weights: RewardWeights,
     rules: Rules,
-) -> tuple[float, float, float, float] | None:
-  """Computes format, correct, expert and total; None if the expert failed."""
+) -> tuple[float, float, float, float, float] | None:
+  """Computes the components and the total; None if the expert failed."""
   valid = rules.format(trajectory)
   expert = rules.expert(task, trajectory) if weights.expert > 0 else 0.0
   if expert is None:
@@ -353,7 +287,10 @@ def _grade(
       + weights.correct * correct
       + weights.expert * expert
   )
-  return float(valid), correct, expert, total if valid else 0.0
+  costs = rules.overlong is not None and weights.overlong > 0
+  deep = rules.overlong(trajectory) if costs else 0.0
+  earned = (total if valid else 0.0) - weights.overlong * deep
+  return float(valid), correct, expert, deep, earned
 
 
 def _positions(
@@ -375,26 +312,7 @@ def _own_correct(
     return 0.0
   accepted = [task.answers]
   if trajectory.parent != NO_PARENT:
-    hops = nearest_evidence(task, trajectory.request)
+    hops = grades.nearest_evidence(task, trajectory.request)
     accepted = [hop.answers for hop in hops]
   judged = [rules.correct(trajectory.result_text, each) for each in accepted]
   return None if None in judged else float(any(judged))
-
-
-def _reports(
-    trajectory: Trajectory, evidence: Evidence, matches: Matches
-) -> bool:
-  """Says whether a call came back with the answer to a look-up."""
-  return trajectory.status == Status.COMPLETED and matches(
-      trajectory.result_text, evidence.answers
-  )
-
-
-def _opened(trajectory: Trajectory, evidence: Evidence) -> bool:
-  """Says whether the passage was opened, alone or on a page that shows it."""
-  return any(
-      turn.page == evidence.page
-      or evidence.page.startswith(f"{turn.page}#")
-      and answers.shows(turn.result, evidence.answers)
-      for turn in trajectory.turns
-  )

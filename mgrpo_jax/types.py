@@ -132,6 +132,8 @@ class Trajectory:
     turns: the turns in order.
     result_text: what the caller gets; empty where there is none.
     seconds: wall time from call to return.
+    attempt: which of several attempts at the same sub-task, from 0; the caller
+      saw the first.
   """
 
   task_id: str
@@ -149,6 +151,7 @@ class Trajectory:
   turns: tuple[Turn, ...]
   result_text: str
   seconds: float
+  attempt: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

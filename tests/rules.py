@@ -2,13 +2,13 @@
 
 import functools
 
-from mgrpo_jax import answers, rewards
+from mgrpo_jax import answers, grades, rewards
 
 grade = functools.partial(
-    rewards.evidence_grade, matches=answers.matches, opened_share=0.5
+    grades.evidence_grade, matches=answers.matches, opened_share=0.5
 )
 RULES = rewards.Rules(
-    format=rewards.well_formed,
+    format=grades.well_formed,
     correct=answers.matches,
     expert=grade,
     correct_of=rewards.of_root,

@@ -126,21 +126,66 @@ def test_delegation_is_a_call_one_level_down():
   assert root.turns[0].result == "Lima"
 
 
-def test_trees_may_be_deeper_than_two():
-  budgets = {
-      "policy": "main",
-      "prompt": "",
-      "tools": (),
-      "max_turns": 3,
-      "max_new_tokens": 20,
-      "max_context": 200,
-      "trainable": True,
-  }
+BUDGETS = {
+    "policy": "main",
+    "prompt": "",
+    "tools": (),
+    "max_turns": 3,
+    "max_new_tokens": 20,
+    "max_context": 200,
+    "trainable": True,
+}
+
+
+def played(team, act):
+  """One rollout in which every role does what `act` says."""
+  chat = chat_of(COMPACT, team)
+  actor = scripted(act, chat=chat, protocol=COMPACT)
+  setting = dataclasses.replace(
+      environment({"main": None}, team=team, protocol=COMPACT, tools={}),
+      actors={"main": actor},
+  )
+  return run(setting)
+
+
+def test_a_sub_task_may_be_attempted_several_times():
   team = Team(
       roles=(
-          Role(name="main", calls=("editor",), max_calls=2, **budgets),
-          Role(name="editor", calls=("researcher",), max_calls=2, **budgets),
-          Role(name="researcher", calls=(), max_calls=0, **budgets),
+          Role(name="main", calls=("researcher",), max_calls=2, **BUDGETS),
+          Role(name="researcher", calls=(), max_calls=0, attempts=3, **BUDGETS),
+      ),
+      root="main",
+  )
+  seeds = []
+
+  def act(moment):
+    if moment.role.name == "researcher":
+      seeds.append(moment.seed)
+      return answer(str(len(seeds)))
+    if len(moment.turns) == 2:
+      return answer("".join(turn.result for turn in moment.turns))
+    request = f"part {len(moment.turns)}"
+    return Action(
+        kind="call", name="researcher", arguments={"request": request}
+    )
+
+  root, context = played(team, act)
+  assert root.result_text == "14"  # the first attempt at each is what counts
+  assert len(set(seeds)) == 6
+  calls = context.ledger.trajectories()[1:]
+  assert [(t.request, t.call, t.attempt, t.parent) for t in calls] == [
+      (f"part {number // 3}", number, number % 3, 0) for number in range(6)
+  ]
+  assert team.most_calls("researcher") == 6
+  assert team.without_attempts().most_calls("researcher") == 2
+
+
+def test_trees_may_be_deeper_than_two():
+  team = Team(
+      roles=(
+          Role(name="main", calls=("editor",), max_calls=2, **BUDGETS),
+          Role(name="editor", calls=("researcher",), max_calls=2, **BUDGETS),
+          Role(name="researcher", calls=(), max_calls=0, **BUDGETS),
       ),
       root="main",
   )
@@ -153,13 +198,7 @@ def test_trees_may_be_deeper_than_two():
     request = f"{moment.request}{len(moment.turns)}"
     return Action(kind="call", name=child, arguments={"request": request})
 
-  chat = chat_of(COMPACT, team)
-  actor = scripted(act, chat=chat, protocol=COMPACT)
-  setting = dataclasses.replace(
-      environment({"main": None}, team=team, protocol=COMPACT, tools={}),
-      actors={"main": actor},
-  )
-  _, context = run(setting)
+  _, context = played(team, act)
   tree = [
       (t.role, t.call, t.parent, t.request, t.result_text)
       for t in context.ledger.trajectories()

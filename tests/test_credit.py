@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 from trajectories import group as rollout_group
 from trajectories import task, trajectory
@@ -35,6 +37,7 @@ def role_calls(grid):
       ),
       num_calls=np.array([[len(k) for k in b] for b in grid], np.int32),
       rewards=padded,
+      subtasks=np.where(padded == 0, -1, 0).astype(np.int32),
   )
 
 
@@ -99,21 +102,26 @@ def graded(totals, weights=None):
       format=np.ones_like(totals),
       correct=totals,
       expert=totals,
+      overlong=np.zeros_like(totals),
       total=totals,
       weight=np.float32(np.ones_like(totals) if weights is None else weights),
   )
 
 
-def two_rollouts():
+def two_rollouts(attempts=(0,) * 6):
   """Main is called once and the researcher twice in each of two rollouts."""
   calls = []
   for k in range(2):
     calls.append(trajectory(rollout=k))
     calls += [researched("t", k, call) for call in range(2)]
+  calls = [
+      dataclasses.replace(call, attempt=attempt)
+      for call, attempt in zip(calls, attempts, strict=True)
+  ]
   return rollout_group(task(), calls, 2)
 
 
-def compared(totals, **changes):
+def compared(totals, attempts=(0,) * 6, **changes):
   settings = {
       "team": small_team(),
       "trained": {"main", "researcher"},
@@ -123,7 +131,7 @@ def compared(totals, **changes):
       "seeds": {"main": 0, "researcher": 1},
   }
   return credit.compared(
-      [two_rollouts()], [graded(totals)], **(settings | changes)
+      [two_rollouts(attempts)], [graded(totals)], **(settings | changes)
   )
 
 
@@ -145,6 +153,34 @@ def test_a_role_that_does_not_learn_has_no_credit_and_no_advantage():
       found.advantages[0], [0.5, np.nan, np.nan, -0.5, np.nan, np.nan]
   )
   assert set(found.by_policy) == set(found.assignments) == {"main"}
+
+
+def test_calls_may_inherit_what_their_rollout_is_worth():
+  inherited = {"advantage": advantages.inherit_parent}
+  found = compared([3, 0, 0.5, 0, 0.5, 1], **inherited)
+  np.testing.assert_allclose(
+      found.advantages[0], [1, 1, 1, -1, -1, -1], atol=1e-6
+  )
+  # Also where the root does not learn.
+  found = compared([3, 0, 0.5, 0, 0.5, 1], trained={"researcher"}, **inherited)
+  np.testing.assert_allclose(
+      found.advantages[0], [np.nan, 1, 1, np.nan, -1, -1], atol=1e-6
+  )
+  assert set(found.by_policy) == set(found.assignments) == {"researcher"}
+
+
+def test_attempts_are_compared_with_each_other():
+  found = compared(
+      [3, 0.25, 0.75, 0, 9, 8],
+      advantage=advantages.per_subtask,
+      attempts=(0, 0, 1, 0, 0, 1),
+  )
+  np.testing.assert_allclose(
+      found.advantages[0], [1, -1, 1, -1, 1, -1], atol=1e-6
+  )
+  # Two sub-tasks of one attempt each: nothing to compare.
+  found = compared([0, 0.25, 0.75, 0, 9, 8], advantage=advantages.per_subtask)
+  np.testing.assert_array_equal(found.advantages[0], 0)
 
 
 def test_demonstrations_are_copied_but_for_calls_that_failed():

@@ -9,7 +9,7 @@ from oracles import rewards as oracle
 from rules import RULES, grade
 from trajectories import evidence, group, task, trajectory, turn
 
-from mgrpo_jax import answers, rewards
+from mgrpo_jax import answers, grades, rewards
 from mgrpo_jax.types import Status
 
 PAPER = {
@@ -109,8 +109,34 @@ def test_components_are_recorded_beside_the_total():
       "format": 1.0,
       "correct": 1.0,
       "expert": 1.0,
+      "overlong": 0.0,
       "total": pytest.approx(1.0),
   }
+
+
+@pytest.mark.parametrize(
+    ("tokens", "deep"), [(50, 0), (80, 0), (90, 0.5), (100, 1), (120, 1)]
+)
+def test_the_end_of_the_context_costs(tokens, deep):
+  rules = dataclasses.replace(
+      RULES,
+      overlong=functools.partial(
+          grades.overlong, longest={"main": 100, "researcher": 300}, buffer=20
+      ),
+  )
+  weights = {
+      name: dataclasses.replace(one, overlong=0.5)
+      for name, one in PAPER.items()
+  }
+  long = {"tokens": np.zeros(tokens, np.int32)}
+  calls = [root(**long), call(**long), root(1, **long, result_text="")]
+  scores = score(calls, 2, rules=rules, weights=weights)
+  np.testing.assert_allclose(scores.overlong, [deep, 0, deep])
+  np.testing.assert_allclose(
+      scores.total, [1 - deep / 2, 1, -deep / 2], rtol=1e-6
+  )
+  # Where it is to cost nothing, it is not recorded either.
+  np.testing.assert_array_equal(score(calls, 2, rules=rules).overlong, 0)
 
 
 @pytest.mark.parametrize("position", [0, 1, 2])
@@ -147,8 +173,8 @@ def test_a_judge_that_failed_is_no_zero():
     ],
 )
 def test_formats(fields, answered, well_formed):
-  assert rewards.answered(root(**fields)) is answered
-  assert rewards.well_formed(root(**fields)) is well_formed
+  assert grades.answered(root(**fields)) is answered
+  assert grades.well_formed(root(**fields)) is well_formed
 
 
 @pytest.mark.parametrize(
@@ -189,10 +215,10 @@ def test_what_opening_the_passage_is_worth_can_be_chosen():
 
 
 def test_a_request_is_matched_to_the_nearest_look_up():
-  assert rewards.nearest_evidence(TASK, "the CAPITAL of Peru?") == (CAPITAL,)
-  assert rewards.nearest_evidence(TASK, "what area has Peru") == (AREA,)
+  assert grades.nearest_evidence(TASK, "the CAPITAL of Peru?") == (CAPITAL,)
+  assert grades.nearest_evidence(TASK, "what area has Peru") == (AREA,)
   # A request that says nothing is graded by what was found at best.
-  assert rewards.nearest_evidence(TASK, "blah") == (CAPITAL, AREA)
+  assert grades.nearest_evidence(TASK, "blah") == (CAPITAL, AREA)
   assert grade(TASK, call(request="blah")) == 1.0
   assert grade(task(), call()) == 0.0
 

@@ -65,6 +65,7 @@ def scores(total, weight):
       format=np.ones_like(total),
       correct=total,
       expert=total / 2,
+      overlong=np.zeros_like(total),
       total=total,
       weight=np.array(weight, np.float32),
   )

@@ -293,18 +293,25 @@ class _Call:
     return observation
 
   async def _delegate(self, action: Action) -> Observation:
-    """Makes the child call, unless none is left."""
+    """Makes the child call, unless none is left; sees its first attempt."""
     if self.num_children == self.role.max_calls:
       self.environment.counters["refused_calls"] += 1
       return Observation(text=ERROR + "no calls left", outcome="error")
     self.num_children += 1
     child = self.environment.team[action.name]
-    context = dataclasses.replace(self.context, parent=self.position)
-    report = await call_with_retries(
-        child, str(action.arguments["request"]), context
-    )
-    if report.status == Status.FAILED:
-      raise _ChildFailedError(f"the call to {child.name!r} failed")
+    reports = []
+    for attempt in range(child.attempts):
+      context = dataclasses.replace(
+          self.context, parent=self.position, attempt=attempt
+      )
+      reports.append(
+          await call_with_retries(
+              child, str(action.arguments["request"]), context
+          )
+      )
+      if reports[-1].status == Status.FAILED:
+        raise _ChildFailedError(f"the call to {child.name!r} failed")
+    report = reports[0]
     if report.status != Status.COMPLETED:
       return Observation(text=ERROR + "no answer", outcome="error")
     return Observation(text=report.result_text)
@@ -351,4 +358,5 @@ class _Call:
         turns=tuple(self.turns),
         result_text=self.result_text,
         seconds=time.monotonic() - self.started,
+        attempt=self.context.attempt,
     )

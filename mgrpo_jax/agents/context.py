@@ -133,6 +133,7 @@ class CallContext:
     seed: of the run, or of this pass over the tasks.
     ledger: of this rollout.
     parent: the caller's place in the ledger; NO_PARENT for the root.
+    attempt: which of several attempts at the same sub-task, from 0.
   """
 
   environment: Environment
@@ -141,3 +142,4 @@ class CallContext:
   seed: int
   ledger: Ledger
   parent: int
+  attempt: int = 0

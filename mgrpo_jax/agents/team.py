@@ -1,5 +1,7 @@
 """Teams as data: which roles there are, what each may use and spend."""
 
+from __future__ import annotations
+
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +25,8 @@ class Role:
     max_context: tokens of the whole stream, prompt and results included.
     max_calls: child calls of one call; 0 exactly where `calls` is empty.
     trainable: whether its trajectories train its policy.
+    attempts: how often each sub-task it is given is tried; the caller sees the
+      first attempt, and the others are there to be compared with it.
   """
 
   name: str
@@ -35,6 +39,7 @@ class Role:
   max_context: int
   max_calls: int
   trainable: bool
+  attempts: int = 1
 
   def __post_init__(self) -> None:
     """Checks names and budgets."""
@@ -51,7 +56,7 @@ class Role:
 
   def _check_budgets(self) -> None:
     """Raises for a budget under which no call could answer."""
-    for field in ("max_turns", "max_new_tokens", "max_context"):
+    for field in ("max_turns", "max_new_tokens", "max_context", "attempts"):
       _check_at_least(self, field, 1)
     _check_at_least(self, "max_calls", 1 if self.calls else 0)
     if self.max_calls and not self.calls:
@@ -99,6 +104,11 @@ class Team:
     unreachable = sorted(set(by_name) - reached)
     if unreachable:
       raise ValueError(f"roles: {unreachable} cannot be reached from the root")
+    if by_name[self.root].attempts > 1:
+      raise ValueError(
+          f"role {self.root!r}: attempts is {by_name[self.root].attempts}, must"
+          " be 1 for the root, of which there are K rollouts"
+      )
     rest = (role for role in self.roles if role.name != self.root)
     object.__setattr__(self, "roles", (by_name[self.root], *rest))
 
@@ -120,15 +130,21 @@ class Team:
       name: the role.
 
     Returns:
-      The sum over its callers of their own most calls times `max_calls`.
+      The sum over its callers of their own most calls times `max_calls`, each
+      tried as often as the role's `attempts` say.
     """
     if name == self.root:
       return 1
-    return sum(
+    return self[name].attempts * sum(
         self.most_calls(role.name) * role.max_calls
         for role in self.roles
         if name in role.calls
     )
+
+  def without_attempts(self) -> Team:
+    """The same team, in which every sub-task is tried once."""
+    roles = (dataclasses.replace(role, attempts=1) for role in self.roles)
+    return Team(roles=tuple(roles), root=self.root)
 
   def most_open(self, policy: str) -> int:
     """The most calls of a policy that are open at once in one rollout.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+import numpy as np
+
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import Params
 from mgrpo_jax.policy.tokenizer import Tokenizer
@@ -70,6 +72,15 @@ class Policy:
   tokenizer: Tokenizer | None
   chat: str | None
   system: str
+
+  def with_critic(self) -> Policy:
+    """The same with a critic's head, which begins at 0 and is not saved."""
+    head = np.zeros(self.config.embed_dim, np.float32)
+    return dataclasses.replace(
+        self,
+        config=dataclasses.replace(self.config, value_head=True),
+        params=dataclasses.replace(self.params, value_head=head),
+    )
 
 
 def default_system(template: object) -> str:
