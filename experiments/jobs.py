@@ -25,7 +25,9 @@ from mgrpo_jax import atomic
 from mgrpo_jax.report.live import printable
 
 _POLL = 0.2  # seconds between looks at what runs
-_GRACE = 60.0  # seconds that a command may take to end when it is told to
+# Seconds that a command has to end. It is told several times: Python drops what
+# a signal raises while a callback of the garbage collector runs, as JAX's does.
+_GRACES = (20.0, 20.0, 20.0)
 _TAIL = 16_384  # bytes at the end of a log that are searched for its last line
 _LONGEST = 300  # characters of that line
 _THREADS = (
@@ -205,12 +207,13 @@ def _tied() -> tuple[str, ...]:
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
   """Tells processes to end, and kills those that do not."""
   try:
-    for process in processes:
-      _signal(process, signal.SIGTERM)
-    end = time.monotonic() + _GRACE
-    for process in processes:
-      with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(max(0.0, end - time.monotonic()))
+    for grace in _GRACES:
+      for process in processes:
+        _signal(process, signal.SIGTERM)
+      end = time.monotonic() + grace
+      for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+          process.wait(max(0.0, end - time.monotonic()))
   finally:  # a second Ctrl-C does not wait
     for process in processes:
       _signal(process, signal.SIGKILL)

@@ -41,10 +41,11 @@ class Tally:
     self._before = finished
     self._finished = finished
     self._parallel = parallel
+    self._news = False
     self._took: list[float] = []  # seconds of each run that finished
 
   def add(self, seconds: float, finished: bool, text: str) -> None:
-    """Takes in a run that ended, and says so.
+    """Takes in a run that ended, and says so; the next `show` counts it.
 
     Args:
       seconds: that it took.
@@ -57,7 +58,7 @@ class Tally:
     else:
       self.failed += 1
     self._line.note(text)
-    self._line.show(self._fields([]), force=True)
+    self._news = True
 
   def show(self, ages: Sequence[float]) -> None:
     """Shows the count.
@@ -65,7 +66,8 @@ class Tally:
     Args:
       ages: of the runs under way, seconds.
     """
-    self._line.show(self._fields(ages), force=False)
+    self._line.show(self._fields(ages), force=self._news)
+    self._news = False
 
   def close(self) -> None:
     """Leaves the last count standing."""

@@ -117,7 +117,7 @@ def at_budget(outcome: Outcome, name: str, budget: float) -> float | None:
   Returns:
     The accuracy; None before the first look and after the last one.
   """
-  spent, accuracy = outcome.looks[name], outcome.looks["accuracy/dev"]
+  spent, accuracy = _against(outcome.looks, name)
   if not spent.size or not spent[0] <= budget <= spent[-1]:
     return None
   return float(np.interp(budget, spent, accuracy))
@@ -130,13 +130,15 @@ def budgets(rows: Sequence[Row]) -> dict[str, float]:
     rows: of the sweep.
 
   Returns:
-    Tokens by name; empty where no run has looked at dev.
+    Tokens by name, but for those of which a run spent none, as imitation
+    generates none; empty where no run has looked at dev.
   """
   runs = [one for row in rows for one in row.outcomes.values()]
   runs = [one for one in runs if one.looks["steps"].size]
   if not runs:
     return {}
-  return {name: min(float(o.looks[name][-1]) for o in runs) for name in BUDGETS}
+  least = {n: min(float(o.looks[n][-1]) for o in runs) for n in BUDGETS}
+  return {name: tokens for name, tokens in least.items() if tokens}
 
 
 def table(rows: Sequence[Row], at: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -166,25 +168,32 @@ def curve(row: Row, name: str) -> Float[np.ndarray, "4 n"] | None:
     What was spent, the mean, and the ends of its t interval, NaN for one seed;
     only where all seeds have looks before and after. None where nowhere.
   """
-  looks = [one.looks for one in row.outcomes.values()]
-  looks = [one for one in looks if one["steps"].size]
-  if not looks:
+  lines = [_against(one.looks, name) for one in row.outcomes.values()]
+  lines = [line for line in lines if line[0].size]
+  if not lines:
     return None
-  first = max(one[name][0] for one in looks)
-  last = min(one[name][-1] for one in looks)
-  spent = np.unique(np.concatenate([one[name] for one in looks]))
+  first = max(at[0] for at, _ in lines)
+  last = min(at[-1] for at, _ in lines)
+  spent = np.unique(np.concatenate([at for at, _ in lines]))
   spent = spent[(first <= spent) & (spent <= last)]
   if not spent.size:
     return None
-  seeds = np.stack(
-      [np.interp(spent, one[name], one["accuracy/dev"]) for one in looks]
-  )
+  seeds = np.stack([np.interp(spent, *line) for line in lines])
   unknown = (np.nan, np.nan)
   ends = [
       _clipped(metrics.student(at), "accuracy") or unknown for at in seeds.T
   ]
   low, high = np.array(ends).T
   return np.stack([spent, seeds.mean(axis=0), low, high])
+
+
+def _against(
+    looks: Mapping[str, Float[np.ndarray, " l"]], name: str
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+  """What was spent, ascending, and accuracy; the later of two looks at once."""
+  spent = looks[name]
+  later = np.append(np.diff(spent) > 0, True)[: spent.size]
+  return spent[later], looks["accuracy/dev"][later]
 
 
 def _entry(number: int, row: Row, at: Mapping[str, float]) -> dict[str, Any]:
@@ -284,15 +293,10 @@ def _last_means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def _looks(
     rows: Sequence[Mapping[str, Any]],
 ) -> dict[str, Float[np.ndarray, " l"]]:
-  """The looks at dev; of two at the same number of tokens, the later."""
+  """The looks at dev, and what had been spent until then."""
   found = [
       row for row in rows if all(shapes.is_number(row.get(n)) for n in _LOOK)
   ]
-  kept = [
-      row
-      for row, following in zip(found, [*found[1:], None], strict=True)
-      if following is None or all(row[n] < following[n] for n in BUDGETS)
-  ]
-  looks = {n: np.array([row[n] for row in kept], np.float64) for n in _LOOK}
-  steps = np.array([row["step"] + 1 for row in kept], np.float64)
+  looks = {n: np.array([row[n] for row in found], np.float64) for n in _LOOK}
+  steps = np.array([row["step"] + 1 for row in found], np.float64)
   return looks | {"steps": steps}
