@@ -153,7 +153,7 @@ def _verdict(out: pathlib.Path, cell: Cell, ended: Ended) -> tuple[bool, str]:
         f" {before['accuracy']:.3f} -> {after['accuracy']:.3f}"
         f" (n = {after['n']})"
     )
-  why = f"exit code {ended.code}" if ended.code else "no summary.json"
+  why = f"exit code {ended.code}" if ended.code else "no whole summary.json"
   return False, (
       f"failed {cell.name} after {took}, {why}: {jobs.last_line(ended.job.log)}"
       f" ({ended.job.log})"

@@ -240,7 +240,7 @@ def _measure(
     questions = min(one.questions for one in row.outcomes.values())
     measure["questions"] = questions
     measure["over_questions"] = metrics.wilson(
-        measure["mean"] * questions, questions
+        min(measure["mean"] * questions, questions), questions
     )
   return measure
 
