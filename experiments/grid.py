@@ -114,10 +114,10 @@ def plan(
   if not seeds:
     raise ValueError("--seeds: must be one or more, such as 0,1,2")
   cells = []
-  for file, settings in _combinations(recipe_file, arms, axes):
-    combination = _title(file, settings, axes)
+  for file, chosen in _combinations(recipe_file, arms, axes):
+    combination = _title(file, chosen, axes)
     for seed in seeds:
-      given = {**settings, "seed": seed}
+      given = {**chosen, "seed": seed}
       arguments = (
           f"--config={file}",
           *(f"--config.{key}={value}" for key, value in given.items()),
@@ -130,7 +130,7 @@ def plan(
           Cell(
               name=f"{combination},seed={config.seed}",
               combination=combination,
-              settings=settings,
+              settings=chosen,
               seed=config.seed,
               arguments=arguments,
               values=recipe.plain(config),

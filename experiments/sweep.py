@@ -30,7 +30,6 @@ if typing.TYPE_CHECKING:
 
 FAILED = 1
 TRAIN = (sys.executable, "-m", "experiments.train")
-_LOCK_FILE = ".lock"
 
 _CONFIG = flags.DEFINE_string(
     "config", "", "recipe, such as configs/quickstart.py:smoke"
@@ -80,13 +79,13 @@ def main() -> None:
     cli.need("matplotlib")
     out = pathlib.Path(_OUT.value)
     axes = grid.axes(_SET.value)
-    given = {"arms": _ARMS.value, "axes": axes}
-    cells = grid.plan(_CONFIG.value, seeds=_SEEDS.value, **given)
-    settings = grid.settings(_CONFIG.value, cells=cells, **given)
+    file, arms = _CONFIG.value, _ARMS.value
+    cells = grid.plan(file, arms=arms, axes=axes, seeds=_SEEDS.value)
+    settings = grid.settings(file, arms=arms, axes=axes, cells=cells)
     grid.check_directory(out, settings)
     for cell in cells:
       workdir.check(_workdir(out, cell), cell.values)
-  with cli.user_errors(OSError), atomic.exclusive(out / _LOCK_FILE):
+  with cli.user_errors(OSError), atomic.exclusive(out / workdir.LOCK_FILE):
     if not (out / grid.SETTINGS_FILE).exists():
       atomic.write_json(out / grid.SETTINGS_FILE, settings)
     failed = _run(out, cells, environment)

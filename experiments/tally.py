@@ -80,14 +80,14 @@ class Tally:
       ages: of the runs under way, seconds.
 
     Returns:
-      Seconds; None before one has finished.
+      Seconds; None before one has finished, and when nothing is left.
     """
-    if not self._took:
+    left = self._total - self._finished - self.failed
+    if not self._took or not left:
       return None
     one = float(np.mean(self._took))
-    left = self._total - self._finished - self.failed
     work = left * one - sum(min(age, one) for age in ages)
-    return max(0.0, work) / max(1, min(self._parallel, left))
+    return max(0.0, work) / min(self._parallel, left)
 
   def _fields(self, ages: Sequence[float]) -> list[Field]:
     """What the line says."""

@@ -13,7 +13,6 @@ import time
 import pytest
 
 from experiments import jobs
-from experiments.tally import Tally
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHOW = (
@@ -204,41 +203,3 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path):
   todo = jobs.Job(name="a", command=("true",), log=tmp_path / "logs" / "a.log")
   with pytest.raises(OSError, match="cannot write .*a.log"):
     list(run([todo]))
-
-
-class Clock:
-  """Seconds that a test moves by hand."""
-
-  seconds = 0.0
-
-  def __call__(self):
-    return self.seconds
-
-
-def test_the_tally_counts_and_estimates(tmp_path):
-  clock = Clock()
-  with open(tmp_path / "said", "w+") as stream:
-    tally = Tally(stream, total=6, finished=1, parallel=2, clock=clock)
-    tally.show([])
-    assert tally.seconds_left([5.0]) is None
-    tally.add(100.0, True, "finished a")
-    tally.show([10.0])
-    tally.add(1.0, False, "failed b")
-    tally.show([])
-    clock.seconds = 301.0
-    tally.show([40.0, 500.0])
-    tally.show([41.0, 501.0])
-    tally.close()
-    stream.seek(0)
-    said = stream.read().splitlines()
-  assert said == [
-      "1 of 6 runs finished · 1 of them before",
-      "finished a",
-      "2 of 6 runs finished · 1 of them before · 1 running, for 10s · 3m15s"
-      " left",
-      "failed b",
-      "2 of 6 runs finished · 1 of them before · 1 failed · 2m30s left",
-      "2 of 6 runs finished · 1 of them before · 1 failed · 2 running, for"
-      " 8m20s · 1m20s left",
-  ]
-  assert tally.failed == 1

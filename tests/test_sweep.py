@@ -72,7 +72,7 @@ def test_a_sweep_goes_on_until_all_of_it_is_there(sweep):
   assert f"failed {unlucky}" in complained
   assert "exit code 3: error: out of luck" in complained
   assert sum(line.startswith("finished ") for line in lines) == 3
-  assert lines[-1] == "3 of 4 runs finished · 1 failed · 0s left"
+  assert lines[-1] == "3 of 4 runs finished · 1 failed"
   assert "3 of 4 runs finished, 2 combinations." in said
   assert "| 1 | smoke,ratio=token | 1 of 2 |" in said
 
@@ -80,7 +80,9 @@ def test_a_sweep_goes_on_until_all_of_it_is_there(sweep):
   code, said, complained = sweep.run("--jobs=2")
   assert code == 0, complained
   assert sweep.attempts() == [1, 2, 1, 1]  # only what failed
-  assert complained.splitlines()[-1].startswith("4 of 4 runs finished")
+  assert (
+      complained.splitlines()[-1] == "4 of 4 runs finished · 3 of them before"
+  )
   table = json.loads((sweep.out / "table.json").read_text())
   assert [c["finished_seeds"] for c in table["combinations"]] == [[0, 1]] * 2
   assert (sweep.out / "accuracy_trained_tokens.png").is_file()
@@ -126,3 +128,29 @@ def test_a_run_directory_of_another_config_is_refused(sweep):
   assert (code, len(complained.splitlines())) == (2, 1)
   assert "another config" in complained and sweep.names[2] in complained
   assert not (sweep.out / "logs").exists()
+
+
+def test_help_shows_a_command_and_every_flag():
+  command = [sys.executable, "-m", "experiments.sweep", "--help"]
+  text = subprocess.run(
+      command, cwd=ROOT, capture_output=True, text=True, check=True
+  ).stdout
+  assert "python -m experiments.sweep --config=" in text
+  for flag in ("config", "out", "set", "arms", "seeds", "jobs"):
+    assert f"  --{flag}: " in text
+  assert "--at_trained_tokens: " in text
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("--set=loss.ratio=token,x", "geometric"),
+        ("--set=loss.raito=token", "unknown config key"),
+        ("--jobs=0", "--jobs"),
+    ],
+)
+def test_mistakes_end_before_any_run(sweep, argument, told):
+  code, said, complained = sweep.run(argument, ratios="loss.clip_low=0.1")
+  assert (code, said, len(complained.splitlines())) == (2, "", 1)
+  assert told in complained
+  assert not sweep.out.exists()

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -198,36 +198,38 @@ def _against(
 
 def _entry(number: int, row: Row, at: Mapping[str, float]) -> dict[str, Any]:
   """One object of the table."""
-  names = dict.fromkeys(n for o in row.outcomes.values() for n in o.values)
+  runs = row.outcomes
+  names = dict.fromkeys(name for one in runs.values() for name in one.values)
+  measures = {
+      name: _measure(
+          row, name, {s: o.values.get(name) for s, o in runs.items()}
+      )
+      for name in names
+  }
+  at_equal = {
+      name: {"tokens": tokens}
+      | _measure(
+          row,
+          "accuracy",
+          {seed: at_budget(one, name, tokens) for seed, one in runs.items()},
+      )
+      for name, tokens in at.items()
+  }
   return {
       "number": number,
       "name": row.combination.name,
       "settings": dict(row.combination.settings),
       "planned_seeds": list(row.combination.seeds),
-      "finished_seeds": list(row.outcomes),
-      "measures": {
-          name: _measure(row, lambda one, name=name: one.values.get(name), name)
-          for name in names
-      },
-      "dev_accuracy_at": {
-          name: {"tokens": budget}
-          | _measure(
-              row,
-              lambda one, name=name, budget=budget: at_budget(
-                  one, name, budget
-              ),
-              "accuracy",
-          )
-          for name, budget in at.items()
-      },
+      "finished_seeds": list(runs),
+      "measures": measures,
+      "dev_accuracy_at": at_equal,
   }
 
 
 def _measure(
-    row: Row, value: Callable[[Outcome], float | None], name: str
+    row: Row, name: str, found: Mapping[int, float | None]
 ) -> dict[str, Any]:
   """Mean, intervals, n, and the value of each seed that has one."""
-  found = {seed: value(one) for seed, one in row.outcomes.items()}
   seeds = {seed: one for seed, one in found.items() if one is not None}
   values = list(seeds.values())
   measure: dict[str, Any] = {
