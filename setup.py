@@ -49,6 +49,7 @@ setuptools.setup(
         "orbax-checkpoint>=0.11.20,<1",
         "protobuf>=4",
         "safetensors>=0.5",
+        "scipy>=1.13",
         "sentencepiece>=0.2",
         "tensorboardX>=2.6.2",
         "tensorstore>=0.1.75",

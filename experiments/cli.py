@@ -98,8 +98,20 @@ def parse(argv: Sequence[str]) -> list[str]:
   Returns:
     What is left beside the flags, program name first.
   """
-  try:
+  with flag_errors():
     return flags.FLAGS(list(argv))
+  raise AssertionError("fail() does not return")
+
+
+@contextlib.contextmanager
+def flag_errors() -> Iterator[None]:
+  """Turns what parsing flags and recipes raises inside into one line, exit 2.
+
+  Yields:
+    Nothing.
+  """
+  try:
+    yield
   except flags.Error as error:
     fail(str(error))
   except (
@@ -112,7 +124,6 @@ def parse(argv: Sequence[str]) -> list[str]:
     fail(f"cannot read --config: {error}")
   except (OSError, TypeError, ValueError, ImportError) as error:
     fail(f"cannot read --config: {_last_line(error)}")
-  raise AssertionError("fail() does not return")
 
 
 def _last_line(error: Exception) -> str:

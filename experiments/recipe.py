@@ -7,7 +7,6 @@ the devices, `world` what the team sees, `checks` what is allowed.
 import dataclasses
 import functools
 import json
-import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,10 +22,8 @@ from mgrpo_jax.agents.team import Role, Team
 from mgrpo_jax.plan import Adaptation, Sampler, Setup
 from mgrpo_jax.policy.lora import LoRA
 from mgrpo_jax.sampler.engine import Engine
-from mgrpo_jax.tasks import factbook, pipeline
+from mgrpo_jax.tasks import factbook
 from mgrpo_jax.tasks.curriculum import Stage
-from mgrpo_jax.tasks.factbook import Factbook
-from mgrpo_jax.types import Task
 from mgrpo_jax.workdir import Workdir
 
 
@@ -134,11 +131,13 @@ def build(config: ml_collections.ConfigDict) -> Setup:
       seed=config.seed,
       stages=stages,
       tasks={
-          stage.name: _tasks(book, "train", f"stages.{stage.name}", config)
+          stage.name: world.questions(
+              book, "train", f"stages.{stage.name}", config
+          )
           for stage in stages
       },
-      dev=_tasks(book, "dev", "evaluation", config)[:dev],
-      test=_tasks(book, "test", "evaluation", config)[:test],
+      dev=world.questions(book, "dev", "evaluation", config)[:dev],
+      test=world.questions(book, "test", "evaluation", config)[:test],
       tasks_per_step=config.tasks.per_step,
       max_retries=config.tasks.max_retries,
       rollouts_per_task=config.rollout.per_task,
@@ -261,22 +260,6 @@ def _role(name: str, config: ml_collections.ConfigDict) -> Role:
       trainable=config.trainable,
       attempts=config.attempts,
   )
-
-
-def _tasks(
-    book: Factbook, split: str, key: str, config: ml_collections.ConfigDict
-) -> tuple[Task, ...]:
-  """Tasks of a split, of the families that a config section names, or all."""
-  tasks = book.splits[split]
-  wanted = functools.reduce(operator.getitem, key.split("."), config).families
-  known = {str(task.meta["family"]) for task in tasks}
-  unknown = sorted(set(wanted) - known)
-  if unknown:
-    raise ValueError(
-        f"config.{key}.families: no {split} question is of {unknown}, there"
-        f" are {sorted(known)}"
-    )
-  return pipeline.select(tasks, stages=(), kinds=(), families=wanted)
 
 
 def _tuples(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -37,7 +38,7 @@ from mgrpo_jax.policy.tokenizer import (
     train_sentencepiece,
 )
 from mgrpo_jax.sharding import IndivisibleError, Meshes
-from mgrpo_jax.tasks import factbook
+from mgrpo_jax.tasks import factbook, pipeline
 from mgrpo_jax.tasks.factbook import Factbook
 from mgrpo_jax.types import RolloutGroup, Status, Task
 
@@ -70,6 +71,35 @@ CHATS: Mapping[str, Mapping[str, Callable[..., Chat]]] = {
 }
 TOOLS = ("calculate", "search", "visit")
 _REMEMBERED_QUERIES = 100_000
+
+
+def questions(
+    book: Factbook, split: str, key: str, config: ml_collections.ConfigDict
+) -> tuple[Task, ...]:
+  """Selects questions of a split.
+
+  Args:
+    book: they are about.
+    split: train, dev or test.
+    key: of the config section that names their families, none for all.
+    config: the whole recipe.
+
+  Returns:
+    The questions.
+
+  Raises:
+    ValueError: there is no such family in the split.
+  """
+  tasks = book.splits[split]
+  wanted = functools.reduce(operator.getitem, key.split("."), config).families
+  known = {str(task.meta["family"]) for task in tasks}
+  unknown = sorted(set(wanted) - known)
+  if unknown:
+    raise ValueError(
+        f"config.{key}.families: no {split} question is of {unknown}, there"
+        f" are {sorted(known)}"
+    )
+  return pipeline.select(tasks, stages=(), kinds=(), families=wanted)
 
 
 def check_names(config: ml_collections.ConfigDict, team: Team) -> None:

@@ -13,10 +13,12 @@ import dataclasses
 import math
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax.monitoring
+import numpy as np
+from scipy.special import stdtrit
 
 NORMAL_QUANTILE_95 = 1.959963984540054  # two-sided
 
@@ -183,7 +185,7 @@ def define(name: str) -> Metric:
   return metric
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
+def wilson(successes: float, n: int) -> tuple[float, float]:
   r"""Computes the 95% Wilson score interval of a proportion.
 
   $$\frac{1}{1 + z^2/n} \left( \hat p + \frac{z^2}{2n} \pm
@@ -193,7 +195,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
   approximation it stays within [0, 1] and has a width at 0 and 1.
 
   Args:
-    successes: how many succeeded.
+    successes: how many succeeded; a mean of such counts may be no whole one.
     n: how many were tried; with 0 nothing is known, the interval is (0, 1).
 
   Returns:
@@ -217,6 +219,28 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
       0.0 if successes == 0 else low,
       1.0 if successes == n else high,
   )
+
+
+def student(values: Sequence[float]) -> tuple[float, float] | None:
+  r"""Computes the 95% t interval of a mean.
+
+  $$\bar x \pm t_{0.975, n - 1} \frac{s}{\sqrt n}$$
+
+  with s the sample's standard deviation (Student 1908). Of runs that differ in
+  their seed only, it covers the mean over all seeds, for these questions.
+
+  Args:
+    values: n of them, finite.
+
+  Returns:
+    The lower and the upper end; None for fewer than two, which tell nothing
+    about their spread.
+  """
+  n = len(values)
+  if n < 2:
+    return None
+  half = stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(n)
+  return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

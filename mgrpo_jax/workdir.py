@@ -10,7 +10,7 @@ import os
 import pathlib
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mgrpo_jax import atomic
@@ -18,7 +18,7 @@ from mgrpo_jax import atomic
 CONFIG_FILE = "config.json"
 SUMMARY_FILE = "summary.json"
 _ID_FILE = "run_id.json"
-_LOCK_FILE = ".lock"
+LOCK_FILE = ".lock"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _MAX_SHOWN = 5  # differences listed in the error
 
@@ -106,7 +106,7 @@ def check(path: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
   """
   _check_name(os.fspath(path))
   directory = Workdir(pathlib.Path(path))
-  _check_ours(directory)
+  check_ours(directory.path, CONFIG_FILE, "run")
   if _is_there(directory.path / CONFIG_FILE):
     _compare(directory, config)
 
@@ -130,8 +130,8 @@ def hold(
     StorageError: it cannot be used.
   """
   directory = Workdir(pathlib.Path(path))
-  _check_ours(directory)
-  with atomic.exclusive(directory.path / _LOCK_FILE):
+  check_ours(directory.path, CONFIG_FILE, "run")
+  with atomic.exclusive(directory.path / LOCK_FILE):
     atomic.sweep(directory.path)
     if _is_there(directory.path / CONFIG_FILE):
       _compare(directory, config)
@@ -171,6 +171,51 @@ def differences(
   return found
 
 
+def listed(found: Sequence[str]) -> str:
+  """Lists differences in one line, the first few in words.
+
+  Args:
+    found: what `differences` returned.
+
+  Returns:
+    They, and how many more there are.
+  """
+  shown = "; ".join(found[:_MAX_SHOWN])
+  more = len(found) - _MAX_SHOWN
+  return f"{shown}; and {more} more" if more > 0 else shown
+
+
+def check_ours(path: pathlib.Path, file: str, kind: str) -> None:
+  """Raises where a directory with other things in it would be written to.
+
+  Args:
+    path: the directory; may be missing.
+    file: that says whose it is.
+    kind: of what it is made for: `run`.
+
+  Raises:
+    StorageError: it cannot be read, or is neither empty nor one of this kind.
+  """
+  if not _is_there(path):
+    return
+  try:
+    entries = os.listdir(path)
+  except OSError as error:
+    raise atomic.StorageError(
+        f"directory {path}: {atomic.reason(error)}"
+    ) from error
+  foreign = [
+      name
+      for name in entries  # one killed at its very first write leaves ours
+      if name != LOCK_FILE and not atomic.is_partial(name, file)
+  ]
+  if foreign and file not in entries:
+    raise atomic.StorageError(
+        f"directory {path} is not empty and holds no {file}; give an empty"
+        f" directory or that of a {kind}"
+    )
+
+
 def _check_name(path: str) -> None:
   """Raises where a path is none that a run can be kept under."""
   if _URL.match(path):
@@ -184,29 +229,6 @@ def _check_name(path: str) -> None:
     raise atomic.StorageError(
         f"workdir {path}: its path must be UTF-8"
     ) from error
-
-
-def _check_ours(directory: Workdir) -> None:
-  """Raises where a directory with other things in it would be written to."""
-  path = directory.path
-  if not _is_there(path):
-    return
-  try:
-    entries = os.listdir(path)
-  except OSError as error:
-    raise atomic.StorageError(
-        f"workdir {path}: {atomic.reason(error)}"
-    ) from error
-  foreign = [
-      name
-      for name in entries  # a run killed at its very first write leaves ours
-      if name != _LOCK_FILE and not atomic.is_partial(name, CONFIG_FILE)
-  ]
-  if foreign and CONFIG_FILE not in entries:
-    raise atomic.StorageError(
-        f"workdir {path} is not empty and holds no {CONFIG_FILE}; give an empty"
-        " directory or that of a run"
-    )
 
 
 def _is_there(path: pathlib.Path) -> bool:
@@ -226,10 +248,7 @@ def _compare(directory: Workdir, config: Mapping[str, Any]) -> None:
   """Raises unless the directory belongs to this configuration."""
   found = differences(directory.read_config(), config)
   if found:
-    shown = "; ".join(found[:_MAX_SHOWN])
-    more = len(found) - _MAX_SHOWN
-    rest = f"; and {more} more" if more > 0 else ""
     raise ConfigMismatchError(
         f"workdir {directory.path} belongs to a run with another config:"
-        f" {shown}{rest}; give another --workdir"
+        f" {listed(found)}; give another --workdir"
     )

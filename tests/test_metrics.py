@@ -247,3 +247,11 @@ def test_a_file_cut_anywhere_loses_at_most_the_torn_step(cut):
     complete = whole[:cut].count(b"\n")
     steps = [row["step"] for row in writer.read_metrics(path)]
   assert steps in (list(range(complete)), list(range(complete + 1)))
+
+
+def test_student_is_the_t_interval_of_tables():
+  assert metrics.student([0.5]) is None
+  # t of 1 degree of freedom is 12.706205; s of (0, 1) is sqrt(1/2).
+  half = 12.706205 * math.sqrt(0.5) / math.sqrt(2)
+  assert metrics.student([0.0, 1.0]) == pytest.approx((0.5 - half, 0.5 + half))
+  assert metrics.student([0.3] * 4) == pytest.approx((0.3, 0.3))

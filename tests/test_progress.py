@@ -6,7 +6,7 @@ import math
 import pytest
 
 from mgrpo_jax.metrics import Accuracy
-from mgrpo_jax.report import progress
+from mgrpo_jax.report import live, progress
 
 
 class Terminal(io.StringIO):
@@ -97,19 +97,19 @@ def test_terminal_line_is_rewritten_and_never_wraps(columns, monkeypatch):
 def test_line_gives_up_the_least_important_first():
   said = [(0, "hard 1/9"), (2, "b" * 10), (1, "a" * 10), (2, "c" * 10)]
   fields = [(rank, (text,)) for rank, text in said]
-  assert progress.fit(fields, 99) == " · ".join(text for _, text in said)
-  assert progress.fit(fields, 40) == "hard 1/9 · aaaaaaaaaa · cccccccccc"
-  assert progress.fit(fields, 25) == "hard 1/9 · aaaaaaaaaa"
-  assert progress.fit(fields, 8) == "hard 1/9"
-  assert progress.fit(fields, 5) == "hard…"
-  assert progress.fit(fields, 0) == ""
+  assert live.fit(fields, 99) == " · ".join(text for _, text in said)
+  assert live.fit(fields, 40) == "hard 1/9 · aaaaaaaaaa · cccccccccc"
+  assert live.fit(fields, 25) == "hard 1/9 · aaaaaaaaaa"
+  assert live.fit(fields, 8) == "hard 1/9"
+  assert live.fit(fields, 5) == "hard…"
+  assert live.fit(fields, 0) == ""
 
 
 def test_line_takes_shorter_words_before_it_gives_anything_up():
   fields = [(0, ("hard 1/9",)), (1, ("reward 1", "r 1")), (2, ("left 9", "9"))]
-  assert progress.fit(fields, 28) == "hard 1/9 · reward 1 · left 9"
-  assert progress.fit(fields, 27) == "hard 1/9 · r 1 · 9"
-  assert progress.fit(fields, 17) == "hard 1/9 · r 1"
+  assert live.fit(fields, 28) == "hard 1/9 · reward 1 · left 9"
+  assert live.fit(fields, 27) == "hard 1/9 · r 1 · 9"
+  assert live.fit(fields, 17) == "hard 1/9 · r 1"
 
 
 def line_at(columns, monkeypatch, *, stage="hard", steps=(56, 57), **values):
@@ -180,7 +180,7 @@ def test_short_names_tell_roles_apart():
       split="dev",
       seconds_left=math.nan,
   )
-  assert progress.fit(fields, 36).endswith("rea 1.00 res .50 mai .00")
+  assert live.fit(fields, 36).endswith("rea 1.00 res .50 mai .00")
 
 
 def test_only_accuracy_is_carried_from_an_earlier_step():

@@ -28,6 +28,7 @@ class Chart:
     smooth: whether a moving mean is drawn over the single steps.
     log: whether the vertical axis is logarithmic.
     keys: the only keys shown; empty for all.
+    x: what the horizontal axis counts.
   """
 
   name: str
@@ -36,6 +37,7 @@ class Chart:
   smooth: bool = False
   log: bool = False
   keys: tuple[str, ...] = ()
+  x: str = "step"
 
   @property
   def unit(self) -> str:
@@ -102,7 +104,7 @@ CHARTS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Series:
-  """One line of a chart; n points, ascending in step.
+  """One line of a chart; n points, ascending in what its x counts.
 
   Attributes:
     label: the role, policy, split or phase; the title where there is none.

@@ -112,11 +112,11 @@ def _render(
   place = workdir.resolve().name
   name = config.get("name") if isinstance(config, dict) else None
   title = escape(f"{name} · {place}" if name and name != place else place)
-  template, style = _resource("page.html"), _resource("page.css")
-  script = _fill(_matched(_SCRIPT, template), unseen=text.UNSEEN)
+  template, style = resource("page.html"), resource("page.css")
+  script = fill(_matched(_SCRIPT, template), unseen=text.UNSEEN)
   drawn, charts = _curves(rows)
   data = selection.data | {"charts": charts, "roles": _team(rows)}
-  return _fill(
+  return fill(
       template,
       policy=_policy(style, script),
       title=title,
@@ -130,8 +130,15 @@ def _render(
   )
 
 
-def _resource(name: str) -> str:
-  """A file that lies beside this module."""
+def resource(name: str) -> str:
+  """Reads a file that lies beside this module.
+
+  Args:
+    name: of the file.
+
+  Returns:
+    Its text.
+  """
   return (importlib.resources.files(__package__) / name).read_text("utf-8")
 
 
@@ -143,23 +150,38 @@ def _matched(pattern: re.Pattern[str], template: str) -> str:
   return match[1]
 
 
-def _fill(template: str, **values: str) -> str:
-  """Replaces the slots in one pass: what is put in is never searched."""
+def fill(template: str, **values: str) -> str:
+  """Replaces the slots of a template, in one pass.
+
+  Args:
+    template: text with slots, `{{name}}`.
+    **values: by name; what is put in is never searched for slots.
+
+  Returns:
+    The text.
+  """
   return _SLOT.sub(lambda match: values[match[1]], template)
 
 
 def _policy(style: str, script: str) -> str:
   """Content security policy: this style, this script, no requests at all."""
   return (
-      f"default-src 'none'; img-src data:; style-src '{_digest(style)}';"
-      f" script-src '{_digest(script)}'; base-uri 'none'; form-action 'none'"
+      f"default-src 'none'; img-src data:; style-src '{digest(style)}';"
+      f" script-src '{digest(script)}'; base-uri 'none'; form-action 'none'"
   )
 
 
-def _digest(source: str) -> str:
-  """How a policy names a block it admits."""
-  digest = hashlib.sha256(source.encode("utf-8")).digest()
-  return f"sha256-{base64.b64encode(digest).decode('ascii')}"
+def digest(source: str) -> str:
+  """Computes how a content security policy names a block it admits.
+
+  Args:
+    source: what stands between the tags.
+
+  Returns:
+    `sha256-…`.
+  """
+  found = hashlib.sha256(source.encode("utf-8")).digest()
+  return f"sha256-{base64.b64encode(found).decode('ascii')}"
 
 
 def _header(

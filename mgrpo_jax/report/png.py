@@ -15,6 +15,9 @@ from mgrpo_jax.report.text import spell
 COLOURS = ("#2f5d8a", "#b5562b", "#4d7a4a", "#7b5a9e", "#8a7a2f", "#5a6a72")
 DPI = 160
 _GREY = "#77736a"
+_DASHES = ("-", "-.", ":", (0, (5, 1)))
+_LONG = 24  # characters of a label that has no room within a chart
+_LEGEND_ROW = 0.19  # inches
 
 
 def write(
@@ -38,22 +41,34 @@ def write(
     lines = curves.series(rows, chart)
     if lines:
       path = pathlib.Path(directory) / f"{chart.name}.png"
-      atomic.write(path, _draw(chart, lines, stages))
+      atomic.write(path, draw(chart, lines, stages))
       written.append(path)
   return written
 
 
-def _draw(
+def draw(
     chart: curves.Chart,
     lines: Sequence[curves.Series],
     stages: Sequence[curves.Stage],
 ) -> bytes:
-  """Draws one chart and returns the bytes of its file."""
+  """Draws one chart.
+
+  Args:
+    chart: what to draw.
+    lines: at least one. Past the palette's end colours come again, in lines
+      that are broken another way.
+    stages: of the run; a hairline stands where one begins.
+
+  Returns:
+    The bytes of its file.
+  """
   # Imported here: matplotlib takes longer to import than this page to write.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+  below = len(lines) if any(len(one.label) > _LONG for one in lines) else 0
+  size = (6.4, 3.4 + below * _LEGEND_ROW)
+  figure = Figure(figsize=size, layout="constrained")
   FigureCanvasAgg(figure)
   axes = figure.add_subplot()
   log = curves.is_log(chart, lines)
@@ -66,7 +81,7 @@ def _draw(
         line.smoothed,
         color=colour,
         lw=1.8,
-        ls="--" if line.dashed else "-",
+        ls="--" if line.dashed else _DASHES[line.colour // len(COLOURS) % 4],
         marker="o" if len(line.steps) < 2 else None,
         label=None if line.dashed else _literal(line.label),
     )
@@ -81,11 +96,14 @@ def _draw(
     axes.axvline(stage.first, color=_GREY, lw=0.7, ls=":")
   unit = f" [{chart.unit}]" if chart.unit else ""
   axes.set_title(chart.title + unit, loc="left", fontsize=11)
-  axes.set_xlabel("step", color=_GREY)
+  axes.set_xlabel(chart.x, color=_GREY)
   axes.tick_params(colors=_GREY)
   axes.spines[["top", "right"]].set_visible(False)
   axes.grid(axis="y", color="#e4e0d6", lw=0.7)
-  axes.legend(frameon=False, fontsize=9)
+  if below:
+    figure.legend(loc="outside lower left", frameon=False, fontsize=9)
+  else:
+    axes.legend(frameon=False, fontsize=9)
   buffer = io.BytesIO()
   figure.savefig(buffer, format="png", dpi=DPI)
   return buffer.getvalue()

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import collections
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TextIO
 
 from mgrpo_jax.metrics import Accuracy
+from mgrpo_jax.report.live import Field, Line, printable
 
-# Importance, 0 first, and wordings, from the longest to the shortest.
-Field = tuple[int, tuple[str, ...]]
-
-SEPARATOR = " · "
 WINDOW = 32  # steps that the estimate of the time left looks back on
-_FALLBACK_WIDTH = 80
-_CLEAR = "\r\x1b[K"
-_WORDINGS = 4  # at most
 _LETTERS = (4, 1)  # of a name, at least, where names are cut
 
 
@@ -49,20 +41,16 @@ class Progress:
       split: the held-out split whose accuracy is shown.
       clock: seconds that never go backwards; another one in tests.
     """
-    self._stream = stream
-    self._tty = stream.isatty()
+    self._line = Line(stream, every_seconds=every_seconds, clock=clock)
     self._total = total_steps
-    self._every = every_seconds
     self._split = split
     self._clock = clock
     self._stage = ""
-    self._line = ""
     self._accuracies: dict[str, float] = {}  # last measured
     self._pace = math.nan  # seconds a step
     self._times: collections.deque[tuple[int, float]] = collections.deque(
         maxlen=WINDOW + 1
     )
-    self._next_plain = -math.inf
 
   def update(self, step: int, stage: str, values: Mapping[str, float]) -> None:
     """Shows a step.
@@ -96,7 +84,7 @@ class Progress:
         split=self._split,
         seconds_left=self._pace * (self._total - step),
     )
-    self._show(fields, now, force=turned or step >= self._total)
+    self._line.show(fields, force=turned or step >= self._total)
 
   def note(self, text: str) -> None:
     """Prints a line of its own above the progress line.
@@ -104,29 +92,11 @@ class Progress:
     Args:
       text: what to say.
     """
-    if self._tty:
-      self._stream.write(f"{_CLEAR}{text}\n{self._line}")
-    else:
-      self._stream.write(f"{text}\n")
-    self._stream.flush()
+    self._line.note(text)
 
   def close(self) -> None:
     """Leaves the last line standing; what is printed next starts below."""
-    if self._tty and self._line:
-      self._stream.write("\n")
-      self._stream.flush()
-    self._line = ""
-
-  def _show(self, fields: Sequence[Field], now: float, *, force: bool) -> None:
-    """Rewrites the line, or prints a plain one when it is time."""
-    if self._tty:
-      # One column less than there are: a full line would wrap.
-      self._line = fit(fields, _width(self._stream) - 1)
-      self._stream.write(_CLEAR + self._line)
-    elif force or now >= self._next_plain:
-      self._next_plain = now + self._every
-      self._stream.write(_joined(fields, 0) + "\n")
-    self._stream.flush()
+    self._line.close()
 
 
 def progress_fields(
@@ -183,30 +153,6 @@ def progress_fields(
   return fields
 
 
-def fit(fields: Sequence[Field], width: int) -> str:
-  """Joins fields, in shorter and shorter words until they fit.
-
-  Where the shortest words are too long, the least important fields are left
-  out.
-
-  Args:
-    fields: what the line says.
-    width: columns there are.
-
-  Returns:
-    A line of at most `width` characters, without control characters.
-  """
-  for wording in range(_WORDINGS):
-    line = _joined(fields, wording)
-    if len(line) <= width:
-      return line
-  kept = list(fields)
-  while len(kept) > 1 and len(_joined(kept, _WORDINGS)) > width:
-    kept.remove(max(kept, key=lambda field: field[0]))
-  line = _joined(kept, _WORDINGS)
-  return line if len(line) <= width else (line[: width - 1] + "…")[:width]
-
-
 def duration(seconds: float) -> str:
   """Writes a time span as people do.
 
@@ -241,7 +187,7 @@ def accuracies(overall: Accuracy, by_name: Mapping[str, Accuracy]) -> str:
       [
           ("accuracy [95% interval]", "n", ""),
           *(
-              (_printable(name), str(one.n), _with_interval(one))
+              (printable(name), str(one.n), _with_interval(one))
               for name, one in rows.items()
           ),
       ]
@@ -262,7 +208,7 @@ def comparison(rows: Mapping[str, tuple[Accuracy, Accuracy]]) -> str:
     counts = {before.n, after.n}
     table.append(
         (
-            _printable(name),
+            printable(name),
             "/".join(str(n) for n in sorted(counts)),
             _with_interval(before),
             _with_interval(after),
@@ -346,22 +292,3 @@ def _power(value: float) -> str:
   """A number's first digit and its power of ten: `3e-5`."""
   digit, _, exponent = f"{value:.0e}".partition("e")
   return f"{digit}e{int(exponent)}" if exponent and value else digit
-
-
-def _joined(fields: Sequence[Field], wording: int) -> str:
-  """Fields as a line, each in the wording of a number or its shortest one."""
-  texts = (forms[min(wording, len(forms) - 1)] for _, forms in fields)
-  return _printable(SEPARATOR.join(texts))
-
-
-def _printable(text: str) -> str:
-  """Text without control characters, which could move the cursor."""
-  return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def _width(stream: TextIO) -> int:
-  """Columns of the terminal, asked anew each time: windows are resized."""
-  try:
-    return os.get_terminal_size(stream.fileno()).columns or _FALLBACK_WIDTH
-  except OSError:
-    return shutil.get_terminal_size((_FALLBACK_WIDTH, 24)).columns

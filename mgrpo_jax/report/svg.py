@@ -152,7 +152,8 @@ def _axes(scale: _Scale) -> list[str]:
     if step == int(step):
       parts.append(
           '<text class="tick" text-anchor="middle"'
-          f' x="{scale.x(step):.1f}" y="{HEIGHT - 7}">{step:.0f}</text>'
+          f' x="{scale.x(step):.1f}" y="{HEIGHT - 7}">'
+          f"{curves.short(step)}</text>"
       )
   return parts
 
