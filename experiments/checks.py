@@ -27,6 +27,7 @@ _MOST32 = float(np.finfo(np.float32).max)
 _RANGES = {  # lowest and highest allowed
     "seed": (0, 2**32 - 1),
     "tasks.per_step": (1, _MOST),
+    "tasks.resample": (0, 1000),
     "tasks.max_retries": (0, _MOST),
     "tasks.seed": (0, 2**32 - 1),
     "tools.search_results": (1, _MOST),

@@ -139,6 +139,7 @@ def build(config: ml_collections.ConfigDict) -> Setup:
       dev=world.questions(book, "dev", "evaluation", config)[:dev],
       test=world.questions(book, "test", "evaluation", config)[:test],
       tasks_per_step=config.tasks.per_step,
+      resample=config.tasks.resample,
       max_retries=config.tasks.max_retries,
       rollouts_per_task=config.rollout.per_task,
       team=team,

@@ -55,6 +55,23 @@ class Credits:
   assignments: Mapping[str, Assignment]
 
 
+def learning(team: Team, trained: Collection[str]) -> tuple[str, ...]:
+  """Names the roles whose calls train a policy.
+
+  Args:
+    team: the roles.
+    trained: names of the policies that learn.
+
+  Returns:
+    Names, the root's first if it is one of them.
+  """
+  return tuple(
+      role.name
+      for role in team.roles
+      if role.policy in trained and role.trainable
+  )
+
+
 def copied(
     groups: Sequence[RolloutGroup], scores: Sequence[Scores], team: Team
 ) -> Credits:
@@ -120,7 +137,7 @@ def compared(
   roots: np.ndarray | None = None
   for role in team.roles:  # the root first
     is_root = role.name == team.root
-    learns = role.policy in trained and role.trainable
+    learns = role.name in learning(team, trained)
     if not learns and not (is_root and inherits):
       continue
     calls = rewards.by_role(

@@ -102,6 +102,7 @@ async def _step(
   tasks = run.take(stage)
   groups = await run.collect(stage, tasks, step)
   scores = run.grade(stage, groups)
+  groups, scores = await run.resample(stage, groups, scores, step)
   credits = run.assign(stage, groups, scores, step)
   dispatched = run.update(stage, number, groups, credits)
   journal.flush()

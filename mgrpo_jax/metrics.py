@@ -91,6 +91,8 @@ METRICS: Mapping[str, Metric] = dict((
             "mean standard deviation of the rewards within a task"),
     _metric("flat_groups", "role", "1", "lower",
             "share of tasks whose calls all earned the same"),
+    _metric("replaced", "", "tasks", "",
+            "groups that taught nothing and were replaced in the step"),
     # Update; over tokens that the gradient sees, so without a KL term those of
     # calls whose advantage is not zero.
     _metric("loss", "policy", "1", "lower",

@@ -106,6 +106,7 @@ class Setup:
     dev: questions for the looks during training.
     test: questions before and after training.
     tasks_per_step: B.
+    resample: how often new groups are drawn for those that teach nothing.
     max_retries: how often in a row a task is asked again that a machine failed
       on.
     rollouts_per_task: K.
@@ -132,6 +133,7 @@ class Setup:
   dev: tuple[Task, ...]
   test: tuple[Task, ...]
   tasks_per_step: int
+  resample: int
   max_retries: int
   rollouts_per_task: int
   team: Team

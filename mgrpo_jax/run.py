@@ -14,11 +14,11 @@ import numpy as np
 
 from mgrpo_jax import (
     credit,
+    dynamic,
     evaluate,
     objectives,
     optim,
     packing,
-    publish,
     rewards,
     rollout,
     statistics,
@@ -31,10 +31,10 @@ from mgrpo_jax.learner import Step
 from mgrpo_jax.packing import Credit
 from mgrpo_jax.plan import Setup
 from mgrpo_jax.policy import fingerprint
+from mgrpo_jax.publisher import Publisher
 from mgrpo_jax.resources import Resources, open_resources
 from mgrpo_jax.rewards import Scores
 from mgrpo_jax.store import Store
-from mgrpo_jax.tasks import curriculum
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.types import RolloutGroup, Task, TrainState
 from mgrpo_jax.work import Work
@@ -55,9 +55,7 @@ class Run:
     self.work = Work()
     self._work_before = Work()  # when the step under way began
     self._lost_before = resources.lost_caches()  # likewise
-    self._versions = dict.fromkeys(self.setup.policies, 0)  # sampled from
-    self._unpublished: set[str] = set()  # newer than what the store has
-    self._told: set[str] = set()  # problems of the store
+    self._publisher = Publisher(resources)
 
   def begin_step(self) -> None:
     """Forgets the metrics of the step before."""
@@ -85,17 +83,56 @@ class Run:
         self.work.lost += len(played) - len(groups)
       else:
         groups = await self._roll_out(tasks, seed)
-    sampled = self.resources.sampled() - before
-    self.work.generated_tokens += sampled
+    self.work.generated_tokens += self.resources.sampled() - before
     self.work.rollouts += sum(group.num_rollouts for group in groups)
+    sampled = self.work.generated_tokens - self._work_before.generated_tokens
     spent = max(self.values["seconds/rollout"], 1e-9)
     self.values["tokens_per_second/rollout"] = sampled / spent
     for name, count in counters.items():
-      self.values[f"events/{name}"] = float(count - events.get(name, 0))
+      seen = self.values.get(f"events/{name}", 0.0)
+      new = count - events.get(name, 0)
+      self.values[f"events/{name}"] = seen + float(new)
     return groups
 
   def grade(self, stage: Stage, groups: Sequence[RolloutGroup]) -> list[Scores]:
     """Arrow 3: rewards; tasks that a machine failed on are asked again."""
+    scores = self._graded(stage, groups)
+    for role in self.setup.team.roles:
+      self.values |= statistics.of_role(groups, scores, role.name)
+    return scores
+
+  async def resample(
+      self,
+      stage: Stage,
+      groups: Sequence[RolloutGroup],
+      scores: Sequence[Scores],
+      step: int,
+  ) -> tuple[list[RolloutGroup], list[Scores]]:
+    """Arrows 1 to 3 again, for groups that teach nothing.
+
+    What is measured of rollouts and rewards stays that of the first draw.
+    """
+    graded = list(zip(groups, scores, strict=True))
+    if stage.objective == "reinforce" and self.setup.resample:
+
+      async def draw(count: int) -> list[dynamic.Graded]:
+        tasks = self.resources.queues[stage.name].take(count)
+        more = await self.collect(stage, tasks, step)
+        return list(zip(more, self._graded(stage, more), strict=True))
+
+      graded, replaced = await dynamic.resample(
+          graded,
+          roles=credit.learning(self.setup.team, stage.trained),
+          rounds=self.setup.resample,
+          draw=draw,
+      )
+      self.values["replaced"] = float(replaced)
+    return [group for group, _ in graded], [score for _, score in graded]
+
+  def _graded(
+      self, stage: Stage, groups: Sequence[RolloutGroup]
+  ) -> list[Scores]:
+    """Rewards of groups; settles their tasks, or puts them back."""
     method, queue = self.setup.method, self.resources.queues[stage.name]
     scores = []
     with self.timed("reward"):
@@ -113,8 +150,6 @@ class Run:
           self.work.abandoned += 1
         nothing = np.zeros_like(graded.weight)
         scores.append(dataclasses.replace(graded, weight=nothing))
-    for role in self.setup.team.roles:
-      self.values |= statistics.of_role(groups, scores, role.name)
     return scores
 
   def assign(
@@ -132,7 +167,7 @@ class Run:
     for role, assignment in credits.assignments.items():
       self.values |= statistics.of_assignment(role, assignment)
     for policy, part in credits.by_policy.items():
-      age = statistics.staleness(part, self._versions[policy])
+      age = statistics.staleness(part, self._publisher.versions[policy])
       self.values[f"staleness/{policy}"] = age
     return credits
 
@@ -189,8 +224,6 @@ class Run:
   def publish(self, policies: Sequence[str], version: int) -> list[str]:
     """Arrow 7: a version for the next rollout and, when due, for the store.
 
-    The version after the last step is always due: it is what is evaluated.
-
     Args:
       policies: whose weights are new.
       version: how many steps they have behind them.
@@ -198,35 +231,10 @@ class Run:
     Returns:
       What was found damaged in the store and not told before, a line each.
     """
-    problems: list[str] = []
-    is_last = version == curriculum.num_steps(self.setup.stages)
-    is_due = is_last or version % self.setup.publish_every == 0
     with self.timed("publish"):
-      for policy in policies:
-        weights = self.resources.learners[policy].weights
-        self.resources.engines[policy].update(weights, version)
-        self._versions[policy] = version
-        self._unpublished.add(policy)
-        self.values[f"version/{policy}"] = float(version)
-      for policy in sorted(self._unpublished) if is_due else ():
-        learner = self.resources.learners[policy]
-        meta = {
-            "step": self._versions[policy] - 1,
-            "fingerprint": self.resources.fingerprints[policy],
-        }
-        if learner.lora is not None:  # what else it takes to merge it
-          meta["adapter"] = dataclasses.asdict(learner.lora)
-        published = publish.publish(
-            self.resources.store,
-            policy,
-            self._versions[policy],
-            learner.state.params,
-            keep=self.setup.keep_versions,
-            meta=meta,
-        )
-        self._unpublished.remove(policy)
-        problems += [p for p in published.damaged if p not in self._told]
-        self._told.update(problems)
+      problems = self._publisher.publish(policies, version)
+    for policy in policies:
+      self.values[f"version/{policy}"] = float(version)
     return problems
 
   async def evaluate(self, tasks: Sequence[Task], split: str) -> Evaluation:
@@ -301,7 +309,7 @@ class Run:
     return {
         "tasks": {name: q.get_state() for name, q in queues.items()},
         "fingerprints": self.resources.fingerprints,
-        "versions": self._versions,
+        "versions": self._publisher.versions,
         "work": dataclasses.asdict(self.work),
     }
 

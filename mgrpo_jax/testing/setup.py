@@ -146,6 +146,7 @@ def small_setup(
       dev=questions[:2],
       test=questions[2:5],
       tasks_per_step=3,
+      resample=0,
       max_retries=3,
       rollouts_per_task=3,
       team=roles,

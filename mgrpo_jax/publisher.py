@@ -1,0 +1,73 @@
+"""Arrow 7: which version is sampled from, and which the store has."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from mgrpo_jax import publish
+from mgrpo_jax.resources import Resources
+from mgrpo_jax.tasks import curriculum
+
+
+class Publisher:
+  """Hands new weights to the samplers and, when due, to the store.
+
+  Attributes:
+    versions: that are sampled from, by policy.
+  """
+
+  def __init__(self, resources: Resources) -> None:
+    """Starts at version 0, nothing published.
+
+    Args:
+      resources: of the run.
+    """
+    self.versions = dict.fromkeys(resources.setup.policies, 0)
+    self._resources = resources
+    self._unpublished: set[str] = set()  # newer than what the store has
+    self._told: set[str] = set()  # problems of the store
+
+  def publish(self, policies: Sequence[str], version: int) -> list[str]:
+    """Makes weights a version; the store gets it when that is due.
+
+    The version after the last step is always due: it is what is evaluated.
+
+    Args:
+      policies: whose weights are new.
+      version: how many steps they have behind them.
+
+    Returns:
+      What was found damaged in the store and not told before, a line each.
+    """
+    setup, resources = self._resources.setup, self._resources
+    for policy in policies:
+      weights = resources.learners[policy].weights
+      resources.engines[policy].update(weights, version)
+      self.versions[policy] = version
+      self._unpublished.add(policy)
+    is_last = version == curriculum.num_steps(setup.stages)
+    if not is_last and version % setup.publish_every:
+      return []
+    problems: list[str] = []
+    for policy in sorted(self._unpublished):
+      found = [p for p in self._store(policy) if p not in self._told]
+      self._told.update(found)
+      problems += found
+    self._unpublished.clear()
+    return problems
+
+  def _store(self, policy: str) -> list[str]:
+    """Writes a policy's version to the store; says what is damaged there."""
+    resources, version = self._resources, self.versions[policy]
+    learner = resources.learners[policy]
+    meta = {"step": version - 1, "fingerprint": resources.fingerprints[policy]}
+    if learner.lora is not None:  # what else it takes to merge it
+      meta["adapter"] = dataclasses.asdict(learner.lora)
+    published = publish.publish(
+        resources.store,
+        policy,
+        version,
+        learner.state.params,
+        keep=resources.setup.keep_versions,
+        meta=meta,
+    )
+    return list(published.damaged)
