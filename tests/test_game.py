@@ -1,5 +1,6 @@
 """Estimators of the team's gradient against sums over all that can happen."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from trajectories import group, task, trajectory
 
+from experiments.bench import gradients
 from mgrpo_jax import advantages, alignment, rewards
 from mgrpo_jax.rewards import RewardWeights
 from mgrpo_jax.testing import batches, estimators, game
@@ -16,6 +18,7 @@ MAIN = RewardWeights(format=0.1, correct=0.9, expert=0.0)
 PAPER = RewardWeights(format=0.1, correct=0.4, expert=0.5)
 EXPERT = RewardWeights(format=0.1, correct=0.0, expert=0.9)
 TEAM = RewardWeights(format=0.0, correct=1.0, expert=0.0)
+FAINT = RewardWeights(format=0.0, correct=1.0, expert=0.01)
 LAW = (0.1, 0.3, 0.6)  # of d = 0, 1, 2
 TWICE = (1e-30, 1e-30, 1.0)
 STRATEGIES = (
@@ -262,11 +265,12 @@ def test_random_batches_agree_with_the_list(slots):
   draw = jitted(
       batches.sample_slots,
       align=align,
+      num_batches=number,
       num_tasks=1,
       num_rollouts=3,
       num_slots=slots,
   )
-  keys = jax.random.split(jax.random.key(1), (3, number))
+  keys = jax.random.split(jax.random.key(1), 3)
   values = [
       differentiate(
           advantages.per_task,
@@ -453,3 +457,34 @@ def test_a_block_of_one_task_is_a_task():
       for advantage in (advantages.per_batch, advantages.per_task)
   )
   np.testing.assert_array_equal(found.mean, expected.mean)
+
+
+def test_standardising_magnifies_a_faint_grade():
+  # What a grade of weight 0.01 adds to the mean gradient, per unit of scale.
+  added = []
+  for advantage in (advantages.mean_only, advantages.per_task):
+    without, faint = (exactly(split, advantage) for split in (TEAM, FAINT))
+    scale = estimators.compare(without, own(TEAM)).scale
+    added.append(np.linalg.norm(faint.mean - without.mean) / scale)
+  assert added[0] < 0.02 * np.linalg.norm(own(EXPERT))
+  assert added[1] > 10 * added[0]
+
+
+def test_the_command_measures_what_it_says():
+  case = gradients.Case(
+      role="sub", split="paper", law="base", tasks=1, rollouts=3, slots=3
+  )
+  rows = list(gradients.measure(case))
+  assert len(rows) == 3 * len(gradients.NORMALISERS)
+  (row,) = (
+      r
+      for r in rows
+      if (r["alignment"], r["normaliser"]) == ("inverse_count", "mean_only")
+  )
+  expected = estimators.compare(
+      exactly(PAPER, advantages.mean_only), own(PAPER)
+  )
+  for name, value in dataclasses.asdict(expected).items():
+    assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-6)
+  with pytest.raises(ValueError, match="--rollouts must be numbers >= 2"):
+    gradients._positive(["4", "1"])

@@ -68,24 +68,26 @@ def call_weights(
 
 
 def sample_slots(
-    keys: PRNGKeyArray,
+    key: PRNGKeyArray,
     draws: PRNGKeyArray,
     chance: Float[Array, "Q N"],
     calls: Calls,
     *,
     align: Align,
+    num_batches: int,
     num_tasks: int,
     num_rollouts: int,
     num_slots: int,
 ) -> Slots:
-  """Draws G batches of tasks of random kinds.
+  """Draws batches of tasks of random kinds.
 
   Args:
-    keys: [G], of kinds and rollouts.
-    draws: [G], of the alignment.
+    key: of kinds and rollouts.
+    draws: of the alignment.
     chance: probability of each outcome on each kind of task.
     calls: the role's, in each outcome.
     align: one of `alignment`'s strategies.
+    num_batches: G.
     num_tasks: B.
     num_rollouts: K.
     num_slots: D.
@@ -93,23 +95,31 @@ def sample_slots(
   Returns:
     The slots.
   """
+  tasks = num_batches * num_tasks
+  happened = _happened(key, chance, (tasks, num_rollouts))
+  aligned = align(draws, calls.num_calls[happened], num_slots=num_slots)
+  slots = Slots(
+      rewards=gather(calls.rewards[happened], aligned),
+      weights=aligned.weight,
+      scores=calls.scores[happened[..., None], aligned.index],
+  )
+  return jax.tree.map(
+      lambda x: x.reshape(num_batches, num_tasks, *x.shape[1:]), slots
+  )
 
-  def one(key: Array, draw: Array) -> Slots:
-    kind_key, outcome_key = jax.random.split(key)
-    kind = jax.random.randint(kind_key, (num_tasks,), 0, chance.shape[0])
-    happened = jax.random.categorical(
-        outcome_key,
-        jnp.log(chance)[kind][:, None],
-        shape=(num_tasks, num_rollouts),
-    )
-    aligned = align(draw, calls.num_calls[happened], num_slots=num_slots)
-    return Slots(
-        rewards=gather(calls.rewards[happened], aligned),
-        weights=aligned.weight,
-        scores=calls.scores[happened[..., None], aligned.index],
-    )
 
-  return jax.vmap(one)(keys, draws)
+def _happened(
+    key: PRNGKeyArray, chance: Float[Array, "Q N"], shape: tuple[int, int]
+) -> Int[Array, "tasks K"]:
+  """Draws a kind for each task and an outcome for each rollout."""
+  kind_key, outcome_key = jax.random.split(key)
+  kinds, number = chance.shape
+  kind = jax.random.randint(kind_key, (shape[0], 1), 0, kinds)
+  # Kind q takes up [q, q + 1) of one ascending scale.
+  steps = jnp.cumsum(chance, axis=1) + jnp.arange(kinds)[:, None]
+  point = jax.random.uniform(outcome_key, shape) + kind
+  place = jnp.searchsorted(steps.ravel(), point, side="right")
+  return jnp.clip(place - kind * number, 0, number - 1)
 
 
 def enumerate_slots(
