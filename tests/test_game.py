@@ -352,12 +352,9 @@ def test_mask_is_the_mean_over_calls_only_in_large_batches():
 
 
 def given_rollouts(advantage, align):
-  """Mean gradient over the alignment's draws, for each set of rollouts."""
   every = listed(PAPER, LAW, align, 3, 3)
   values = differentiate(advantage, every.slots)
-  sums = np.zeros((every.rollouts.max() + 1, 6))
-  np.add.at(sums, every.rollouts, every.chance[:, None] * values)
-  return sums / np.bincount(every.rollouts, every.chance)[:, None]
+  return estimators.given_rollouts(values, every)[0]
 
 
 @pytest.mark.parametrize("advantage", BEYOND)
@@ -476,6 +473,9 @@ def test_the_command_measures_what_it_says():
   )
   rows = list(gradients.measure(case))
   assert len(rows) == 3 * len(gradients.NORMALISERS)
+  for row in gradients.measure_copies(case):
+    exact = row["normaliser"] in ("no_baseline", "other_rollouts")
+    assert (row["gap"] < 1e-5) == exact
   (row,) = (
       r
       for r in rows

@@ -14,7 +14,10 @@ an alignment and a normaliser; of the gradient of one batch it says
   noise       trace of the covariance over the squared length of the mean
   draws       share of that noise which the alignment's draws make
 
-What can be listed is exact; the rest has one standard error behind ±.
+The last table sets the mean of duplicate_or_drop over its draws, the rollouts
+held fixed, beside inverse_count: the root mean square of the gap over that of
+inverse_count's gradient. What can be listed is exact; the rest has one
+standard error behind ±.
 """
 
 from __future__ import annotations
@@ -74,6 +77,8 @@ LAWS = {  # of the number of calls; the last three have mean 2
     "even": (0.0, 0.25, 0.5, 0.25, 0.0),
     "wide": (0.0, 2 / 3, 0.0, 0.0, 1 / 3),
 }
+SPREADS = (("steady", 4), ("even", 4), *(("wide", d) for d in (2, 4, 8)))
+COPIES = "Copies on average beside inverse_count, the rollouts held fixed"
 REPORTS = ((0.6, 0.3, 0.1), (0.3, 0.4, 0.3))  # right, vague, malformed
 
 
@@ -106,6 +111,9 @@ class Problem:
   calls: game.Calls
 
 
+SUB = Case(role="sub", split="paper", law="base", tasks=1, rollouts=4, slots=3)
+
+
 def main() -> None:
   """Measures; see the module."""
   with cli.user_errors(ValueError, OSError):
@@ -116,13 +124,13 @@ def main() -> None:
         title: [row for case in cases for row in measure(case)]
         for title, cases in _parts(rollouts).items()
     }
+    copied = _copied(rollouts)
+    tables[COPIES] = [row for case in copied for row in measure_copies(case)]
     for title, rows in tables.items():
       cli.say(f"\n{title}\n\n{_table(rows)}")
     if _OUT.value:
-      setup = {
-          "batches": -(-_BATCHES.value // CHUNK) * CHUNK,
-          "seed": _SEED.value,
-      }
+      number = -(-_BATCHES.value // CHUNK) * CHUNK
+      setup = {"batches": number, "seed": _SEED.value}
       atomic.write_json(pathlib.Path(_OUT.value), {**setup, "tables": tables})
 
 
@@ -153,6 +161,30 @@ def measure(case: Case) -> Iterator[dict[str, Any]]:
           "cosine_true": estimators.compare(found, true).cosine,
           "cosine_by_rollout": estimators.compare(found, by_rollout).cosine,
       }
+
+
+def measure_copies(case: Case) -> Iterator[dict[str, Any]]:
+  """Compares the mean over draws of copies with `inverse_count`.
+
+  Args:
+    case: of the sub-agent; exact.
+
+  Yields:
+    For each normaliser the relative gap, root mean square over rollouts.
+  """
+  problem = _problem(case.role, case.split, case.law)
+  pair = [_every(problem, case, align) for align in ALIGNMENTS[:2]]
+  for advantage in NORMALISERS:
+    (copies, mass), (plain, _) = (
+        estimators.given_rollouts(_evaluate(one.slots, advantage), one)
+        for one in pair
+    )
+    squares = np.sum([(copies - plain) ** 2, plain**2], axis=2) @ mass
+    yield {
+        **dataclasses.asdict(case),
+        "normaliser": advantage.__name__,
+        "gap": math.sqrt(squares[0] / squares[1]),
+    }
 
 
 @functools.cache
@@ -197,17 +229,22 @@ def _targets(
   return np.asarray(own), np.ravel(true)
 
 
-def _listed(
-    problem: Problem, case: Case, align: Align
-) -> Callable[[Advantage], estimators.Moments]:
-  """Prepares exact moments of any normaliser."""
-  every = batches.enumerate_slots(
+def _every(problem: Problem, case: Case, align: Align) -> batches.Enumerated:
+  """Lists a case's batches."""
+  return batches.enumerate_slots(
       problem.chance,
       problem.calls,
       align=align,
       num_rollouts=case.rollouts,
       num_slots=case.slots,
   )
+
+
+def _listed(
+    problem: Problem, case: Case, align: Align
+) -> Callable[[Advantage], estimators.Moments]:
+  """Prepares exact moments of any normaliser."""
+  every = _every(problem, case, align)
 
   def moments(advantage: Advantage) -> estimators.Moments:
     return estimators.exact_moments(_evaluate(every.slots, advantage), every)
@@ -269,16 +306,8 @@ def _evaluate(slots: batches.Slots, advantage: Advantage) -> np.ndarray:
 
 
 _gradients = jax.jit(estimators.gradients, static_argnames="advantage")
-_sample = jax.jit(
-    batches.sample_slots,
-    static_argnames=(
-        "align",
-        "num_batches",
-        "num_tasks",
-        "num_rollouts",
-        "num_slots",
-    ),
-)
+_SIZES = ("num_batches", "num_tasks", "num_rollouts", "num_slots")
+_sample = jax.jit(batches.sample_slots, static_argnames=("align", *_SIZES))
 _main_calls = jax.jit(game.main_calls, static_argnames="weights")
 _sub_calls = jax.jit(game.sub_calls, static_argnames="weights")
 _probabilities = jax.jit(game.probabilities)
@@ -288,34 +317,32 @@ _slopes = jax.jit(jax.grad(game.expected_reward))
 
 def _parts(rollouts: Sequence[int]) -> Mapping[str, list[Case]]:
   """The cases of each table, by its title."""
-  main = Case(role="main", split="", law="base", tasks=1, rollouts=4, slots=1)
-  sub = Case(
-      role="sub", split="paper", law="base", tasks=1, rollouts=4, slots=3
-  )
   replace = dataclasses.replace
-  blocks = replace(sub, tasks=2, rollouts=max(rollouts))
+  main = replace(SUB, role="main", split="", slots=1)
+  blocks = replace(SUB, tasks=2, rollouts=max(rollouts))
   return {
       "Main agent": [
           replace(main, tasks=tasks, rollouts=k)
           for tasks, k in [*((1, k) for k in rollouts), (2, max(rollouts))]
       ],
       "Sub-agent, by split of its reward": [
-          replace(sub, split=split) for split in SPLITS
+          replace(SUB, split=split) for split in SPLITS
       ],
       "Sub-agent, by number of rollouts": [
-          replace(sub, rollouts=k) for k in rollouts if k != sub.rollouts
+          replace(SUB, rollouts=k) for k in rollouts if k != SUB.rollouts
       ],
       "Sub-agent, two tasks, by spread of calls and number of slots": [
-          replace(blocks, law=law, slots=slots)
-          for law, slots in (
-              ("steady", 4),
-              ("even", 4),
-              ("wide", 2),
-              ("wide", 4),
-              ("wide", 8),
-          )
+          replace(blocks, law=law, slots=slots) for law, slots in SPREADS
       ],
   }
+
+
+def _copied(rollouts: Sequence[int]) -> list[Case]:
+  """The cases of the table of copies; K = 2 affords more slots."""
+  few = sorted({k for k in rollouts if k <= EXACT_ROLLOUTS})
+  cases = [dataclasses.replace(SUB, rollouts=k) for k in few]
+  more = [dataclasses.replace(SUB, rollouts=2, slots=d) for d in (4, 5)]
+  return [*cases, *more]
 
 
 def _positive(texts: Sequence[str]) -> list[int]:
@@ -330,34 +357,39 @@ def _positive(texts: Sequence[str]) -> list[int]:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-  """The rows in Markdown."""
+  """The rows in Markdown, without the columns that say the same in all."""
   varying = [
       name
       for name in ("split", "law", "tasks", "rollouts", "slots", "alignment")
-      if len({row[name] for row in rows}) > 1
+      if len({row.get(name) for row in rows}) > 1
   ]
-  figures = ("scale", "cosine", "to ∇J", "by rollout", "noise", "draws")
-  header = (*varying, "normaliser", *figures)
-  lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-  for row in rows:
-    told = [str(row[name]) for name in (*varying, "normaliser")]
-    lines.append(f"| {' | '.join([*told, *_figures(row)])} |")
+  cells = [
+      {name: str(row[name]) for name in (*varying, "normaliser")}
+      | _figures(row)
+      for row in rows
+  ]
+  lines = [f"| {' | '.join(cells[0])} |", "|---" * len(cells[0]) + "|"]
+  lines += [f"| {' | '.join(cell.values())} |" for cell in cells]
   return "\n".join(lines)
 
 
-def _figures(row: Mapping[str, Any]) -> list[str]:
+def _figures(row: Mapping[str, Any]) -> dict[str, str]:
   """One row's numbers for a reader."""
-  # A mean that is off by an angle has its cosine lowered by half its square.
-  slack = f"±{1 - math.cos(row['angle_error']):.4f}"
-  error = f" ±{row['scale_error']:.3f}"
-  return [
-      f"{row['scale']:.3f}" + ("" if row["exact"] else error),
-      f"{row['cosine']:.4f}" + ("" if row["exact"] else f" {slack}"),
-      f"{row['cosine_true']:.4f}",
-      f"{row['cosine_by_rollout']:.4f}",
-      f"{row['noise']:.2f}",
-      f"{row['draws']:.1%}",
-  ]
+  if "gap" in row:
+    return {"gap": f"{row['gap']:.4f}"}
+  errors = ("", "")
+  if not row["exact"]:
+    # A mean that is off by an angle has its cosine lowered by half its square.
+    lowered = 1 - math.cos(row["angle_error"])
+    errors = (f" ±{row['scale_error']:.3f}", f" ±{lowered:.4f}")
+  return {
+      "scale": f"{row['scale']:.3f}{errors[0]}",
+      "cosine": f"{row['cosine']:.4f}{errors[1]}",
+      "to ∇J": f"{row['cosine_true']:.4f}",
+      "by rollout": f"{row['cosine_by_rollout']:.4f}",
+      "noise": f"{row['noise']:.2f}",
+      "draws": f"{row['draws']:.1%}",
+  }
 
 
 if __name__ == "__main__":

@@ -134,6 +134,26 @@ def gradients(slots: Slots, *, advantage: Advantage) -> Float[Array, "G P"]:
   return jax.vmap(one)(slots.rewards, slots.weights, slots.scores)
 
 
+def given_rollouts(
+    gradients: Float[np.ndarray, "G P"], batches: Enumerated
+) -> tuple[Float[np.ndarray, "U P"], Float[np.ndarray, " U"]]:
+  """Averages over the alignment's draws, the rollouts held fixed.
+
+  Args:
+    gradients: of the batches.
+    batches: with their probabilities.
+
+  Returns:
+    The mean of each of U sets of rollouts, whatever the alignment in the same
+    order, and the probability of the set.
+  """
+  values = np.asarray(gradients, np.float64)
+  mass = np.bincount(batches.rollouts, batches.chance)
+  sums = np.zeros((len(mass), values.shape[1]))
+  np.add.at(sums, batches.rollouts, batches.chance[:, None] * values)
+  return sums / np.maximum(mass, np.finfo(mass.dtype).tiny)[:, None], mass
+
+
 def exact_moments(
     gradients: Float[np.ndarray, "G P"], batches: Enumerated
 ) -> Moments:
@@ -150,14 +170,12 @@ def exact_moments(
   chance = batches.chance
   mean = chance @ values
   second = np.einsum("g,gp,gq->pq", chance, values, values)
-  mass = np.bincount(batches.rollouts, chance)
-  sums = np.zeros((len(mass), values.shape[1]))
-  np.add.at(sums, batches.rollouts, chance[:, None] * values)
-  kept = np.sum(np.sum(sums**2, axis=1)[mass > 0] / mass[mass > 0])
+  means, mass = given_rollouts(values, batches)
+  kept = float(mass @ np.sum(means**2, axis=1))
   return Moments(
       mean=mean,
       covariance=second - np.outer(mean, mean),
-      draws=max(float(np.trace(second) - kept), 0.0),
+      draws=max(float(np.trace(second)) - kept, 0.0),
       samples=None,
   )
 
