@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from typing import Any
 
 import flax.struct
 import jax
@@ -28,9 +29,9 @@ from mgrpo_jax.testing.game import Calls
 class Slots:
   """Aligned calls of G batches."""
 
-  rewards: jax.Array  # [G, B, K, D] float
-  weights: jax.Array  # [G, B, K, D] float, the alignment's
-  scores: jax.Array  # [G, B, K, D, P] float, ∇ log π of the slot's call
+  rewards: Any  # [G, B, K, D] float
+  weights: Any  # [G, B, K, D] float, the alignment's
+  scores: Any  # [G, B, K, D, P] float, ∇ log π of the slot's call
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,9 +177,9 @@ def merged(
   _, first, group = np.unique(
       rows, axis=0, return_index=True, return_inverse=True
   )
-  joined = np.zeros((len(chance), len(first)))
-  np.add.at(joined, (slice(None), group.ravel()), chance)
-  return joined, jax.tree.map(lambda x: np.asarray(x)[first], calls)
+  joined = np.zeros((len(first), len(chance)))
+  np.add.at(joined, group.ravel(), chance.T)
+  return joined.T, jax.tree.map(lambda x: np.asarray(x)[first], calls)
 
 
 @functools.partial(jax.jit, static_argnames=("align", "num_slots"))

@@ -151,7 +151,7 @@ def given_rollouts(
   mass = np.bincount(batches.rollouts, batches.chance)
   sums = np.zeros((len(mass), values.shape[1]))
   np.add.at(sums, batches.rollouts, batches.chance[:, None] * values)
-  return sums / np.maximum(mass, np.finfo(mass.dtype).tiny)[:, None], mass
+  return sums / np.maximum(mass, np.finfo(np.float64).tiny)[:, None], mass
 
 
 def exact_moments(
@@ -214,7 +214,7 @@ def compare(moments: Moments, target: Float[np.ndarray, " P"]) -> Comparison:
   """
   target = np.asarray(target, np.float64)
   mean, covariance = moments.mean, moments.covariance
-  size, length = np.linalg.norm(target), np.linalg.norm(mean)
+  size, length = (float(np.linalg.norm(x)) for x in (target, mean))
   along = float(target @ covariance @ target) / size**2
   across = max(float(np.trace(covariance)) - along, 0.0)
   samples = math.inf if moments.samples is None else moments.samples

@@ -13,6 +13,7 @@ Everything after `outcomes` is a pure function of arrays, of any float type.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import flax.struct
 import jax
@@ -29,36 +30,36 @@ REQUESTS = 2  # the first one, and all that follow
 class Policies:
   """The parameters of both policies."""
 
-  calls: jax.Array  # [C + 1] float, logits of the number of calls
-  reports: jax.Array  # [REQUESTS, R] float, logits of a call's report
+  calls: Any  # [C + 1] float, logits of the number of calls
+  reports: Any  # [REQUESTS, R] float, logits of a call's report
 
 
 @flax.struct.dataclass
 class Game:
   """What the policies cannot change; Q kinds of task, equally likely."""
 
-  valid: jax.Array  # [R] float, 1 where the format of a report is valid
-  expert: jax.Array  # [R] float, the grade of a report, 0..1
-  useful: jax.Array  # [R] int32, 1 where a report helps the main agent
-  correct: jax.Array  # [Q, C + 1] float, P(right | kind, useful reports)
+  valid: Any  # [R] float, 1 where the format of a report is valid
+  expert: Any  # [R] float, the grade of a report, 0..1
+  useful: Any  # [R] int32, 1 where a report helps the main agent
+  correct: Any  # [Q, C + 1] float, P(right | kind, useful reports)
 
 
 @flax.struct.dataclass
 class Outcomes:
   """All N that one rollout can have."""
 
-  num_calls: jax.Array  # [N] int32, d
-  reports: jax.Array  # [N, C] int32, 0 beyond d
-  correct: jax.Array  # [N] float, 1 where the main agent is right
+  num_calls: Any  # [N] int32, d
+  reports: Any  # [N, C] int32, 0 beyond d
+  correct: Any  # [N] float, 1 where the main agent is right
 
 
 @flax.struct.dataclass
 class Calls:
   """One role's calls in each outcome; P parameters of its policy."""
 
-  num_calls: jax.Array  # [N] int32
-  rewards: jax.Array  # [N, C] float, 0 where there is no call
-  scores: jax.Array  # [N, C, P] float, ∇ log π of each call, likewise
+  num_calls: Any  # [N] int32
+  rewards: Any  # [N, C] float, 0 where there is no call
+  scores: Any  # [N, C, P] float, ∇ log π of each call, likewise
 
 
 def small_game(max_calls: int) -> Game:
