@@ -47,9 +47,10 @@ def duplicate_or_drop(
       (*num_calls.shape, num_slots),
       0,
       jnp.maximum(num_calls, 1)[..., None],
+      jnp.int32,
   )
   chosen = _distinct_calls(subset_key, num_calls, num_slots)
-  index = jnp.where(real, chosen, copies.astype(jnp.int32))
+  index = jnp.where(real, chosen, copies)
   weight = jnp.broadcast_to(num_calls[..., None] > 0, index.shape)
   return Alignment(
       index=index, weight=weight.astype(jnp.float32), num_calls=num_calls
@@ -176,7 +177,9 @@ def _distinct_calls(
 
   def pick(slot: Array, chosen: Array) -> Array:
     last = jnp.maximum(num_calls - num_slots, 0) + slot
-    draw = jax.random.randint(keys[slot], num_calls.shape, 0, last + 1)
+    draw = jax.random.randint(
+        keys[slot], num_calls.shape, 0, last + 1, jnp.int32
+    )
     taken = jnp.any(chosen == draw[..., None], axis=-1)
     value = jnp.where(taken, last, draw)[..., None]
     return jnp.where(slots == slot, value, chosen)

@@ -140,6 +140,16 @@ def test_same_key_same_slots():
   assert (first.index != other.index).any()
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_64_bit_types_change_no_slot(strategy):
+  counts = [[0, 1, 2, 3, 5, 9]]
+  expected = align(strategy, counts, seed=7)
+  with jax.enable_x64(True):
+    found = align(strategy, counts, seed=7)
+  assert found.index.dtype == np.int32
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 @example([1] * 7 + [2] * 93, fractions.Fraction(7, 100))  # 0.07 * 100 > 7
 @given(
     st.lists(st.integers(0, 12), min_size=1, max_size=40),

@@ -42,6 +42,9 @@ PURE = (
     "policy.decode",
     "policy.sampling",
     "policy.logprobs",
+    "testing.batches",
+    "testing.estimators",
+    "testing.game",
 )
 IMPURE = {
     "asyncio",
