@@ -342,6 +342,33 @@ def test_bytes_are_those_that_leave_memory_or_reach_it():
   assert hlo.parse(PROGRAM).bytes == 30 * inside + 64 + 2 * 2 * 64
 
 
+PIECES = """\
+HloModule m
+
+%inner (p.1: f32[64,8], p.2: s32[], p.3: f32[512,8]) -> f32[64,8] {
+  %p.1 = f32[64,8]{1,0} parameter(0)
+  %p.2 = s32[] parameter(1)
+  %p.3 = f32[512,8]{1,0} parameter(2)
+  %old = f32[1,8]{1,0} dynamic-slice(%p.1, %p.2, %p.2), sizes={1,8}
+  %rows = f32[4,8]{1,0} dynamic-slice(%p.3, %p.2, %p.2), sizes={4,8}
+  %new = f32[1,8]{1,0} reduce(%rows, %old), dimensions={0}
+  ROOT %sum = f32[64,8]{1,0} dynamic-update-slice(%p.1, %new, %p.2, %p.2)
+}
+
+ENTRY %main (a: f32[64,8], b: s32[], c: f32[512,8]) -> f32[64,8] {
+  %a = f32[64,8]{1,0} parameter(0)
+  %b = s32[] parameter(1)
+  %c = f32[512,8]{1,0} parameter(2)
+  ROOT %f = f32[64,8]{1,0} fusion(%a, %b, %c), kind=kLoop, calls=%inner
+}
+"""
+
+
+def test_a_piece_of_an_array_is_not_all_of_it():
+  # A row is read and written, four rows are read, and where they stand.
+  assert hlo.parse(PIECES).bytes == 2 * 32 + 4 * 32 + 4
+
+
 def test_what_lives_on_the_chip_is_not_read_from_memory():
   shape = "(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, pred[5]{0}, s4[4]{0})"
   assert hlo.num_bytes(shape) == 12 + 5 + 2

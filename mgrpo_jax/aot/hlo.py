@@ -16,6 +16,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?")
 _OPERANDS = re.compile(r"%([\w.\-]+)")
+_PARAMETER = re.compile(r" parameter\((\d+)\)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _CONSTANT = re.compile(r"s32\[\][^ ]* constant\((\d+)\)")
@@ -183,7 +184,7 @@ class _Walk:
       if not fused:
         match = _CYCLES.search(one.line)
         self.cycles += times * int(match[1]) if match else 0
-        self.bytes += times * _moved(one, shapes)
+        self.bytes += times * _moved(one, shapes, self._program)
       self._enter(one, times, fused)
 
   def _enter(self, one: _Instruction, times: int, fused: bool) -> None:
@@ -266,7 +267,11 @@ def _collective(one: _Instruction, computation: str) -> str | None:
   return kind
 
 
-def _moved(one: _Instruction, shapes: Mapping[str, str]) -> int:
+def _moved(
+    one: _Instruction,
+    shapes: Mapping[str, str],
+    program: Mapping[str, list[_Instruction]],
+) -> int:
   """Estimates the bytes that an instruction reads and writes."""
   if one.kind == "copy-start":  # fetched ahead, or written back
     return num_bytes(one.shape, memory_only=True)
@@ -274,15 +279,55 @@ def _moved(one: _Instruction, shapes: Mapping[str, str]) -> int:
     return 0
   written = num_bytes(one.shape, memory_only=True)
   whole = num_bytes(one.shape)
-  arguments = one.line.partition(f" {one.kind}(")[2].partition("), ")[0]
   read = [
       num_bytes(shapes[name], memory_only=True)
-      for name in _OPERANDS.findall(arguments)
+      for name in _arguments(one)
       if name in shapes
   ]
+  called = _CALLED.search(one.line)
+  if one.kind == "fusion" and called and called[1] in program:
+    return _fused(program[called[1]], written, read)
   if "dynamic-update-slice" in one.name:  # in place
     inner = sum(size for size in read if size < whole)
     return 2 * inner
   if "dynamic-slice" in one.name:
     read = [min(size, whole) for size in read]
   return written + sum(read)
+
+
+def _fused(inside: list[_Instruction], written: int, read: list[int]) -> int:
+  """Estimates the bytes of a fusion, of whose arguments it may need a part.
+
+  A loop that adds to one piece of a large sum does not move the sum.
+  """
+  shapes = {one.name: one.shape for one in inside}
+  parameters = {
+      int(match[1]): one.name
+      for one in inside
+      if (match := _PARAMETER.search(one.line))
+  }
+  total = 0
+  for number, size in enumerate(read):
+    name = parameters.get(number)
+    users = [one for one in inside if name in _arguments(one)]
+    total += min(size, sum(_needed(one, name, size) for one in users))
+  root = next((one for one in inside if "ROOT " in one.line), None)
+  if root is not None and root.kind == "dynamic-update-slice":
+    update = _arguments(root)[1]
+    written = min(written, num_bytes(shapes.get(update, root.shape)))
+  return total + written
+
+
+def _needed(user: _Instruction, name: str | None, size: int) -> int:
+  """Bytes of an argument of so many bytes that one of its users reads."""
+  if user.kind == "dynamic-update-slice" and _arguments(user)[0] == name:
+    return 0  # what it leaves alone
+  if user.kind in ("dynamic-slice", "slice", "gather", "fusion"):
+    return num_bytes(user.shape)
+  return size
+
+
+def _arguments(one: _Instruction) -> list[str]:
+  """The names of what an instruction takes."""
+  inside = one.line.partition(f" {one.kind}(")[2].partition("), ")[0]
+  return _OPERANDS.findall(inside)

@@ -1,0 +1,1 @@
+"""Published methods as configs: each states its source and its values."""

@@ -1,0 +1,31 @@
+r"""RLOO: REINFORCE against the mean of the other samples.
+
+Source: Ahmadian et al., arXiv 2402.14740, Eq. 8: leave-one-out baseline, whole
+outputs as actions, one update a batch, so nothing is clipped; KL to the first
+policy with β = 0.03 (§4.2 tries 0.01 to 0.5).
+
+Deviation: the paper subtracts β log(π / π_ref) from the reward; `k2` has the
+same gradient on average and needs no second reward.
+
+    python -m experiments.train --workdir=… \
+        --config=configs/presets/rloo.py
+"""
+
+import ml_collections
+
+from configs import quickstart
+
+
+def get_config(arm: str = "co_train") -> ml_collections.ConfigDict:
+  """Returns the preset on an arm of the quickstart."""
+  config = quickstart.get_config(arm)
+  config.name = f"presets/rloo:{arm}"
+  config.advantage = "leave_one_out"
+  config.batch.minibatches = 1
+  config.loss.ratio = "token"
+  config.loss.aggregation = "sequence_mean_token_sum"
+  config.loss.clip_low, config.loss.clip_high = 1.0, 1e6
+  config.loss.kl = "k2"
+  config.loss.kl_coefficient = 0.03
+  config.loss.importance = "none"
+  return config
