@@ -8,10 +8,19 @@ begin from shipped weights (imitation of a hasty expert, configs/warm_start.py).
     python -m experiments.train --config=configs/quickstart.py \
         --workdir=runs/quickstart
 
-Hardware: two CPU cores. Arms, after a colon: `co_train` (the default),
-`main_only` (researcher frozen), `sub_only` (main frozen), `smoke` (one minute),
-and `single_agent`: one agent with all tools and the main agent's context, from
-what `configs/warm_start.py:single_agent` leaves in runs/warm_start_single.
+Hardware: two CPU cores. Arms, after a colon:
+
+    co_train      both policies learn, the default
+    main_only     the researcher is frozen
+    sub_only      the main agent is frozen
+    alternating   in the hard stage they learn in turns of five steps
+    frozen        nothing learns: what two evaluations differ by
+    shared        one policy plays both roles, from runs/warm_start_shared
+    single_agent  one agent with all tools and the main agent's context, from
+                  runs/warm_start_single
+    smoke         co_train in a minute
+
+`configs/warm_start.py:ARM` makes what the last but one and two begin from.
 """
 
 import ml_collections
@@ -29,7 +38,17 @@ FAMILIES = (
     "place>link",
     "place>link>attribute",
 )
-ARMS = ("co_train", "main_only", "sub_only", "single_agent", "smoke")
+ARMS = (
+    "co_train",
+    "main_only",
+    "sub_only",
+    "alternating",
+    "frozen",
+    "shared",
+    "single_agent",
+    "smoke",
+)
+TURN = 5  # steps
 MAIN_CONTEXT = 192  # tokens; too few for looking up two hops oneself
 
 
@@ -41,6 +60,8 @@ def get_config(arm: str = "co_train") -> ml_collections.ConfigDict:
   config.name = f"quickstart:{arm}"
   if arm == "single_agent":
     add_single_agent(config, source="runs/warm_start_single/policies")
+  elif arm == "shared":
+    add_team(config, source="runs/warm_start_shared/policies", shared=True)
   else:
     add_team(config, source="configs/quickstart_weights")
 
@@ -53,23 +74,21 @@ def get_config(arm: str = "co_train") -> ml_collections.ConfigDict:
     config.stages[name].learning_rate = 2e-4
   config.tasks.per_step = 16
   config.rollout.max_concurrent = 128
-  config.engine.num_slots = 128
+  # Where one policy plays both roles, a caller keeps its slot as well.
+  config.engine.num_slots = 256 if arm == "shared" else 128
   config.engine.prefill_tokens = 512
   # A micro-batch whose intermediate results stay in a CPU's caches.
   config.batch.rows = 2
   config.batch.trajectories = 12
   config.evaluation.families = FAMILIES
   config.evaluation.tasks = 150
-  if arm == "main_only":
-    config.policies.researcher.trainable = False
-  if arm == "sub_only":
-    config.policies.main.trainable = False
-  if arm == "smoke":
-    shrink(config)
+  _choose(config, arm)
   return config
 
 
-def add_team(config: ml_collections.ConfigDict, *, source: str) -> None:
+def add_team(
+    config: ml_collections.ConfigDict, *, source: str, shared: bool = False
+) -> None:
   """Adds a main agent without tools and a researcher with them."""
   main = default.role("main")
   main.calls = ("researcher",)
@@ -84,7 +103,9 @@ def add_team(config: ml_collections.ConfigDict, *, source: str) -> None:
   researcher.expert_share = 0.5
   config.team.roles.main = main
   config.team.roles.researcher = researcher
-  for name in ("main", "researcher"):
+  if shared:
+    main.policy = researcher.policy = "team"
+  for name in sorted({main.policy, researcher.policy}):
     config.policies[name] = default.policy()
     config.policies[name].source = f"{source}/{name}"
 
@@ -100,6 +121,36 @@ def add_single_agent(config: ml_collections.ConfigDict, *, source: str) -> None:
   config.team.roles.solo = solo
   config.policies.solo = default.policy()
   config.policies.solo.source = f"{source}/solo"
+
+
+def _choose(config: ml_collections.ConfigDict, arm: str) -> None:
+  """Makes of the recipe what an arm asks."""
+  if arm == "main_only":
+    config.policies.researcher.trainable = False
+  elif arm == "sub_only":
+    config.policies.main.trainable = False
+  elif arm == "alternating":
+    take_turns(config)
+  elif arm == "frozen":
+    for stage in config.stages.values():
+      stage.steps = 0
+  elif arm == "smoke":
+    shrink(config)
+
+
+def take_turns(config: ml_collections.ConfigDict) -> None:
+  """Cuts the hard stage into turns in which one of the policies learns."""
+  hard = config.stages.hard
+  turns = []
+  for number in range(hard.steps // TURN):
+    name = f"hard_{number}"
+    config.stages[name] = default.stage("reinforce", steps=TURN)
+    config.stages[name].families = hard.families
+    config.stages[name].learning_rate = hard.learning_rate
+    config.stages[name].trained = ("main", "researcher")[number % 2 :][:1]
+    turns.append(name)
+  del config.stages["hard"]
+  config.curriculum = ("easy", *turns)
 
 
 def shrink(config: ml_collections.ConfigDict) -> None:

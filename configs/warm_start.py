@@ -9,26 +9,30 @@ demonstrations are told under other names, so that copying is learned.
     rm -r configs/quickstart_weights
     cp -r runs/warm_start/policies configs/quickstart_weights
 
-The shipped weights were made so. Hardware: two CPU cores, about 20 minutes.
+The shipped weights were made so; `:shared` and `:single_agent` with --workdir
+runs/warm_start_shared and runs/warm_start_single make what these arms of the
+quickstart begin from. Hardware: two CPU cores, about 20 minutes.
 """
 
 import ml_collections
 
 from configs import default, quickstart
 
-ARMS = ("team", "single_agent")
+ARMS = ("team", "shared", "single_agent")
 
 
 def get_config(arm: str = "team") -> ml_collections.ConfigDict:
-  """Returns the recipe for a team, or for one agent with all tools."""
+  """Returns the recipe for a team, one policy in both roles, or one agent."""
   if arm not in ARMS:
     raise ValueError(f"warm_start has the arms {', '.join(ARMS)}, not {arm!r}")
   config = default.get_config()
   config.name = f"warm_start:{arm}"
-  if arm == "team":
-    quickstart.add_team(config, source="")
-  else:
+  if arm == "single_agent":
     quickstart.add_single_agent(config, source="")
+  else:
+    quickstart.add_team(config, source="", shared=arm == "shared")
+  if arm == "shared":  # a caller keeps its slot
+    config.engine.num_slots = 128
   for policy in config.policies.values():
     policy.source = "random"
   # First how to read and copy, from an expert that takes its time; then, from

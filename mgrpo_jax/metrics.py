@@ -82,6 +82,10 @@ METRICS: Mapping[str, Metric] = dict((
             "share that ran out of turns, tokens or context"),
     _metric("malformed", "role", "1", "lower",
             "share that kept writing turns which do not parse"),
+    _metric("echoed", "role", "1", "lower",
+            "share of calls that returned their request, by words"),
+    _metric("refused", "", "1", "lower",
+            "share of delegations beyond the callers' budgets"),
     _metric("failed", "role", "calls", "lower",
             "calls lost to infrastructure; retried, never trained on"),
     # Alignment and advantages.

@@ -92,6 +92,10 @@ class Run:
       seen = self.values.get(f"events/{name}", 0.0)
       new = count - events.get(name, 0)
       self.values[f"events/{name}"] = seen + float(new)
+    if "events/refused_calls" in self.values:
+      refused = self.values["events/refused_calls"]
+      made = self.values["events/calls"]
+      self.values["refused"] = refused / max(refused + made, 1.0)
     return groups
 
   def grade(self, stage: Stage, groups: Sequence[RolloutGroup]) -> list[Scores]:

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mgrpo_jax.answers import overlap
 from mgrpo_jax.credit import Assignment
 from mgrpo_jax.packing import Credit
 from mgrpo_jax.rewards import Scores
 from mgrpo_jax.types import RolloutGroup, Status
 
+_ECHO = 0.8  # F1 of words between a report and its request
 _ENDINGS = {
     "completed": Status.COMPLETED,
     "truncated": Status.TRUNCATED,
@@ -41,6 +43,8 @@ def of_role(
     return values
   values[f"turns/{role}"] = float(np.mean([len(t.turns) for t in done]))
   values[f"sampled/{role}"] = float(np.mean([t.loss_mask.sum() for t in done]))
+  echoes = [overlap(t.result_text, t.request) >= _ECHO for t in done]
+  values[f"echoed/{role}"] = float(np.mean(echoes))
   for name, status in _ENDINGS.items():
     share = np.mean([t.status == status for t in done])
     values[f"{name}/{role}"] = float(share)

@@ -61,6 +61,26 @@ def test_arms_train_what_they_say():
   assert trained("co_train") == {frozenset({"main", "researcher"})}
   assert trained("main_only") == {frozenset({"main"})}
   assert trained("sub_only") == {frozenset({"researcher"})}
+  assert trained("alternating") == {
+      frozenset({"main", "researcher"}),
+      frozenset({"main"}),
+      frozenset({"researcher"}),
+  }
+  assert trained("shared") == {frozenset({"team"})}
+  frozen = recipe.build_stages(quickstart.get_config("frozen"))
+  assert sum(stage.steps for stage in frozen) == 0
+
+
+def test_arms_take_the_same_number_of_steps():
+  steps = {
+      arm: sum(
+          stage.steps
+          for stage in recipe.build_stages(quickstart.get_config(arm))
+      )
+      for arm in quickstart.ARMS
+  }
+  assert (steps.pop("frozen"), steps.pop("smoke")) == (0, 4)
+  assert set(steps.values()) == {40}
 
 
 def test_a_single_agent_has_all_tools_and_the_main_agents_context():

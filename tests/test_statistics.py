@@ -85,6 +85,7 @@ def test_a_worked_case():
       "failed/main": 0.0,
       "turns/main": 3.0,
       "sampled/main": 3.0,
+      "echoed/main": 0.0,
       "completed/main": 0.5,
       "truncated/main": 0.5,
       "malformed/main": 0.0,
@@ -93,6 +94,19 @@ def test_a_worked_case():
       "correct/main": 0.5,
       "expert/main": 0.25,
   }
+
+
+def test_reports_that_say_the_request_again_are_counted():
+  calls = [
+      dataclasses.replace(
+          trajectory("main"), request="Capital of Peru?", result_text=report
+      )
+      for report in ("the capital of Peru", "Lima", "")
+  ]
+  found = statistics.of_role(
+      [group(*calls)], [scores([0] * 3, [1] * 3)], "main"
+  )
+  assert found["echoed/main"] == 1 / 3
 
 
 def test_failed_calls_are_counted_and_nothing_else_is_said_of_them():

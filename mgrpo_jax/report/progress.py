@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TextIO
 
 from mgrpo_jax.metrics import Accuracy
+from mgrpo_jax.report import alerts
 from mgrpo_jax.report.live import Field, Line, printable
 
 WINDOW = 32  # steps that the estimate of the time left looks back on
@@ -125,6 +126,10 @@ def progress_fields(
   rewards = _keyed(values, "reward")
   if rewards:
     fields.append((1, (f"reward {_named(rewards, 2)}", *_briefly(rewards))))
+  found = alerts.find(values)
+  if found:
+    more = f" +{len(found) - 1}" if len(found) > 1 else ""
+    fields.append((1, (f"! {found[0].text}{more}", f"! {found[0].name}", "!")))
   nlls = _keyed(values, "nll")
   if nlls:
     brief = (f"nll {text}" for text in _briefly(nlls))
