@@ -182,7 +182,7 @@ class Resources:
       for name, policy in self.setup.policies.items():
         learner = self.learners[name]
         trained = dataclasses.replace(policy, params=learner.weights)
-        save_directory(made / name, trained)
+        save_directory(made / name, trained.without_critic())
         if adaptation := self.setup.adaptations.get(name):
           save_adapter(
               made / name / "adapter",

@@ -222,13 +222,13 @@ def by_role(
         f"max_calls must be at least {num_calls.max()}, the calls to {role!r}"
         f" in a rollout, got {max_calls}"
     )
+  numbers = [_subtasks(group, role) for group in groups]
   rewards = np.zeros((*num_calls.shape, max_calls), np.float32)
   subtasks = np.full(rewards.shape, -1, np.int32)
   for b, k in np.ndindex(num_calls.shape):
     held = list(positions[b][k])
     rewards[b, k, : len(held)] = scores[b].total[held]
-    first = [groups[b].trajectories[m].attempt == 0 for m in held]
-    subtasks[b, k, : len(held)] = np.cumsum(first) - 1
+    subtasks[b, k, : len(held)] = [numbers[b][m] for m in held]
   return RoleCalls(
       calls=tuple(
           tuple(tuple(group.trajectories[m] for m in k) for k in b)
@@ -302,6 +302,17 @@ def _positions(
     if trajectory.role == role and scores.weight[m] > 0:
       held[trajectory.rollout].append(m)
   return tuple(map(tuple, held))
+
+
+def _subtasks(group: RolloutGroup, role: str) -> dict[int, int]:
+  """Numbers what a role was asked, by where its calls stand."""
+  numbers: dict[int, int] = {}
+  counted = [-1] * group.num_rollouts
+  for m, trajectory in enumerate(group.trajectories):
+    if trajectory.role == role:
+      counted[trajectory.rollout] += trajectory.attempt == 0
+      numbers[m] = counted[trajectory.rollout]
+  return numbers
 
 
 def _own_correct(

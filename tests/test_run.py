@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from trajectories import group, random_trajectory
 
-from mgrpo_jax import packing, store
+from mgrpo_jax import advantages, packing, store
 from mgrpo_jax.credit import Credits
+from mgrpo_jax.critic import Critic
 from mgrpo_jax.packing import Credit
+from mgrpo_jax.policy.load import load
 from mgrpo_jax.resources import Resources
 from mgrpo_jax.run import Run, open_run
 from mgrpo_jax.testing.setup import small_setup
@@ -128,6 +130,40 @@ def test_a_group_that_fails_for_ever_is_never_trained_on():
     assert not graded.weight.any()
   assert (run.work.retried, run.work.abandoned) == (1, 1)
   assert run.resources.queues["reinforce"].waiting == 1
+
+
+def test_a_critic_learns_beside_the_policy(tmp_path):
+  setup = make_setup()
+  loss = dataclasses.replace(
+      setup.method.policy_loss,
+      entropy_coefficient=0.01,
+      critic=Critic(coefficient=0.5, discount=1.0, trace=0.95, clip=0.2),
+  )
+  setup = dataclasses.replace(
+      setup,
+      policies={n: p.with_critic() for n, p in setup.policies.items()},
+      method=dataclasses.replace(
+          setup.method, advantage=advantages.plain, policy_loss=loss
+      ),
+  )
+  stage = setup.stages[1]
+
+  async def one_step():
+    async with open_run(setup, store.open_folder(tmp_path / "store")) as run:
+      run.begin_step()
+      groups = await run.collect(stage, run.take(stage), 0)
+      credits = run.assign(stage, groups, run.grade(stage, groups), 0)
+      dispatched = run.update(stage, 0, groups, credits)
+      run.publish(tuple(dispatched), 1)
+      run.resources.read_published()
+      run.resources.save_policies(tmp_path / "policies")
+      head = run.resources.learners["main"].weights.value_head
+      return dispatched["main"].metrics(), np.asarray(head)
+
+  found, head = asyncio.run(one_step())
+  assert found["value_loss"] > 0 and found["entropy"] > 0
+  assert np.any(head)
+  assert not load(tmp_path / "policies" / "main").config.value_head
 
 
 def test_the_trainer_scores_at_the_samplers_temperature(tmp_path):

@@ -82,6 +82,14 @@ class Policy:
         params=dataclasses.replace(self.params, value_head=head),
     )
 
+  def without_critic(self) -> Policy:
+    """The same without a critic's head, as it is saved."""
+    return dataclasses.replace(
+        self,
+        config=dataclasses.replace(self.config, value_head=False),
+        params=dataclasses.replace(self.params, value_head=None),
+    )
+
 
 def default_system(template: object) -> str:
   """Finds the system message that a chat template gives of itself.
