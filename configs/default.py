@@ -162,7 +162,7 @@ def _add_sampling(config: ml_collections.ConfigDict) -> None:
 def _add_method(config: ml_collections.ConfigDict) -> None:
   """Rewards, alignment, advantages and loss; functions by name."""
   config.reward = ml_collections.ConfigDict()
-  config.reward.format = "well_formed"  # or answered; see rewards.py
+  config.reward.format = "well_formed"  # or answered; see grades.py
   config.reward.correct = "matches"  # or mentions: in a sentence; answers.py
   config.reward.mention_words = 40  # longest text that can mention, words, >= 1
   config.reward.opened_share = 0.5  # of the expert's grade; the report's: rest
@@ -187,8 +187,8 @@ def _add_method(config: ml_collections.ConfigDict) -> None:
   config.loss.clip_low = 0.2  # ratio >= 1 - clip_low, in [0, 1]
   config.loss.clip_high = 0.2  # ratio <= 1 + clip_high, >= 0
   # On-policy, k1's gradient has mean zero: it does not regularise. k2's is the
-  # gradient of the reverse KL.
-  config.loss.kl = "none"  # or k1, k2, k3, against the weights at the start
+  # gradient of the reverse KL, token by token.
+  config.loss.kl = "none"  # or k1, k2, k3, against the reference
   config.loss.kl_coefficient = 0.0  # > 0 with a kl, 0 without
   config.loss.reference_every = 0  # steps until it moves, >= 0; 0 for never
   config.loss.entropy_coefficient = 0.0  # of the exact entropy, >= 0

@@ -61,14 +61,12 @@ class Outcome:
     programs: that compiled.
     failures: programs that are too large.
     model_flops: of one micro-batch.
-    copies: sampling engines that fit on the policy's devices.
     seconds: that compiling took.
   """
 
   programs: tuple[ProgramReport, ...]
   failures: tuple[TooLarge, ...]
   model_flops: float
-  copies: int
   seconds: float
 
 
@@ -171,9 +169,11 @@ def _outcome(policy: str, plan: Plan, topology: chips.Topology) -> Outcome:
       programs=tuple(done),
       failures=tuple(failures),
       model_flops=flops.training(
-          plan.config, rows=plan.shape.rows, length=plan.shape.row_tokens
+          plan.config,
+          rows=plan.shape.rows,
+          length=plan.shape.row_tokens,
+          targets=plan.shape.most_wanted or plan.shape.row_tokens,
       ),
-      copies=len(plan.devices) // plan.sampler_tensor,
       seconds=time.monotonic() - started,
   )
 
@@ -190,6 +190,8 @@ def _mfu(one: Outcome, topology: chips.Topology) -> float | None:
 
 def _problems(plan: Plan, one: Outcome, topology: chips.Topology) -> list[str]:
   """What does not fit, and what to change."""
+  import jax
+
   from mgrpo_jax.aot import report
 
   failures = list(one.failures)
@@ -201,7 +203,8 @@ def _problems(plan: Plan, one: Outcome, topology: chips.Topology) -> list[str]:
             name=everything, used=total, available=topology.chip.hbm
         )
     )
-  remat = plan.config.execution.remat is not None
+  leanest = jax.checkpoint_policies.nothing_saveable
+  remat = plan.config.execution.remat is leanest
   return [
       report.advice(failure, mesh=plan.mesh, rows=plan.shape.rows, remat=remat)
       for failure in failures
@@ -224,8 +227,8 @@ def _text(
     )
     same = next(other for other in outcomes if outcomes[other] is one)
     parts.append(
-        f"\n{name}: {mesh or '1 device'}; {one.copies} samplers of"
-        f" {plan.sampler_tensor}"
+        f"\n{name}: {mesh or '1 device'}; sampler on {plan.sampler_tensor} of"
+        f" {len(plan.devices)}"
     )
     if same != name:
       parts.append(f"the same programs as {same}")
@@ -263,7 +266,6 @@ def _json(
           name: {
               "mesh": dict(plans[name].mesh),
               "sampler_tensor": plans[name].sampler_tensor,
-              "samplers": one.copies,
               "memory": report.resident(one.programs),
               "problems": _problems(plans[name], one, topology),
               "fits": not _problems(plans[name], one, topology),

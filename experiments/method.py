@@ -122,6 +122,11 @@ def _rules(config: ml_collections.ConfigDict) -> rewards.Rules:
   overlong = None
   if reward.overlong_tokens:
     longest = {n: role.max_context for n, role in config.team.roles.items()}
+    if reward.overlong_tokens > min(longest.values()):
+      raise ValueError(
+          f"config.reward.overlong_tokens: {reward.overlong_tokens} must be at"
+          f" most {min(longest.values())}, the smallest max_context of a role"
+      )
     overlong = functools.partial(
         grades.overlong, longest=longest, buffer=reward.overlong_tokens
     )
@@ -148,6 +153,16 @@ def _advantage(config: ml_collections.ConfigDict) -> Advantage:
     raise ValueError(
         "config.advantage: 'per_subtask' compares attempts at the same"
         " sub-task; set attempts of a role that is called above 1"
+    )
+  if tried and chosen is not advantages.per_subtask:
+    raise ValueError(
+        f"config.advantage: {config.advantage!r}, allowed: per_subtask, where"
+        " roles have attempts that their callers do not see"
+    )
+  if config.tasks.resample and chosen is advantages.plain:
+    raise ValueError(
+        f"config.tasks.resample: {config.tasks.resample} must be 0 where"
+        " config.advantage is plain: groups without spread teach, too"
     )
   if config.critic.coefficient and chosen is not advantages.plain:
     raise ValueError(

@@ -104,7 +104,9 @@ def meshes(
   sizes = {name: config.policies[name].mesh.to_dict() for name in team.policies}
   heads = {name: config.policies[name].sampler_tensor for name in team.policies}
   made = {}
-  groups = sharding.assign(needs(config, team.policies), devices)
+  # A machine's CPU devices are the same cores; accelerators are not.
+  apart = devices[0].platform != "cpu"
+  groups = sharding.assign(needs(config, team.policies), devices, apart=apart)
   for name, group in groups.items():
     alone = group == (devices[0],)
     number = math.prod(sizes[name].values())
@@ -115,6 +117,19 @@ def meshes(
         sampler=None if alone else sharding.sampler_mesh(group[: heads[name]]),
     )
   return made
+
+
+def has_critic(config: ml_collections.ConfigDict, name: str) -> bool:
+  """Says whether a policy has a critic's head.
+
+  Args:
+    config: the whole recipe.
+    name: of the policy.
+
+  Returns:
+    Whether the recipe has a critic and the policy learns.
+  """
+  return config.critic.coefficient > 0 and config.policies[name].trainable
 
 
 def random_sizes(

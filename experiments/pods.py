@@ -75,6 +75,7 @@ def plans(
           objective=chosen.policy_loss if reinforced else chosen.imitation_loss,
           optimizer=chosen.optimizer,
           temperature=config.rollout.temperature,
+          reference=chosen.reference,
           engine=dict(config.engine),
       )
   return made
@@ -118,7 +119,10 @@ def _transformer(
           f" {', '.join(sorted(ARCHITECTURES))}"
       )
     return dataclasses.replace(
-        sizes, dtype=one.dtype, execution=placing.execution(config, name)
+        sizes,
+        dtype=one.dtype,
+        value_head=placing.has_critic(config, name),
+        execution=placing.execution(config, name),
     )
 
 

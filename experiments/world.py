@@ -188,7 +188,7 @@ def policies(
         policy = load(one.source, mesh=meshes[name].learner)
     sizes = placing.executed(policy.config, config, name, meshes[name])
     loaded[name] = dataclasses.replace(policy, config=sizes)
-    if config.critic.coefficient and one.trainable:
+    if placing.has_critic(config, name):
       loaded[name] = loaded[name].with_critic()
   return loaded
 

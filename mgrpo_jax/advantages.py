@@ -9,7 +9,7 @@ group without spread and a group with fewer than two weighted members get 0.
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from mgrpo_jax import numerics
 
@@ -184,21 +184,6 @@ def plain(
     R, float32, in units of reward.
   """
   return numerics.masked(rewards, weights)
-
-
-def has_spread(
-    rewards: Float[Array, "B K D"], weights: Float[Array, "B K D"]
-) -> Bool[Array, " B"]:
-  """Says which tasks can teach something: their rewards differ.
-
-  Args:
-    rewards: float32.
-    weights: float32, ≥ 0, from the alignment.
-
-  Returns:
-    [B] bool.
-  """
-  return numerics.unit_scaled(rewards, weights, axis=PER_TASK)[2][:, 0, 0]
 
 
 def _deviation(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from mgrpo_jax import advantages, packing, rewards
 from mgrpo_jax.agents.team import Team
@@ -29,14 +29,12 @@ class Assignment:
     alignment: of the calls, on the host.
     rewards: [B, K, D] float32, of the aligned slots.
     advantages: [B, K, D] float32, of the aligned slots.
-    has_spread: [B] bool, whether the rewards of a task's slots differ.
   """
 
   credits: tuple[Credit, ...]
   alignment: Alignment
   rewards: np.ndarray
   advantages: np.ndarray
-  has_spread: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,13 +193,12 @@ def assign(
       advantage=advantage,
       num_slots=num_slots,
   )
-  alignment, gathered, gains, has_spread = jax.device_get(aligned)
+  alignment, gathered, gains = jax.device_get(aligned)
   return Assignment(
       credits=packing.fold(calls.calls, alignment, gains),
       alignment=alignment,
       rewards=gathered,
       advantages=gains,
-      has_spread=has_spread,
   )
 
 
@@ -241,9 +238,7 @@ def _aligned(
     align: Align,
     advantage: Advantage,
     num_slots: int,
-) -> tuple[
-    Alignment, Float[Array, "B K D"], Float[Array, "B K D"], Bool[Array, " B"]
-]:
+) -> tuple[Alignment, Float[Array, "B K D"], Float[Array, "B K D"]]:
   """Alignment first, then the statistics over it."""
   aligned = align(jax.random.key(seed), num_calls, num_slots=num_slots)
   gathered = gather(earned, aligned)
@@ -253,7 +248,6 @@ def _aligned(
       _gains(
           advantage, gathered, aligned.weight, gather(subtasks, aligned), roots
       ),
-      advantages.has_spread(gathered, aligned.weight),
   )
 
 

@@ -186,8 +186,9 @@ def cispo_surrogate(
 
   CISPO (MiniMax, arXiv 2506.13585, Eq. 4–5).
 
-  Deviation: log π is written as ρ / sg(ρ), which has its gradient and the
-  value 1, so that the objective has the scale of the others'.
+  Deviation: log π is written as ρ / sg(ρ), whose gradient is that of log ρ, for
+  ratios of tokens that of log π; its value is 1, so that the objective has the
+  scale of the others'.
 
   Args:
     ratio: ρ, float32.

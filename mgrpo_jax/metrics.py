@@ -72,6 +72,8 @@ METRICS: Mapping[str, Metric] = dict((
             "mean correctness component, of the root or the caller"),
     _metric("expert", "role", "1", "higher",
             "mean grade of the call itself by the expert"),
+    _metric("overlong", "role", "1", "lower",
+            "how much of the context's costly end a call used, mean"),
     # Calls and how they ended.
     _metric("calls", "role", "calls per rollout", "",
             "mean calls in a rollout"),
@@ -94,13 +96,14 @@ METRICS: Mapping[str, Metric] = dict((
     _metric("spread", "role", "1", "",
             "mean standard deviation of the rewards within a task"),
     _metric("flat_groups", "role", "1", "lower",
-            "share of tasks whose calls all earned the same"),
+            "share of tasks none of whose calls has an advantage"),
     _metric("replaced", "", "tasks", "",
             "groups that taught nothing and were replaced in the step"),
-    # Update; over tokens that the gradient sees, so without a KL term those of
-    # calls whose advantage is not zero.
+    # Update; over tokens that the gradient sees: where there is neither a KL
+    # term, an entropy bonus nor a critic, those of advantages that are not 0.
     _metric("loss", "policy", "1", "lower",
-            "negated surrogate objective (Eq. 14-19), mean of the updates"),
+            "what is minimised: the negated objective (Eq. 14-19) and a"
+            " critic's error, mean of the updates"),
     _metric("nll", "policy", "nats", "lower",
             "negative log-likelihood of a demonstrated token"),
     _metric("kl", "policy", "nats", "",

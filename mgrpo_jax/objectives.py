@@ -163,7 +163,13 @@ class PolicyLoss:
       sums["entropy"] = entropy
     loss = -self.aggregation(objective, mask, batch.weight, totals=totals)
     if self.critic is not None:
-      error = self._critic_error(self.critic, predicted, batch, mask)
+      old_values = numerics.masked(batch.old_values, mask)
+      error = critic.clipped_value_loss(
+          numerics.masked(predicted.values, mask),
+          old_values,
+          advantages + old_values,
+          clip=self.critic.clip,
+      )
       sums["value_loss"] = error
       error = losses.token_mean(error, mask, batch.weight, totals=totals)
       loss = loss + self.critic.coefficient * error
@@ -182,19 +188,6 @@ class PolicyLoss:
         discount=self.critic.discount,
         trace=self.critic.trace,
     )
-
-  def _critic_error(
-      self,
-      part: Critic,
-      predicted: Prediction,
-      batch: TrainBatch,
-      mask: Float[Array, "M L"],
-  ) -> Float[Array, "M L"]:
-    """The error of the values of every sampled token."""
-    old = numerics.masked(batch.old_values, mask)
-    returns = self._advantages(batch, mask) + old
-    values = numerics.masked(predicted.values, mask)
-    return critic.clipped_value_loss(values, old, returns, clip=part.clip)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ ambiguous says it (`out`). Without a mesh all of this is the identity.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -84,7 +85,8 @@ def make_mesh(
     The mesh; enter it with `jax.set_mesh`.
 
   Raises:
-    ValueError: if the sizes do not multiply to the number of devices.
+    ValueError: if the sizes do not multiply to the number of devices, or the
+      devices cannot be arranged so.
   """
   sizes = (data, fsdp, tensor, expert)
   if min(sizes) < 1 or math.prod(sizes) != len(devices):
@@ -93,11 +95,7 @@ def make_mesh(
         f"mesh {named} must have positive sizes whose product is the number"
         f" of devices, {len(devices)}"
     )
-  # Neighbours where the torus allows it; two tensor pieces of four in a row
-  # split one of its axes, which `jax.make_mesh` refuses.
-  grid = mesh_utils.create_device_mesh(
-      sizes, devices, allow_split_physical_axes=True
-  )
+  grid = _arranged(sizes, devices)
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
 
 
@@ -115,10 +113,38 @@ def sampler_mesh(devices: Sequence[jax.Device]) -> Mesh:
   Returns:
     The mesh, not to be set: arrays that are placed on it suffice.
   """
-  grid = mesh_utils.create_device_mesh(
-      (1, 1, len(devices), 1), devices, allow_split_physical_axes=True
-  )
+  grid = _arranged((1, 1, len(devices), 1), devices)
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def _arranged(sizes: tuple[int, ...], devices: Sequence[Any]) -> Any:
+  """Lays devices out as a mesh, neighbours together where that can be."""
+  slices = len(by_slice(devices))
+  if slices > 1 and sizes[0] % slices:
+    raise ValueError(
+        f"a mesh over {slices} slices must have a multiple of {slices} data"
+        f" replicas, between which little is exchanged, got {sizes[0]}"
+    )
+  within = (sizes[0] // slices, *sizes[1:])
+  # Two tensor pieces of four in a row split one axis of the torus, which
+  # `jax.make_mesh` refuses.
+  arrange = functools.partial(
+      mesh_utils.create_device_mesh, within, allow_split_physical_axes=True
+  )
+  if slices > 1:
+    arrange = functools.partial(
+        mesh_utils.create_hybrid_device_mesh,
+        within,
+        (slices, 1, 1, 1),
+        allow_split_physical_axes=True,
+    )
+  try:
+    return arrange(devices)
+  except (AssertionError, NotImplementedError) as error:
+    raise ValueError(
+        f"{len(devices)} devices that do not stand in a block cannot become a"
+        f" mesh of {sizes}; take 1, 2, 4, … or all of a slice"
+    ) from error
 
 
 def assign(
@@ -226,6 +252,9 @@ def gather(weight: Array, *logical_axes: str) -> Array:
   The weight's type then says `reduced` over the batch axes, so its gradient
   stays a sum not yet taken over them while it is accumulated, and is summed
   once, straight into the shards it rests in.
+
+  Deviation: with bfloat16 activations that sum over devices is taken in
+  bfloat16, like the products before it; only afterwards it is float32.
 
   Args:
     weight: a parameter that multiplies activations in an einsum.

@@ -10,6 +10,7 @@ from mgrpo_jax.packing import Credit
 from mgrpo_jax.rewards import Scores
 from mgrpo_jax.types import RolloutGroup, Status
 
+_PARTS = ("format", "correct", "expert", "overlong")  # of a reward
 _ECHO = 0.8  # F1 of words between a report and its request
 _ENDINGS = {
     "completed": Status.COMPLETED,
@@ -69,7 +70,8 @@ def of_assignment(role: str, assignment: Assignment) -> dict[str, float]:
       _spread(weight[b].ravel(), assignment.rewards[b].ravel()) for b in tasks
   ]
   dropped = np.maximum(num_calls - weight.shape[-1], 0).sum()
-  flat = ~assignment.has_spread[tasks]
+  teaches = (assignment.advantages != 0) & (weight > 0)
+  flat = ~teaches.any((1, 2))[tasks]
   values = {f"dropped/{role}": float(dropped)}
   if tasks.size:
     values[f"spread/{role}"] = float(np.mean(spreads))
@@ -104,13 +106,13 @@ def _rewards(
 ) -> dict[str, float]:
   """Mean reward components of a role's calls that count."""
   rows = [
-      (graded.total[m], graded.format[m], graded.correct[m], graded.expert[m])
+      [getattr(graded, part)[m] for part in ("total", *_PARTS)]
       for group, graded in zip(groups, scores, strict=True)
       for m, trajectory in enumerate(group.trajectories)
       if trajectory.role == role and graded.weight[m] > 0
   ]
   if not rows:
     return {}
-  names = ("reward", "format", "correct", "expert")
+  names = ("reward", *_PARTS)
   means = np.mean(np.array(rows, np.float64), axis=0)
   return {f"{n}/{role}": float(v) for n, v in zip(names, means, strict=True)}

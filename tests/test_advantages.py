@@ -117,10 +117,3 @@ def test_standardised_groups_have_unit_spread_at_any_scale(name, scale):
   axes = {"per_task": (1, 2), "per_call_index": 1, "per_batch": None}[name]
   np.testing.assert_allclose(result.mean(axes), 0.0, atol=1e-6)
   np.testing.assert_allclose((result**2).mean(axes), 1.0, rtol=1e-5)
-
-
-def test_tasks_with_spread_are_counted():
-  rewards = np.array([[[1.0], [1.0]], [[1.0], [0.0]], [[5.0], [0.0]]])
-  weights = np.array([[[1.0], [1.0]], [[1.0], [1.0]], [[1.0], [0.0]]])
-  found = jitted("has_spread")(np.float32(rewards), np.float32(weights))
-  np.testing.assert_array_equal(found, [False, True, False])

@@ -61,9 +61,13 @@ def test_a_wrong_topology_is_named(name):
     chips.parse(name)
 
 
-def test_a_group_uses_two_links_of_every_axis_it_must_span():
+def test_a_group_uses_two_links_of_every_axis_it_can_span():
   cube = chips.parse("v5p-128")  # 4 × 4 × 4
-  assert [cube.links(size) for size in (2, 4, 8, 16, 64)] == [2, 2, 4, 4, 6]
+  # Eight chips may stand as 2 × 2 × 2.
+  assert [cube.links(size) for size in (1, 2, 3, 4, 8, 16, 64)] == [
+      *(2, 2, 2, 4, 6, 6, 6)
+  ]
+  assert V5E.links(16) == 4
 
 
 def test_model_flops_of_a_llama_counted_by_hand():
@@ -83,7 +87,10 @@ def test_model_flops_of_a_llama_counted_by_hand():
   assert flops.active_params(config) == active
   pairs = 2 * (1 + 2 + 3)  # of two layers, three tokens
   expected = 6 * active * 3 * 5 + 12 * 2 * 2 * pairs * 5
-  assert flops.training(config, rows=5, length=3) == expected
+  assert flops.training(config, rows=5, length=3, targets=3) == expected
+  # Of two of three tokens no logits are needed.
+  expected -= 6 * 40 * 2 * 5
+  assert flops.training(config, rows=5, length=3, targets=1) == expected
 
 
 def test_a_token_meets_its_own_experts_only():
@@ -165,6 +172,7 @@ def tiny_plan(**changes):
           b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=1.0
       ),
       "temperature": 1.0,
+      "reference": "none",
       "engine": {
           "num_slots": 2,
           "context": 8,
@@ -243,7 +251,7 @@ def test_programs_of_a_policy_compile_from_shapes_alone():
   assert traced["apply"].held["optimizer"] == 2 * train.held["parameters"] + 4
   heads, width = plan.config.num_kv_heads, plan.config.head_dim
   assert sampled.held["cache"] == 2 * 2 * 2 * 8 * heads * width * 4 // 2
-  model = flops.training(plan.config, rows=4, length=8)
+  model = flops.training(plan.config, rows=4, length=8, targets=8)
   assert 0.8 < train.work.products / model < 2
   for name, one in traced.items():
     compiled = one.traced.lower().compile()

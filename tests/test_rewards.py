@@ -297,6 +297,23 @@ def test_calls_are_sorted_by_task_rollout_and_order():
     rewards.by_role(groups, scores, role="researcher", max_calls=1)
 
 
+def test_attempts_keep_the_number_of_their_sub_task():
+  calls = [root()] + [
+      call(0, number, attempt=number % 2, request=f"part {number // 2}")
+      for number in range(6)
+  ]
+
+  def expert(one, trajectory):  # the judge failed on a first attempt
+    return None if trajectory.call == 2 else 1.0
+
+  rules = dataclasses.replace(RULES, expert=expert)
+  tree = group(TASK, calls, 1)
+  scores = rewards.score(tree, weights=PAPER, rules=rules)
+  found = rewards.by_role([tree], [scores], role="researcher", max_calls=6)
+  assert found.num_calls.tolist() == [[5]]
+  assert found.subtasks.tolist() == [[[0, 0, 1, 2, 2, -1]]]
+
+
 def test_bad_input_is_named():
   with pytest.raises(ValueError, match=r"\['researcher'\]"):
     score([root(), call()], weights={"main": PAPER["main"]})

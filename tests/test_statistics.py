@@ -93,6 +93,7 @@ def test_a_worked_case():
       "format/main": 1.0,
       "correct/main": 0.5,
       "expert/main": 0.25,
+      "overlong/main": 0.0,
   }
 
 
@@ -128,8 +129,10 @@ def test_alignment_counts_what_it_drops_and_flat_groups():
       credits=(),
       alignment=alignment,
       rewards=rewards,
-      advantages=np.zeros_like(rewards),
-      has_spread=np.array([True, False, False]),
+      # What a slot of weight 0 holds says nothing.
+      advantages=np.array(
+          [[[-1, 1], [0, 0]], [[0, 0], [0, 0]], [[1, 1], [1, 1]]]
+      ),
   )
   found = statistics.of_assignment("r", assignment)
   assert found["dropped/r"] == (4 - 2) + (3 - 2)
@@ -166,6 +169,5 @@ def test_a_role_that_nobody_called_has_no_spread_to_speak_of():
       ),
       rewards=nothing,
       advantages=nothing,
-      has_spread=np.zeros(2, bool),
   )
   assert statistics.of_assignment("r", assignment) == {"dropped/r": 0.0}

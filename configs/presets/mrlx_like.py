@@ -2,8 +2,10 @@ r"""Like the public MrlX code: groups of whatever arrived together.
 
 Source: the code released with arXiv 2511.13288, not its text: sub-agent calls
 are standardised over blocks in order of arrival, across tasks, each token's
-ratio is clipped at 0.2 below and 0.28 above. For comparison; docs/estimators.md
-says what such a baseline is biased by.
+ratio is clipped at 0.2 below and 0.28 above. docs/estimators.md says what such
+a baseline is biased by.
+
+Deviation: the main agent's calls are compared over the batch here too.
 
     python -m experiments.train --workdir=… \
         --config=configs/presets/mrlx_like.py

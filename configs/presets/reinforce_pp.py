@@ -4,8 +4,9 @@ Source: Hu et al., arXiv 2501.03262, §3: advantages standardised over the globa
 batch, PPO's clipping of each token's ratio at 0.2, a KL penalty to the first
 policy with β = 0.001, tokens averaged.
 
-Deviation: the paper subtracts the KL from the tokens' rewards; here `k2`, whose
-gradient is that of the KL, stands beside the objective.
+Deviation: the paper subtracts the KL from the tokens' rewards; here `k2` stands
+beside the objective, whose gradient is that of the KL token by token: what a
+token does to the divergence of later ones is left out.
 
     python -m experiments.train --workdir=… \
         --config=configs/presets/reinforce_pp.py

@@ -4,8 +4,9 @@ Source: Ahmadian et al., arXiv 2402.14740, Eq. 8: leave-one-out baseline, whole
 outputs as actions, one update a batch, so nothing is clipped; KL to the first
 policy with β = 0.03 (§4.2 tries 0.01 to 0.5).
 
-Deviation: the paper subtracts β log(π / π_ref) from the reward; `k2` has the
-same gradient on average and needs no second reward.
+Deviation: the paper subtracts β log(π / π_ref) from the reward; `k2` beside the
+objective needs no second reward, and leaves out what a token does to the
+divergence of later ones.
 
     python -m experiments.train --workdir=… \
         --config=configs/presets/rloo.py

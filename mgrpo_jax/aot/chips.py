@@ -157,18 +157,18 @@ class Topology:
     """Counts the links that a chip can use to reach a group of chips.
 
     Args:
-      group: chips that exchange something, itself included.
+      group: chips of one slice that exchange something, itself included.
 
     Returns:
-      Two for every axis that a group of this size must spread over; the most
+      Two for every axis that a group of this size can spread over; the most
       there can be, as befits a bound.
     """
-    spanned, reached = 0, 1
-    for side in sorted(self.sides, reverse=True):
-      if reached >= group:
-        break
-      spanned, reached = spanned + 1, reached * side
-    return 2 * max(spanned, 1)
+    factors, rest = 0, group
+    for prime in (p for p in range(2, group + 1) if group % p == 0):
+      while rest % prime == 0:
+        factors, rest = factors + 1, rest // prime
+    axes = sum(side > 1 for side in self.sides)
+    return 2 * max(1, min(axes, factors))
 
 
 def parse(name: str) -> Topology:

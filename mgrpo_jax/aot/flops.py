@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -82,10 +83,13 @@ def visible_pairs(length: int, window: int) -> int:
   return window * length - window * (window - 1) // 2
 
 
-def training(config: TransformerConfig, *, rows: int, length: int) -> float:
+def training(
+    config: TransformerConfig, *, rows: int, length: int, targets: int
+) -> float:
   """Computes the model FLOPs of training on full rows.
 
-      6 · active params · tokens + 12 · H · D · Σ_layers pairs · rows
+      6 · (active params · tokens + V · E · targets)
+        + 12 · H · D · Σ_layers pairs · rows,   params but for the unembedding
 
   Forward once and backward twice; of attention 2 D FLOPs a pair and head for
   each of q·k and the weighted sum of values. Only visible pairs count, and
@@ -96,6 +100,7 @@ def training(config: TransformerConfig, *, rows: int, length: int) -> float:
     config: sizes.
     rows: packed rows, each of one segment.
     length: tokens of a row.
+    targets: tokens of a row whose logits are needed.
 
   Returns:
     FLOPs of one forward and backward pass.
@@ -105,7 +110,9 @@ def training(config: TransformerConfig, *, rows: int, length: int) -> float:
       for layer in range(config.num_layers)
   )
   width = config.num_heads * config.head_dim
-  dense = 6.0 * active_params(config) * rows * length
+  head = config.vocab_size * config.embed_dim
+  inner = (active_params(config) - head) * length
+  dense = 6.0 * rows * (inner + head * targets)
   return dense + 12.0 * width * pairs * rows
 
 
@@ -169,22 +176,36 @@ def _ragged(eqn: Any) -> Work:
 
 
 def _kernel(eqn: Any) -> Work:
-  """What a kernel says of itself, else the blocks that a causal row computes.
+  """What a kernel says of itself, else what splash attention computes.
 
-  Of n x m blocks of queries and keys that is 1/2 + 1/(2 min(n, m)) of them:
-  those below the diagonal and those on it.
+  Its grid walks over n blocks of queries and m of keys, all of a row's or, with
+  a window, the m that a block of queries can see. A causal mask leaves
+
+      1/2 + 1/(2 min(n, m))       of all blocks: below the diagonal and on it
+      1 - (m - 1) / (2 n)         of a window's: early queries see fewer
   """
   estimate = eqn.params.get("cost_estimate")
   if estimate is not None:
     return Work(kernels=float(estimate.flops))
   grid = eqn.params["grid_mapping"].grid
   sizes = [size for size in grid if isinstance(size, int | np.integer)]
-  # Splash attention's gradient of keys has its heads in the middle.
-  middle = "dkv" in eqn.params["name"]
-  fewest = min(sizes[-1], sizes[-3 if middle else -2])
   body = _count(eqn.params["jaxpr"], 1)
-  visible = 0.5 + 0.5 / fewest
-  return Work(kernels=body.products * math.prod(sizes) * visible)
+  return Work(
+      kernels=body.products * math.prod(sizes) * _visible(eqn.params, sizes)
+  )
+
+
+def _visible(params: Mapping[str, Any], sizes: Sequence[int]) -> float:
+  """The share of an attention kernel's grid that a causal mask leaves."""
+  # The gradient of keys has its heads in the middle, and queries last.
+  of_keys = "dkv" in params["name"]
+  queries, keys = (sizes[-1], sizes[-3]) if of_keys else (sizes[-2], sizes[-1])
+  blocks = json.loads(params["metadata"]["xprof_metadata"])
+  suffix = next(s for s in ("_dkv", "_dq", "") if s[1:] in params["name"])
+  if queries * blocks[f"block_q{suffix}"] == keys * blocks[f"block_kv{suffix}"]:
+    return 0.5 + 0.5 / min(queries, keys)
+  few, many = sorted((queries, keys))
+  return 1 - (few - 1) / (2 * many)
 
 
 _COUNTED: Mapping[str, Callable[[Any], Work]] = {

@@ -34,7 +34,7 @@ from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.decode import Slots
 from mgrpo_jax.policy.lora import LoRA
 from mgrpo_jax.sampler import device
-from mgrpo_jax.types import TrainState
+from mgrpo_jax.types import Reference, TrainState
 
 _MOST_STOPS = 4  # stop tokens of a request, as engines pad them
 
@@ -53,6 +53,7 @@ class Plan:
     objective: what is minimised.
     optimizer: how gradients become updates.
     temperature: that was sampled with, > 0.
+    reference: what the objective compares with.
     engine: `num_slots`, `context`, `block`, `prefill_tokens`,
       `prefill_buckets` and `decode_steps` of each sampling engine.
 
@@ -69,6 +70,7 @@ class Plan:
   objective: objectives.Objective
   optimizer: optim.AdamW
   temperature: float
+  reference: Reference
   engine: Mapping[str, Any]
 
   def __post_init__(self) -> None:
@@ -187,6 +189,7 @@ def _apply(plan: Plan) -> Program:
         opt_state=jax.eval_shape(begin, trained),
         step=step,
         rng=rng,
+        reference=trained if plan.reference == "moving" else None,
     )
     gradient = update.Gradient(grads=trained, loss=scalar)
     traced = trainer.apply.trace(
@@ -198,6 +201,8 @@ def _apply(plan: Plan) -> Program:
       "gradients": gradient,
       "optimizer": state.opt_state,
   }
+  if state.reference is not None:
+    held["reference"] = state.reference
   return _program(traced, mesh, held)
 
 

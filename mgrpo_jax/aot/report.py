@@ -296,7 +296,7 @@ def advice(
     one: the program.
     mesh: of the learner.
     rows: of a micro-batch.
-    remat: whether layers are recomputed in the backward pass.
+    remat: whether the backward pass recomputes all of a layer.
 
   Returns:
     One line.

@@ -104,7 +104,7 @@ def _run_layers(
     looped, layers = layers[: period * repeats], layers[period * repeats :]
     stacked = [
         jax.tree.map(
-            lambda *same: jnp.stack([jnp.asarray(w, x.dtype) for w in same]),
+            lambda *same: jnp.stack([_for_compute(w, x) for w in same]),
             *looped[first::period],
         )
         for first in range(period)
@@ -347,9 +347,9 @@ def rms_norm(
   wide = x.astype(jnp.float32)
   mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
   normed = wide * jax.lax.rsqrt(mean_square + config.norm_eps)
-  return normed.astype(x.dtype) * jnp.asarray(scale, x.dtype).reshape(
-      (1,) * (x.ndim - 1) + (-1,)
-  )
+  per_feature = (1,) * (x.ndim - 1) + (-1,)
+  scaled = normed * jnp.asarray(scale, jnp.float32).reshape(per_feature)
+  return scaled.astype(x.dtype)
 
 
 def _multiply(
@@ -368,6 +368,14 @@ def _multiply(
   )
   shape = (*x.shape[:2], *product.shape[1:])
   return jnp.reshape(product, shape, out_sharding=sharding.out(*axes))
+
+
+def _for_compute(
+    value: Float[Array, "*shape"], x: Float[Array, "N T E"]
+) -> Float[Array, "*shape"]:
+  """Casts a parameter like the residual stream, but for scales of norms."""
+  wide = jnp.ndim(value) == 1
+  return jnp.asarray(value, jnp.float32 if wide else x.dtype)
 
 
 def _weight(
