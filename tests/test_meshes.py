@@ -3,6 +3,8 @@
 import asyncio
 import dataclasses
 import io
+import itertools
+import types
 
 import jax
 import numpy as np
@@ -235,3 +237,41 @@ def test_adapters_on_two_halves_train_like_on_one_device(tmp_path):
       np.testing.assert_allclose(other, one, rtol=1e-3, atol=2e-5)
     moved = [np.abs(pair.b).max() for pair in wanted[1].layers[0].values()]
     assert min(moved) > 1e-4
+
+
+def torus(slices, sides):
+  """Fake chips of v5p slices, each a torus of the given sides."""
+  return [
+      types.SimpleNamespace(
+          id=number,
+          platform="tpu",
+          device_kind="TPU v5p",
+          slice_index=place,
+          process_index=0,
+          coords=coords,
+          core_on_chip=0,
+      )
+      for number, (place, coords) in enumerate(
+          itertools.product(range(slices), np.ndindex(*sides))
+      )
+  ]
+
+
+def test_data_replicas_lie_on_slices_of_their_own():
+  grid = sharding._arranged((4, 2, 1, 1), torus(2, (2, 2, 1)))
+  assert grid.shape == (4, 2, 1, 1)
+  where = np.vectorize(lambda chip: chip.slice_index)(grid)
+  assert (where[:2] == where[0, 0]).all() and (where[2:] == where[2, 0]).all()
+  assert where[0, 0, 0, 0] != where[2, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "chips", "hint"),
+    [
+        ((1, 8, 1, 1), torus(2, (2, 2, 1)), "a multiple of 2 data replicas"),
+        ((1, 6, 1, 1), torus(1, (2, 2, 2))[:6], "do not stand in a block"),
+    ],
+)
+def test_chips_that_cannot_be_a_mesh_are_refused(sizes, chips, hint):
+  with pytest.raises(ValueError, match=hint):
+    sharding._arranged(sizes, chips)

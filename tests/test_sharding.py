@@ -132,6 +132,21 @@ def test_eight_devices_step_like_one(family, sizes):
     assert np.max(np.abs(wanted - start)) > 1e-5
 
 
+def test_eight_devices_step_like_one_in_bfloat16():
+  config = dataclasses.replace(FAMILIES["biased"], dtype="bfloat16")
+  mesh = sharding.make_mesh(**MIXED, devices=jax.devices())
+  with jax.set_mesh(mesh):
+    _, updated = jitted(config)(*placed(mesh, config))
+  _, expected = on_one_device(config)
+  before = tiny_llama.weights(config)
+  for actual, wanted, start in zip(
+      *map(jax.tree.leaves, (updated, expected, before)), strict=True
+  ):
+    # Sums over devices are rounded to eight bits, and so is all before them.
+    error = np.linalg.norm(np.asarray(actual) - wanted)
+    assert 0 < error < 0.03 * np.linalg.norm(wanted - start)
+
+
 def test_weights_at_rest_are_split_over_fsdp_and_tensor():
   mesh = sharding.make_mesh(**MIXED, devices=jax.devices())
   tree, rows = placed(mesh)

@@ -344,3 +344,13 @@ def test_a_token_outside_the_vocabulary_is_not_silent(token):
     logits = logits_of(SHARED, (tokens, positions, segments))
   tainted = np.isnan(logits).any(axis=-1)
   assert np.all(tainted[0, :5]) and not np.any(tainted[1:])
+
+
+def test_norms_scale_in_float32():
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(3, 5, 16)), "bfloat16")
+  scale = np.float32(1 + 0.02 * rng.normal(size=16))  # as Gemma's are
+  exact = transformer.rms_norm(x.astype("float32"), scale, config=SHARED)
+  found = transformer.rms_norm(x, scale, config=SHARED)
+  assert found.dtype == x.dtype
+  np.testing.assert_array_equal(found, exact.astype("bfloat16"))
