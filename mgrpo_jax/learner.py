@@ -72,7 +72,8 @@ class Learner:
 
     Args:
       config: sizes of the transformer.
-      params: weights to begin with.
+      params: weights to begin with. On a mesh the learner takes them: where it
+        does not read them again, the arrays that rest there are deleted.
       lora: the adapter that is trained; None to train the weights.
       shape: of every micro-batch.
       optimizer: how gradients become updates.
@@ -90,6 +91,7 @@ class Learner:
     self._shape = shape
     self._optimizer = optimizer
     self._temperature = temperature
+    given = params
     if mesh is not None:
       at_rest = sharding.params_shardings(param_specs(config), mesh)
       params = jax.device_put(params, at_rest)
@@ -114,6 +116,8 @@ class Learner:
       self._first = self._base  # an adapter begins as no change
     elif reference == "first":  # on a mesh it stays in its shards
       self._first = jax.device_get(params) if mesh is None else params
+    elif mesh is not None and lora is None:
+      _delete(given, mesh)
 
   @property
   def specs(self) -> Any:
@@ -252,3 +256,11 @@ class Learner:
         batches=batches,
         tokens=int(sum(np.sum(batch.loss_mask) for batch in batches)),
     )
+
+
+def _delete(params: Any, mesh: jax.sharding.Mesh) -> None:
+  """Frees the arrays that were loaded straight into shards of a mesh."""
+  devices = set(mesh.devices.flat)
+  for leaf in jax.tree.leaves(params):
+    if isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices:
+      leaf.delete()

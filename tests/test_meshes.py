@@ -12,6 +12,8 @@ import pytest
 import tiny_run
 
 from mgrpo_jax import optim, publish, sharding, store
+from mgrpo_jax.learner import Learner
+from mgrpo_jax.packing import BatchShape
 from mgrpo_jax.plan import Adaptation
 from mgrpo_jax.policy.config import Experts
 from mgrpo_jax.policy.load import load
@@ -275,3 +277,35 @@ def test_data_replicas_lie_on_slices_of_their_own():
 def test_chips_that_cannot_be_a_mesh_are_refused(sizes, chips, hint):
   with pytest.raises(ValueError, match=hint):
     sharding._arranged(sizes, chips)
+
+
+@pytest.mark.parametrize(
+    ("reference", "lora", "stays"),
+    [
+        ("none", None, False),
+        ("moving", None, False),
+        ("first", None, True),
+        ("none", LoRA(rank=1, alpha=1.0, targets=("query",)), True),
+    ],
+)
+def test_loaded_weights_stay_only_where_they_are_read(reference, lora, stays):
+  config = tiny_config(vocab_size=64)
+  mesh = halves()["researcher"].learner
+  at_rest = sharding.params_shardings(param_specs(config), mesh)
+  loaded = jax.device_put(init(jax.random.key(0), config), at_rest)
+  learner = Learner(
+      config,
+      loaded,
+      lora=lora,
+      shape=BatchShape(rows=2, row_tokens=8, trajectories=2, row_targets=8),
+      optimizer=optim.AdamW(
+          b1=0.9, b2=0.99, eps=1e-2, weight_decay=0.0, clip_norm=1.0
+      ),
+      temperature=1.0,
+      reference=reference,
+      seed=0,
+      mesh=mesh,
+  )
+  gone = {leaf.is_deleted() for leaf in jax.tree.leaves(loaded)}
+  assert gone == {not stays}
+  assert np.isfinite(jax.tree.leaves(learner.weights)[0]).all()

@@ -15,6 +15,7 @@ compile time apart.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import pathlib
@@ -37,8 +38,9 @@ from mgrpo_jax.types import NO_PARENT, Status, Trajectory
 
 SMOLLM2 = POLICIES["smollm2"]
 ROWS, LENGTH = 8, 256
+MOST_ROWS = 12  # of a micro-batch
 RAGGED = 24  # trajectories
-RAGGED_TARGETS = 128  # sampled tokens of a packed row, at most
+RAGGED_TARGETS = 80  # sampled tokens of a packed row, at most
 
 
 def full_load(rng: np.random.Generator) -> list[Trajectory]:
@@ -67,13 +69,15 @@ def ours(
       packing.Credit(trajectory=one, advantage=1.0, weight=1.0) for one in load
   ]
   used = sum(len(one.tokens) for one in load)
-  rows = ROWS if targets == LENGTH else ROWS // 2  # the last one half empty
-  shape = packing.BatchShape(
-      rows=rows,
+  one_row = packing.BatchShape(
+      rows=1,
       row_tokens=LENGTH,
       trajectories=len(load),
       row_targets=targets,
   )
+  needed = len(packing.pack(credits, shape=one_row))
+  rows = -(-needed // -(-needed // MOST_ROWS))  # little is left empty
+  shape = dataclasses.replace(one_row, rows=rows)
   batches = packing.pack(credits, shape=shape)
   totals = packing.count(credits)
   # A mean over sampled tokens is imitation that reads no context.

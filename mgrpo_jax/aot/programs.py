@@ -167,7 +167,7 @@ def _accumulate(plan: Plan) -> Program:
         most_wanted=0 if imitates else plan.shape.most_wanted,
     )
   held = {
-      "loaded": _loaded(plan, mesh),
+      **_kept(plan, mesh),
       "parameters": trained,
       "gradients": gradient,
       "batch": batch,
@@ -196,7 +196,7 @@ def _apply(plan: Plan) -> Program:
         state, gradient, scalar, optimizer=plan.optimizer
     )
   held = {
-      "loaded": _loaded(plan, mesh),
+      **_kept(plan, mesh),
       "parameters": trained,
       "gradients": gradient,
       "optimizer": state.opt_state,
@@ -269,11 +269,14 @@ def _train_mesh(plan: Plan) -> Mesh:
   return sharding.make_mesh(**plan.mesh, devices=plan.devices[:number])
 
 
-def _loaded(plan: Plan, mesh: Mesh) -> Any:
-  """The weights that a run begins with, which stay: a setup may run twice.
+def _kept(plan: Plan, mesh: Mesh) -> dict[str, Any]:
+  """The weights that the run began with, where they are read again."""
+  reads = plan.lora is not None or plan.reference == "first"
+  return {"loaded": _loaded(plan, mesh)} if reads else {}
 
-  A KL term's reference, and an adapter's base, are these very arrays.
-  """
+
+def _loaded(plan: Plan, mesh: Mesh) -> Any:
+  """The weights that a run begins with, in their shards."""
   return sharding.shapes(params.param_specs(plan.config), mesh)
 
 
