@@ -289,7 +289,7 @@ def test_chips_that_cannot_be_a_mesh_are_refused(sizes, chips, hint):
     ],
 )
 def test_loaded_weights_stay_only_where_they_are_read(reference, lora, stays):
-  config = tiny_config(vocab_size=64)
+  config = tiny_config(vocab_size=64, num_heads=2, num_kv_heads=2)
   mesh = halves()["researcher"].learner
   at_rest = sharding.params_shardings(param_specs(config), mesh)
   loaded = jax.device_put(init(jax.random.key(0), config), at_rest)
