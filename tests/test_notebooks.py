@@ -159,6 +159,21 @@ def test_its_text_agrees_with_its_numbers(executed):
   assert float(low) < 0 < float(high)
 
 
+@pytest.mark.parametrize(
+    ("name", "told", "drawn"),
+    [
+        ("02_advantages_by_hand", r"by sub-task \[1\.0, -1\.0, 0\.0\]", 0),
+        ("03_alignment", r"inverse_count: rollouts weigh \[0\. 1\. 1\.", 1),
+    ],
+)
+def test_equations_stand_beside_arrays(checkout, name, told, drawn):
+  notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+  execute(notebook, checkout / "notebooks")
+  cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+  assert re.search(told, "".join(map(printed, cells)))
+  assert len(drawings(notebook)) == drawn
+
+
 def test_it_leaves_nothing_behind(executed, checkout):
   made = {path.name for path in checkout.iterdir()}
   made |= {path.name for path in (checkout / "notebooks").iterdir()}
