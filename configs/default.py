@@ -175,8 +175,8 @@ def _add_method(config: ml_collections.ConfigDict) -> None:
   config.alignment.strategy = "duplicate_or_drop"  # mask, inverse_count
   config.alignment.num_slots = 8  # D, slots a sub role has; the paper's 8
 
-  # per_task, mean_only, leave_one_out, per_call_index or per_batch; of calls
-  # also per_subtask (needs roles with attempts) or inherit_parent; plain: none
+  # per_task, mean_only, leave_one_out, other_rollouts, per_call_index,
+  # per_batch, plain (none); for calls also inherit_parent, per_subtask
   config.advantage = "per_task"
 
   config.loss = ml_collections.ConfigDict()

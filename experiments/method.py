@@ -1,8 +1,10 @@
 """The algorithm of a recipe: names in its config become functions here."""
 
 import functools
+from collections.abc import Callable, Mapping
 
 import ml_collections
+from jaxtyping import Array
 
 from experiments import checks
 from mgrpo_jax import (
@@ -27,17 +29,18 @@ ALIGNMENTS = {
     "mask": alignment.mask,
     "inverse_count": alignment.inverse_count,
 }
-ADVANTAGES = {
+ADVANTAGES: Mapping[str, Advantage] = {
     "per_task": advantages.per_task,
     "mean_only": advantages.mean_only,
     "leave_one_out": advantages.leave_one_out,
+    "other_rollouts": advantages.other_rollouts,
     "per_call_index": advantages.per_call_index,
     "per_batch": advantages.per_batch,
     "per_subtask": advantages.per_subtask,
     "inherit_parent": advantages.inherit_parent,
     "plain": advantages.plain,
 }
-SURROGATES = {
+SURROGATES: Mapping[str, Callable[..., Array]] = {
     "clipped": losses.clipped_surrogate,
     "dual_clipped": losses.dual_clipped_surrogate,
     "cispo": losses.cispo_surrogate,

@@ -86,6 +86,35 @@ def leave_one_out(
   return numerics.divide(deviation * spread * total, others)
 
 
+def other_rollouts(
+    rewards: Float[Array, "B K D"], weights: Float[Array, "B K D"]
+) -> Float[Array, "B K D"]:
+  """Compares each slot with the slots of the task's other rollouts.
+
+      A_kd = R_kd - Σ_{j≠k} Σ_e w_je R_je / Σ_{j≠k} Σ_e w_je
+
+  Deviation: not in the paper. The baseline knows nothing of the slot's own
+  rollout, so it is unbiased even where calls of one rollout share a reward or
+  are copied (docs/estimators.md); of the root it is `leave_one_out`.
+
+  Args:
+    rewards: R, float32.
+    weights: w, float32, ≥ 0, from the alignment.
+
+  Returns:
+    A, float32, in units of reward; 0 where no other rollout has a slot.
+  """
+  scaled, spread, _ = numerics.unit_scaled(rewards, weights, axis=PER_TASK)
+  mass = jnp.sum(weights, axis=2, keepdims=True)
+  earned = jnp.sum(scaled * weights, axis=2, keepdims=True)
+  others = jnp.sum(mass, axis=1, keepdims=True) - mass
+  baseline = numerics.divide(
+      jnp.sum(earned, axis=1, keepdims=True) - earned, others
+  )
+  gains = jnp.where(others > 0, (scaled - baseline) * spread, 0.0)
+  return numerics.masked(gains, weights)
+
+
 def per_call_index(
     rewards: Float[Array, "B K D"], weights: Float[Array, "B K D"]
 ) -> Float[Array, "B K D"]:

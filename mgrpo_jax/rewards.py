@@ -287,8 +287,9 @@ def _grade(
       + weights.correct * correct
       + weights.expert * expert
   )
-  costs = rules.overlong is not None and weights.overlong > 0
-  deep = rules.overlong(trajectory) if costs else 0.0
+  deep = 0.0
+  if rules.overlong is not None and weights.overlong > 0:
+    deep = rules.overlong(trajectory)
   earned = (total if valid else 0.0) - weights.overlong * deep
   return float(valid), correct, expert, deep, earned
 

@@ -13,6 +13,7 @@ NORMALISERS = (
     "per_task",
     "mean_only",
     "leave_one_out",
+    "other_rollouts",
     "per_call_index",
     "per_batch",
 )

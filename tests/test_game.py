@@ -27,7 +27,7 @@ STRATEGIES = (
     alignment.inverse_count,
 )
 DUPLICATE, MASK, INVERSE = STRATEGIES
-BEYOND = (estimators.no_baseline, estimators.other_rollouts)
+BEYOND = (estimators.no_baseline, advantages.other_rollouts)
 # Advantages, weights and slopes are float32 whatever the game is.
 FLOAT32 = dict(rtol=2e-5, atol=1e-7)
 FLOAT64 = dict(rtol=1e-10, atol=1e-14)
@@ -339,7 +339,7 @@ def test_mask_is_the_mean_over_calls_only_in_large_batches():
   gaps = []
   for rollouts in (2, 4):
     moments = exactly(
-        EXPERT, estimators.other_rollouts, align=MASK, rollouts=rollouts
+        EXPERT, advantages.other_rollouts, align=MASK, rollouts=rollouts
     )
     compared = estimators.compare(moments, own(EXPERT, align=MASK))
     gaps.append(1 - compared.cosine)
@@ -426,7 +426,7 @@ def test_the_variance_that_copies_add():
     [
         advantages.mean_only,
         advantages.per_task,
-        estimators.other_rollouts,
+        advantages.other_rollouts,
     ],
 )
 def test_inverse_count_is_the_less_noisy_one(advantage):

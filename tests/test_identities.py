@@ -35,6 +35,7 @@ NORMALISERS = (
     advantages.per_task,
     advantages.mean_only,
     advantages.leave_one_out,
+    advantages.other_rollouts,
     advantages.per_call_index,
     advantages.per_batch,
 )
@@ -131,6 +132,17 @@ def test_2_permuting_a_group_permutes_the_result(
   np.testing.assert_allclose(
       compute(normaliser, permuted(values), permuted(weights)),
       permuted(compute(normaliser, values, weights)),
+      **ROUNDING,
+  )
+
+
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+@given(REWARDS, WEIGHTS, st.permutations(range(4)))
+@settings(max_examples=25, deadline=None)
+def test_2_so_does_permuting_its_rollouts(normaliser, values, weights, order):
+  np.testing.assert_allclose(
+      compute(normaliser, values[:, order], weights[:, order]),
+      compute(normaliser, values, weights)[:, order],
       **ROUNDING,
   )
 

@@ -57,7 +57,7 @@ ALIGNMENTS = (
 )
 NORMALISERS = (
     estimators.no_baseline,
-    estimators.other_rollouts,
+    advantages.other_rollouts,
     advantages.mean_only,
     advantages.leave_one_out,
     advantages.per_task,

@@ -188,7 +188,7 @@ def _kernel(eqn: Any) -> Work:
   if estimate is not None:
     return Work(kernels=float(estimate.flops))
   grid = eqn.params["grid_mapping"].grid
-  sizes = [size for size in grid if isinstance(size, int | np.integer)]
+  sizes = [int(size) for size in grid if isinstance(size, int | np.integer)]
   body = _count(eqn.params["jaxpr"], 1)
   return Work(
       kernels=body.products * math.prod(sizes) * _visible(eqn.params, sizes)

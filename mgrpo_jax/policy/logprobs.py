@@ -93,8 +93,9 @@ def predict(
   )
   predicted = has_past(segment_ids)
   targets = jnp.roll(tokens, -1, axis=1)
-  some = wanted is not None and most_wanted > 0
-  if some:
+  some = False
+  if wanted is not None and most_wanted:
+    some = True
     predicted &= wanted
     following = jnp.roll(predicted, -1, axis=1)
     order = jnp.argsort(~following, axis=1, stable=True)[:, :most_wanted]

@@ -75,32 +75,6 @@ def no_baseline(
   return numerics.masked(rewards, weights)
 
 
-def other_rollouts(
-    rewards: Float[Array, "B K D"], weights: Float[Array, "B K D"]
-) -> Float[Array, "B K D"]:
-  """Compares each slot with the slots of the task's other rollouts.
-
-      A_kn = R_kn - Σ_{j≠k} Σ_m w_jm R_jm / Σ_{j≠k} Σ_m w_jm
-
-  The baseline knows nothing of the slot's own rollout, so it is unbiased even
-  where calls of one rollout share a reward or are copied. For comparison.
-
-  Args:
-    rewards: R.
-    weights: w, from the alignment.
-
-  Returns:
-    A, 0 where no other rollout has a slot.
-  """
-  mass = jnp.sum(weights, axis=2, keepdims=True)
-  earned = numerics.masked_sum(rewards, weights, axis=2)[..., None]
-  others = jnp.sum(mass, axis=1, keepdims=True) - mass
-  baseline = numerics.divide(
-      jnp.sum(earned, axis=1, keepdims=True) - earned, others
-  )
-  return jnp.where((weights > 0) & (others > 0), rewards - baseline, 0.0)
-
-
 def gradients(slots: Slots, *, advantage: Advantage) -> Float[Array, "G P"]:
   """Computes the ascent direction of each batch with the library's loss.
 

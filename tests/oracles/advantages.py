@@ -62,3 +62,14 @@ def leave_one_out(rewards, weights):
       if others:
         result[place] = reward - _mean(others)
   return result
+
+
+def other_rollouts(rewards, weights):
+  result = np.zeros(rewards.shape)
+  for places in _tasks(rewards.shape):
+    members = _slots(rewards, weights, places)
+    for place, reward, _ in members:
+      others = [m for m in members if m[0][1] != place[1]]
+      if others:
+        result[place] = reward - _mean(others)
+  return result
