@@ -16,6 +16,11 @@ PURE = (
     "alignment",
     "advantages",
     "losses",
+    "importance",
+    "critic",
+    "objectives",
+    "grades",
+    "dynamic",
     "update",
     "rewards",
     "answers",
@@ -141,7 +146,7 @@ def test_only_the_loop_knows_the_order():
   composers = {
       name
       for name, path in MODULES.items()
-      if {"mgrpo_jax.rewards", "mgrpo_jax.publish"} <= imports(path)
+      if {"mgrpo_jax.rewards", "mgrpo_jax.publisher"} <= imports(path)
   }
   assert composers == {"mgrpo_jax.run"}
 
