@@ -8,7 +8,7 @@ what bounds the speed of either?
 Hardware: v5e-16, eight chips for each policy; as two slices, see
 qwen3_8b. The vocabulary of 262,208 makes the unembedding's gradient the largest
 array, so main splits it in two, computes few logits at a time and recomputes
-all of a layer: 16 GB are just enough for training and sampling 3,072 tokens.
+all of a layer: 16 GB are just enough for training and sampling 2,048 tokens.
 """
 
 import ml_collections
@@ -27,11 +27,11 @@ def get_config() -> ml_collections.ConfigDict:
   main.mesh.fsdp, main.mesh.tensor = 4, 2
   main.sampler_tensor = 4
   main.execution.remat = "layer"
-  main.execution.logit_columns = 128
+  main.execution.logit_columns = 64
   scale.on_accelerator(researcher, "gemma3_1b")
   researcher.source = "models/gemma3_1b"
   researcher.mesh.fsdp = 8
-  scale.lengths(config, context=3072, rows=8)
+  scale.lengths(config, context=2048, rows=8)
   config.engine.num_slots = 8
   config.rollout.max_concurrent = 8
   return config
