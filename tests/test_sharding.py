@@ -305,14 +305,14 @@ def test_the_head_runs_for_wanted_tokens_alone_on_any_mesh():
   wanted = np.random.default_rng(0).random((len(ROWS), LENGTH)) < 0.4
 
   def score(tree, rows, wanted):
-    values = logprobs.token_logprobs(
+    values = logprobs.predict(
         tree,
         **rows,
         config=CFG,
         temperature=1.0,
         wanted=wanted,
         most_wanted=LENGTH - 1,
-    )
+    ).logprobs
     return values.sum(), values
 
   graded = jax.jit(jax.value_and_grad(score, has_aux=True))

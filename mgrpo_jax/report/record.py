@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from mgrpo_jax.report import shapes
 from mgrpo_jax.report.shapes import Check, is_number, is_text, is_whole
@@ -34,6 +34,7 @@ class TrajectoryRecord(TypedDict):
   seconds: float
   rewards: dict[str, float | None]  # components and "total"; empty if FAILED
   advantage: float | None  # None where the update did not see the call
+  attempt: NotRequired[int]  # at its sub-task; files of before lack it
 
 
 class GroupRecord(TypedDict):

@@ -249,6 +249,7 @@ def _trajectory_record(
       "seconds": round(float(trajectory.seconds), 3),
       "rewards": {name: _finite(value) for name, value in rewards.items()},
       "advantage": _finite(advantage),
+      "attempt": trajectory.attempt,
   }
 
 
