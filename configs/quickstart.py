@@ -20,7 +20,7 @@ Hardware: two CPU cores. Arms, after a colon:
                   runs/warm_start_single
     smoke         co_train in a minute
 
-`configs/warm_start.py:ARM` makes what the last but one and two begin from.
+`configs/warm_start.py:ARM` makes what `shared` and `single_agent` begin from.
 """
 
 import ml_collections

@@ -132,10 +132,11 @@ def compared(
   assignments: dict[str, Assignment] = {}
   inherits = advantage is advantages.inherit_parent
   for_calls = inherits or advantage is advantages.per_subtask
+  learners = learning(team, trained)
   roots: np.ndarray | None = None
   for role in team.roles:  # the root first
     is_root = role.name == team.root
-    learns = role.name in learning(team, trained)
+    learns = role.name in learners
     if not learns and not (is_root and inherits):
       continue
     calls = rewards.by_role(
