@@ -112,6 +112,11 @@ def get_config() -> ml_collections.ConfigDict:
   config.policies = ml_collections.ConfigDict()
   config.curriculum = ()  # names of the stages, in order
   config.stages = ml_collections.ConfigDict()
+  # Tokens after which no further step begins, whatever steps are left; stages
+  # keep their schedule: a rate that falls ends where it has come to.
+  config.budget = ml_collections.ConfigDict()
+  config.budget.trained_tokens = 0  # that are trained on, >= 0; 0 for no end
+  config.budget.generated_tokens = 0  # sampled in rollouts, >= 0; 0 for no end
 
   _add_tasks(config)
   _add_sampling(config)

@@ -24,6 +24,7 @@ from mgrpo_jax.policy.lora import LoRA
 from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.tasks import factbook
 from mgrpo_jax.tasks.curriculum import Stage
+from mgrpo_jax.work import Budget
 from mgrpo_jax.workdir import Workdir
 
 
@@ -72,6 +73,7 @@ def check(
   placing.check(values, num_devices or jax.device_count())
   for stage in build_stages(config):
     checks.learners(values, team, stage)
+  build_budget(config)
   build_adaptations(config)
   method.build(config)
   build_sampler(config)
@@ -130,6 +132,7 @@ def build(config: ml_collections.ConfigDict) -> Setup:
   return Setup(
       seed=config.seed,
       stages=stages,
+      budget=build_budget(config),
       tasks={
           stage.name: world.questions(
               book, "train", f"stages.{stage.name}", config
@@ -220,6 +223,12 @@ def build_stages(config: ml_collections.ConfigDict) -> tuple[Stage, ...]:
           )
       )
   return tuple(stages)
+
+
+def build_budget(config: ml_collections.ConfigDict) -> Budget:
+  """Builds what ends a run early; see `Budget` for what is checked."""
+  with checks.inside("budget"):
+    return Budget(**config.budget)
 
 
 def build_sampler(config: ml_collections.ConfigDict) -> Sampler:

@@ -42,18 +42,18 @@ async def train(
     StorageError: something could not be written.
     ValueError: a size, name or budget of the recipe is impossible.
   """
-  total = curriculum.num_steps(setup.stages)
   async with open_run(setup, store) as run:
-    first, before = await _begin(run, journal)
-    for step in range(first, total):
-      await _step(run, journal, step, last=step == total - 1, before=before)
+    steps, before = await _begin(run, journal)
+    while not run.over(steps):
+      await _step(run, journal, steps, before=before)
+      steps += 1
     journal.flush()
     run.resources.save_policies(journal.workdir.policies)
     journal.skipped(run.resources.read_published())
     after = _numbers(await run.evaluate(setup.test, "test"))
     summary = {
         "seed": setup.seed,
-        "steps": total,
+        "steps": steps,
         "eval": {
             "before": _overall(before).summary(),
             "after": _overall(after).summary(),
@@ -91,7 +91,6 @@ async def _step(
     journal: Journal,
     step: int,
     *,
-    last: bool,
     before: Mapping[str, Mapping[str, int]],
 ) -> None:
   """One step of the curriculum."""
@@ -105,6 +104,7 @@ async def _step(
   groups, scores = await run.resample(stage, groups, scores, step)
   credits = run.assign(stage, groups, scores, step)
   dispatched = run.update(stage, number, groups, credits)
+  last = run.over(step + 1)
   journal.flush()
   trained = tuple(run.resources.learners if last else dispatched)
   journal.skipped(run.publish(trained, step + 1))

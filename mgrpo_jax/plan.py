@@ -16,6 +16,7 @@ from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.sharding import Meshes
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.types import Reference, RolloutGroup, Task
+from mgrpo_jax.work import Budget
 
 Demonstrate = Callable[[Task, int], Coroutine[Any, Any, RolloutGroup | None]]
 
@@ -102,6 +103,7 @@ class Setup:
   Attributes:
     seed: of task order, sampling and alignment, in [0, 2**32).
     stages: the curriculum.
+    budget: tokens that end the run before the curriculum does.
     tasks: training tasks by name of stage.
     dev: questions for the looks during training.
     test: questions before and after training.
@@ -129,6 +131,7 @@ class Setup:
 
   seed: int
   stages: tuple[Stage, ...]
+  budget: Budget
   tasks: Mapping[str, tuple[Task, ...]]
   dev: tuple[Task, ...]
   test: tuple[Task, ...]

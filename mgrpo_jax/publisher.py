@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from mgrpo_jax import publish
 from mgrpo_jax.resources import Resources
-from mgrpo_jax.tasks import curriculum
 
 
 class Publisher:
@@ -26,14 +25,15 @@ class Publisher:
     self._unpublished: set[str] = set()  # newer than what the store has
     self._told: set[str] = set()  # problems of the store
 
-  def publish(self, policies: Sequence[str], version: int) -> list[str]:
+  def publish(
+      self, policies: Sequence[str], version: int, *, last: bool
+  ) -> list[str]:
     """Makes weights a version; the store gets it when that is due.
-
-    The version after the last step is always due: it is what is evaluated.
 
     Args:
       policies: whose weights are new.
       version: how many steps they have behind them.
+      last: whether no step follows; then it is due, for it is evaluated.
 
     Returns:
       What was found damaged in the store and not told before, a line each.
@@ -44,8 +44,7 @@ class Publisher:
       resources.engines[policy].update(weights, version)
       self.versions[policy] = version
       self._unpublished.add(policy)
-    is_last = version == curriculum.num_steps(setup.stages)
-    if not is_last and version % setup.publish_every:
+    if not last and version % setup.publish_every:
       return []
     problems: list[str] = []
     for policy in sorted(self._unpublished):

@@ -35,6 +35,7 @@ from mgrpo_jax.publisher import Publisher
 from mgrpo_jax.resources import Resources, open_resources
 from mgrpo_jax.rewards import Scores
 from mgrpo_jax.store import Store
+from mgrpo_jax.tasks import curriculum
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.types import RolloutGroup, Task, TrainState
 from mgrpo_jax.work import Work
@@ -56,6 +57,15 @@ class Run:
     self._work_before = Work()  # when the step under way began
     self._lost_before = resources.lost_caches()  # likewise
     self._publisher = Publisher(resources)
+
+  def over(self, steps: int) -> bool:
+    """Whether no step follows: the curriculum or the budget is at its end.
+
+    Args:
+      steps: that are done.
+    """
+    total = curriculum.num_steps(self.setup.stages)
+    return steps >= total or self.setup.budget.spent(self.work)
 
   def begin_step(self) -> None:
     """Forgets the metrics of the step before."""
@@ -236,7 +246,8 @@ class Run:
       What was found damaged in the store and not told before, a line each.
     """
     with self.timed("publish"):
-      problems = self._publisher.publish(policies, version)
+      last = self.over(version)
+      problems = self._publisher.publish(policies, version, last=last)
     for policy in policies:
       self.values[f"version/{policy}"] = float(version)
     return problems

@@ -1,4 +1,4 @@
-"""How much a run has done so far, earlier processes included."""
+"""How much a run has done so far, and after how much it is to end."""
 
 import dataclasses
 
@@ -6,6 +6,8 @@ import dataclasses
 @dataclasses.dataclass(kw_only=True)
 class Work:
   """Counts that only grow; kept in checkpoints, written as metrics.
+
+  They include what earlier processes of the run did.
 
   Attributes:
     generated_tokens: sampled in training rollouts.
@@ -24,3 +26,44 @@ class Work:
   retried: int = 0
   abandoned: int = 0
   lost: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budget:
+  """Tokens after which no further step begins, so that runs can be compared.
+
+  A step is never cut: a run spends its budget and up to a step more. The
+  curriculum keeps its schedule, so that a stage whose rate falls is left at
+  the rate that it has reached.
+
+  Attributes:
+    trained_tokens: sampled tokens to train on, all policies together, >= 0; 0
+      for as many as the curriculum takes.
+    generated_tokens: tokens to sample in training rollouts, likewise.
+
+  Raises:
+    ValueError: naming the number that is out of range.
+  """
+
+  trained_tokens: int
+  generated_tokens: int
+
+  def __post_init__(self) -> None:
+    """Checks both numbers."""
+    for name, tokens in dataclasses.asdict(self).items():
+      if tokens < 0:
+        raise ValueError(f"{name} must be >= 0, got {tokens}")
+
+  def spent(self, work: Work) -> bool:
+    """Whether a run has done enough.
+
+    Args:
+      work: what it has done.
+
+    Returns:
+      Whether it has reached a number that is not 0.
+    """
+    return any(
+        0 < tokens <= getattr(work, name)
+        for name, tokens in dataclasses.asdict(self).items()
+    )

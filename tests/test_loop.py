@@ -21,6 +21,7 @@ from mgrpo_jax.report import records
 from mgrpo_jax.report.writer import read_metrics
 from mgrpo_jax.run import open_run
 from mgrpo_jax.testing.setup import small_setup
+from mgrpo_jax.work import Budget, Work
 
 MAX_GAP = 1e-4  # nats, float32 on a CPU
 
@@ -222,6 +223,60 @@ def test_the_last_version_is_published_whatever_the_rhythm(tmp_path):
   for name in setup.policies:
     assert publish.versions(bucket, name) == [0, 2]
     assert publish.latest(bucket, name) == 2
+
+
+@pytest.mark.parametrize("name", ["trained", "generated"])
+def test_a_budget_ends_a_run_after_the_step_that_reaches_it(
+    finished, tmp_path, name
+):
+  whole, setup, _ = finished
+  rows = read_metrics(whole / "metrics.jsonl")
+  limit = int(rows[1][f"{name}_tokens"])  # of two steps
+  spent = {"trained_tokens": 0, "generated_tokens": 0}
+  budget = Budget(**spent | {f"{name}_tokens": limit})
+  setup = dataclasses.replace(setup, budget=budget, publish_every=9)
+  summary = train(tmp_path / "run", setup)
+  assert summary["steps"] == 2
+  assert summary["tokens"][name] == limit
+  found = read_metrics(tmp_path / "run/metrics.jsonl")
+  assert [row[f"{name}_tokens"] for row in found] == [
+      row[f"{name}_tokens"] for row in rows[:2]
+  ]
+  assert "accuracy/dev" in found[-1]  # the last step is looked at
+  bucket = store.open_folder(tmp_path / "run/bucket")
+  assert publish.versions(bucket, "main") == [0, 2]  # and published
+
+  before = (tmp_path / "run/metrics.jsonl").read_bytes()
+  assert train(tmp_path / "run", setup)["steps"] == 2
+  assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_was_interrupted_keeps_to_its_budget(finished, tmp_path):
+  whole, setup, summary = finished
+  limit = read_metrics(whole / "metrics.jsonl")[2]["trained_tokens"]
+  budget = Budget(trained_tokens=int(limit), generated_tokens=0)
+  tasks = setup.stages[0], dataclasses.replace(setup.stages[1], steps=1)
+  first = dataclasses.replace(setup, budget=budget, stages=tasks)
+  assert train(tmp_path / "run", first)["steps"] == 2
+  resumed = dataclasses.replace(setup, budget=budget)
+  found = train(tmp_path / "run", resumed)
+  assert found["steps"] == 3 < summary["steps"]
+  assert found["tokens"]["trained"] == limit
+
+
+def test_a_budget_of_nothing_is_never_spent():
+  work = Work(trained_tokens=5, generated_tokens=7)
+  for trained, generated, spent in (
+      (0, 0, False),
+      (5, 0, True),
+      (6, 0, False),
+      (6, 7, True),
+      (0, 8, False),
+  ):
+    budget = Budget(trained_tokens=trained, generated_tokens=generated)
+    assert budget.spent(work) == spent
+  with pytest.raises(ValueError, match="generated_tokens must be >= 0, got -1"):
+    Budget(trained_tokens=0, generated_tokens=-1)
 
 
 @pytest.mark.parametrize("seed", [2**31, 2**32 - 1])

@@ -112,6 +112,8 @@ def test_the_recipe_says_how_long_a_text_may_mention():
     ("key", "value", "message"),
     [
         ("seed", -1, "config.seed"),
+        ("budget.trained_tokens", -1, "config.budget: trained_tokens must"),
+        ("budget.generated_tokens", 1.5, "generated_tokens: 1.5 must be int"),
         ("seed", 2**32, "config.seed"),
         ("seed", None, "config.seed: None must be int"),
         ("seed", True, "config.seed: True must be int"),

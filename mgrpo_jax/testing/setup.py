@@ -36,6 +36,7 @@ from mgrpo_jax.testing import corpus
 from mgrpo_jax.testing import team as team_lib
 from mgrpo_jax.testing.sizes import tiny_config
 from mgrpo_jax.types import Evidence, RolloutGroup, Task, Trajectory
+from mgrpo_jax.work import Budget
 
 CONTEXT = 160
 
@@ -142,6 +143,7 @@ def small_setup(
   return Setup(
       seed=seed,
       stages=stages,
+      budget=Budget(trained_tokens=0, generated_tokens=0),
       tasks={stage.name: questions for stage in stages},
       dev=questions[:2],
       test=questions[2:5],
