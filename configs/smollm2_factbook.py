@@ -7,17 +7,17 @@ protocol raise the accuracy of multi-hop answers?
     python -m experiments.train --config=configs/smollm2_factbook.py \
         --workdir=runs/smollm2
 
-Hardware: one GPU or TPU host with 24 GB or more for the full recipe (`:full`).
-On two CPU cores `:cpu_imitation` and `:cpu_reinforce` make three optimizer
-steps of its first and of its second stage. What was measured stands in
-experiments/README.md.
+Hardware: one GPU or TPU host with 24 GB or more for the full recipe (`:full`);
+`:gpu` is a short form of it for one GPU of 80 GB. On two CPU cores
+`:cpu_imitation` and `:cpu_reinforce` make three optimizer steps of its first
+and its second stage. What was measured stands in experiments/README.md.
 """
 
 import ml_collections
 
 from configs import default, quickstart
 
-ARMS = ("full", "cpu_imitation", "cpu_reinforce")
+ARMS = ("full", "gpu", "cpu_imitation", "cpu_reinforce")
 
 _MAIN = """\
 You answer questions about countries. You cannot look anything up yourself. \
@@ -69,9 +69,33 @@ def get_config(arm: str = "full") -> ml_collections.ConfigDict:
   config.batch.row_tokens = 1024
   config.batch.row_targets = 512
   config.batch.trajectories = 16
-  if arm != "full":
+  if arm == "gpu":
+    fill_gpu(config)
+  elif arm != "full":
     shorten(config, "imitation" if arm == "cpu_imitation" else "easy")
   return config
+
+
+def fill_gpu(config: ml_collections.ConfigDict) -> None:
+  """Makes of the recipe what one large GPU does in minutes."""
+  config.curriculum = ("imitation", "hard")
+  config.stages.imitation.steps = 60
+  config.stages.imitation.learning_rate = 1e-4
+  config.stages.hard.steps = 60
+  config.stages.hard.learning_rate = 1e-5
+  for policy in config.policies.values():
+    policy.dtype = "bfloat16"
+    policy.execution.logit_columns = 256
+  config.tasks.per_step = 16
+  config.rollout.max_concurrent = 128
+  config.engine.num_slots = 128
+  config.engine.prefill_tokens = 8192
+  config.batch.rows = 16
+  config.batch.trajectories = 128
+  config.evaluation.every = 20
+  config.evaluation.tasks = 100
+  config.evaluation.final_tasks = 200
+  config.checkpoint.every = 60
 
 
 def shorten(config: ml_collections.ConfigDict, stage: str) -> None:
