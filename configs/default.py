@@ -10,7 +10,7 @@ import ml_collections
 def role(policy: str) -> ml_collections.ConfigDict:
   """One place in the team; recipes override what differs."""
   config = ml_collections.ConfigDict()
-  config.policy = policy  # name of the policy whose weights it uses
+  config.policy = policy  # name of the policy that plays it
   config.prompt = ""  # system prompt; empty for the compact protocol
   config.tools = ()  # of search, visit, calculate
   config.calls = ()  # names of the child roles it may call
@@ -67,6 +67,13 @@ def policy() -> ml_collections.ConfigDict:
   return config.lock()
 
 
+def symbolic(code: str) -> ml_collections.ConfigDict:
+  """One policy that is plain code; recipes name its function."""
+  config = ml_collections.ConfigDict()
+  config.code = code  # calculate or look_up, see agents/symbolic.py
+  return config.lock()
+
+
 def _add_devices(config: ml_collections.ConfigDict) -> None:
   """What a policy runs on, and how; changes time and memory only."""
   config.dtype = "float32"  # of activations, or bfloat16
@@ -110,6 +117,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.team.root = "main"
   config.team.roles = ml_collections.ConfigDict()
   config.policies = ml_collections.ConfigDict()
+  config.symbolic = ml_collections.ConfigDict()  # policies without weights
   config.curriculum = ()  # names of the stages, in order
   config.stages = ml_collections.ConfigDict()
   # Tokens after which no further step begins, whatever steps are left; stages
@@ -124,7 +132,12 @@ def get_config() -> ml_collections.ConfigDict:
   _add_optimisation(config)
   _add_bookkeeping(config)
   config.lock()  # a recipe that mistypes a key is told so
-  for named in (config.team.roles, config.policies, config.stages):
+  for named in (
+      config.team.roles,
+      config.policies,
+      config.symbolic,
+      config.stages,
+  ):
     named.unlock()
   return config
 

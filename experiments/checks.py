@@ -150,6 +150,7 @@ def keys_and_types(values: Mapping[str, Any]) -> None:
   open_ended = {  # recipes name what is in these
       "team.roles": default.role("policy").to_dict(),
       "policies": default.policy().to_dict(),
+      "symbolic": default.symbolic("").to_dict(),
       "stages": default.stage("reinforce", 1).to_dict(),
   }
   _compare(values, known, "", open_ended)
@@ -292,7 +293,7 @@ def _concurrency(values: Mapping[str, Any], team: Team) -> None:
   tasks = min(limit // per_task, values["tasks"]["per_step"])
   rollouts = max(tasks * per_task, min(limit, questions))
   num_slots = values["engine"]["num_slots"]
-  for policy in team.policies:
+  for policy in sorted(values["policies"].keys() & set(team.policies)):
     needed = rollouts * team.most_open(policy)
     if num_slots < needed:
       raise ValueError(

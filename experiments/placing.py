@@ -66,6 +66,19 @@ def check(values: Mapping[str, Any], number: int) -> None:
         )
 
 
+def weighted(config: ml_collections.ConfigDict, team: Team) -> tuple[str, ...]:
+  """Names the policies of a team that have weights, and so take devices.
+
+  Args:
+    config: the whole recipe.
+    team: names the policies.
+
+  Returns:
+    Names, in the team's order; without symbolic policies.
+  """
+  return tuple(n for n in team.policies if n not in config.symbolic)
+
+
 def needs(
     config: ml_collections.ConfigDict, names: Sequence[str]
 ) -> dict[str, int]:
@@ -101,12 +114,13 @@ def meshes(
     Meshes by policy; None where a policy has the first device for itself, or
     shares it.
   """
-  sizes = {name: config.policies[name].mesh.to_dict() for name in team.policies}
-  heads = {name: config.policies[name].sampler_tensor for name in team.policies}
+  names = weighted(config, team)
+  sizes = {name: config.policies[name].mesh.to_dict() for name in names}
+  heads = {name: config.policies[name].sampler_tensor for name in names}
   made = {}
   # A machine's CPU devices are the same cores; accelerators are not.
   apart = devices[0].platform != "cpu"
-  groups = sharding.assign(needs(config, team.policies), devices, apart=apart)
+  groups = sharding.assign(needs(config, names), devices, apart=apart)
   for name, group in groups.items():
     alone = group == (devices[0],)
     number = math.prod(sizes[name].values())

@@ -41,7 +41,7 @@ def plans(
     ValueError: a value is impossible, or there are too few devices.
   """
   recipe.check(config, num_devices=topology.chips * topology.slices)
-  names = recipe.build_team(config).policies
+  names = placing.weighted(config, recipe.build_team(config))
   configs = {name: _transformer(config, name) for name in names}
   described = topologies.get_topology_desc(**topology.description())
   needs = placing.needs(config, names)

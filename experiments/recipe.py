@@ -117,10 +117,12 @@ def build(config: ml_collections.ConfigDict) -> Setup:
   policies = world.policies(config, team, book, meshes)
   protocol = checks.pick(world.PROTOCOLS, config.team.protocol, "team.protocol")
   chats = world.chats(team, policies, config.team.protocol)
-  world.check_prompts(team, chats, protocol, tools)
+  coded = world.symbolic_actors(config, team, chats, protocol)
+  world.check_prompts(team, chats, coded, protocol, tools)
   demonstrator = world.Demonstrator(
       team=team,
       chats=chats,
+      coded=coded,
       protocol=protocol,
       tools=tools,
       titles={p.id: p.title for p in book.corpus.passages.values()},
@@ -150,6 +152,7 @@ def build(config: ml_collections.ConfigDict) -> Setup:
       adaptations=build_adaptations(config),
       meshes=meshes,
       actor=functools.partial(_actor, chats, protocol),
+      coded=coded,
       tools=tools,
       demonstrate={
           stage.name: dataclasses.replace(

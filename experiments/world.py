@@ -11,8 +11,15 @@ import numpy as np
 
 from experiments import checks, placing
 from mgrpo_jax import rollout
-from mgrpo_jax.agents import compact, expert, hermes, llama, renaming
-from mgrpo_jax.agents.actor import Moment, scripted
+from mgrpo_jax.agents import (
+    compact,
+    expert,
+    hermes,
+    llama,
+    renaming,
+    symbolic,
+)
+from mgrpo_jax.agents.actor import Actor, Moment, scripted
 from mgrpo_jax.agents.call import turn_seed
 from mgrpo_jax.agents.chat import Chat
 from mgrpo_jax.agents.chats import chatml, gemma3, llama3
@@ -70,6 +77,10 @@ CHATS: Mapping[str, Mapping[str, Callable[..., Chat]]] = {
     },
 }
 TOOLS = ("calculate", "search", "visit")
+CODES: Mapping[str, Callable[[Moment], Action]] = {
+    "calculate": symbolic.calculate,
+    "look_up": symbolic.look_up,
+}
 _REMEMBERED_QUERIES = 100_000
 
 
@@ -110,8 +121,21 @@ def check_names(config: ml_collections.ConfigDict, team: Team) -> None:
     team: names tools and policies.
 
   Raises:
-    ValueError: a tool does not exist, or a policy is not configured.
+    ValueError: a tool does not exist, a policy is not configured, or twice, or
+      none has weights.
   """
+  for name, one in config.symbolic.items():
+    checks.pick(CODES, one.code, f"symbolic.{name}.code")
+    if name in config.policies:
+      raise ValueError(
+          f"config.symbolic.{name}: is in config.policies, too; allowed: names"
+          " of its own"
+      )
+  if not placing.weighted(config, team):
+    raise ValueError(
+        "config.team.roles: all are played by config.symbolic; one must have a"
+        " policy of config.policies, whose tokens the others write"
+    )
   for role in team.roles:
     unknown = sorted(set(role.tools) - set(TOOLS))
     if unknown:
@@ -119,10 +143,12 @@ def check_names(config: ml_collections.ConfigDict, team: Team) -> None:
           f"config.team.roles.{role.name}.tools: unknown {unknown}, allowed:"
           f" {', '.join(TOOLS)}"
       )
-    if role.policy not in config.policies:
+    known = {*config.policies.keys(), *config.symbolic.keys()}
+    if role.policy not in known:
       raise ValueError(
           f"config.team.roles.{role.name}.policy: {role.policy!r} is not in"
-          f" config.policies, which has {sorted(config.policies.keys())}"
+          " config.policies or config.symbolic, which have"
+          f" {sorted(known)}"
       )
     with checks.inside("policies"):
       check_name(role.policy, "policy")
@@ -175,7 +201,7 @@ def policies(
       it.
   """
   loaded: dict[str, Policy] = {}
-  for position, name in enumerate(team.policies):
+  for position, name in enumerate(placing.weighted(config, team)):
     one = config.policies[name]
     if one.source == "random":
       with checks.inside(f"policies.{name}"):
@@ -231,9 +257,38 @@ def chats(
   return made
 
 
+def symbolic_actors(
+    config: ml_collections.ConfigDict,
+    team: Team,
+    made: Mapping[str, Chat],
+    protocol: Protocol,
+) -> dict[str, Actor]:
+  """Builds the actors of policies that are plain code.
+
+  Args:
+    config: the whole recipe.
+    team: names the policies.
+    made: chat formats of the other policies; the first one's writes the
+      streams that nobody samples.
+    protocol: how actions are written.
+
+  Returns:
+    Actors by policy.
+  """
+  chat = next(iter(made.values()))
+  return {
+      name: scripted(
+          CODES[config.symbolic[name].code], chat=chat, protocol=protocol
+      )
+      for name in team.policies
+      if name in config.symbolic
+  }
+
+
 def check_prompts(
     team: Team,
     made: Mapping[str, Chat],
+    coded: Mapping[str, Actor],
     protocol: Protocol,
     available: Mapping[str, Tool],
 ) -> None:
@@ -242,6 +297,7 @@ def check_prompts(
   Args:
     team: the roles.
     made: chat formats by policy.
+    coded: actors of symbolic policies.
     protocol: what a system message says.
     available: tools by name.
 
@@ -258,7 +314,8 @@ def check_prompts(
         actors={
             name: scripted(silent, chat=chat, protocol=protocol)
             for name, chat in made.items()
-        },
+        }
+        | dict(coded),
         tools=available,
         temperature=0.0,
         turn_deadline=1.0,
@@ -272,7 +329,8 @@ class Demonstrator:
 
   Attributes:
     team: the roles.
-    chats: by policy.
+    chats: by policy that it plays.
+    coded: actors of symbolic policies, which play themselves.
     protocol: how actions are written.
     tools: by name.
     titles: passage id to title.
@@ -283,6 +341,7 @@ class Demonstrator:
 
   team: Team
   chats: Mapping[str, Chat]
+  coded: Mapping[str, Actor]
   protocol: Protocol
   tools: Mapping[str, Tool]
   titles: Mapping[str, str]
@@ -317,6 +376,7 @@ class Demonstrator:
         other,
         team=self.team,
         chats=self.chats,
+        coded=self.coded,
         protocol=self.protocol,
         tools={name: told.tool(tool) for name, tool in self.tools.items()},
         titles={hop.page: told(self.titles[hop.page]) for hop in task.evidence},

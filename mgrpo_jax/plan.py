@@ -117,6 +117,7 @@ class Setup:
     adaptations: by policy; of those without one, all weights are trained.
     meshes: where each policy lives, by name.
     actor: makes the actor of a policy from its engine.
+    coded: actors of symbolic policies, which have neither weights nor engine.
     tools: by name.
     demonstrate: by name of stage, plays the scripted expert on a task, with a
       seed; None where it cannot do the task.
@@ -144,6 +145,7 @@ class Setup:
   adaptations: Mapping[str, Adaptation]
   meshes: Mapping[str, Meshes]
   actor: Callable[[str, Engine], Actor]
+  coded: Mapping[str, Actor]
   tools: Mapping[str, Tool]
   demonstrate: Mapping[str, Demonstrate]
   method: Method

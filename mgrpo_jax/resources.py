@@ -100,6 +100,7 @@ class Resources:
         for stage in setup.stages
     }
     actors = {n: setup.actor(n, e) for n, e in self.engines.items()}
+    actors |= setup.coded
     team, sampler = setup.team, setup.sampler
     self.training = self._environment(team, actors, sampler.temperature)
     self.testing = self._environment(

@@ -286,8 +286,11 @@ class Run:
     Raises:
       ValueError: the role's policy has no tokenizer.
     """
+    policies = self.setup.policies
     policy = self.setup.team[role].policy
-    tokenizer = self.setup.policies[policy].tokenizer
+    if policy in self.setup.coded:  # it writes as the first policy does
+      policy = next(iter(policies))
+    tokenizer = policies[policy].tokenizer
     if tokenizer is None:
       raise ValueError(f"policy {policy!r} has no tokenizer")
     return [tokenizer.token_text(token) for token in tokens]

@@ -21,6 +21,7 @@ def ask(tasks, act):
     return expert.environment(
         task,
         team=roles,
+        coded={},
         chats={n: chat_of(COMPACT, roles) for n in roles.policies},
         protocol=COMPACT,
         tools=small_tools(),

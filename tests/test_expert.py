@@ -36,6 +36,7 @@ def play(protocol, *, hasty=expert.never, task=None, titles=TITLES, roles=None):
   environment = expert.environment(
       task,
       team=roles,
+      coded={},
       chats={name: chat_of(protocol, roles) for name in roles.policies},
       protocol=protocol,
       tools=small_tools(),

@@ -14,7 +14,7 @@ them pay is left to be learned from rewards.
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from mgrpo_jax.agents.actor import Moment, scripted
+from mgrpo_jax.agents.actor import Actor, Moment, scripted
 from mgrpo_jax.agents.chat import Chat
 from mgrpo_jax.agents.context import Environment
 from mgrpo_jax.agents.protocol import Action, Protocol, answer
@@ -34,17 +34,19 @@ def environment(
     *,
     team: Team,
     chats: Mapping[str, Chat],
+    coded: Mapping[str, Actor],
     protocol: Protocol,
     tools: Mapping[str, Tool],
     titles: Mapping[str, str],
     hasty: Callable[[Moment], bool],
 ) -> Environment:
-  """An environment in which the expert plays every role of one task.
+  """An environment in which the expert plays the roles of one task.
 
   Args:
     task: whose evidence it follows.
     team: the roles.
-    chats: messages to tokens, by policy.
+    chats: messages to tokens, by policy that the expert plays.
+    coded: actors of the other policies, the symbolic ones.
     protocol: how actions are written.
     tools: by name.
     titles: passage id to the title that a search shows, for the passages of
@@ -64,7 +66,8 @@ def environment(
       actors={
           policy: scripted(act, chat=chat, protocol=protocol)
           for policy, chat in chats.items()
-      },
+      }
+      | dict(coded),
       tools=tools,
       temperature=0.0,
       turn_deadline=_TURN_DEADLINE,
@@ -95,6 +98,8 @@ def next_action(
   """
   if moment.turns and hasty(moment):
     return _shortcut(moment.turns[-1])
+  if moment.role.calls and moment.request != task.question:
+    return _pass_on(moment)
   if moment.role.calls:
     return _delegate(moment, task)
   if moment.request == task.question:
@@ -135,6 +140,22 @@ def _guess(moment: Moment, task: Task) -> Action:
   raise LostError(f"{moment.request!r} is no hop of task {task.id}")
 
 
+def _pass_on(moment: Moment) -> Action:
+  """Has the first child do what was asked for, and reports what it found."""
+  if not moment.turns:
+    return _call(moment, moment.request)
+  if moment.turns[-1].result.startswith(ERROR):
+    raise LostError(f"a call came back with {moment.turns[-1].result!r}")
+  return answer(moment.turns[-1].result)
+
+
+def _call(moment: Moment, request: str) -> Action:
+  """Calls the first child."""
+  return Action(
+      kind="call", name=moment.role.calls[0], arguments={"request": request}
+  )
+
+
 def _delegate(moment: Moment, task: Task) -> Action:
   """Asks the first child for each hop in turn, then answers.
 
@@ -151,10 +172,7 @@ def _delegate(moment: Moment, task: Task) -> Action:
       hop.answers[0]: report
       for hop, report in zip(task.evidence, reports, strict=False)
   }
-  request = _retold(task.evidence[len(reports)].question, told)
-  return Action(
-      kind="call", name=moment.role.calls[0], arguments={"request": request}
-  )
+  return _call(moment, _retold(task.evidence[len(reports)].question, told))
 
 
 def _conclusion(task: Task, reports: Sequence[str]) -> str:

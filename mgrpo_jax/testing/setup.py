@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from typing import Any
 
 import jax
@@ -21,8 +21,10 @@ from mgrpo_jax import (
     rollout,
 )
 from mgrpo_jax.agents import expert
-from mgrpo_jax.agents.actor import Actor, sampled
+from mgrpo_jax.agents.actor import Actor, Moment, sampled, scripted
+from mgrpo_jax.agents.chat import Chat
 from mgrpo_jax.agents.compact import COMPACT
+from mgrpo_jax.agents.protocol import Action
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.plan import Adaptation, Method, Sampler, Setup
 from mgrpo_jax.policy.config import TransformerConfig
@@ -95,6 +97,7 @@ def small_setup(
     sizes: Mapping[str, Mapping[str, Any]] | None = None,
     meshes: Mapping[str, Meshes] | None = None,
     adaptations: Mapping[str, Adaptation] | None = None,
+    codes: Mapping[str, Callable[[Moment], Action]] | None = None,
 ) -> Setup:
   """A run of two tiny policies from scratch.
 
@@ -108,6 +111,7 @@ def small_setup(
     sizes: by policy, fields of its transformer that differ from the tiny one.
     meshes: by policy, where it lives; the default device if None.
     adaptations: by policy, the adapter that is trained in place of it.
+    codes: by policy, the plain code that it is; the others have weights.
 
   Returns:
     The setup.
@@ -116,7 +120,12 @@ def small_setup(
       max_context=CONTEXT, max_new_tokens=24, max_turns=3
   )
   chat = team_lib.chat_of(COMPACT, roles)
-  tools = team_lib.small_tools(max_chars=40)
+
+  coded = {
+      name: scripted(code, chat=chat, protocol=COMPACT)
+      for name, code in (codes or {}).items()
+  }
+  weighted = [name for name in roles.policies if name not in coded]
 
   def actor(name: str, engine: Engine) -> Actor:
     del name
@@ -124,22 +133,9 @@ def small_setup(
         engine.generate, release=engine.release, chat=chat, protocol=COMPACT
     )
 
-  async def demonstrate(task: Task, seed: int) -> RolloutGroup:
-    scripted = expert.environment(
-        task,
-        team=roles,
-        chats={policy: chat for policy in roles.policies},
-        protocol=COMPACT,
-        tools=tools,
-        titles={p.id: p.title for p in corpus.passages()},
-        hasty=expert.never,
-    )
-    return await rollout.run_group(
-        task, environment=scripted, num_rollouts=1, seed=seed
-    )
-
-  stages = _stages(roles, imitation_steps, steps)
+  stages = _stages(weighted, imitation_steps, steps)
   questions = tasks()
+  demonstrate = _demonstrator(roles, dict.fromkeys(weighted, chat), coded)
   return Setup(
       seed=seed,
       stages=stages,
@@ -154,13 +150,14 @@ def small_setup(
       team=roles,
       policies={
           name: _policy(roles, number, **(sizes or {}).get(name, {}))
-          for number, name in enumerate(roles.policies)
+          for number, name in enumerate(weighted)
       },
       adaptations=adaptations or {},
       meshes=meshes
-      or dict.fromkeys(roles.policies, Meshes(learner=None, sampler=None)),
+      or dict.fromkeys(weighted, Meshes(learner=None, sampler=None)),
       actor=actor,
-      tools=tools,
+      coded=coded,
+      tools=team_lib.small_tools(max_chars=40),
       demonstrate={stage.name: demonstrate for stage in stages},
       method=method or small_method(roles),
       sampler=_SAMPLER,
@@ -221,8 +218,31 @@ def evenness(task: Task, trajectory: Trajectory) -> float:
   return float(np.mean(ids % 2 == 0)) if len(ids) else 0.0
 
 
+def _demonstrator(
+    team: Team, chats: Mapping[str, Chat], coded: Mapping[str, Actor]
+) -> Callable[[Task, int], Coroutine[Any, Any, RolloutGroup]]:
+  """Plays the expert, who is never hasty, over the small corpus."""
+
+  async def demonstrate(task: Task, seed: int) -> RolloutGroup:
+    environment = expert.environment(
+        task,
+        team=team,
+        chats=chats,
+        coded=coded,
+        protocol=COMPACT,
+        tools=team_lib.small_tools(max_chars=40),
+        titles={p.id: p.title for p in corpus.passages()},
+        hasty=expert.never,
+    )
+    return await rollout.run_group(
+        task, environment=environment, num_rollouts=1, seed=seed
+    )
+
+  return demonstrate
+
+
 def _stages(
-    team: Team, imitation_steps: int, steps: int
+    policies: Collection[str], imitation_steps: int, steps: int
 ) -> tuple[Stage, Stage]:
   """Imitation, then reinforcement of every policy."""
   imitate = Stage(
@@ -230,7 +250,7 @@ def _stages(
       objective="imitate",
       steps=imitation_steps,
       families=(),
-      trained=frozenset(team.policies),
+      trained=frozenset(policies),
       learning_rate=3e-3,
       final_fraction=1.0,
   )

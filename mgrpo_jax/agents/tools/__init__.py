@@ -1,6 +1,6 @@
 """Tools: async functions with a JSON schema, a deadline and a size limit."""
 
-from mgrpo_jax.agents.tools.calculate import calculate
+from mgrpo_jax.agents.tools.calculate import calculate, compute
 from mgrpo_jax.agents.tools.search import SearchIndex, search
 from mgrpo_jax.agents.tools.tool import (
     ERROR,
@@ -18,6 +18,7 @@ __all__ = [
     "SearchIndex",
     "Tool",
     "calculate",
+    "compute",
     "run_tool",
     "search",
     "visit",

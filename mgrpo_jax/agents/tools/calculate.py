@@ -59,6 +59,21 @@ def evaluate(expression: str) -> Number:
     raise ToolError("number too large") from error
 
 
+def compute(expression: str) -> str:
+  """The value of an arithmetic expression, as it is shown.
+
+  Args:
+    expression: see `evaluate`.
+
+  Returns:
+    Whole numbers in full, others to ten significant digits.
+
+  Raises:
+    ToolError: see `evaluate`.
+  """
+  return _format(evaluate(expression))
+
+
 def calculate(*, deadline: float, max_chars: int) -> Tool:
   """The tool `calculate`.
 
@@ -78,7 +93,7 @@ def calculate(*, deadline: float, max_chars: int) -> Tool:
 
   async def run(arguments: Mapping[str, Any], memory: Memory) -> Observation:
     del memory  # arithmetic needs none
-    return Observation(text=_format(evaluate(arguments["expression"])))
+    return Observation(text=compute(arguments["expression"]))
 
   return Tool(
       name="calculate",

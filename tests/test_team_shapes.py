@@ -1,0 +1,239 @@
+"""Teams of other shapes: wider, deeper, with shared or symbolic policies.
+
+Rollouts are scripted, so that every role is called; credit must then go to the
+policy that plays the role, and to no other.
+"""
+
+import asyncio
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+import tiny_run
+
+from mgrpo_jax import advantages, alignment, credit, rewards, rollout
+from mgrpo_jax.agents import symbolic
+from mgrpo_jax.agents.actor import scripted
+from mgrpo_jax.agents.compact import COMPACT
+from mgrpo_jax.agents.context import Environment
+from mgrpo_jax.agents.protocol import Action, answer
+from mgrpo_jax.agents.team import Role, Team
+from mgrpo_jax.testing.setup import CONTEXT, small_method, small_setup, tasks
+from mgrpo_jax.testing.team import chat_of, small_tools
+from mgrpo_jax.types import NO_PARENT, Status
+
+TOOLS = ("search", "visit")
+ROLLOUTS = 4
+
+
+def role(name, policy, *, calls=(), tools=(), **changes):
+  fields = dict(
+      prompt="",
+      max_turns=4,
+      max_new_tokens=40,
+      max_context=CONTEXT,
+      max_calls=3 if calls else 0,
+      trainable=True,
+  )
+  return Role(
+      name=name, policy=policy, calls=calls, tools=tools, **(fields | changes)
+  )
+
+
+WIDE = Team(
+    roles=(
+        role("main", "main", calls=("researcher", "checker")),
+        role("researcher", "researcher", tools=TOOLS),
+        role("checker", "checker"),
+    ),
+    root="main",
+)
+SHARING = Team(
+    roles=(
+        role("main", "main", calls=("researcher", "checker")),
+        role("researcher", "helper", tools=TOOLS),
+        role("checker", "helper"),
+    ),
+    root="main",
+)
+DEEP = Team(
+    roles=(
+        role("main", "main", calls=("lead",)),
+        role("lead", "lead", calls=("researcher",)),
+        role("researcher", "researcher", tools=TOOLS),
+    ),
+    root="main",
+)
+SYMBOLIC = Team(
+    roles=(
+        role("main", "main", calls=("researcher", "sum")),
+        role("researcher", "look_up", tools=TOOLS),
+        role("sum", "calculate"),
+    ),
+    root="main",
+)
+CODES = {"look_up": symbolic.look_up, "calculate": symbolic.calculate}
+TEAMS = {
+    "several sub roles": WIDE,
+    "two roles sharing a policy": SHARING,
+    "three levels": DEEP,
+    "symbolic roles": SYMBOLIC,
+}
+
+
+def act(moment):
+  """Calls each child once, or the first one as often as the rollout's number.
+
+  Answers differ from rollout to rollout, so that groups have spread.
+  """
+  children = moment.role.calls
+  number = int(moment.session.split("/")[1])
+  order = [*children, *children[:1] * (number % 2)]
+  if len(moment.turns) < len(order):
+    name = order[len(moment.turns)]
+    request = "1 + 2" if name == "sum" else "Peru Capital"
+    return Action(kind="call", name=name, arguments={"request": request})
+  return answer("Lima" if number % 2 else "Cuzco")
+
+
+def play(team):
+  chat = chat_of(COMPACT, team)
+  environment = Environment(
+      team=team,
+      actors={
+          policy: scripted(CODES.get(policy, act), chat=chat, protocol=COMPACT)
+          for policy in team.policies
+      },
+      tools=small_tools(max_chars=40),
+      temperature=1.0,
+      turn_deadline=5.0,
+      max_attempts=1,
+  )
+  question = dataclasses.replace(tasks()[0], answers=("Lima",))
+  return asyncio.run(
+      rollout.run_group(
+          question, environment=environment, num_rollouts=ROLLOUTS, seed=0
+      )
+  )
+
+
+def compare(team, group, trained):
+  weights = {
+      one.name: rewards.RewardWeights(format=0.1, correct=0.9, expert=0.0)
+      for one in team.roles
+  }
+  rules = small_method(team).rules
+  scores = rewards.score(group, weights=weights, rules=rules)
+  return scores, credit.compared(
+      [group],
+      [scores],
+      team=team,
+      trained=trained,
+      align=alignment.inverse_count,
+      advantage=advantages.per_task,
+      num_slots=4,
+      seeds=dict.fromkeys((one.name for one in team.roles), 0),
+  )
+
+
+@pytest.mark.parametrize("team", TEAMS.values(), ids=TEAMS)
+def test_every_role_is_called_by_its_parent(team):
+  group = play(team)
+  names = [one.name for one in team.roles]
+  assert {t.role for t in group.trajectories} == set(names)
+  for trajectory, parent in zip(group.trajectories, group.parent, strict=True):
+    assert trajectory.status == Status.COMPLETED, trajectory
+    if parent == NO_PARENT:
+      assert trajectory.role == team.root
+      continue
+    caller = group.trajectories[parent]
+    assert trajectory.role in team[caller.role].calls
+    assert trajectory.rollout == caller.rollout
+
+
+@pytest.mark.parametrize("team", TEAMS.values(), ids=TEAMS)
+def test_credit_goes_to_the_policy_that_plays_the_role(team):
+  group = play(team)
+  trained = set(team.policies) - set(CODES)
+  _, credits = compare(team, group, trained)
+  assert set(credits.by_policy) == trained
+  for policy, part in credits.by_policy.items():
+    played = {one.name for one in team.roles if one.policy == policy}
+    assert {one.trajectory.role for one in part} == played
+    wanted = [t for t in group.trajectories if t.role in played]
+    assert {id(one.trajectory) for one in part} == set(map(id, wanted))
+
+
+@pytest.mark.parametrize("team", TEAMS.values(), ids=TEAMS)
+def test_roles_are_compared_with_themselves_only(team):
+  """Two roles of one policy are two groups; advantages of each have mean 0."""
+  group = play(team)
+  trained = set(team.policies) - set(CODES)
+  _, credits = compare(team, group, trained)
+  for assignment in credits.assignments.values():
+    weight = np.asarray(assignment.alignment.weight)
+    total = (weight * assignment.advantages).sum()
+    np.testing.assert_allclose(total, 0.0, atol=1e-5)
+  seen = {one.name for one in team.roles if one.policy in trained}
+  assert set(credits.assignments) == seen
+
+
+def test_only_what_is_trained_gets_credit():
+  group = play(DEEP)
+  _, credits = compare(DEEP, group, {"lead"})
+  assert set(credits.by_policy) == {"lead"}
+  for position, gain in enumerate(credits.advantages[0]):
+    seen = group.trajectories[position].role == "lead"
+    assert np.isnan(gain) != seen
+
+
+def test_correctness_of_the_parent_reaches_the_third_level():
+  """`of_parent` grades a call by its caller, `of_root` by the whole rollout."""
+  group = play(DEEP)
+  weights = {
+      one.name: rewards.RewardWeights(format=0.0, correct=1.0, expert=0.0)
+      for one in DEEP.roles
+  }
+  rules = dataclasses.replace(
+      small_method(DEEP).rules,
+      correct=lambda text, answers: text in answers,
+  )
+  by_parent = dataclasses.replace(rules, correct_of=rewards.of_parent)
+  by_root = dataclasses.replace(rules, correct_of=rewards.of_root)
+  root = rewards.score(group, weights=weights, rules=by_root)
+  parent = rewards.score(group, weights=weights, rules=by_parent)
+  for m, trajectory in enumerate(group.trajectories):
+    main = next(
+        t
+        for t in group.trajectories
+        if t.rollout == trajectory.rollout and t.parent == NO_PARENT
+    )
+    assert root.total[m] == float(main.result_text == "Lima")
+    above = group.parent[m]
+    caller = trajectory if above == NO_PARENT else group.trajectories[above]
+    assert parent.total[m] == float(caller.result_text == "Lima")
+
+
+def test_a_symbolic_calculator_answers_and_says_what_is_wrong():
+  group = play(SYMBOLIC)
+  sums = [t for t in group.trajectories if t.role == "sum"]
+  assert {t.result_text for t in sums} == {"3"}
+  assert all(len(t.turns) == 1 for t in sums)
+
+
+def test_a_symbolic_researcher_reports_what_it_opened():
+  group = play(SYMBOLIC)
+  for call in (t for t in group.trajectories if t.role == "researcher"):
+    assert [turn.name for turn in call.turns] == ["search", "visit", ""]
+    assert call.result_text == call.turns[1].result != ""
+
+
+def test_a_team_with_symbolic_roles_trains_the_others(tmp_path):
+  setup = small_setup(
+      seed=3, imitation_steps=1, steps=1, team=SYMBOLIC, codes=CODES
+  )
+  assert set(setup.policies) == {"main"}
+  summary = tiny_run.train(tmp_path, setup, config={}, stream=io.StringIO())
+  assert summary["steps"] == 2
+  assert summary["tokens"]["trained"] > 0
