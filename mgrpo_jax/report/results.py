@@ -327,11 +327,12 @@ def _differences(row: sweep.Row, base: sweep.Row) -> dict[str, Any]:
   }
   found = {"after": sweep.measure(row, "difference", after)}
   for name, tokens in sweep.budgets([row, base]).items():
-    at = {}
-    for seed, pair in pairs.items():
-      one, other = (sweep.at_budget(run, name, tokens) for run in pair)
-      known = one is not None and other is not None
-      at[seed] = one - other if known else None
+    at: dict[int, float | None] = {}
+    for seed, (one, other) in pairs.items():
+      at[seed] = None
+      mine, theirs = (sweep.at_budget(o, name, tokens) for o in (one, other))
+      if mine is not None and theirs is not None:
+        at[seed] = mine - theirs
     found[name] = {"tokens": tokens} | sweep.measure(row, "difference", at)
   return found
 
