@@ -9,13 +9,18 @@ import subprocess
 import sys
 import tempfile
 
+import finished_arms
 import nbclient
 import nbformat
 import pytest
 
+from mgrpo_jax import atomic
+from mgrpo_jax.report import results
+
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 AT_WORK = ROOT / "notebooks" / "01_a_team_at_work.ipynb"
+ARMS = ROOT / "notebooks" / "04_arms.ipynb"
 DEADLINE = 300  # seconds; it takes 30 on two free cores
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 
@@ -172,6 +177,54 @@ def test_equations_stand_beside_arrays(checkout, name, told, drawn):
   cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
   assert re.search(told, "".join(map(printed, cells)))
   assert len(drawings(notebook)) == drawn
+
+
+def pictures(notebook):
+  """How many PNG files cells showed."""
+  return sum(
+      "image/png" in output.get("data", {})
+      for cell in notebook.cells
+      if cell.cell_type == "code"
+      for output in cell.outputs
+  )
+
+
+def test_arms_are_read_drawn_and_run(checkout):
+  notebook = nbformat.read(ARMS, as_version=4)
+  execute(notebook, checkout / "notebooks")
+  told = "".join(
+      printed(cell) for cell in notebook.cells if cell.cell_type == "code"
+  )
+  (table,) = drawings(notebook)
+  kept = results.read(ROOT / "experiments/results/arms.json")
+  for arm in {run["arm"] for run in kept["runs"]}:
+    assert f"<td>{arm}</td>" in table
+  assert pictures(notebook) == 3
+  assert re.search(r"co_train: 3 steps, \d+ tokens, nats {'main'", told)
+  assert re.search(r"sub_only: 5 steps, \d+ tokens, nats {'researcher'", told)
+
+
+def test_any_arms_and_seeds_can_be_shown(checkout, tmp_path):
+  for seed in (3, 5):
+    finished_arms.make_run(tmp_path / "runs", "old", seed)
+  finished_arms.make_run(tmp_path / "runs", "new<er", 5, worse=0.1)
+  alone = finished_arms.make_run(tmp_path / "runs", "still", 7)
+  (alone / "metrics.jsonl").write_text("")
+  kept = finished_arms.collect(tmp_path, baseline="old", note="by hand")
+  atomic.write_json(tmp_path / "arms.json", kept)
+  notebook = nbformat.read(ARMS, as_version=4)
+  notebook.cells = [c for c in notebook.cells if "small_setup(" not in c.source]
+  second = next(c for c in notebook.cells if "RESULTS" in c.source)
+  name = "experiments/results/arms.json"
+  second.source = second.source.replace(name, str(tmp_path / "arms.json"))
+  execute(notebook, checkout / "notebooks")
+  (table,) = drawings(notebook)
+  assert "<td>new&lt;er</td>" in table and "<td>still</td>" in table
+  assert pictures(notebook) == 3
+  told = "".join(
+      printed(cell) for cell in notebook.cells if cell.cell_type == "code"
+  )
+  assert "new<er less old: -0.100 at" in told
 
 
 def test_it_leaves_nothing_behind(executed, checkout):

@@ -24,6 +24,7 @@ from mgrpo_jax.report import shapes, summary, writer
 BUDGETS = ("generated_tokens", "trained_tokens")
 LAST_STEPS = 10  # at the end of a run, of which metrics of steps are means
 _LOOK = ("accuracy/dev", *BUDGETS)
+_ASKED = "questions/dev"
 _KEYED = ("calls", "reward")  # metrics of a role that a table shows
 _SHARES = ("before", "after", "accuracy")
 _BOUNDS = dict.fromkeys(_SHARES, (0.0, 1.0)) | dict.fromkeys(
@@ -56,8 +57,8 @@ class Outcome:
     values: name -> number: accuracies on the test questions, their change,
       tokens, seconds, and means of metrics over the last steps.
     questions: test questions behind the accuracies, the fewer of both times.
-    looks: at dev, ascending: `steps`, `accuracy/dev` and the tokens until then
-      -> [l].
+    looks: at dev, ascending: `steps`, `accuracy/dev`, `questions/dev` (NaN
+      where nobody wrote it down) and the tokens until then -> [l].
   """
 
   values: Mapping[str, float]
@@ -99,7 +100,7 @@ def read(combination: Combination) -> Row:
   Returns:
     Their outcomes; seeds whose files are damaged are left out.
   """
-  found = {seed: _outcome(path) for seed, path in combination.runs.items()}
+  found = {seed: outcome(path) for seed, path in combination.runs.items()}
   return Row(
       combination=combination,
       outcomes={seed: one for seed, one in found.items() if one is not None},
@@ -201,14 +202,12 @@ def _entry(number: int, row: Row, at: Mapping[str, float]) -> dict[str, Any]:
   runs = row.outcomes
   names = dict.fromkeys(name for one in runs.values() for name in one.values)
   measures = {
-      name: _measure(
-          row, name, {s: o.values.get(name) for s, o in runs.items()}
-      )
+      name: measure(row, name, {s: o.values.get(name) for s, o in runs.items()})
       for name in names
   }
   at_equal = {
       name: {"tokens": tokens}
-      | _measure(
+      | measure(
           row,
           "accuracy",
           {seed: at_budget(one, name, tokens) for seed, one in runs.items()},
@@ -226,13 +225,24 @@ def _entry(number: int, row: Row, at: Mapping[str, float]) -> dict[str, Any]:
   }
 
 
-def _measure(
+def measure(
     row: Row, name: str, found: Mapping[int, float | None]
 ) -> dict[str, Any]:
-  """Mean, intervals, n, and the value of each seed that has one."""
+  """Summarises one number of a combination's runs.
+
+  Args:
+    row: the combination.
+    name: of the number; says within which bounds it lies.
+    found: by seed, None where it is not known.
+
+  Returns:
+    JSON values: `mean`, `n`, the t interval `over_seeds`, the values of the
+    `seeds` that have one, and for accuracies on the test questions their number
+    and the Wilson interval `over_questions`.
+  """
   seeds = {seed: one for seed, one in found.items() if one is not None}
   values = list(seeds.values())
-  measure: dict[str, Any] = {
+  summed: dict[str, Any] = {
       "mean": float(np.mean(values)) if values else None,
       "n": len(values),
       "over_seeds": _clipped(metrics.student(values), name),
@@ -240,11 +250,11 @@ def _measure(
   }
   if name in ("before", "after") and values:
     questions = min(one.questions for one in row.outcomes.values())
-    measure["questions"] = questions
-    measure["over_questions"] = metrics.wilson(
-        min(measure["mean"] * questions, questions), questions
+    summed["questions"] = questions
+    summed["over_questions"] = metrics.wilson(
+        min(summed["mean"] * questions, questions), questions
     )
-  return measure
+  return summed
 
 
 def _clipped(
@@ -257,8 +267,15 @@ def _clipped(
   return max(interval[0], low), min(interval[1], high)
 
 
-def _outcome(directory: pathlib.Path) -> Outcome | None:
-  """Reads one run; None where a part is missing."""
+def outcome(directory: pathlib.Path) -> Outcome | None:
+  """Reads what one run came to.
+
+  Args:
+    directory: of the run.
+
+  Returns:
+    The outcome; None where a part of it is missing or damaged.
+  """
   found, _ = summary.read(directory / workdir.SUMMARY_FILE)
   scores, tokens = found.get("eval", {}), found.get("tokens", {})
   path = directory / writer.METRICS_FILE
@@ -301,4 +318,5 @@ def _looks(
   ]
   looks = {n: np.array([row[n] for row in found], np.float64) for n in _LOOK}
   steps = np.array([row["step"] + 1 for row in found], np.float64)
-  return looks | {"steps": steps}
+  asked = np.array([row.get(_ASKED, np.nan) for row in found], np.float64)
+  return looks | {"steps": steps, _ASKED: asked}

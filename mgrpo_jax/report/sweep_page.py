@@ -17,7 +17,7 @@ from mgrpo_jax.report.text import escape, spell
 TABLE_FILE = "table.json"
 _UNKNOWN = "-"
 _TIMES = ("before", "after")
-_CHARTS = {
+CHARTS = {
     name: curves.Chart(
         name=f"accuracy_{name}",
         title=f"Held-out accuracy against {x}",
@@ -77,10 +77,10 @@ def write_tables(
   text = [
       f"# {spell(folder.resolve().name)}",
       _lead(rows),
-      _markdown(_combinations(entries)),
+      markdown(_combinations(entries)),
       "\n".join(f"- {note}" for note in NOTES),
       "## Seeds",
-      _markdown(_seeds(entries)),
+      markdown(_seeds(entries)),
   ]
   atomic.write(folder / "table.md", "\n\n".join(text) + "\n")
   return rows
@@ -108,19 +108,15 @@ def write(
   rows = write_tables(folder, combinations, budgets)
   entries = atomic.read_json(folder / TABLE_FILE)["combinations"]
   figures = []
-  for name, chart in _CHARTS.items():
-    lines = _lines(rows, name)
-    if not lines:
+  for name, chart in CHARTS.items():
+    found = lines(rows, name)
+    if not found:
       continue
-    legend = [
-        dataclasses.replace(line, label=_legend(line.label, rows))
-        for line in lines
-    ]
-    picture = png.draw(chart, legend, ())
+    picture = png.draw(chart, with_names(found, rows), ())
     atomic.write(folder / f"{chart.name}.png", picture)
-    figures.append(_figure(chart, lines))
+    figures.append(_figure(chart, found))
   style = page.resource("page.css")
-  html = page.fill(
+  whole = page.fill(
       page.resource("sweep.html"),
       policy=(
           f"default-src 'none'; img-src data:; style-src '{page.digest(style)}'"
@@ -128,12 +124,12 @@ def write(
       title=escape(folder.resolve().name),
       style=style,
       lead=escape(_lead(rows)),
-      combinations=_html(_combinations(entries)),
+      combinations=html(_combinations(entries)),
       notes="".join(f'<p class="hint">{escape(note)}</p>' for note in NOTES),
       charts="".join(figures),
-      seeds=_html(_seeds(entries)),
+      seeds=html(_seeds(entries)),
   )
-  atomic.write(folder / "index.html", html)
+  atomic.write(folder / "index.html", whole)
   return folder / "index.html"
 
 
@@ -144,16 +140,24 @@ def _lead(rows: Sequence[sweep.Row]) -> str:
   return f"{done} of {planned} runs finished, {len(rows)} combinations."
 
 
-def _lines(rows: Sequence[sweep.Row], name: str) -> list[curves.Series]:
-  """A line for each combination that has looks at dev."""
-  lines = []
+def lines(rows: Sequence[sweep.Row], name: str) -> list[curves.Series]:
+  """Makes a line for each combination that has looks at dev.
+
+  Args:
+    rows: of the sweep.
+    name: of what is spent, a key of CHARTS.
+
+  Returns:
+    Mean dev accuracy with its t interval; labels are numbers from 1.
+  """
+  drawn = []
   for i, row in enumerate(rows):
     found = sweep.curve(row, name)
     if found is None:
       continue
     spent, mean, low, high = found
     known = not np.isnan(low).any()
-    lines.append(
+    drawn.append(
         curves.Series(
             label=str(i + 1),
             colour=i,
@@ -165,13 +169,27 @@ def _lines(rows: Sequence[sweep.Row], name: str) -> list[curves.Series]:
             high=high if known else None,
         )
     )
-  return lines
+  return drawn
 
 
-def _legend(number: str, rows: Sequence[sweep.Row]) -> str:
-  """What a combination is called where there is room."""
-  row = rows[int(number) - 1]
-  return f"{number}: {row.combination.name} (n = {len(row.outcomes)})"
+def with_names(
+    numbered: Sequence[curves.Series], rows: Sequence[sweep.Row]
+) -> list[curves.Series]:
+  """Labels lines for where there is room.
+
+  Args:
+    numbered: what `lines` returned.
+    rows: of the sweep.
+
+  Returns:
+    The same lines, labelled with number, name and seeds.
+  """
+  named = []
+  for line in numbered:
+    row = rows[int(line.label) - 1]
+    label = f"{line.label}: {row.combination.name} (n = {len(row.outcomes)})"
+    named.append(dataclasses.replace(line, label=label))
+  return named
 
 
 def _figure(chart: curves.Chart, lines: Sequence[curves.Series]) -> str:
@@ -207,12 +225,12 @@ def _combinations(entries: Sequence[Mapping[str, Any]]) -> Table:
     ]
     for name in _TIMES:
       cells += [
-          _mean(measures.get(name), name, n),
-          _questions(measures.get(name)),
+          mean_text(measures.get(name), name, n),
+          questions_text(measures.get(name)),
       ]
-    cells += [_mean(measures.get(name), name, n) for name in names]
+    cells += [mean_text(measures.get(name), name, n) for name in names]
     at = entry["dev_accuracy_at"].values()
-    cells += [_mean(one, "accuracy", n) for one in at]
+    cells += [mean_text(one, "accuracy", n) for one in at]
     rows.append(tuple(cells))
   return tuple(header), rows
 
@@ -264,8 +282,17 @@ def _heading(name: str) -> str:
   return f"{family} of {key}" if key else family
 
 
-def _mean(measure: Mapping[str, Any] | None, name: str, n: int) -> str:
-  """A mean with its interval, and n where it is not of all runs."""
+def mean_text(measure: Mapping[str, Any] | None, name: str, n: int) -> str:
+  """Spells a mean with its interval, and n where it is not of all runs.
+
+  Args:
+    measure: what `sweep.measure` returned; None where there is none.
+    name: of the measure.
+    n: finished runs.
+
+  Returns:
+    Text, `0.600 [0.352, 0.848] (n = 3)` at most.
+  """
   if not measure or measure["mean"] is None:
     return _UNKNOWN
   text = _number(measure["mean"], name)
@@ -274,8 +301,15 @@ def _mean(measure: Mapping[str, Any] | None, name: str, n: int) -> str:
   return text if measure["n"] == n else f"{text} (n = {measure['n']})"
 
 
-def _questions(measure: Mapping[str, Any] | None) -> str:
-  """The interval of an accuracy that comes from its questions, and their n."""
+def questions_text(measure: Mapping[str, Any] | None) -> str:
+  """Spells the interval of an accuracy that comes from its questions.
+
+  Args:
+    measure: what `sweep.measure` returned; None where there is none.
+
+  Returns:
+    Text, with the number of questions.
+  """
   if not measure or "over_questions" not in measure:
     return _UNKNOWN
   ends = _interval(measure["over_questions"], "accuracy")
@@ -294,13 +328,20 @@ def _number(value: float | None, name: str) -> str:
     return _UNKNOWN
   if name in (*sweep.BUDGETS, "seconds"):
     return f"{value:,.0f}"
-  if name == "change":
+  if name in ("change", "difference"):
     return f"{value:+.3f}"
   return f"{value:.2f}" if name.startswith("calls/") else f"{value:.3f}"
 
 
-def _markdown(table: Table) -> str:
-  """A table in Markdown."""
+def markdown(table: Table) -> str:
+  """Writes a table in Markdown.
+
+  Args:
+    table: header and rows, any text.
+
+  Returns:
+    Its lines.
+  """
   header, rows = table
   lines = [header, tuple("---" for _ in header), *rows]
   return "\n".join(
@@ -309,8 +350,15 @@ def _markdown(table: Table) -> str:
   )
 
 
-def _html(table: Table) -> str:
-  """A table in HTML."""
+def html(table: Table) -> str:
+  """Writes a table in HTML.
+
+  Args:
+    table: header and rows, any text.
+
+  Returns:
+    The element.
+  """
   header, rows = table
   head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
   body = "".join(
