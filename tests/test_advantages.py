@@ -58,6 +58,32 @@ def test_equals_the_paper_in_loops(name, group):
   )
 
 
+@given(GROUPS, st.data())
+@settings(max_examples=40, deadline=None)
+def test_attempts_are_compared_as_in_loops(group, data):
+  rewards, weights = group
+  subtasks = data.draw(table(rewards.shape, st.integers(0, 2))).astype(int)
+  found = jitted("per_subtask")(
+      np.float32(rewards), np.float32(weights), subtasks=subtasks
+  )
+  expected = oracle.per_subtask(rewards, weights, subtasks)
+  np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+@given(GROUPS)
+@settings(max_examples=40, deadline=None)
+def test_what_is_not_compared_is_kept(group):
+  rewards, weights = group
+  np.testing.assert_array_equal(
+      compute("plain", rewards, weights), oracle.plain(rewards, weights)
+  )
+  parents = rewards[..., :1]
+  np.testing.assert_array_equal(
+      compute("inherit_parent", parents, weights),
+      oracle.inherit_parent(parents, weights),
+  )
+
+
 def test_worked_by_hand():
   # Two rollouts, rewards 1 and 0, of weight 1 and 3: mean 1/4, std √3/4.
   rewards, weights = np.array([[[1.0], [0.0]]]), np.array([[[1.0], [3.0]]])

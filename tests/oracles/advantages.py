@@ -73,3 +73,30 @@ def other_rollouts(rewards, weights):
       if others:
         result[place] = reward - _mean(others)
   return result
+
+
+def per_subtask(rewards, weights, subtasks):
+  b, k, d = rewards.shape
+  groups = [
+      [(i, j, n) for n in range(d) if subtasks[i, j, n] == subtask]
+      for i in range(b)
+      for j in range(k)
+      for subtask in set(subtasks[i, j])
+  ]
+  return _standardise(rewards, weights, groups)
+
+
+def inherit_parent(parents, weights):
+  result = np.zeros(weights.shape)
+  for place in np.ndindex(weights.shape):
+    if weights[place] > 0:
+      result[place] = parents[place[0], place[1], 0]
+  return result
+
+
+def plain(rewards, weights):
+  result = np.zeros(rewards.shape)
+  for places in _tasks(rewards.shape):
+    for place, reward, _ in _slots(rewards, weights, places):
+      result[place] = reward
+  return result

@@ -1,0 +1,1 @@
+"""Losses and advantages of other people, called on the same numbers as ours."""
