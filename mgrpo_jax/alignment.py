@@ -173,16 +173,24 @@ def _distinct_calls(
   Floyd's algorithm: uniform over subsets though d is known only at run time.
   """
   keys = jax.random.split(key, num_slots)
-  slots = _slots(num_calls, num_slots)
+  spare = jnp.maximum(num_calls - num_slots, 0)
 
   def pick(slot: Array, chosen: Array) -> Array:
-    last = jnp.maximum(num_calls - num_slots, 0) + slot
+    last = spare + slot
     draw = jax.random.randint(
         keys[slot], num_calls.shape, 0, last + 1, jnp.int32
     )
-    taken = jnp.any(chosen == draw[..., None], axis=-1)
-    value = jnp.where(taken, last, draw)[..., None]
-    return jnp.where(slots == slot, value, chosen)
+    taken = jnp.any(chosen == draw[None], axis=0)
+    value = jnp.where(taken, last, draw)
+    return jax.lax.dynamic_update_index_in_dim(chosen, value, slot, axis=0)
 
-  empty = jnp.full((*num_calls.shape, num_slots), -1, jnp.int32)
-  return jnp.sort(jax.lax.fori_loop(0, num_slots, pick, empty), axis=-1)
+  def floyd(_: Array, unused: Array) -> Array:
+    empty = jnp.full((num_slots, *num_calls.shape), -1, jnp.int32)
+    chosen = jax.lax.fori_loop(0, num_slots, pick, empty)
+    return jnp.sort(jnp.moveaxis(chosen, 0, -1), axis=-1)
+
+  # Where no d exceeds D there is nothing to draw. A loop of one turn or none,
+  # not a cond: a vmapped cond would draw all the same.
+  turns = jnp.any(num_calls > num_slots).astype(jnp.int32)
+  first = _slots(num_calls, num_slots) + jnp.zeros_like(num_calls)[..., None]
+  return jax.lax.fori_loop(0, turns, floyd, first)

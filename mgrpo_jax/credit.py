@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +20,8 @@ from mgrpo_jax.types import Alignment, RolloutGroup
 Align = Callable[..., Alignment]
 # One of `advantages`' normalisers; what it is given differs, see `_gains`.
 Advantage = Callable[..., Array]
+# Of a role's slots: the alignment, rewards and advantages [B, K, D] float32.
+Compared = tuple[Alignment, np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,78 +131,119 @@ def compared(
   Returns:
     The credits.
   """
+  inherits = advantage is advantages.inherit_parent
+  learners = learning(team, trained)
+  calls = {
+      role.name: rewards.by_role(
+          groups, scores, role=role.name, max_calls=team.most_calls(role.name)
+      )
+      for role in team.roles
+      if role.name in learners or (inherits and role.name == team.root)
+  }
+  found = compare(
+      calls,
+      root=team.root,
+      align=align,
+      advantage=advantage,
+      num_slots=num_slots,
+      seeds=seeds,
+  )
   gains = _unseen(groups)
   by_policy: dict[str, tuple[Credit, ...]] = {}
   assignments: dict[str, Assignment] = {}
-  inherits = advantage is advantages.inherit_parent
-  for_calls = inherits or advantage is advantages.per_subtask
-  learners = learning(team, trained)
-  roots: np.ndarray | None = None
-  for role in team.roles:  # the root first
-    is_root = role.name == team.root
-    learns = role.name in learners
-    if not learns and not (is_root and inherits):
-      continue
-    calls = rewards.by_role(
-        groups, scores, role=role.name, max_calls=team.most_calls(role.name)
-    )
-    assignment = assign(
-        calls,
-        align=align,
-        advantage=advantages.per_task if is_root and for_calls else advantage,
-        num_slots=1 if is_root else num_slots,
-        seed=seeds[role.name],
-        roots=roots,
-    )
-    roots = assignment.advantages if is_root else roots
-    if not learns:
-      continue
-    scatter(assignment, calls, gains)
-    assignments[role.name] = assignment
-    earlier = by_policy.get(role.policy, ())
-    by_policy[role.policy] = (*earlier, *assignment.credits)
+  for name in learners:
+    assignment = assign(calls[name], *found[name])
+    scatter(assignment, calls[name], gains)
+    assignments[name] = assignment
+    policy = team[name].policy
+    earlier = by_policy.get(policy, ())
+    by_policy[policy] = (*earlier, *assignment.credits)
   return Credits(by_policy=by_policy, advantages=gains, assignments=assignments)
+
+
+def compare(
+    calls: Mapping[str, RoleCalls],
+    *,
+    root: str,
+    align: Align,
+    advantage: Advantage,
+    num_slots: int,
+    seeds: Mapping[str, int],
+) -> dict[str, Compared]:
+  """Aligns calls and compares each slot with its role's group.
+
+  Two programs, however many roles there are: the root's and the others'.
+
+  Args:
+    calls: by role; all of the same B tasks and K rollouts.
+    root: name of the root, which may be missing from the calls.
+    align: one of `alignment`'s strategies.
+    advantage: one of `advantages`' normalisers; `per_task` for the root where
+      it says something about calls only.
+    num_slots: D of every role but the root, which has 1.
+    seeds: of the alignment's draws, by role, in [0, 2**32).
+
+  Returns:
+    By role, on the host: the alignment, rewards and advantages of the slots.
+  """
+  if not calls:
+    return {}
+  others = tuple(name for name in calls if name != root)
+  shape = next(iter(calls.values())).num_calls.shape
+  roots: Any = np.zeros((*shape, 1), np.float32)
+  dispatched: dict[str, Any] = {}
+  if root in calls:
+    for_calls = advantage in (
+        advantages.inherit_parent,
+        advantages.per_subtask,
+    )
+    dispatched[root] = _aligned(
+        *_stacked([calls[root]], [seeds[root]]),
+        roots,
+        align=align,
+        advantage=advantages.per_task if for_calls else advantage,
+        num_slots=1,
+    )
+    roots = dispatched[root][2][0]
+  if others:
+    dispatched[""] = _aligned(
+        *_stacked([calls[n] for n in others], [seeds[n] for n in others]),
+        roots,
+        align=align,
+        advantage=advantage,
+        num_slots=num_slots,
+    )
+  fetched = jax.device_get(dispatched)
+  ordered = [((root,), fetched.get(root)), (others, fetched.get(""))]
+  return {
+      name: jax.tree.map(operator.itemgetter(number), block)
+      for names, block in ordered
+      if block is not None
+      for number, name in enumerate(names)
+  }
 
 
 def assign(
     calls: RoleCalls,
-    *,
-    align: Align,
-    advantage: Advantage,
-    num_slots: int,
-    seed: int,
-    roots: Float[np.ndarray, "B K 1"] | None = None,
+    alignment: Alignment,
+    earned: Float[np.ndarray, "B K D"],
+    gains: Float[np.ndarray, "B K D"],
 ) -> Assignment:
-  """Aligns a role's calls and compares each slot with its group.
+  """Says what a role's calls are to be trained with.
 
   Args:
-    calls: of B tasks and K rollouts, with their rewards.
-    align: one of `alignment`'s strategies.
-    advantage: one of `advantages`' normalisers.
-    num_slots: D.
-    seed: of the alignment's draws, in [0, 2**32).
-    roots: advantages of the rollouts' roots, for calls that inherit them.
+    calls: of B tasks and K rollouts.
+    alignment: of these calls.
+    earned: rewards of the slots, float32.
+    gains: advantages of the slots, float32.
 
   Returns:
     The assignment.
   """
-  aligned = _aligned(
-      np.uint32(seed),
-      calls.num_calls,
-      calls.rewards,
-      calls.subtasks,
-      np.zeros((*calls.num_calls.shape, 1), np.float32)
-      if roots is None
-      else roots,
-      align=align,
-      advantage=advantage,
-      num_slots=num_slots,
-  )
-  alignment, gathered, gains = jax.device_get(aligned)
   return Assignment(
       credits=packing.fold(calls.calls, alignment, gains),
       alignment=alignment,
-      rewards=gathered,
+      rewards=earned,
       advantages=gains,
   )
 
@@ -217,10 +262,15 @@ def scatter(
       are left as they are.
   """
   index = np.asarray(assignment.alignment.index)
-  weight = np.asarray(assignment.alignment.weight)
-  for b, k, slot in np.argwhere(weight > 0).tolist():
-    position = calls.positions[b][k][int(index[b, k, slot])]
-    gains[b][position] = assignment.advantages[b, k, slot]
+  counted = np.asarray(assignment.alignment.weight) > 0
+  held = zip(
+      np.argwhere(counted)[:, :2].tolist(),
+      index[counted].tolist(),
+      assignment.advantages[counted].tolist(),
+      strict=True,
+  )
+  for (b, k), call, gain in held:
+    gains[b][calls.positions[b][k][call]] = gain
 
 
 def _unseen(groups: Sequence[RolloutGroup]) -> tuple[np.ndarray, ...]:
@@ -228,28 +278,50 @@ def _unseen(groups: Sequence[RolloutGroup]) -> tuple[np.ndarray, ...]:
   return tuple(np.full(len(g.trajectories), np.nan) for g in groups)
 
 
+def _stacked(
+    calls: Sequence[RoleCalls], seeds: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+  """Seeds [R], numbers [R, B, K], rewards and sub-tasks [R, B, K, C]."""
+  most = max(one.rewards.shape[2] for one in calls)
+
+  def padded(values: np.ndarray) -> np.ndarray:
+    more = most - values.shape[2]  # which no slot looks at
+    return np.pad(values, ((0, 0), (0, 0), (0, more))) if more else values
+
+  return (
+      np.array(seeds, np.uint32),
+      np.stack([one.num_calls for one in calls]),
+      np.stack([padded(one.rewards) for one in calls]),
+      np.stack([padded(one.subtasks) for one in calls]),
+  )
+
+
 @functools.partial(jax.jit, static_argnames=("align", "advantage", "num_slots"))
 def _aligned(
-    seed: Int[Array, ""],
-    num_calls: Int[Array, "B K"],
-    earned: Float[Array, "B K C"],
-    subtasks: Int[Array, "B K C"],
+    seeds: Int[Array, " R"],
+    num_calls: Int[Array, "R B K"],
+    earned: Float[Array, "R B K C"],
+    subtasks: Int[Array, "R B K C"],
     roots: Float[Array, "B K 1"],
     *,
     align: Align,
     advantage: Advantage,
     num_slots: int,
-) -> tuple[Alignment, Float[Array, "B K D"], Float[Array, "B K D"]]:
-  """Alignment first, then the statistics over it."""
-  aligned = align(jax.random.key(seed), num_calls, num_slots=num_slots)
-  gathered = gather(earned, aligned)
-  return (
-      aligned,
-      gathered,
-      _gains(
-          advantage, gathered, aligned.weight, gather(subtasks, aligned), roots
-      ),
+) -> tuple[Alignment, Float[Array, "R B K D"], Float[Array, "R B K D"]]:
+  """Alignment first, then the statistics over it; R roles at once."""
+
+  def of_role(
+      seed: Array, num_calls: Array, earned: Array, asked: Array
+  ) -> Any:
+    aligned = align(jax.random.key(seed), num_calls, num_slots=num_slots)
+    slots, weights = gather(earned, aligned), aligned.weight
+    asked = gather(asked, aligned)
+    return aligned, slots, _gains(advantage, slots, weights, asked, roots)
+
+  found: tuple[Alignment, Array, Array] = jax.vmap(of_role)(
+      seeds, num_calls, earned, subtasks
   )
+  return found
 
 
 def _gains(

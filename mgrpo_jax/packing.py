@@ -93,14 +93,24 @@ def fold(
   index = np.asarray(alignment.index)
   weights = np.asarray(alignment.weight, np.float64)
   gains = np.asarray(advantages)
-  folded: dict[tuple[int, int, int, float], float] = {}
-  for task, rollout, slot in np.argwhere(weights > 0).tolist():
-    place = (task, rollout, slot)
-    key = (task, rollout, int(index[place]), float(gains[place]))
-    folded[key] = folded.get(key, 0.0) + float(weights[place])
+  leads, folded = weights > 0, np.zeros_like(weights)
+  for slot in range(index.shape[-1]):
+    here = slice(slot, slot + 1)
+    same = (index == index[..., here]) & (gains == gains[..., here])
+    folded += np.where(same, weights[..., here], 0.0)
+    same &= weights[..., here] > 0
+    leads[..., slot + 1 :] &= ~same[..., slot + 1 :]
+  places = np.argwhere(leads)
+  held = zip(
+      places[:, :2].tolist(),
+      index[leads].tolist(),
+      gains[leads].tolist(),
+      folded[leads].tolist(),
+      strict=True,
+  )
   return tuple(
       Credit(trajectory=calls[b][k][call], advantage=gain, weight=weight)
-      for (b, k, call, gain), weight in folded.items()
+      for (b, k), call, gain, weight in held
   )
 
 

@@ -4,10 +4,14 @@ import os
 import pathlib
 import tempfile
 
+from hypothesis import settings
+
 # Read by XLA when its backend starts, which importing jax does not do yet.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}"
+
+settings.register_profile("thorough", max_examples=1000, deadline=None)
 
 
 def pytest_configure():

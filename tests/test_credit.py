@@ -42,13 +42,16 @@ def role_calls(grid):
 
 
 def assigned(grid, *, align, num_slots):
-  return credit.assign(
-      role_calls(grid),
+  calls = role_calls(grid)
+  found = credit.compare(
+      {"researcher": calls},
+      root="main",
       align=align,
       advantage=advantages.per_task,
       num_slots=num_slots,
-      seed=7,
+      seeds={"researcher": 7},
   )
+  return credit.assign(calls, *found["researcher"])
 
 
 def test_a_worked_case():
@@ -189,4 +192,36 @@ def test_demonstrations_are_copied_but_for_calls_that_failed():
   assert [c.weight for c in found.by_policy["main"]] == [1.0, 1.0]
   assert len(found.by_policy["researcher"]) == 3
   assert all(c.advantage == 0 for c in found.by_policy["researcher"])
+  assert np.isnan(found.advantages[0]).all()
+
+
+def test_a_role_is_compared_the_same_alone_and_among_others():
+  grids = {
+      "a": [[[1.0, 0.0], [0.0, 0.5, 1.0, 0.25]], [[], [0.5]]],
+      "b": [[[1.0], [0.0]], [[0.5], [1.0, 0.0]]],
+      "c": [[[1.0] * 6, [0.0, 0.5]], [[0.75], [0.0, 1.0]]],
+  }
+  calls = {name: role_calls(grid) for name, grid in grids.items()}
+  settings = {
+      "root": "main",
+      "align": alignment.duplicate_or_drop,
+      "advantage": advantages.per_task,
+      "num_slots": 3,
+      "seeds": {"a": 1, "b": 2, "c": 2**32 - 1},
+  }
+  together = credit.compare(calls, **settings)
+  assert list(together) == list(calls)
+  for name in calls:
+    (alone,) = credit.compare({name: calls[name]}, **settings).values()
+    aligned, earned, gains = together[name]
+    np.testing.assert_array_equal(aligned.index, alone[0].index)
+    np.testing.assert_array_equal(aligned.weight, alone[0].weight)
+    np.testing.assert_array_equal(earned, alone[1])
+    # float32: sums in another order.
+    np.testing.assert_allclose(gains, alone[2], rtol=1e-5, atol=1e-6)
+
+
+def test_nobody_who_learns_has_nothing_to_compare():
+  found = compared([1, 0, 0.5, 0, 0.5, 1], trained=())
+  assert found.by_policy == found.assignments == {}
   assert np.isnan(found.advantages[0]).all()

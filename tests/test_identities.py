@@ -1,18 +1,21 @@
 """The identities of the algorithm that every change must keep.
 
 Numbers are those of the list in the specification. 9, that micro-batches,
-packing, order and devices do not matter, is in `test_update`; 10, that a
+packing, order and devices do not matter, is in `test_invariance`; 10, that a
 seed decides a rollout, is in the sampler's tests.
+
+Every example that hypothesis draws is a block of CASES cases, computed at once.
+Fifty times as many (`conftest.py`):
+
+    pytest tests/test_identities.py --hypothesis-profile=thorough
 """
 
-import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracles import advantages as oracle
 from rules import RULES
@@ -21,161 +24,240 @@ from trajectories import group, random_trajectory, task
 from mgrpo_jax import (
     advantages,
     alignment,
-    importance,
-    losses,
-    objectives,
+    credit,
     packing,
     rewards,
-    update,
 )
-from mgrpo_jax.types import Alignment, Prediction, TrainBatch
+from mgrpo_jax.testing.team import small_team
 
-SHAPE = (2, 4, 3)
-NORMALISERS = (
-    advantages.per_task,
-    advantages.mean_only,
-    advantages.leave_one_out,
-    advantages.other_rollouts,
-    advantages.per_call_index,
-    advantages.per_batch,
-)
-PER_TASK = NORMALISERS[:3]
-SCALED = (  # by the standard deviation, so free of the rewards' unit
-    advantages.per_task,
-    advantages.per_call_index,
-    advantages.per_batch,
-)
+CASES = 32
+B, K, D = 2, 4, 3
+MOST = 5  # calls in a rollout
 STRATEGIES = (
     alignment.duplicate_or_drop,
     alignment.mask,
     alignment.inverse_count,
 )
-RATIOS = (losses.token_ratio, losses.sequence_ratio, losses.geometric_ratio)
-AGGREGATIONS = (
-    losses.token_mean,
-    losses.sequence_mean_token_mean,
-    losses.sequence_mean_token_sum,
-    functools.partial(losses.sequence_mean_token_sum_norm, max_tokens=8.0),
+SEEDS = st.integers(0, 2**32 - 1)
+QUICK = settings.get_current_profile_name() != "thorough"
+RUNS = settings(
+    deadline=None, max_examples=20 if QUICK else settings().max_examples
 )
-LOSS = objectives.PolicyLoss(
-    ratio=losses.token_ratio,
-    aggregation=losses.sequence_mean_token_mean,
-    clip_low=0.2,
-    clip_high=0.2,
-    kl=losses.kl_k3,
-    kl_coefficient=0.1,
-    importance=importance.by_token,
-    importance_cap=2.0,
-)
-PURE = dataclasses.replace(LOSS, kl=None, kl_coefficient=0.0, importance=None)
+ROUNDING = dict(rtol=1e-4, atol=1e-5)
+
+# What each normaliser does with a constant added to a group's rewards and with
+# their unit, and which slots may be permuted freely: those of its group.
+#   constant  "none" it leaves no trace; "kept" it stays
+#   unit      "free" of it; "linear" in it
+#   group     "batch", "task", "column" (a slot position in all rollouts),
+#             "rollouts" (whole ones, and slots within each), "any"
+#   copies    whether duplicating every slot changes nothing
+# `plain` compares with nothing, so a constant stays and equal rewards are not
+# zeros. To `leave_one_out` a copy is one more of the others, so duplicating
+# moves the baseline to what it is compared with.
+NORMALISERS = {
+    "per_task": ("none", "free", "task", True),
+    "mean_only": ("none", "linear", "task", True),
+    "leave_one_out": ("none", "linear", "task", False),
+    "other_rollouts": ("none", "linear", "rollouts", True),
+    "per_call_index": ("none", "free", "column", True),
+    "per_batch": ("none", "free", "batch", True),
+    "per_subtask": ("none", "free", "rollouts", True),
+    "inherit_parent": ("none", "free", "rollouts", True),
+    "plain": ("kept", "linear", "any", True),
+}
+
+
+def all_gains(slots):
+  """Every normaliser's advantages of aligned slots [B, K, D]."""
+  values, weights = slots["rewards"], slots["weights"]
+  roots = advantages.per_task(slots["roots"], np.ones((B, K, 1), np.float32))
+  found = {
+      name: getattr(advantages, name)(values, weights)
+      for name in NORMALISERS
+      if name not in ("per_subtask", "inherit_parent")
+  }
+  found["per_subtask"] = advantages.per_subtask(
+      values, weights, subtasks=slots["subtasks"]
+  )
+  found["inherit_parent"] = advantages.inherit_parent(roots, weights)
+  return found
+
+
+_gains = jax.jit(jax.vmap(all_gains))
+
+
+def compute(slots):
+  return {
+      name: np.asarray(values, np.float64)
+      for name, values in jax.device_get(_gains(slots)).items()
+  }
 
 
 @functools.cache
-def jitted(function):
-  return jax.jit(function)
+def aligner(strategy):
+  def lay(seed, num_calls):
+    return strategy(jax.random.key(seed), num_calls, num_slots=D)
+
+  return jax.jit(jax.vmap(lay))
 
 
-def compute(normaliser, values, weights):
-  return np.asarray(
-      jitted(normaliser)(np.float32(values), np.float32(weights)), np.float64
+def sixteenths(rng, shape):
+  """Multiples of 1/16 up to 4: float32 adds and subtracts them exactly."""
+  return np.float32(rng.integers(-64, 65, shape) / 16)
+
+
+def drawn(seed):
+  """Slots of every alignment, and of weights that no alignment gives."""
+  rng = np.random.default_rng(seed)
+  each = CASES // (len(STRATEGIES) + 1)
+  parts = []
+  for strategy in STRATEGIES:
+    num_calls = rng.integers(0, MOST + 1, (each, B, K)).astype(np.int32)
+    seeds = rng.integers(2**32, size=each, dtype=np.uint32)
+    aligned = jax.device_get(aligner(strategy)(seeds, num_calls))
+    calls = {
+        "rewards": sixteenths(rng, (each, B, K, MOST)),
+        "subtasks": rng.integers(0, 2, (each, B, K, MOST)).astype(np.int32),
+    }
+    slots = {
+        name: np.take_along_axis(values, aligned.index, axis=3)
+        for name, values in calls.items()
+    }
+    parts.append(slots | {"weights": aligned.weight})
+  shape = (each, B, K, D)
+  free = {
+      "rewards": sixteenths(rng, shape),
+      "subtasks": rng.integers(0, 2, shape).astype(np.int32),
+      "weights": np.float32(rng.choice([0, 0.25, 1, 2], shape)),
+  }
+  slots = {
+      name: np.concatenate([part[name] for part in [*parts, free]])
+      for name in free
+  }
+  return rng, slots | {"roots": sixteenths(rng, (CASES, B, K, 1))}
+
+
+def assert_all_close(found, expected, names=tuple(NORMALISERS)):
+  for name in names:
+    np.testing.assert_allclose(
+        found[name], expected[name], **ROUNDING, err_msg=name
+    )
+
+
+def scaled(slots, scale=1, constant=0):
+  scale, constant = np.float32(scale), np.float32(constant)
+  changed = {n: slots[n] * scale + constant for n in ("rewards", "roots")}
+  return slots | changed
+
+
+@RUNS
+@given(SEEDS, st.integers(-64, 64))
+def test_1_a_constant_leaves_advantages_unchanged(seed, sixteenth):
+  _, slots = drawn(seed)
+  constant = sixteenth / 16
+  expected = compute(slots)
+  expected["plain"] = expected["plain"] + constant * (slots["weights"] > 0)
+  assert_all_close(compute(scaled(slots, constant=constant)), expected)
+
+
+@RUNS
+@given(SEEDS, st.sampled_from([1e-12, 1 / 3, 7.0, 1e12]))
+@example(0, 1e12)
+def test_1_so_does_a_scale(seed, scale):
+  _, slots = drawn(seed)
+  found = compute(scaled(slots, scale))
+  for name, (_, unit, *_) in NORMALISERS.items():
+    found[name] = found[name] / (scale if unit == "linear" else 1.0)
+  assert_all_close(found, compute(slots))
+
+
+def orders(rng, group):
+  """A permutation of slots for each case, [CASES, B·K·D], within groups."""
+  found = []
+  for _ in range(CASES):
+    places = np.arange(B * K * D).reshape(B, K, D)
+    if group in ("batch", "any"):
+      places = rng.permutation(places.ravel())
+    elif group == "task":
+      places = rng.permuted(places.reshape(B, K * D), axis=1)
+    elif group == "column":
+      places = rng.permuted(places, axis=1)
+    else:
+      places = rng.permuted(places[:, rng.permutation(K)], axis=2)
+    found.append(places.ravel())
+  return np.array(found)
+
+
+def permuted(values, order):
+  flat = values.reshape(CASES, -1)
+  return np.take_along_axis(flat, order, axis=1).reshape(values.shape)
+
+
+@pytest.mark.parametrize("kind", ("batch", "task", "column", "rollouts", "any"))
+@RUNS
+@given(SEEDS)
+def test_2_permuting_a_group_permutes_the_result(kind, seed):
+  rng, slots = drawn(seed)
+  order = orders(rng, kind)
+  moved = {
+      name: permuted(slots[name], order)
+      for name in ("rewards", "weights", "subtasks")
+  }
+  # A rollout takes its root with it: all slots of a rollout came from one.
+  origins = order.reshape(CASES, B, K, D)[..., :1] // D
+  moved["roots"] = permuted(slots["roots"], origins.reshape(CASES, B * K))
+  expected = {n: permuted(v, order) for n, v in compute(slots).items()}
+  names = [n for n, (_, _, group, _) in NORMALISERS.items() if group == kind]
+  assert_all_close(compute(moved), expected, names)
+
+
+@RUNS
+@given(SEEDS, st.floats(-1e6, 1e6, width=32))
+def test_3_equal_rewards_give_zeros(seed, size):
+  rng, slots = drawn(seed)
+  # Equal in a group, else not: rewards of the batch, of each task, column
+  # and sub-task.
+  b, k, d = np.ogrid[:B, :K, :D]
+  per_case = [slots["subtasks"][c] for c in range(CASES)]
+  groups = {
+      "batch": [b * 0 + k * 0 + d * 0] * CASES,
+      "task": [b + k * 0 + d * 0] * CASES,
+      "column": [b * D + d + k * 0] * CASES,
+      "subtask": [(b * K + k) * 2 + asked for asked in per_case],
+  }
+  names = {
+      "batch": ("per_batch",),
+      "task": ("per_task", "mean_only", "leave_one_out", "other_rollouts"),
+      "column": ("per_call_index",),
+      "subtask": ("per_subtask",),
+  }
+  for kind, numbers in groups.items():
+    values = np.float32(size * rng.uniform(-1, 1, B * K * 2 * D))
+    flat = slots | {"rewards": values[np.array(numbers)]}
+    found = compute(flat | {"roots": values[np.array(groups["task"])[..., :1]]})
+    for name in (*names[kind], "inherit_parent"):
+      np.testing.assert_array_equal(found[name], 0.0, err_msg=name)
+    np.testing.assert_array_equal(
+        found["plain"], np.where(slots["weights"] > 0, flat["rewards"], 0.0)
+    )
+
+
+@functools.cache
+def single_agents(seed, num_tasks=25):
+  """Rollouts of teams whose main agent called nobody."""
+  rng = np.random.default_rng(seed)
+  texts = rng.choice(
+      ["Lima", "Quito", "Rome"], (num_tasks, K), p=[0.5, 0.3, 0.2]
   )
-
-
-def table(elements, shape=SHAPE):
-  size = int(np.prod(shape))
-  return st.lists(elements, min_size=size, max_size=size).map(
-      lambda values: np.array(values, np.float64).reshape(shape)
-  )
-
-
-# Multiples of 1/16 up to 4: float32 adds and subtracts them exactly.
-REWARDS = table(st.integers(-64, 64).map(lambda n: n / 16))
-WEIGHTS = table(st.sampled_from([0.0, 0.25, 1.0, 2.0]))
-ROUNDING = dict(rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("normaliser", NORMALISERS)
-@given(REWARDS, WEIGHTS, st.integers(-64, 64))
-@settings(max_examples=25, deadline=None)
-def test_1_a_constant_leaves_advantages_unchanged(
-    normaliser, values, weights, constant
-):
-  np.testing.assert_allclose(
-      compute(normaliser, values + constant, weights),
-      compute(normaliser, values, weights),
-      **ROUNDING,
-  )
-
-
-@pytest.mark.parametrize("normaliser", NORMALISERS)
-@given(REWARDS, WEIGHTS, st.sampled_from([1e-12, 1 / 3, 7.0, 1e12]))
-@settings(max_examples=25, deadline=None)
-def test_1_so_does_a_scale(normaliser, values, weights, scale):
-  expected = compute(normaliser, values, weights)
-  unit = 1.0 if normaliser in SCALED else scale
-  np.testing.assert_allclose(
-      compute(normaliser, values * scale, weights) / unit,
-      expected,
-      **ROUNDING,
-  )
-
-
-@pytest.mark.parametrize("normaliser", PER_TASK)
-@given(REWARDS, WEIGHTS, st.permutations(range(12)))
-@settings(max_examples=25, deadline=None)
-def test_2_permuting_a_group_permutes_the_result(
-    normaliser, values, weights, order
-):
-  def permuted(x):
-    return x.reshape(2, 12)[:, order].reshape(SHAPE)
-
-  np.testing.assert_allclose(
-      compute(normaliser, permuted(values), permuted(weights)),
-      permuted(compute(normaliser, values, weights)),
-      **ROUNDING,
-  )
-
-
-@pytest.mark.parametrize("normaliser", NORMALISERS)
-@given(REWARDS, WEIGHTS, st.permutations(range(4)))
-@settings(max_examples=25, deadline=None)
-def test_2_so_does_permuting_its_rollouts(normaliser, values, weights, order):
-  np.testing.assert_allclose(
-      compute(normaliser, values[:, order], weights[:, order]),
-      compute(normaliser, values, weights)[:, order],
-      **ROUNDING,
-  )
-
-
-@pytest.mark.parametrize("normaliser", NORMALISERS)
-@given(st.floats(-1e6, 1e6, width=32), WEIGHTS)
-@settings(max_examples=25, deadline=None)
-def test_3_equal_rewards_give_zeros(normaliser, reward, weights):
-  found = compute(normaliser, np.full(SHAPE, reward), weights)
-  np.testing.assert_array_equal(found, 0.0)
-
-
-def assign(groups, scores, role, strategy, num_slots):
-  calls = rewards.by_role(groups, scores, role=role, max_calls=3)
-  run = jitted(functools.partial(strategy, num_slots=num_slots))
-  aligned = run(jax.random.key(0), calls.num_calls)
-  slots = np.take_along_axis(calls.rewards, np.asarray(aligned.index), axis=2)
-  gains = jitted(advantages.per_task)(slots, aligned.weight)
-  return packing.fold(calls.calls, aligned, np.asarray(gains))
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_4_a_team_without_calls_is_a_single_agent(strategy):
-  rng = np.random.default_rng(0)
-  texts = [["Lima", "Quito", "Lima", "Lima"], ["Rome", "Lima", "?", "Quito"]]
   groups = [
       group(
           task(answers=("Lima",)),
           [
-              random_trajectory(rng, 6, 9, rollout=k, result_text=text)
+              random_trajectory(rng, 6, 9, rollout=k, result_text=str(text))
               for k, text in enumerate(row)
           ],
-          4,
+          K,
       )
       for row in texts
   ]
@@ -183,225 +265,75 @@ def test_4_a_team_without_calls_is_a_single_agent(strategy):
   scores = [
       rewards.score(g, weights={"main": weights}, rules=RULES) for g in groups
   ]
-  assert assign(groups, scores, "researcher", strategy, 3) == ()
-  found = assign(groups, scores, "main", strategy, 1)
-  # GRPO as for one agent: K rewards of a task, standardised.
-  right = np.array([[text == "Lima" for text in row] for row in texts])
-  expected = oracle.per_task((0.1 + 0.9 * right)[..., None], np.ones((2, 4, 1)))
-  assert [credit.weight for credit in found] == [1.0] * 8
-  np.testing.assert_allclose(
-      [credit.advantage for credit in found], expected.ravel(), rtol=1e-5
-  )
-  flat = [t for g in groups for t in g.trajectories]
-  assert all(c.trajectory is t for c, t in zip(found, flat, strict=True))
+  return groups, scores, (0.1 + 0.9 * (texts == "Lima"))[..., None]
 
 
-def bigram(params, tokens, positions, segment_ids, *, wanted):
-  logits = jax.nn.log_softmax(params[tokens[:, :-1]])
-  values = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=2)[..., 0]
-  values = jnp.where(positions[:, 1:] > 0, values, 0.0)
-  return Prediction(logprobs=jnp.pad(values, ((0, 0), (1, 0))))
-
-
-PACKED = packing.BatchShape(
-    rows=2, row_tokens=40, trajectories=16, row_targets=40
+@pytest.mark.parametrize(
+    "strategy, normaliser",
+    [
+        *((STRATEGIES[i % 3], name) for i, name in enumerate(NORMALISERS)),
+        *((strategy, "per_task") for strategy in STRATEGIES[1:]),
+    ],
 )
-PARAMS = np.float32(np.random.default_rng(3).normal(size=(9, 9)))
-
-
-@functools.cache
-def accumulator(objective):
-  return jax.jit(
-      functools.partial(
-          update.accumulate, objective=objective, predict_fn=bigram
-      )
-  )
-
-
-def gradient_of(batches, totals, objective):
-  gradient = update.Gradient(grads=np.zeros_like(PARAMS), loss=np.float32(0))
-  for batch in batches:
-    gradient, _ = accumulator(objective)(gradient, PARAMS, batch, totals)
-  return jax.device_get(gradient)
-
-
-def differentiate(credits, objective):
-  batches = packing.pack(credits, shape=PACKED)
-  return gradient_of(batches, packing.count(credits), objective)
-
-
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_5_duplicating_every_slot_changes_no_mean(aggregation):
-  objective = dataclasses.replace(LOSS, aggregation=aggregation)
-  rng = np.random.default_rng(1)
-  calls = [
-      [tuple(random_trajectory(rng, 5, 9, call=n) for n in range(d))]
-      for d in (1, 3)
-  ]
-  index = np.array([[[0, 0, 0]], [[0, 1, 2]]], np.int32)
-  values, weight = rng.normal(size=index.shape), np.float32(index >= 0)
-  weight[0, 0, 1:] = 0.0
-
-  def credits(times):
-    aligned = Alignment(
-        index=np.tile(index, times),
-        weight=np.tile(weight, times),
-        num_calls=np.array([[1], [3]], np.int32),
+def test_4_a_team_without_calls_is_a_single_agent(strategy, normaliser):
+  # Both give the main agent `per_task`, for they are about calls.
+  about_calls = normaliser in ("per_subtask", "inherit_parent")
+  single = "per_task" if about_calls else normaliser
+  for seed in range(4):
+    groups, scores, earned = single_agents(seed)
+    found = credit.compared(
+        groups,
+        scores,
+        team=small_team(),
+        trained={"main", "researcher"},
+        align=strategy,
+        advantage=getattr(advantages, normaliser),
+        num_slots=D,
+        seeds={"main": seed, "researcher": seed + 1},
     )
-    gains = compute(
-        advantages.per_batch, np.tile(values, times), aligned.weight
+    assert found.by_policy["researcher"] == ()
+    credits = found.by_policy["main"]
+    # GRPO as for one agent: K rewards of a task, compared.
+    expected = earned
+    if single != "plain":
+      expected = getattr(oracle, single)(earned, np.ones_like(earned))
+    assert [one.weight for one in credits] == [1.0] * earned.size
+    np.testing.assert_allclose(
+        [one.advantage for one in credits], expected.ravel(), **ROUNDING
     )
-    return packing.fold(calls, aligned, np.float32(gains))
-
-  once, thrice = credits(1), credits(3)
-  assert [c.weight for c in thrice] == [3 * c.weight for c in once]
-  expected = differentiate(once, objective)
-  copies = [
-      dataclasses.replace(c, weight=c.weight / 3)
-      for c in thrice
-      for _ in range(3)
-  ]
-  for same in (thrice, copies):
-    found = differentiate(same, objective)
-    np.testing.assert_allclose(found.loss, expected.loss, **ROUNDING)
-    np.testing.assert_allclose(found.grads, expected.grads, **ROUNDING)
+    flat = [t for g in groups for t in g.trajectories]
+    assert all(c.trajectory is t for c, t in zip(credits, flat, strict=True))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_5_folded_copies_equal_copies(strategy):
-  rng = np.random.default_rng(2)
-  num_calls = np.array([[1, 2, 5, 0]], np.int32)
-  calls = [
-      [
-          tuple(
-              random_trajectory(rng, 6, 9, rollout=k, call=n) for n in range(d)
-          )
-          for k, d in enumerate(num_calls[0])
-      ]
-  ]
-  run = jitted(functools.partial(strategy, num_slots=3))
-  aligned = jax.device_get(run(jax.random.key(4), num_calls))
-  values = rng.normal(size=(1, 4, 5))
-  slots = np.take_along_axis(values, aligned.index, axis=2)
-  gains = np.float32(compute(advantages.per_task, slots, aligned.weight))
-  copies = [
-      packing.Credit(
-          trajectory=calls[0][k][aligned.index[0, k, slot]],
-          advantage=float(gains[0, k, slot]),
-          weight=float(aligned.weight[0, k, slot]),
-      )
-      for k in range(4)
-      for slot in range(3)
-      if aligned.weight[0, k, slot] > 0
-  ]
-  folded = packing.fold(calls, aligned, gains)
-  if strategy is alignment.duplicate_or_drop:
-    assert len(folded) == 1 + 2 + 3 < len(copies)
-  found, expected = (differentiate(c, LOSS) for c in (folded, copies))
-  np.testing.assert_allclose(found.loss, expected.loss, **ROUNDING)
-  np.testing.assert_allclose(found.grads, expected.grads, **ROUNDING)
+@RUNS
+@given(SEEDS)
+def test_5_duplicating_every_slot_changes_no_advantage(seed):
+  _, slots = drawn(seed)
+  copied = {n: np.tile(v, 2) for n, v in slots.items() if n != "roots"}
+  found = compute(copied | {"roots": slots["roots"]})
+  expected = {n: np.tile(v, 2) for n, v in compute(slots).items()}
+  names = [n for n, (*_, copies) in NORMALISERS.items() if copies]
+  assert_all_close(found, expected, names)
 
 
-@pytest.mark.parametrize("ratio", RATIOS)
-@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30])
-def test_6_garbage_where_nothing_counts_changes_nothing(ratio, garbage):
-  objective = dataclasses.replace(LOSS, ratio=ratio)
-  rng = np.random.default_rng(5)
-  credits = [
-      packing.Credit(
-          trajectory=random_trajectory(rng, int(n), 9),
-          advantage=float(np.float32(rng.normal())),
-          weight=1.0,
-      )
-      for n in rng.integers(3, 12, 8)
-  ]
-  totals = packing.count(credits)
-  (batch,) = packing.pack(credits, shape=PACKED)
-  dirty = jax.tree.map(np.copy, batch)
-  padding = batch.segment_ids == 0
-  dirty.tokens[padding] = rng.integers(0, 9, padding.sum())
-  for logprobs in (
-      dirty.sampler_logprobs,
-      dirty.old_logprobs,
-      dirty.ref_logprobs,
-  ):
-    logprobs[batch.loss_mask == 0] = garbage
-  unused = batch.weight == 0
-  assert unused.any() and (batch.context_mask > 0).any()
-  dirty.advantage[unused] = garbage
-  # A slot of weight 0 may even claim to have sampled tokens.
-  dirty.loss_mask[unused] = 1.0
-  dirty.sampler_logprobs[unused] = garbage
-  dirty.old_logprobs[unused] = garbage
-  clean = gradient_of([batch], totals, objective)
-  found = gradient_of([dirty], totals, objective)
-  np.testing.assert_array_equal(found.loss, clean.loss)
-  np.testing.assert_array_equal(found.grads, clean.grads)
-  assert np.isfinite(clean.grads).all() and clean.grads.any()
-
-
-def batch_of(logprobs, mask, gains, weight):
-  """A micro-batch that only the loss function looks at."""
-  fields = {
-      field.name: np.zeros((), np.float32)
-      for field in dataclasses.fields(TrainBatch)
-  }
-  return TrainBatch(
-      **{
-          **fields,
-          "loss_mask": np.float32(mask),
-          "old_logprobs": np.float32(logprobs),
-          "sampler_logprobs": np.float32(logprobs),
-          "advantage": np.float32(gains),
-          "weight": np.float32(weight),
-      }
-  )
-
-
-@functools.cache
-def slope(objective):
-  def loss(logprobs, batch, totals):
-    return objective(Prediction(logprobs=logprobs), batch, totals)[0]
-
-  return jax.jit(jax.grad(loss))
-
-
-ROWS = (3, 5)
-PER_TOKEN = table(st.floats(-5.0, -0.01), ROWS)
-MASKS = table(st.sampled_from([0.0, 1.0]), ROWS)
-PER_ROW = table(st.floats(-2.0, 2.0), (3,))
-
-
-@pytest.mark.parametrize("ratio", RATIOS)
-@pytest.mark.parametrize("clip", [0.0, 0.2])
-@given(PER_TOKEN, MASKS, PER_ROW)
-@settings(max_examples=20, deadline=None)
-def test_7_a_ratio_of_one_gives_the_reinforce_gradient(
-    ratio, clip, logprobs, mask, gains
-):
-  objective = dataclasses.replace(
-      PURE, ratio=ratio, clip_low=clip, clip_high=clip
-  )
-  weight = np.array([1.0, 2.0, 0.0])
-  lengths = np.maximum(mask.sum(1), 1)
-  totals = losses.Totals(
-      trajectories=np.float32(3),
-      tokens=np.float32((weight * mask.sum(1)).sum()),
-      context_tokens=np.float32(0),
-  )
-  found = slope(objective)(
-      np.float32(logprobs), batch_of(logprobs, mask, gains, weight), totals
-  )
-  # -A ∇log π: of the whole trajectory for its product, else a token's mean.
-  per_token = 1.0 if ratio is losses.sequence_ratio else 1 / lengths
-  expected = -(weight / 3 * gains * per_token)[:, None] * mask
-  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
-
-
-@given(PER_TOKEN, PER_TOKEN)
-@settings(max_examples=50, deadline=None)
-def test_8_k3_is_positive_and_zero_at_equality(logprobs, ref):
-  k3 = jitted(losses.kl_k3)
-  assert (np.asarray(k3(np.float32(logprobs), np.float32(ref))) >= 0).all()
-  same = np.asarray(k3(np.float32(ref), np.float32(ref)))
-  np.testing.assert_array_equal(same, 0.0)
+@RUNS
+@given(SEEDS)
+def test_5_nor_does_folding_copies_change_what_they_weigh(seed):
+  _, slots = drawn(seed)
+  rng = np.random.default_rng(seed)
+  index = rng.integers(0, 3, (CASES, B, K, D))
+  calls = [[list(range(3 * k, 3 * k + 3)) for k in range(K)]] * B
+  for case in range(CASES):
+    weights = slots["weights"][case]
+    gains = slots["rewards"][case]
+    aligned = alignment.Alignment(
+        index=index[case], weight=weights, num_calls=np.full((B, K), 3)
+    )
+    folded = packing.fold(calls, aligned, gains)
+    places = [(c.trajectory, c.advantage) for c in folded]
+    expected = {}
+    for b, k, d in np.argwhere(weights > 0):
+      held = (b, calls[b][k][index[case, b, k, d]], float(gains[b, k, d]))
+      expected[held] = expected.get(held, 0.0) + float(weights[b, k, d])
+    assert [key[1:] for key in expected] == places
+    assert [c.weight for c in folded] == list(expected.values())

@@ -63,23 +63,6 @@ def bigram(params, tokens, positions, segment_ids, *, wanted):
   return Prediction(logprobs=jnp.pad(values, ((0, 0), (1, 0))))
 
 
-def mixer(params, tokens, positions, segment_ids, *, wanted):
-  """Predicts from all the past of the segment, each place in its own way.
-
-  It would see any confusion of segments or positions, and compiles faster
-  than a transformer.
-  """
-  length = tokens.shape[1]
-  same = segment_ids[:, :, None] == segment_ids[:, None]
-  past = same & np.tri(length, dtype=bool)[None]
-  embedded = params["embed"][tokens] * jnp.cos(positions[..., None] / 3.0)
-  hidden = jnp.tanh(past.astype(jnp.float32) @ embedded)
-  logits = jax.nn.log_softmax(hidden[:, :-1] @ params["table"])
-  values = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=2)[..., 0]
-  values = jnp.where(positions[:, 1:] > 0, values, 0.0)
-  return Prediction(logprobs=jnp.pad(values, ((0, 0), (1, 0))))
-
-
 transformer = functools.partial(
     policy_logprobs.predict, config=CONFIG, temperature=1.0
 )
@@ -245,11 +228,6 @@ def test_imitation_equals_the_oracle(context_weight):
   np.testing.assert_allclose(summary["nll"], nll, rtol=1e-5)
 
 
-def mixer_params():
-  embed, table = np.random.default_rng(4).normal(size=(2, VOCAB, VOCAB))
-  return {"embed": np.float32(embed), "table": np.float32(table)}
-
-
 @functools.cache
 def transformer_params():
   init = functools.partial(policy_params.init, config=CONFIG)
@@ -283,40 +261,6 @@ def assert_same_update(found, expected):
 WHOLE = packing.BatchShape(
     rows=8, row_tokens=16, trajectories=16, row_targets=16
 )
-
-
-@functools.cache
-def reference_update():
-  assert len(packing.pack(CREDITS, shape=WHOLE)) == 1
-  return update_once(mixer_params(), CREDITS, WHOLE, mixer)
-
-
-@pytest.mark.parametrize(
-    "rows, row_tokens, trajectories, micro_batches",
-    [
-        (8, 16, 1, 10),  # one trajectory at a time
-        (3, 16, 8, 2),  # packed, two micro-batches
-        (10, 90, 10, 1),  # packed into one long row
-    ],
-)
-def test_micro_batches_and_packing_do_not_matter(
-    rows, row_tokens, trajectories, micro_batches
-):
-  shape = packing.BatchShape(
-      rows=rows,
-      row_tokens=row_tokens,
-      trajectories=trajectories,
-      row_targets=row_tokens,
-  )
-  assert len(packing.pack(CREDITS, shape=shape)) == micro_batches
-  found = update_once(mixer_params(), CREDITS, shape, mixer)
-  assert_same_update(found, reference_update())
-
-
-def test_order_does_not_matter():
-  shuffled = [CREDITS[i] for i in np.random.default_rng(2).permutation(10)]
-  found = update_once(mixer_params(), shuffled, SHAPE, mixer)
-  assert_same_update(found, reference_update())
 
 
 def test_devices_do_not_matter():
