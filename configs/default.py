@@ -166,6 +166,9 @@ def _add_sampling(config: ml_collections.ConfigDict) -> None:
   config.rollout.temperature = 1.0  # of training samples, >= 0.001
   config.rollout.turn_deadline = 120.0  # seconds a turn may take, > 0
   config.rollout.max_attempts = 3  # of a call that FAILED, in all, >= 1
+  # Updates that a policy may be ahead of a group's tokens, >= 0; the tasks of
+  # older groups are put back, at most tasks.max_retries times.
+  config.rollout.max_staleness = 0
   config.rollout.max_concurrent = 64  # rollouts in progress at a time, >= 1
 
   config.engine = ml_collections.ConfigDict()

@@ -35,6 +35,7 @@ _RANGES = {  # lowest and highest allowed
     "tools.max_chars": (32, _MOST),  # a number must fit
     "rollout.per_task": (1, _MOST),
     "rollout.max_attempts": (1, _MOST),
+    "rollout.max_staleness": (0, _MOST),
     "rollout.max_concurrent": (1, _MOST),
     "engine.num_slots": (1, _MOST),
     "engine.context": (1, _MOST),

@@ -146,6 +146,7 @@ def build(config: ml_collections.ConfigDict) -> Setup:
       tasks_per_step=config.tasks.per_step,
       resample=config.tasks.resample,
       max_retries=config.tasks.max_retries,
+      max_staleness=config.rollout.max_staleness,
       rollouts_per_task=config.rollout.per_task,
       team=team,
       policies=policies,

@@ -97,6 +97,8 @@ METRICS: Mapping[str, Metric] = dict((
             "mean standard deviation of the rewards within a task"),
     _metric("flat_groups", "role", "1", "lower",
             "share of tasks none of whose calls has an advantage"),
+    _metric("stale", "", "tasks", "lower",
+            "groups sampled from weights that were too old; tasks put back"),
     _metric("replaced", "", "tasks", "",
             "groups that taught nothing and were replaced in the step"),
     # Update; over tokens that the gradient sees: where there is neither a KL

@@ -111,6 +111,7 @@ class Setup:
     resample: how often new groups are drawn for those that teach nothing.
     max_retries: how often in a row a task is asked again that a machine failed
       on.
+    max_staleness: updates that a policy may be ahead of what it trains on.
     rollouts_per_task: K.
     team: the roles.
     policies: by name, with the weights to begin with.
@@ -139,6 +140,7 @@ class Setup:
   tasks_per_step: int
   resample: int
   max_retries: int
+  max_staleness: int
   rollouts_per_task: int
   team: Team
   policies: Mapping[str, Policy]

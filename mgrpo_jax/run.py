@@ -148,13 +148,15 @@ class Run:
   ) -> list[Scores]:
     """Rewards of groups; settles their tasks, or puts them back."""
     method, queue = self.setup.method, self.resources.queues[stage.name]
-    scores = []
+    scores, stale = [], 0
     with self.timed("reward"):
       for group in groups:
         graded = rewards.score(
             group, weights=method.reward_weights, rules=method.rules
         )
-        if np.all(graded.weight > 0):
+        old = self._too_old(stage, group)
+        stale += old
+        if np.all(graded.weight > 0) and not old:
           queue.settle(group.task.id)
           scores.append(graded)
           continue
@@ -164,7 +166,21 @@ class Run:
           self.work.abandoned += 1
         nothing = np.zeros_like(graded.weight)
         scores.append(dataclasses.replace(graded, weight=nothing))
+    self.values["stale"] = self.values.get("stale", 0.0) + stale
     return scores
+
+  def _too_old(self, stage: Stage, group: RolloutGroup) -> bool:
+    """Whether a policy that learns was updated too often since it sampled."""
+    if stage.objective == "imitate":
+      return False  # what an expert writes does not age
+    team = self.setup.team
+    roles = credit.learning(team, stage.trained)
+    age = statistics.age(
+        group,
+        policies={name: team[name].policy for name in roles},
+        versions=self._publisher.versions,
+    )
+    return age > self.setup.max_staleness
 
   def assign(
       self,

@@ -1,6 +1,6 @@
 """What a step's rollouts say about each role, as metrics."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -93,6 +93,31 @@ def staleness(credits: Sequence[Credit], version: int) -> float:
   sampled = [c.trajectory for c in credits if c.trajectory.loss_mask.any()]
   oldest = min((t.version_min for t in sampled), default=version)
   return float(max(version - oldest, 0))
+
+
+def age(
+    group: RolloutGroup,
+    *,
+    policies: Mapping[str, str],
+    versions: Mapping[str, int],
+) -> int:
+  """Computes how many updates the weights behind a group's tokens are old.
+
+  Args:
+    group: the rollouts.
+    policies: of the roles that learn, by role.
+    versions: of the weights that are being trained, by policy.
+
+  Returns:
+    The most that one of these policies is ahead of a token it sampled; 0 where
+    none was sampled.
+  """
+  ages = [
+      versions[policies[t.role]] - t.version_min
+      for t in group.trajectories
+      if t.role in policies and t.loss_mask.any()
+  ]
+  return max(ages, default=0)
 
 
 def _spread(weight: np.ndarray, rewards: np.ndarray) -> float:

@@ -132,6 +132,34 @@ def test_a_group_that_fails_for_ever_is_never_trained_on():
   assert run.resources.queues["reinforce"].waiting == 1
 
 
+@pytest.mark.parametrize("allowed, kept", [(0, 0), (1, 0), (2, 1), (3, 1)])
+def test_what_is_older_than_allowed_is_put_back(allowed, kept):
+  """The groups' tokens are of version 0, the main agent's weights of 2."""
+  setup = dataclasses.replace(make_setup(), max_staleness=allowed)
+  run = without_engines(setup)
+  run.publish(("main",), 2)
+  stage = setup.stages[1]
+  task, *_ = run.take(stage)
+  run.begin_step()
+  (graded,) = run.grade(stage, [played(task)])
+  assert graded.weight.any() == kept
+  assert run.values["stale"] == 1 - kept
+  assert run.resources.queues["reinforce"].waiting == 1 - kept
+
+
+def test_a_policy_that_does_not_learn_has_no_age():
+  setup = make_setup()
+  run = without_engines(setup)
+  run.publish(("main",), 2)
+  stage = dataclasses.replace(
+      setup.stages[1], trained=frozenset({"researcher"})
+  )
+  task, *_ = run.take(stage)
+  run.begin_step()
+  (graded,) = run.grade(stage, [played(task)])
+  assert graded.weight.any() and run.values["stale"] == 0
+
+
 def test_a_critic_learns_beside_the_policy(tmp_path):
   setup = make_setup()
   loss = dataclasses.replace(

@@ -146,6 +146,7 @@ def small_setup(
       tasks_per_step=3,
       resample=0,
       max_retries=3,
+      max_staleness=0,
       rollouts_per_task=3,
       team=roles,
       policies={
