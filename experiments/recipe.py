@@ -1,7 +1,8 @@
 """From a ConfigDict to what the library takes.
 
 Only this file and those it calls know both: `method` the algorithm, `placing`
-the devices, `world` what the team sees, `checks` what is allowed.
+the devices, `sources` the weights, `world` what the team acts in, `checks` what
+is allowed.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from experiments import checks, method, placing, world
+from experiments import checks, method, placing, sources, world
 from mgrpo_jax import bucket, store
 from mgrpo_jax.agents.actor import Actor, sampled
 from mgrpo_jax.agents.chat import Chat
@@ -114,7 +115,7 @@ def build(config: ml_collections.ConfigDict) -> Setup:
   book = factbook.load(config.tasks.seed)
   tools = world.tools(book, config.tools)
   meshes = placing.meshes(config, team, jax.devices())
-  policies = world.policies(config, team, book, meshes)
+  policies = sources.policies(config, team, book, meshes)
   protocol = checks.pick(world.PROTOCOLS, config.team.protocol, "team.protocol")
   chats = world.chats(team, policies, config.team.protocol)
   coded = world.symbolic_actors(config, team, chats, protocol)

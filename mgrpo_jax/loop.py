@@ -59,9 +59,9 @@ async def train(
             "after": _overall(after).summary(),
         },
         "tokens": {
-            "generated": run.work.generated_tokens,
-            "trained": run.work.trained_tokens,
-            "evaluated": run.work.evaluation_tokens,
+            "generated": run.meter.work.generated_tokens,
+            "trained": run.meter.work.trained_tokens,
+            "evaluated": run.meter.work.evaluation_tokens,
         },
     }
     return summary, _table(before, after)
@@ -97,7 +97,7 @@ async def _step(
   setup = run.setup
   started = time.monotonic()
   stage, number = curriculum.stage_at(setup.stages, step)
-  run.begin_step()
+  run.meter.begin()
   tasks = run.take(stage)
   groups = await run.collect(stage, tasks, step)
   scores = run.grade(stage, groups)
@@ -109,11 +109,11 @@ async def _step(
   trained = tuple(run.resources.learners if last else dispatched)
   journal.skipped(run.publish(trained, step + 1))
   journal.rollouts(
-      step, stage.name, groups, scores, credits.advantages, run.pieces
+      step, stage.name, groups, scores, credits.advantages, run.resources.pieces
   )
   if last or (step + 1) % setup.evaluate_every == 0:
     await run.evaluate(setup.dev, "dev")
-  values = run.totals(time.monotonic() - started)
+  values = run.meter.totals(time.monotonic() - started)
   journal.add(
       Entry(step=step, stage=stage.name, values=values, dispatched=dispatched)
   )

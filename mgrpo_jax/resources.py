@@ -6,7 +6,7 @@ Built from a recipe, `plan.Setup`; `run.Run` puts them to use.
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -167,6 +167,28 @@ class Resources:
       engine.update(learner.merged(weights.params), weights.version.number)
       problems += weights.skipped
     return problems
+
+  def pieces(self, role: str, tokens: Sequence[int]) -> list[str]:
+    """The text of each token of a role's stream.
+
+    Args:
+      role: its name.
+      tokens: ids.
+
+    Returns:
+      One text a token.
+
+    Raises:
+      ValueError: the role's policy has no tokenizer.
+    """
+    policies = self.setup.policies
+    policy = self.setup.team[role].policy
+    if policy in self.setup.coded:  # it writes as the first policy does
+      policy = next(iter(policies))
+    tokenizer = policies[policy].tokenizer
+    if tokenizer is None:
+      raise ValueError(f"policy {policy!r} has no tokenizer")
+    return [tokenizer.token_text(token) for token in tokens]
 
   def save_policies(self, directory: pathlib.Path) -> None:
     """Writes every policy as a directory that `policy.load` reads.

@@ -6,8 +6,7 @@ while it runs. `journal.Journal` keeps the run's files.
 
 import contextlib
 import dataclasses
-import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from mgrpo_jax.atomic import MismatchError
 from mgrpo_jax.credit import Credits
 from mgrpo_jax.evaluate import Evaluation
 from mgrpo_jax.learner import Step
+from mgrpo_jax.meter import Meter
 from mgrpo_jax.packing import Credit
 from mgrpo_jax.plan import Setup
 from mgrpo_jax.policy import fingerprint
@@ -52,10 +52,7 @@ class Run:
     """
     self.setup = resources.setup
     self.resources = resources
-    self.values: dict[str, float] = {}  # metrics of the step under way
-    self.work = Work()
-    self._work_before = Work()  # when the step under way began
-    self._lost_before = resources.lost_caches()  # likewise
+    self.meter = Meter(resources)
     self._publisher = Publisher(resources)
 
   def over(self, steps: int) -> bool:
@@ -65,13 +62,7 @@ class Run:
       steps: that are done.
     """
     total = curriculum.num_steps(self.setup.stages)
-    return steps >= total or self.setup.budget.spent(self.work)
-
-  def begin_step(self) -> None:
-    """Forgets the metrics of the step before."""
-    self.values = {}
-    self._work_before = dataclasses.replace(self.work)
-    self._lost_before = self.resources.lost_caches()
+    return steps >= total or self.setup.budget.spent(self.meter.work)
 
   def take(self, stage: Stage) -> tuple[Task, ...]:
     """Arrow 1: the next tasks, those that are to be repeated first."""
@@ -81,38 +72,39 @@ class Run:
       self, stage: Stage, tasks: Sequence[Task], step: int
   ) -> list[RolloutGroup]:
     """Arrow 2: K rollouts a task, or a demonstration each."""
+    meter = self.meter
     seed = turn_seed(self.setup.seed, "step", step)
     counters = self.resources.training.counters
     events = dict(counters)
     before = self.resources.sampled()
-    with self.timed("rollout"):
+    with meter.timed("rollout"):
       if stage.objective == "imitate":
         demonstrate = self.setup.demonstrate[stage.name]
         played = [await demonstrate(task, seed) for task in tasks]
         groups = [group for group in played if group is not None]
-        self.work.lost += len(played) - len(groups)
+        meter.work.lost += len(played) - len(groups)
       else:
         groups = await self._roll_out(tasks, seed)
-    self.work.generated_tokens += self.resources.sampled() - before
-    self.work.rollouts += sum(group.num_rollouts for group in groups)
-    sampled = self.work.generated_tokens - self._work_before.generated_tokens
-    spent = max(self.values["seconds/rollout"], 1e-9)
-    self.values["tokens_per_second/rollout"] = sampled / spent
+    meter.work.generated_tokens += self.resources.sampled() - before
+    meter.work.rollouts += sum(group.num_rollouts for group in groups)
+    sampled = meter.work.generated_tokens - meter.before.generated_tokens
+    spent = max(meter.values["seconds/rollout"], 1e-9)
+    meter.values["tokens_per_second/rollout"] = sampled / spent
     for name, count in counters.items():
-      seen = self.values.get(f"events/{name}", 0.0)
+      seen = meter.values.get(f"events/{name}", 0.0)
       new = count - events.get(name, 0)
-      self.values[f"events/{name}"] = seen + float(new)
-    if "events/refused_calls" in self.values:
-      refused = self.values["events/refused_calls"]
-      made = self.values["events/calls"]
-      self.values["refused"] = refused / max(refused + made, 1.0)
+      meter.values[f"events/{name}"] = seen + float(new)
+    if "events/refused_calls" in meter.values:
+      refused = meter.values["events/refused_calls"]
+      made = meter.values["events/calls"]
+      meter.values["refused"] = refused / max(refused + made, 1.0)
     return groups
 
   def grade(self, stage: Stage, groups: Sequence[RolloutGroup]) -> list[Scores]:
     """Arrow 3: rewards; tasks that a machine failed on are asked again."""
     scores = self._graded(stage, groups)
     for role in self.setup.team.roles:
-      self.values |= statistics.of_role(groups, scores, role.name)
+      self.meter.values |= statistics.of_role(groups, scores, role.name)
     return scores
 
   async def resample(
@@ -140,7 +132,7 @@ class Run:
           rounds=self.setup.resample,
           draw=draw,
       )
-      self.values["replaced"] = float(replaced)
+      self.meter.values["replaced"] = float(replaced)
     return [group for group, _ in graded], [score for _, score in graded]
 
   def _graded(
@@ -149,7 +141,7 @@ class Run:
     """Rewards of groups; settles their tasks, or puts them back."""
     method, queue = self.setup.method, self.resources.queues[stage.name]
     scores, stale = [], 0
-    with self.timed("reward"):
+    with self.meter.timed("reward"):
       for group in groups:
         graded = rewards.score(
             group, weights=method.reward_weights, rules=method.rules
@@ -161,12 +153,12 @@ class Run:
           scores.append(graded)
           continue
         if queue.put_back(group.task.id):
-          self.work.retried += 1
+          self.meter.work.retried += 1
         else:
-          self.work.abandoned += 1
+          self.meter.work.abandoned += 1
         nothing = np.zeros_like(graded.weight)
         scores.append(dataclasses.replace(graded, weight=nothing))
-    self.values["stale"] = self.values.get("stale", 0.0) + stale
+    self.meter.values["stale"] = self.meter.values.get("stale", 0.0) + stale
     return scores
 
   def _too_old(self, stage: Stage, group: RolloutGroup) -> bool:
@@ -190,15 +182,15 @@ class Run:
       step: int,
   ) -> Credits:
     """Arrows 4 and 5: alignment, then advantages, role by role."""
-    with self.timed("align"):
+    with self.meter.timed("align"):
       if stage.objective == "imitate":
         return credit.copied(groups, scores, self.setup.team)
       credits = self._compared(stage, groups, scores, step)
     for role, assignment in credits.assignments.items():
-      self.values |= statistics.of_assignment(role, assignment)
+      self.meter.values |= statistics.of_assignment(role, assignment)
     for policy, part in credits.by_policy.items():
       age = statistics.staleness(part, self._publisher.versions[policy])
-      self.values[f"staleness/{policy}"] = age
+      self.meter.values[f"staleness/{policy}"] = age
     return credits
 
   def update(
@@ -245,7 +237,7 @@ class Run:
               for part in range(parts)
           ],
       )
-      self.work.trained_tokens += dispatched[policy].tokens
+      self.meter.work.trained_tokens += dispatched[policy].tokens
       every = method.reference_every
       if method.reference == "moving" and (number + 1) % every == 0:
         learner.move_reference()
@@ -261,17 +253,17 @@ class Run:
     Returns:
       What was found damaged in the store and not told before, a line each.
     """
-    with self.timed("publish"):
+    with self.meter.timed("publish"):
       last = self.over(version)
       problems = self._publisher.publish(policies, version, last=last)
     for policy in policies:
-      self.values[f"version/{policy}"] = float(version)
+      self.meter.values[f"version/{policy}"] = float(version)
     return problems
 
   async def evaluate(self, tasks: Sequence[Task], split: str) -> Evaluation:
     """Asks the team held-out questions, greedily unless configured."""
     before = self.resources.sampled()
-    with self.timed("evaluate"):
+    with self.meter.timed("evaluate"):
       result = await evaluate.evaluate(
           tasks,
           environment=self.resources.testing,
@@ -279,63 +271,15 @@ class Run:
           seed=self.setup.seed,
           max_concurrent=self.setup.sampler.max_concurrent,
       )
-    self.work.evaluation_tokens += self.resources.sampled() - before
+    self.meter.work.evaluation_tokens += self.resources.sampled() - before
     low, high = result.overall.interval
-    self.values |= {
+    self.meter.values |= {
         f"accuracy/{split}": result.overall.share,
         f"accuracy_low/{split}": low,
         f"accuracy_high/{split}": high,
         f"questions/{split}": float(result.overall.n),
     }
     return result
-
-  def pieces(self, role: str, tokens: Sequence[int]) -> list[str]:
-    """The text of each token of a role's stream.
-
-    Args:
-      role: its name.
-      tokens: ids.
-
-    Returns:
-      One text a token.
-
-    Raises:
-      ValueError: the role's policy has no tokenizer.
-    """
-    policies = self.setup.policies
-    policy = self.setup.team[role].policy
-    if policy in self.setup.coded:  # it writes as the first policy does
-      policy = next(iter(policies))
-    tokenizer = policies[policy].tokenizer
-    if tokenizer is None:
-      raise ValueError(f"policy {policy!r} has no tokenizer")
-    return [tokenizer.token_text(token) for token in tokens]
-
-  def totals(self, seconds: float) -> dict[str, float]:
-    """The metrics of the step, with what has been done so far.
-
-    Args:
-      seconds: that the step took.
-
-    Returns:
-      Metrics by name.
-    """
-    done, before = self.work, self._work_before
-    tokens = done.trained_tokens - before.trained_tokens
-    tokens += done.generated_tokens - before.generated_tokens
-    work = dataclasses.asdict(done)
-    queues = self.resources.queues.values()
-    lost, lost_before = self.resources.lost_caches(), self._lost_before
-    return (
-        self.values
-        | {name: float(n - lost_before[name]) for name, n in lost.items()}
-        | {name: float(count) for name, count in work.items()}
-        | {
-            "seconds/step": seconds,
-            "tokens_per_second/step": tokens / max(seconds, 1e-9),
-            "waiting": float(sum(queue.waiting for queue in queues)),
-        }
-    )
 
   def host_state(self) -> dict[str, Any]:
     """What a checkpoint keeps beside the arrays, as JSON."""
@@ -344,7 +288,7 @@ class Run:
         "tasks": {name: q.get_state() for name, q in queues.items()},
         "fingerprints": self.resources.fingerprints,
         "versions": self._publisher.versions,
-        "work": dataclasses.asdict(self.work),
+        "work": dataclasses.asdict(self.meter.work),
     }
 
   def resume(
@@ -370,22 +314,11 @@ class Run:
         queue.set_state(host["tasks"][name])
       except MismatchError as error:
         raise MismatchError(f"stage {name!r}: {error}") from error
-    self.work = Work(**host["work"])
+    self.meter.work = Work(**host["work"])
     for name, state in states.items():
       self.resources.learners[name].state = state
       problems += self.publish((name,), host["versions"][name])
     return problems
-
-  @contextlib.contextmanager
-  def timed(self, phase: str) -> Iterator[None]:
-    """Adds the wall time of a phase to the step's metrics."""
-    started = time.monotonic()
-    try:
-      yield
-    finally:
-      name = f"seconds/{phase}"
-      spent = time.monotonic() - started
-      self.values[name] = self.values.get(name, 0.0) + spent
 
   async def _roll_out(
       self, tasks: Sequence[Task], seed: int

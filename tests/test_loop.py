@@ -119,13 +119,13 @@ def test_sessions_that_lost_their_cache_are_counted_by_step(tmp_path):
   async def work():
     async with open_run(setup, store.open_folder(tmp_path)) as run:
       sample = run.resources.engines["main"].generate
-      run.begin_step()
+      run.meter.begin()
       for session in ("a", "b", "c"):  # c takes the slot of a
         await sample([1, 2, 3], sampling, 0, session=session)
-      yield run.totals(1.0)
-      run.begin_step()
+      yield run.meter.totals(1.0)
+      run.meter.begin()
       await sample([4], sampling, 0, session="c")
-      yield run.totals(1.0)
+      yield run.meter.totals(1.0)
 
   async def collect():
     return [values async for values in work()]

@@ -104,7 +104,7 @@ def test_a_group_that_failed_in_part_is_trained_on_once_and_later(broken):
   first, *_ = without_engines(setup).take(stage)
   trained = []
   for step in range(2):
-    run.begin_step()
+    run.meter.begin()
     tasks = run.take(stage)
     fails = {first.id: broken} if step == 0 else {}
     groups = [played(task, broken=fails.get(task.id, ())) for task in tasks]
@@ -116,7 +116,7 @@ def test_a_group_that_failed_in_part_is_trained_on_once_and_later(broken):
     assert others == {task.id for task in tasks} - {first.id}
     assert run.resources.queues["reinforce"].waiting == (step == 0)
   assert trained == [[], [0, 1, 2]]
-  assert (run.work.retried, run.work.abandoned) == (1, 0)
+  assert (run.meter.work.retried, run.meter.work.abandoned) == (1, 0)
 
 
 def test_a_group_that_fails_for_ever_is_never_trained_on():
@@ -125,10 +125,10 @@ def test_a_group_that_fails_for_ever_is_never_trained_on():
   stage = setup.stages[1]
   task, *_ = run.take(stage)
   for _ in range(2):
-    run.begin_step()
+    run.meter.begin()
     (graded,) = run.grade(stage, [played(task, broken=(1,))])
     assert not graded.weight.any()
-  assert (run.work.retried, run.work.abandoned) == (1, 1)
+  assert (run.meter.work.retried, run.meter.work.abandoned) == (1, 1)
   assert run.resources.queues["reinforce"].waiting == 1
 
 
@@ -140,10 +140,10 @@ def test_what_is_older_than_allowed_is_put_back(allowed, kept):
   run.publish(("main",), 2)
   stage = setup.stages[1]
   task, *_ = run.take(stage)
-  run.begin_step()
+  run.meter.begin()
   (graded,) = run.grade(stage, [played(task)])
   assert graded.weight.any() == kept
-  assert run.values["stale"] == 1 - kept
+  assert run.meter.values["stale"] == 1 - kept
   assert run.resources.queues["reinforce"].waiting == 1 - kept
 
 
@@ -155,9 +155,9 @@ def test_a_policy_that_does_not_learn_has_no_age():
       setup.stages[1], trained=frozenset({"researcher"})
   )
   task, *_ = run.take(stage)
-  run.begin_step()
+  run.meter.begin()
   (graded,) = run.grade(stage, [played(task)])
-  assert graded.weight.any() and run.values["stale"] == 0
+  assert graded.weight.any() and run.meter.values["stale"] == 0
 
 
 def test_a_critic_learns_beside_the_policy(tmp_path):
@@ -178,7 +178,7 @@ def test_a_critic_learns_beside_the_policy(tmp_path):
 
   async def one_step():
     async with open_run(setup, store.open_folder(tmp_path / "store")) as run:
-      run.begin_step()
+      run.meter.begin()
       groups = await run.collect(stage, run.take(stage), 0)
       credits = run.assign(stage, groups, run.grade(stage, groups), 0)
       dispatched = run.update(stage, 0, groups, credits)
@@ -200,7 +200,7 @@ def test_the_trainer_scores_at_the_samplers_temperature(tmp_path):
 
   async def one_step():
     async with open_run(setup, store.open_folder(tmp_path)) as run:
-      run.begin_step()
+      run.meter.begin()
       groups = await run.collect(stage, run.take(stage), 0)
       scores = run.grade(stage, groups)
       credits = run.assign(stage, groups, scores, 0)

@@ -10,7 +10,7 @@ import pytest
 import tiny_run
 
 from configs import warm_start
-from experiments import recipe, world
+from experiments import recipe, sources
 from mgrpo_jax.policy.load import load
 from mgrpo_jax.report.writer import read_metrics
 from mgrpo_jax.tasks import factbook
@@ -48,7 +48,7 @@ def read(book, *, training):
 
 
 def test_tokenizers_learn_nothing_of_held_out_places(book):
-  lines = world._lines(book, 1.0, ANY_LENGTH)
+  lines = sources._lines(book, 1.0, ANY_LENGTH)
   allowed = words(read(book, training=True))
   foreign = words(read(book, training=False)) - allowed
   assert len(foreign) > 1000
@@ -58,7 +58,7 @@ def test_tokenizers_learn_nothing_of_held_out_places(book):
 
 
 def test_tokenizers_read_no_whole_line_of_held_out_places(book):
-  lines = set(world._lines(book, 1.0, ANY_LENGTH))
+  lines = set(sources._lines(book, 1.0, ANY_LENGTH))
   places = book.corpus.places
   train = {p for p, split in book.place_splits.items() if split == "train"}
   held_out = set(places) - train
@@ -80,10 +80,10 @@ def test_tokenizers_read_no_whole_line_of_held_out_places(book):
 
 def test_the_share_of_lines_and_their_length_are_what_is_asked_for(book):
   names = list(factbook.training_names(book))
-  assert world._lines(book, 0.0, ANY_LENGTH) == names
-  some = world._lines(book, 0.1, 40)
-  assert some == world._lines(book, 0.1, 40)  # the same for every run
-  everything = len(world._lines(book, 1.0, 40)) - len(names)
+  assert sources._lines(book, 0.0, ANY_LENGTH) == names
+  some = sources._lines(book, 0.1, 40)
+  assert some == sources._lines(book, 0.1, 40)  # the same for every run
+  everything = len(sources._lines(book, 1.0, 40)) - len(names)
   assert 0.08 < (len(some) - len(names)) / everything < 0.12
 
 

@@ -86,7 +86,7 @@ async def _measure(setup: Setup, store: Store) -> list[Row]:
 async def _step(run: Run, stage: Stage, step: int) -> Row:
   """One step, every phase waited for."""
   marks = [time.perf_counter()]
-  before = run.work.generated_tokens
+  before = run.meter.work.generated_tokens
   groups = await run.collect(stage, run.take(stage), step)
   marks.append(time.perf_counter())
   scores = run.grade(stage, groups)
@@ -104,7 +104,7 @@ async def _step(run: Run, stage: Stage, step: int) -> Row:
       for one in dispatched.values()
       for b in one.batches
   )
-  work = (run.work.generated_tokens - before, calls, calls, trained, 0)
+  work = (run.meter.work.generated_tokens - before, calls, calls, trained, 0)
   return {
       phase: (end - start, count)
       for phase, start, end, count in zip(

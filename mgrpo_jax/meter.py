@@ -1,0 +1,74 @@
+"""What is measured of a step, and how much a run has done so far."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+
+from mgrpo_jax.resources import Resources
+from mgrpo_jax.work import Work
+
+
+class Meter:
+  """Collects the metrics of the step under way.
+
+  Attributes:
+    values: metrics by name.
+    work: done so far, earlier processes included.
+    before: the work done when the step began.
+  """
+
+  def __init__(self, resources: Resources) -> None:
+    """Starts with nothing done.
+
+    Args:
+      resources: whose engines and task streams are watched.
+    """
+    self.values: dict[str, float] = {}
+    self.work = Work()
+    self.before = Work()
+    self._resources = resources
+    self._lost = resources.lost_caches()  # when the step began
+
+  def begin(self) -> None:
+    """Forgets the metrics of the step before."""
+    self.values = {}
+    self.before = dataclasses.replace(self.work)
+    self._lost = self._resources.lost_caches()
+
+  @contextlib.contextmanager
+  def timed(self, phase: str) -> Iterator[None]:
+    """Adds the wall time of a phase to the step's metrics."""
+    started = time.monotonic()
+    try:
+      yield
+    finally:
+      name = f"seconds/{phase}"
+      spent = time.monotonic() - started
+      self.values[name] = self.values.get(name, 0.0) + spent
+
+  def totals(self, seconds: float) -> dict[str, float]:
+    """The metrics of the step, with what has been done so far.
+
+    Args:
+      seconds: that the step took.
+
+    Returns:
+      Metrics by name.
+    """
+    done, before = self.work, self.before
+    tokens = done.trained_tokens - before.trained_tokens
+    tokens += done.generated_tokens - before.generated_tokens
+    work = dataclasses.asdict(done)
+    queues = self._resources.queues.values()
+    lost, lost_before = self._resources.lost_caches(), self._lost
+    return (
+        self.values
+        | {name: float(n - lost_before[name]) for name, n in lost.items()}
+        | {name: float(count) for name, count in work.items()}
+        | {
+            "seconds/step": seconds,
+            "tokens_per_second/step": tokens / max(seconds, 1e-9),
+            "waiting": float(sum(queue.waiting for queue in queues)),
+        }
+    )
