@@ -149,7 +149,7 @@ def _add_tasks(config: ml_collections.ConfigDict) -> None:
   config.tasks.per_step = 8  # B, tasks a step, >= 1
   # Rounds in which groups of equal rewards are replaced by new ones, >= 0.
   config.tasks.resample = 0
-  config.tasks.max_retries = 3  # in a row, of a task that machines fail on
+  config.tasks.max_retries = 3  # in a row, of a task that was put back, >= 0
   config.tasks.renamed = 0.8  # share of demonstrations under other names
 
   config.tools = ml_collections.ConfigDict()
@@ -166,8 +166,8 @@ def _add_sampling(config: ml_collections.ConfigDict) -> None:
   config.rollout.temperature = 1.0  # of training samples, >= 0.001
   config.rollout.turn_deadline = 120.0  # seconds a turn may take, > 0
   config.rollout.max_attempts = 3  # of a call that FAILED, in all, >= 1
-  # Updates that a policy may be ahead of a group's tokens, >= 0; the tasks of
-  # older groups are put back, at most tasks.max_retries times.
+  # Steps that a policy may be ahead of a group's tokens, >= 0; the tasks of
+  # older groups are put back, at most tasks.max_retries times in a row.
   config.rollout.max_staleness = 0
   config.rollout.max_concurrent = 64  # rollouts in progress at a time, >= 1
 

@@ -198,7 +198,8 @@ def combinations(values: Mapping[str, Any], team: Team) -> None:
     ValueError: they do not; names the key and what is allowed.
   """
   engine, batch = values["engine"], values["batch"]
-  deepest = max(role.max_context for role in team.roles)
+  weighted = [r for r in team.roles if r.policy in values["policies"]]
+  deepest = max((role.max_context for role in weighted), default=0)
   for key, size in (
       ("engine.context", engine["context"]),
       ("batch.row_tokens", batch["row_tokens"]),
@@ -209,8 +210,11 @@ def combinations(values: Mapping[str, Any], team: Team) -> None:
           " max_context of a role"
       )
   sampled = max(
-      min(role.max_turns * role.max_new_tokens, role.max_context)
-      for role in team.roles
+      (
+          min(role.max_turns * role.max_new_tokens, role.max_context)
+          for role in weighted
+      ),
+      default=0,
   )
   if 0 < batch["row_targets"] < sampled:
     raise ValueError(

@@ -125,10 +125,11 @@ def _rules(config: ml_collections.ConfigDict) -> rewards.Rules:
   overlong = None
   if reward.overlong_tokens:
     longest = {n: role.max_context for n, role in config.team.roles.items()}
-    if reward.overlong_tokens > min(longest.values()):
+    shortest = min(_contexts(config).values(), default=0)
+    if reward.overlong_tokens > shortest:
       raise ValueError(
           f"config.reward.overlong_tokens: {reward.overlong_tokens} must be at"
-          f" most {min(longest.values())}, the smallest max_context of a role"
+          f" most {shortest}, the smallest max_context of a role"
       )
     overlong = functools.partial(
         grades.overlong, longest=longest, buffer=reward.overlong_tokens
@@ -182,7 +183,7 @@ def _policy_loss(
   loss = config.loss
   aggregation = checks.pick(AGGREGATIONS, loss.aggregation, "loss.aggregation")
   if aggregation is losses.sequence_mean_token_sum_norm:
-    longest = max(role.max_context for role in config.team.roles.values())
+    longest = max(_contexts(config).values(), default=1)
     aggregation = functools.partial(aggregation, max_tokens=longest)
   surrogate = checks.pick(SURROGATES, loss.surrogate, "loss.surrogate")
   if surrogate is losses.dual_clipped_surrogate:
@@ -206,6 +207,15 @@ def _policy_loss(
         entropy_coefficient=loss.entropy_coefficient,
         critic=_critic(config),
     )
+
+
+def _contexts(config: ml_collections.ConfigDict) -> dict[str, int]:
+  """How long the streams get that policies with weights write, by role."""
+  return {
+      name: role.max_context
+      for name, role in config.team.roles.items()
+      if role.policy in config.policies
+  }
 
 
 def _critic(config: ml_collections.ConfigDict) -> Critic | None:

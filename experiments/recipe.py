@@ -70,6 +70,7 @@ def check(
   checks.ranges(values)
   with checks.inside("team"):
     team = build_team(config)
+  world.check_names(config, team)
   checks.combinations(values, team)
   placing.check(values, num_devices or jax.device_count())
   for stage in build_stages(config):
@@ -79,7 +80,6 @@ def check(
   method.build(config)
   build_sampler(config)
   checks.pick(world.PROTOCOLS, config.team.protocol, "team.protocol")
-  world.check_names(config, team)
   for name in config.policies:
     placing.execution(config, name)
   if config.publish.bucket:

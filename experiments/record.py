@@ -33,7 +33,11 @@ def main() -> None:
     from mgrpo_jax import atomic
     from mgrpo_jax.report import results
 
-    if _RUNS.value:
+    if not _RUNS.value:
+      for flag in (_MACHINE, _BASELINE, _NOTE):
+        if flag.present:
+          raise ValueError(f"--{flag.name} goes with --runs only")
+    else:
       if not _MACHINE.value:
         raise ValueError("--machine is required with --runs")
       found = results.collect(

@@ -71,6 +71,7 @@ CODES: Mapping[str, Callable[[Moment], Action]] = {
     "calculate": symbolic.calculate,
     "look_up": symbolic.look_up,
 }
+CODE_TOOLS = {"calculate": (), "look_up": ("search", "visit")}  # that it uses
 _REMEMBERED_QUERIES = 100_000
 
 
@@ -133,6 +134,13 @@ def check_names(config: ml_collections.ConfigDict, team: Team) -> None:
           f"config.team.roles.{role.name}.tools: unknown {unknown}, allowed:"
           f" {', '.join(TOOLS)}"
       )
+    if role.policy in config.symbolic:
+      code = config.symbolic[role.policy].code
+      if missing := sorted(set(CODE_TOOLS[code]) - set(role.tools)):
+        raise ValueError(
+            f"config.team.roles.{role.name}.tools: {role.tools}, must have"
+            f" {missing}, which {code} uses"
+        )
     known = {*config.policies.keys(), *config.symbolic.keys()}
     if role.policy not in known:
       raise ValueError(
@@ -227,7 +235,7 @@ def symbolic_actors(
   """
   chat = next(iter(made.values()))
   return {
-      name: scripted(
+      name: symbolic.actor(
           CODES[config.symbolic[name].code], chat=chat, protocol=protocol
       )
       for name in team.policies

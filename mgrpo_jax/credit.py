@@ -133,13 +133,16 @@ def compared(
   """
   inherits = advantage is advantages.inherit_parent
   learners = learning(team, trained)
-  calls = {
-      role.name: rewards.by_role(
-          groups, scores, role=role.name, max_calls=team.most_calls(role.name)
-      )
+  compared_roles = [
+      role.name
       for role in team.roles
       if role.name in learners or (inherits and role.name == team.root)
-  }
+  ]
+  calls = rewards.by_role(
+      groups,
+      scores,
+      max_calls={name: team.most_calls(name) for name in compared_roles},
+  )
   found = compare(
       calls,
       root=team.root,

@@ -109,9 +109,9 @@ class Setup:
     test: questions before and after training.
     tasks_per_step: B.
     resample: how often new groups are drawn for those that teach nothing.
-    max_retries: how often in a row a task is asked again that a machine failed
-      on.
-    max_staleness: updates that a policy may be ahead of what it trains on.
+    max_retries: how often in a row a task is asked again, because a machine
+      failed on it or it was too old.
+    max_staleness: steps that a policy may be ahead of what it trains on.
     rollouts_per_task: K.
     team: the roles.
     policies: by name, with the weights to begin with.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -190,19 +190,17 @@ def by_role(
     groups: Sequence[RolloutGroup],
     scores: Sequence[Scores],
     *,
-    role: str,
-    max_calls: int,
-) -> RoleCalls:
-  """Sorts one role's calls by task, rollout and order.
+    max_calls: Mapping[str, int],
+) -> dict[str, RoleCalls]:
+  """Sorts the calls of some roles by role, task, rollout and order.
 
   Args:
     groups: B groups of K rollouts each.
     scores: of the groups.
-    role: its name.
-    max_calls: C, most calls of the role in a rollout.
+    max_calls: C, most calls in a rollout, of each role that is wanted.
 
   Returns:
-    Calls of weight > 0, their positions, numbers and rewards.
+    By role: calls of weight > 0, their positions, numbers and rewards.
 
   Raises:
     ValueError: if groups differ in K, or a rollout has more calls than C.
@@ -212,33 +210,16 @@ def by_role(
     raise ValueError(
         f"groups must have the same number of rollouts, got {sorted(sizes)}"
     )
-  positions = tuple(
-      _positions(group, graded, role)
+  places = [
+      _places(group, graded, max_calls)
       for group, graded in zip(groups, scores, strict=True)
-  )
-  num_calls = np.array([[len(k) for k in b] for b in positions], np.int32)
-  if num_calls.max() > max_calls:
-    raise ValueError(
-        f"max_calls must be at least {num_calls.max()}, the calls to {role!r}"
-        f" in a rollout, got {max_calls}"
-    )
-  numbers = [_subtasks(group, role) for group in groups]
-  rewards = np.zeros((*num_calls.shape, max_calls), np.float32)
-  subtasks = np.full(rewards.shape, -1, np.int32)
-  for b, k in np.ndindex(num_calls.shape):
-    held = list(positions[b][k])
-    rewards[b, k, : len(held)] = scores[b].total[held]
-    subtasks[b, k, : len(held)] = [numbers[b][m] for m in held]
-  return RoleCalls(
-      calls=tuple(
-          tuple(tuple(group.trajectories[m] for m in k) for k in b)
-          for group, b in zip(groups, positions, strict=True)
-      ),
-      positions=positions,
-      num_calls=num_calls,
-      rewards=rewards,
-      subtasks=subtasks,
-  )
+  ]
+  return {
+      role: _role_calls(
+          groups, scores, role, [held[role] for held in places], most
+      )
+      for role, most in max_calls.items()
+  }
 
 
 def of_root(group: RolloutGroup) -> Positions:
@@ -294,26 +275,61 @@ def _grade(
   return float(valid), correct, expert, deep, earned
 
 
-def _positions(
-    group: RolloutGroup, scores: Scores, role: str
-) -> tuple[tuple[int, ...], ...]:
-  """Lists where a role's calls that count stand, for each rollout."""
-  held: list[list[int]] = [[] for _ in range(group.num_rollouts)]
-  for m, trajectory in enumerate(group.trajectories):
-    if trajectory.role == role and scores.weight[m] > 0:
-      held[trajectory.rollout].append(m)
-  return tuple(map(tuple, held))
+# Of a role, for each rollout: where calls that count stand, and what number the
+# sub-task of each has.
+_Places = list[tuple[list[int], list[int]]]
 
 
-def _subtasks(group: RolloutGroup, role: str) -> dict[int, int]:
-  """Numbers what a role was asked, by where its calls stand."""
-  numbers: dict[int, int] = {}
-  counted = [-1] * group.num_rollouts
+def _places(
+    group: RolloutGroup, scores: Scores, roles: Collection[str]
+) -> dict[str, _Places]:
+  """Finds the calls of every role in one pass."""
+  found: dict[str, _Places] = {
+      role: [([], []) for _ in range(group.num_rollouts)] for role in roles
+  }
+  asked = {role: [-1] * group.num_rollouts for role in roles}
   for m, trajectory in enumerate(group.trajectories):
-    if trajectory.role == role:
-      counted[trajectory.rollout] += trajectory.attempt == 0
-      numbers[m] = counted[trajectory.rollout]
-  return numbers
+    role, k = trajectory.role, trajectory.rollout
+    if role not in found:
+      continue
+    asked[role][k] += trajectory.attempt == 0
+    if scores.weight[m] > 0:
+      positions, numbers = found[role][k]
+      positions.append(m)
+      numbers.append(asked[role][k])
+  return found
+
+
+def _role_calls(
+    groups: Sequence[RolloutGroup],
+    scores: Sequence[Scores],
+    role: str,
+    places: Sequence[_Places],
+    max_calls: int,
+) -> RoleCalls:
+  """Lays out the calls of one role."""
+  num_calls = np.array([[len(at) for at, _ in b] for b in places], np.int32)
+  if num_calls.max() > max_calls:
+    raise ValueError(
+        f"max_calls must be at least {num_calls.max()}, the calls to {role!r}"
+        f" in a rollout, got {max_calls}"
+    )
+  rewards = np.zeros((*num_calls.shape, max_calls), np.float32)
+  subtasks = np.full(rewards.shape, -1, np.int32)
+  for b, k in np.argwhere(num_calls).tolist():
+    at, numbers = places[b][k]
+    rewards[b, k, : len(at)] = scores[b].total[at]
+    subtasks[b, k, : len(at)] = numbers
+  return RoleCalls(
+      calls=tuple(
+          tuple(tuple(group.trajectories[m] for m in at) for at, _ in b)
+          for group, b in zip(groups, places, strict=True)
+      ),
+      positions=tuple(tuple(tuple(at) for at, _ in b) for b in places),
+      num_calls=num_calls,
+      rewards=rewards,
+      subtasks=subtasks,
+  )
 
 
 def _own_correct(

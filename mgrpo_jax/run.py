@@ -162,7 +162,7 @@ class Run:
     return scores
 
   def _too_old(self, stage: Stage, group: RolloutGroup) -> bool:
-    """Whether a policy that learns was updated too often since it sampled."""
+    """Whether a policy that learns is too many steps ahead of its tokens."""
     if stage.objective == "imitate":
       return False  # what an expert writes does not age
     team = self.setup.team

@@ -101,7 +101,7 @@ def age(
     policies: Mapping[str, str],
     versions: Mapping[str, int],
 ) -> int:
-  """Computes how many updates the weights behind a group's tokens are old.
+  """Computes how many steps old the weights behind a group's tokens are.
 
   Args:
     group: the rollouts.

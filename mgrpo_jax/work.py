@@ -14,8 +14,9 @@ class Work:
     evaluation_tokens: sampled in evaluations.
     trained_tokens: sampled tokens that were trained on.
     rollouts: finished, demonstrations included.
-    retried: tasks put back because a machine failed on them.
-    abandoned: tasks that failed too often to be put back.
+    retried: tasks put back because a machine failed on them, or because their
+      rollouts were too old.
+    abandoned: tasks that this happened to too often.
     lost: tasks that the expert could not demonstrate.
   """
 

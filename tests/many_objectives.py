@@ -8,6 +8,8 @@ entropy bonus and a critic. Two of imitation beside them.
 import functools
 import itertools
 
+import jax
+
 from mgrpo_jax import importance, losses, objectives
 from mgrpo_jax.critic import Critic
 
@@ -49,6 +51,22 @@ def columns(a, b):
   return a, b, a ^ b, a ^ TIMES[2][b], a ^ TIMES[3][b]
 
 
+def extras(a, b):
+  """Two more columns, of 0 and 1, which meet every value of the others."""
+  return (a ^ b >> 1) & 1, (a >> 1 ^ b) & 1
+
+
+def as_given(params, tokens, positions, segment_ids, *, wanted):
+  """Takes what was said of packed tokens for the parameters."""
+  return params
+
+
+# Programs that run once: time spent on optimising them is lost.
+jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
+
 def policy_loss(a, b):
   """The objective of a row."""
   surrogate, aggregation, kl, weighting, ratio = columns(a, b)
@@ -64,9 +82,8 @@ def policy_loss(a, b):
       importance=IMPORTANCES[weighting],
       importance_cap=3.0,
       surrogate=surrogate,
-      # Two more columns, which meet every value of the others.
-      entropy_coefficient=0.05 * ((a ^ b >> 1) & 1),
-      critic=CRITIC if (a >> 1 ^ b) & 1 else None,
+      entropy_coefficient=0.05 * extras(a, b)[0],
+      critic=CRITIC if extras(a, b)[1] else None,
   )
 
 

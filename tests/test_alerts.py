@@ -15,7 +15,7 @@ HEALTHY = {
     "echoed/researcher": 0.1,
     "flat_groups/main": 0.3,
     "clip_fraction/main": 0.02,
-    "staleness/main": 0.0,
+    "stale": 0.0,
     "logprob_gap_mean/main": 1e-6,
     "reward/main": 0.5,
 }
@@ -34,7 +34,7 @@ def test_a_healthy_step_has_no_alert():
         ("echoed/researcher", 0.75, "echo researcher 0.75"),
         ("flat_groups/main", 1.0, "flat groups main 1"),
         ("clip_fraction/main", 0.7, "clipped main 0.7"),
-        ("staleness/main", 3.0, "stale data main 3"),
+        ("stale", 3.0, "stale data 3"),
         ("logprob_gap_mean/main", 0.2, "sampler drift main 0.2"),
         ("format/main", float("nan"), "format collapse main nan"),
     ],

@@ -167,7 +167,7 @@ def test_rewards_are_the_librarys():
       ),
   )
   for role, split, most in (("main", MAIN, 1), ("researcher", PAPER, 2)):
-    expected = rewards.by_role([whole], [scores], role=role, max_calls=most)
+    expected = rewards.by_role([whole], [scores], max_calls={role: most})[role]
     found = calls_of(split)
     np.testing.assert_array_equal(found.num_calls, expected.num_calls[0])
     np.testing.assert_allclose(found.rewards, expected.rewards[0], rtol=1e-6)

@@ -11,6 +11,7 @@ Fifty times as many (`conftest.py`):
 """
 
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -270,10 +271,7 @@ def single_agents(seed, num_tasks=25):
 
 @pytest.mark.parametrize(
     "strategy, normaliser",
-    [
-        *((STRATEGIES[i % 3], name) for i, name in enumerate(NORMALISERS)),
-        *((strategy, "per_task") for strategy in STRATEGIES[1:]),
-    ],
+    itertools.product(STRATEGIES, NORMALISERS),
 )
 def test_4_a_team_without_calls_is_a_single_agent(strategy, normaliser):
   # Both give the main agent `per_task`, for they are about calls.

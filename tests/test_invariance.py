@@ -14,7 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from many_objectives import OBJECTIVES, POLICY_LOSSES, columns
+from many_objectives import (
+    OBJECTIVES,
+    POLICY_LOSSES,
+    as_given,
+    columns,
+    extras,
+    jit,
+)
 from trajectories import random_credits
 
 from mgrpo_jax import optim, packing, sharding, update
@@ -89,17 +96,6 @@ def transformer_params():
   # A head that begins at 0 would pass no gradient on.
   head = np.random.default_rng(5).normal(size=params.value_head.shape)
   return dataclasses.replace(params, value_head=np.float32(head))
-
-
-def as_given(params, tokens, positions, segment_ids, *, wanted):
-  """Takes what was said of packed tokens for the parameters."""
-  return params
-
-
-# Programs that run once: time spent on optimising them is lost.
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 @functools.cache
@@ -242,6 +238,12 @@ def test_objectives_cover_all_pairs_and_differ():
   rows = [columns(a, b) for a, b in itertools.product(range(4), repeat=2)]
   for one, other in itertools.combinations(zip(*rows, strict=True), 2):
     assert len(set(zip(one, other, strict=True))) == 16
+  more = [extras(a, b) for a, b in itertools.product(range(4), repeat=2)]
+  entropy, critics = zip(*more, strict=True)
+  assert len(set(zip(entropy, critics, strict=True))) == 4
+  for one in zip(*rows, strict=True):
+    for extra in (entropy, critics):
+      assert len(set(zip(one, extra, strict=True))) == 8
   losses_found = []
   for name, (params, metrics) in reference_updates().items():
     assert metrics["nonfinite"] == 0 and metrics["update_norm"] > 0.01

@@ -19,7 +19,9 @@ from many_objectives import (
     MAX_TOKENS,
     OBJECTIVES,
     POLICY_LOSSES,
+    as_given,
     columns,
+    jit,
 )
 from test_identities import CASES, ROUNDING, RUNS, SEEDS
 from trajectories import random_credits
@@ -39,12 +41,6 @@ PER_TOKEN = (
 def as_batch(arrays):
   unused = dict.fromkeys(TrainBatch.__dataclass_fields__, np.zeros(()))
   return TrainBatch(**(unused | arrays))
-
-
-# Programs whose compilation would take longer than their runs.
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 def slopes_of(named):
@@ -165,11 +161,6 @@ def test_6_garbage_where_nothing_counts_changes_nothing(seed, garbage):
     jax.tree.map(np.testing.assert_array_equal, found[name], clean[name])
   for value, slope in clean.values():
     assert np.isfinite(value).all() and slope["logprobs"].any()
-
-
-def as_given(params, tokens, positions, segment_ids, *, wanted):
-  """Takes what was said of packed tokens for the parameters."""
-  return params
 
 
 @functools.cache

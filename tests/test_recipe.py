@@ -363,3 +363,66 @@ def test_a_frozen_policy_has_no_adapter():
   config.policies.researcher.lora.rank = 4
   with pytest.raises(ValueError, match="policies.researcher.lora.rank: 4.*0"):
     recipe.check(config)
+
+
+def with_symbolic(code="look_up", **role):
+  """The quickstart with a researcher that is plain code."""
+  config = quickstart.get_config()
+  config.symbolic.finder = default.symbolic(code)
+  config.team.roles.researcher.policy = "finder"
+  for name, value in role.items():
+    config.team.roles.researcher[name] = value
+  del config.policies["researcher"]
+  return config
+
+
+def test_a_role_may_be_plain_code():
+  config = with_symbolic(max_context=4000)  # no cache, no row has to hold that
+  recipe.check(config)
+  setup = recipe.build(config)
+  assert set(setup.policies) == {"main"}
+  assert set(setup.coded) == {"finder"}
+  again = recipe.restore(recipe.plain(config))
+  recipe.check(again)
+  (plan,) = placing.needs(config, placing.weighted(config, setup.team))
+  assert plan == "main"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda c: c.symbolic.__setattr__("finder", default.symbolic("x")),
+            r"config\.symbolic\.finder\.code: 'x', allowed: calculate, look_up",
+        ),
+        (
+            lambda c: c.policies.__setattr__("finder", default.policy()),
+            r"config\.symbolic\.finder: is in config\.policies, too",
+        ),
+        (
+            lambda c: c.team.roles.researcher.__setattr__("tools", ("visit",)),
+            r"config\.team\.roles\.researcher\.tools: .*\['search'\]",
+        ),
+        (
+            lambda c: c.team.roles.main.__setattr__("policy", "nobody"),
+            r"config\.team\.roles\.main\.policy: 'nobody'",
+        ),
+        (
+            lambda c: c.rollout.__setattr__("max_staleness", -1),
+            r"config\.rollout\.max_staleness: -1 must be at least 0",
+        ),
+    ],
+)
+def test_impossible_symbolic_roles_are_named(change, message):
+  config = with_symbolic()
+  change(config)
+  with pytest.raises(ValueError, match=message):
+    recipe.check(config)
+
+
+def test_somebody_must_have_weights():
+  config = with_symbolic()
+  config.team.roles.main.policy = "finder"
+  config.team.roles.main.tools = ("search", "visit")
+  with pytest.raises(ValueError, match=r"config\."):
+    recipe.check(config)

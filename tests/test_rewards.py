@@ -284,17 +284,19 @@ def test_calls_are_sorted_by_task_rollout_and_order():
   )
   groups = (first, second)
   scores = [rewards.score(g, weights=PAPER, rules=RULES) for g in groups]
-  table = rewards.by_role(groups, scores, role="researcher", max_calls=3)
+  found = rewards.by_role(
+      groups, scores, max_calls={"researcher": 3, "main": 1}
+  )
+  table, main = found["researcher"], found["main"]
   np.testing.assert_array_equal(table.num_calls, [[2, 0], [0, 1]])
   assert table.positions == (((1, 2), ()), ((), (3,)))
   assert table.calls[0][0][1] is first.trajectories[2]
   np.testing.assert_allclose(
       table.rewards, [[[1, 0.75, 0], [0] * 3], [[0] * 3, [1, 0, 0]]], rtol=1e-6
   )
-  main = rewards.by_role(groups, scores, role="main", max_calls=1)
   np.testing.assert_array_equal(main.num_calls, [[1, 1], [0, 1]])
   with pytest.raises(ValueError, match="max_calls must be at least 2"):
-    rewards.by_role(groups, scores, role="researcher", max_calls=1)
+    rewards.by_role(groups, scores, max_calls={"researcher": 1})
 
 
 def test_attempts_keep_the_number_of_their_sub_task():
@@ -309,7 +311,8 @@ def test_attempts_keep_the_number_of_their_sub_task():
   rules = dataclasses.replace(RULES, expert=expert)
   tree = group(TASK, calls, 1)
   scores = rewards.score(tree, weights=PAPER, rules=rules)
-  found = rewards.by_role([tree], [scores], role="researcher", max_calls=6)
+  sorted_out = rewards.by_role([tree], [scores], max_calls={"researcher": 6})
+  found = sorted_out["researcher"]
   assert found.num_calls.tolist() == [[5]]
   assert found.subtasks.tolist() == [[[0, 0, 1, 2, 2, -1]]]
 
@@ -322,4 +325,4 @@ def test_bad_input_is_named():
   groups = [group(TASK, [root()], k) for k in (1, 2)]
   scores = [rewards.score(g, weights=PAPER, rules=RULES) for g in groups]
   with pytest.raises(ValueError, match=r"same number of rollouts, got \[1, 2"):
-    rewards.by_role(groups, scores, role="main", max_calls=1)
+    rewards.by_role(groups, scores, max_calls={"main": 1})

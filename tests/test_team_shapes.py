@@ -11,6 +11,7 @@ import io
 import numpy as np
 import pytest
 import tiny_run
+from oracles import advantages as oracle
 
 from mgrpo_jax import advantages, alignment, credit, rewards, rollout
 from mgrpo_jax.agents import symbolic
@@ -83,12 +84,14 @@ TEAMS = {
 
 
 def act(moment):
-  """Calls each child once, or the first one as often as the rollout's number.
+  """Calls each child once, in some rollouts the first one twice.
 
-  Answers differ from rollout to rollout, so that groups have spread.
+  Answers differ from rollout to rollout, and between main and others.
   """
   children = moment.role.calls
   number = int(moment.session.split("/")[1])
+  if moment.role.name != "main":
+    number //= 2  # right where its caller is wrong, and the other way round
   order = [*children, *children[:1] * (number % 2)]
   if len(moment.turns) < len(order):
     name = order[len(moment.turns)]
@@ -102,7 +105,11 @@ def play(team):
   environment = Environment(
       team=team,
       actors={
-          policy: scripted(CODES.get(policy, act), chat=chat, protocol=COMPACT)
+          policy: (
+              symbolic.actor(CODES[policy], chat=chat, protocol=COMPACT)
+              if policy in CODES
+              else scripted(act, chat=chat, protocol=COMPACT)
+          )
           for policy in team.policies
       },
       tools=small_tools(max_chars=40),
@@ -118,12 +125,20 @@ def play(team):
   )
 
 
+def graded(task, trajectory):
+  """Grades differ from call to call."""
+  del task
+  return (trajectory.rollout * 3 + trajectory.call) % 5 / 4
+
+
 def compare(team, group, trained):
-  weights = {
-      one.name: rewards.RewardWeights(format=0.1, correct=0.9, expert=0.0)
-      for one in team.roles
+  weights = {  # every role in its own unit, so that a pooled group would show
+      one.name: rewards.RewardWeights(
+          format=0.1, correct=0.9 / (1 + number), expert=number / 3
+      )
+      for number, one in enumerate(team.roles)
   }
-  rules = small_method(team).rules
+  rules = dataclasses.replace(small_method(team).rules, expert=graded)
   scores = rewards.score(group, weights=weights, rules=rules)
   return scores, credit.compared(
       [group],
@@ -167,14 +182,28 @@ def test_credit_goes_to_the_policy_that_plays_the_role(team):
 
 @pytest.mark.parametrize("team", TEAMS.values(), ids=TEAMS)
 def test_roles_are_compared_with_themselves_only(team):
-  """Two roles of one policy are two groups; advantages of each have mean 0."""
+  """Two roles of one policy are two groups."""
   group = play(team)
   trained = set(team.policies) - set(CODES)
-  _, credits = compare(team, group, trained)
-  for assignment in credits.assignments.values():
-    weight = np.asarray(assignment.alignment.weight)
-    total = (weight * assignment.advantages).sum()
-    np.testing.assert_allclose(total, 0.0, atol=1e-5)
+  scores, credits = compare(team, group, trained)
+  for name, assignment in credits.assignments.items():
+    earned = [
+        [
+            scores.total[m]
+            for m, t in enumerate(group.trajectories)
+            if (t.role, t.rollout) == (name, k)
+        ]
+        for k in range(ROLLOUTS)
+    ]
+    weight = np.zeros((1, ROLLOUTS, max(map(len, earned))))
+    values = np.zeros_like(weight)
+    for k, row in enumerate(earned):
+      weight[0, k, : len(row)] = 1 / len(row)
+      values[0, k, : len(row)] = row
+    expected = oracle.per_task(values, weight)
+    found = assignment.advantages[:, :, : weight.shape[2]]
+    assert np.ptp(expected) > 0.5
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
   seen = {one.name for one in team.roles if one.policy in trained}
   assert set(credits.assignments) == seen
 
@@ -203,6 +232,7 @@ def test_correctness_of_the_parent_reaches_the_third_level():
   by_root = dataclasses.replace(rules, correct_of=rewards.of_root)
   root = rewards.score(group, weights=weights, rules=by_root)
   parent = rewards.score(group, weights=weights, rules=by_parent)
+  assert np.any(root.total != parent.total)
   for m, trajectory in enumerate(group.trajectories):
     main = next(
         t
@@ -215,11 +245,61 @@ def test_correctness_of_the_parent_reaches_the_third_level():
     assert parent.total[m] == float(caller.result_text == "Lima")
 
 
-def test_a_symbolic_calculator_answers_and_says_what_is_wrong():
-  group = play(SYMBOLIC)
-  sums = [t for t in group.trajectories if t.role == "sum"]
-  assert {t.result_text for t in sums} == {"3"}
-  assert all(len(t.turns) == 1 for t in sums)
+def ask(code, request, **changes):
+  """What a role that is plain code answers to a request, called directly."""
+  alone = Team(
+      roles=(role("solo", "solo", tools=TOOLS, **changes),), root="solo"
+  )
+  chat = chat_of(COMPACT, alone)
+  environment = Environment(
+      team=alone,
+      actors={"solo": symbolic.actor(code, chat=chat, protocol=COMPACT)},
+      tools=small_tools(max_chars=40),
+      temperature=1.0,
+      turn_deadline=5.0,
+      max_attempts=1,
+  )
+  question = dataclasses.replace(tasks()[0], question=request)
+  (call,) = asyncio.run(
+      rollout.run_group(
+          question, environment=environment, num_rollouts=1, seed=0
+      )
+  ).trajectories
+  return call
+
+
+@pytest.mark.parametrize(
+    "request_, expected",
+    [
+        ("1 + 2", "3"),
+        ("10 / 4", "2.5"),
+        ("1 / 0", "error: division by zero"),
+        ("Peru", "error: not an arithmetic expression"),
+    ],
+)
+def test_a_symbolic_calculator_answers_and_says_what_is_wrong(
+    request_, expected
+):
+  call = ask(symbolic.calculate, request_)
+  assert (call.status, call.result_text) == (Status.COMPLETED, expected)
+  assert len(call.turns) == 1
+
+
+def test_a_symbolic_researcher_says_that_nothing_was_found():
+  call = ask(symbolic.look_up, "xyzzy")
+  assert [turn.name for turn in call.turns] == ["search", ""]
+  assert call.status == Status.COMPLETED
+  assert call.result_text == call.turns[0].result != ""
+
+
+@pytest.mark.parametrize("most", [16, 20])
+def test_a_symbolic_answer_is_cut_to_what_a_turn_holds(most):
+  whole = ask(symbolic.look_up, "Peru Capital", max_new_tokens=60)
+  call = ask(symbolic.look_up, "Peru Capital", max_new_tokens=most)
+  assert [turn.name for turn in call.turns] == ["search", "visit", ""]
+  assert call.status == Status.COMPLETED
+  assert whole.result_text.startswith(call.result_text)
+  assert 0 < len(call.result_text) < len(whole.result_text)
 
 
 def test_a_symbolic_researcher_reports_what_it_opened():

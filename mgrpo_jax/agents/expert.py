@@ -11,6 +11,7 @@ report as it is, right or wrong. Whoever imitates it knows the moves; which of
 them pay is left to be learned from rewards.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -59,7 +60,10 @@ def environment(
   """
 
   def act(moment: Moment) -> Action:
-    return next_action(moment, task, titles, hasty)
+    asked = [name for name in moment.role.calls if _looks_up(team, name)]
+    role = dataclasses.replace(moment.role, calls=tuple(asked))
+    own = dataclasses.replace(moment, role=role) if asked else moment
+    return next_action(own, task, titles, hasty)
 
   return Environment(
       team=team,
@@ -138,6 +142,13 @@ def _guess(moment: Moment, task: Task) -> Action:
       if found and moment.request == head + name + tail:
         return _search(_retold(hop.query, {known: name}))
   raise LostError(f"{moment.request!r} is no hop of task {task.id}")
+
+
+def _looks_up(team: Team, name: str) -> bool:
+  """Whether a role, or one that it calls, has a tool that finds passages."""
+  role = team[name]
+  below = any(_looks_up(team, child) for child in role.calls)
+  return below or "search" in role.tools
 
 
 def _pass_on(moment: Moment) -> Action:

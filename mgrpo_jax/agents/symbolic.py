@@ -1,13 +1,46 @@
 """Symbolic policies: plain code that plays a role, without weights.
 
-Each function says what a role does next, `actor.scripted` makes an actor of it.
-Symbolic policies take part in rollouts like any other; nothing trains them.
+Each function says what a role does next, `actor` makes an actor of it. Symbolic
+policies take part in rollouts like any other; nothing trains them.
 """
 
-from mgrpo_jax.agents.actor import Moment
+from collections.abc import Callable
+
+from mgrpo_jax.agents.actor import Actor, Moment, scripted
+from mgrpo_jax.agents.call import fit
+from mgrpo_jax.agents.chat import Chat
 from mgrpo_jax.agents.errors import ToolError
-from mgrpo_jax.agents.protocol import Action, answer
+from mgrpo_jax.agents.protocol import Action, Protocol, answer
 from mgrpo_jax.agents.tools import ERROR, compute
+
+
+def actor(
+    act: Callable[[Moment], Action], *, chat: Chat, protocol: Protocol
+) -> Actor:
+  """An actor that is plain code, and whose answers fit its turns.
+
+  Args:
+    act: the next action; of the text of an answer as much is kept as the tokens
+      of a turn hold.
+    chat: messages to tokens.
+    protocol: text to actions.
+
+  Returns:
+    The actor.
+  """
+
+  def fitted(moment: Moment) -> Action:
+    action = act(moment)
+    if action.kind != "answer":
+      return action
+
+    def encode(text: str) -> list[int]:
+      return list(chat.write(protocol.render(answer(text))))
+
+    room = moment.sampling.max_new_tokens
+    return answer(fit(str(action.arguments["text"]), encode, room))
+
+  return scripted(fitted, chat=chat, protocol=protocol)
 
 
 def calculate(moment: Moment) -> Action:
@@ -29,8 +62,7 @@ def look_up(moment: Moment) -> Action:
   """Searches for the request, opens the first result and answers with it.
 
   Args:
-    moment: of a role with the tools `search` and `visit`, and room in a turn
-      for what a visit shows.
+    moment: of a role with the tools `search` and `visit`.
 
   Returns:
     The next action; the answer says so where nothing was found.

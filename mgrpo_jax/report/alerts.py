@@ -34,7 +34,7 @@ RULES = (
     Rule(name="echo", metric="echoed", above=0.5),
     Rule(name="flat groups", metric="flat_groups", above=0.8),
     Rule(name="clipped", metric="clip_fraction", above=0.5),
-    Rule(name="stale data", metric="staleness", above=1.0),
+    Rule(name="stale data", metric="stale", above=0.0),
     Rule(name="sampler drift", metric="logprob_gap_mean", above=0.05),
 )
 

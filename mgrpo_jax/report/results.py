@@ -284,6 +284,9 @@ def _run(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     raise ValueError(
         f"{path}: config.name: {config.get('name')!r}, allowed: RECIPE:ARM"
     )
+  needed = {"seed", "steps", "seconds", "tokens", "eval"}
+  if lost := sorted(needed - found.keys()):
+    raise ValueError(f"{path}: {', '.join(lost)}: missing")
   looks = np.stack([outcome.looks[name] for name in _DEV], axis=1)
   run = {
       "arm": arm,

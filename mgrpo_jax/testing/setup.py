@@ -20,8 +20,8 @@ from mgrpo_jax import (
     rewards,
     rollout,
 )
-from mgrpo_jax.agents import expert
-from mgrpo_jax.agents.actor import Actor, Moment, sampled, scripted
+from mgrpo_jax.agents import expert, symbolic
+from mgrpo_jax.agents.actor import Actor, Moment, sampled
 from mgrpo_jax.agents.chat import Chat
 from mgrpo_jax.agents.compact import COMPACT
 from mgrpo_jax.agents.protocol import Action
@@ -122,7 +122,7 @@ def small_setup(
   chat = team_lib.chat_of(COMPACT, roles)
 
   coded = {
-      name: scripted(code, chat=chat, protocol=COMPACT)
+      name: symbolic.actor(code, chat=chat, protocol=COMPACT)
       for name, code in (codes or {}).items()
   }
   weighted = [name for name in roles.policies if name not in coded]

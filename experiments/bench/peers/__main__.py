@@ -86,7 +86,7 @@ def _measure(peer: Any) -> list[dict[str, Any]]:
         for case in range(_BATCHES.value)
     ]
     ours, plain = (float(one) for one in np.max(np.array(found), axis=0))
-    passed = check.limit is None or ours <= check.limit
+    passed = check.limit is None or 0 <= ours <= check.limit
     rows.append(
         {
             "here": check.what,

@@ -68,8 +68,12 @@ class Check:
   limit: float | None = None  # None only shows
 
   def errors(self, batch: Batch) -> tuple[float, float]:
-    """The largest relative errors: difference accounted for, and not."""
-    found = [(0.0, 0.0)]
+    """The largest relative errors: difference accounted for, and not.
+
+    Returns:
+      Both; -1 where the batch holds nothing to compare.
+    """
+    found = []
     for pair in self.pairs(batch):
       found.append(
           (
@@ -77,7 +81,7 @@ class Check:
               error(pair.theirs, pair.plain, pair.scale),
           )
       )
-    most = np.max(np.array(found), axis=0)
+    most = np.max(np.array(found), axis=0, initial=-1.0)
     return float(most[0]), float(most[1])
 
 
