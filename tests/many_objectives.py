@@ -52,7 +52,12 @@ def columns(a, b):
 
 
 def extras(a, b):
-  """Two more columns, of 0 and 1, which meet every value of the others."""
+  """Whether there is an entropy bonus, and a critic.
+
+  Both meet every surrogate, aggregation and KL; five columns are all that an
+  array of sixteen rows has, so the first follows from the importance and the
+  second from the ratio.
+  """
   return (a ^ b >> 1) & 1, (a >> 1 ^ b) & 1
 
 
