@@ -199,7 +199,7 @@ def combinations(values: Mapping[str, Any], team: Team) -> None:
   """
   engine, batch = values["engine"], values["batch"]
   weighted = [r for r in team.roles if r.policy in values["policies"]]
-  deepest = max((role.max_context for role in weighted), default=0)
+  deepest = max(role.max_context for role in weighted)
   for key, size in (
       ("engine.context", engine["context"]),
       ("batch.row_tokens", batch["row_tokens"]),
@@ -210,11 +210,7 @@ def combinations(values: Mapping[str, Any], team: Team) -> None:
           " max_context of a role"
       )
   sampled = max(
-      (
-          min(role.max_turns * role.max_new_tokens, role.max_context)
-          for role in weighted
-      ),
-      default=0,
+      min(r.max_turns * r.max_new_tokens, r.max_context) for r in weighted
   )
   if 0 < batch["row_targets"] < sampled:
     raise ValueError(

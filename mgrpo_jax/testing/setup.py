@@ -120,18 +120,11 @@ def small_setup(
       max_context=CONTEXT, max_new_tokens=24, max_turns=3
   )
   chat = team_lib.chat_of(COMPACT, roles)
-
   coded = {
       name: symbolic.actor(code, chat=chat, protocol=COMPACT)
       for name, code in (codes or {}).items()
   }
   weighted = [name for name in roles.policies if name not in coded]
-
-  def actor(name: str, engine: Engine) -> Actor:
-    del name
-    return sampled(
-        engine.generate, release=engine.release, chat=chat, protocol=COMPACT
-    )
 
   stages = _stages(weighted, imitation_steps, steps)
   questions = tasks()
@@ -156,7 +149,7 @@ def small_setup(
       adaptations=adaptations or {},
       meshes=meshes
       or dict.fromkeys(weighted, Meshes(learner=None, sampler=None)),
-      actor=actor,
+      actor=functools.partial(_actor, chat),
       coded=coded,
       tools=team_lib.small_tools(max_chars=40),
       demonstrate={stage.name: demonstrate for stage in stages},
@@ -217,6 +210,14 @@ def evenness(task: Task, trajectory: Trajectory) -> float:
   del task
   ids = trajectory.tokens[trajectory.loss_mask > 0]
   return float(np.mean(ids % 2 == 0)) if len(ids) else 0.0
+
+
+def _actor(chat: Chat, name: str, engine: Engine) -> Actor:
+  """Samples from an engine; every policy writes alike."""
+  del name
+  return sampled(
+      engine.generate, release=engine.release, chat=chat, protocol=COMPACT
+  )
 
 
 def _demonstrator(
