@@ -1,14 +1,25 @@
 """Text while it is sampled: what comes out is what went in, up to a stop."""
 
+import functools
+import pathlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mgrpo_jax.policy.load import load_tokenizer
 from mgrpo_jax.serving.text import Cutter, Decoder, Spelling
 from mgrpo_jax.testing.tokens import NUM_BYTES, ByteTokenizer
 
 TOKENIZER = ByteTokenizer(("<end>",))
 END = TOKENIZER.special_ids["<end>"]
+
+
+@functools.cache
+def words():
+  """The quickstart's tokenizer: pieces of words, bytes, control tokens."""
+  weights = pathlib.Path(__file__).parents[1] / "configs/quickstart_weights"
+  return load_tokenizer(weights / "main")
 
 
 def spelled(ids, **more):
@@ -25,6 +36,15 @@ def test_any_tokens_decode_as_they_do_together(ids):
   decoder = Decoder(TOKENIZER.decode)
   pieces = [decoder.push(token) for token in ids]
   assert "".join(pieces) + decoder.flush() == TOKENIZER.decode(ids)
+
+
+@given(st.lists(st.integers(0, 511), max_size=20))
+def test_pieces_of_words_do_too(ids):
+  tokenizer = words()
+  ids = [token % tokenizer.vocab_size for token in ids]
+  decoder = Decoder(tokenizer.decode)
+  pieces = [decoder.push(token) for token in ids]
+  assert "".join(pieces) + decoder.flush() == tokenizer.decode(ids)
 
 
 @given(st.text(max_size=20))
