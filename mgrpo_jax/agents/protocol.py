@@ -15,6 +15,9 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "integer": (int,),
     "number": (int, float),
     "boolean": (bool,),
+    "array": (list,),
+    "object": (dict,),
+    "null": (type(None),),
 }
 _MAX_JSON_CHARS = 20_000  # no turn is that long; bounds the parser's work
 
@@ -46,7 +49,7 @@ class Function:
     kind: `tool`, or `call` for a child role.
     name: how it is addressed.
     description: one sentence for the model.
-    schema: JSON schema of its arguments, an object of scalar properties.
+    schema: JSON schema of its arguments, an object whose properties have types.
   """
 
   kind: Literal["tool", "call"]
@@ -192,7 +195,7 @@ def scrub(text: str) -> str:
 def check_arguments(
     schema: Mapping[str, Any], arguments: Mapping[str, Any]
 ) -> str:
-  """Compares arguments with a schema of scalar properties.
+  """Compares arguments with the names and types of a schema's properties.
 
   Args:
     schema: JSON schema of an object; types may be lists of types.

@@ -34,7 +34,7 @@ from mgrpo_jax.policy.params import Params, param_specs
 from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.sampler import device
 from mgrpo_jax.sampler.schedule import Schedule, Visit, completion
-from mgrpo_jax.sampler.slots import Request
+from mgrpo_jax.sampler.slots import OnTokens, Request
 from mgrpo_jax.types import Completion
 
 _COPIES = 8  # slots copied by one call
@@ -151,6 +151,7 @@ class Engine:
       seed: int,
       *,
       session: str | None = None,
+      on_tokens: OnTokens | None = None,
   ) -> Completion:
     """Samples what follows a stream of tokens.
 
@@ -163,6 +164,10 @@ class Engine:
       session: keeps the cache for the next call, whose tokens should extend
         these and the completion's; if they do not, all are prefilled. One
         request of a session at a time. End it with `release`.
+      on_tokens: called in the event loop after each visit with the tokens that
+        it drew, at least one, and their log-probabilities; together they are
+        the completion's. May cancel the call. How many come at a time says
+        nothing; what it raises, the call raises.
 
     Returns:
       The completion. It finishes with `context` when the stream has reached
@@ -188,6 +193,7 @@ class Engine:
         session=session,
         limit=limit,
         future=asyncio.get_running_loop().create_future(),
+        on_tokens=on_tokens,
     )
     if limit == len(stream):
       request.versions.append(self._schedule.version)

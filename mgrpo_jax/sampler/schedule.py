@@ -167,12 +167,14 @@ class Schedule:
     self._counts["generated"] += int(counts.sum())
     for slot, request in visit.busy:
       count, index = int(counts[slot.index]), slot.index
-      request.sampled += tokens[:count, index].tolist()
-      request.logprobs += logprobs[:count, index].tolist()
+      drawn = tokens[:count, index].tolist(), logprobs[:count, index].tolist()
+      request.sampled += drawn[0]
+      request.logprobs += drawn[1]
       request.versions.append(visit.version)
       slot.cached += count
       self._inputs.token[index] = request.sampled[-1]
       stopped = request.sampled[-1] in request.sampling.stop_ids
+      _tell(request, *drawn)
       if request.future.done() or not (
           stopped or slot.cached + 1 == request.limit
       ):
@@ -260,6 +262,17 @@ def completion(request: Request, context: int) -> Completion:
       version_min=request.versions[0],
       version_max=request.versions[-1],
   )
+
+
+def _tell(request: Request, tokens: list[int], logprobs: list[float]) -> None:
+  """Tells who listens what a visit drew; what it raises ends its request."""
+  if request.on_tokens is None or request.future.done():
+    return
+  try:
+    request.on_tokens(tokens, logprobs)
+  except Exception as error:  # others' requests go on
+    if not request.future.done():
+      request.future.set_exception(error)
 
 
 def _idle_slots(num_slots: int) -> Slots:

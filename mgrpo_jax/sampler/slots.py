@@ -12,11 +12,14 @@ import asyncio
 import collections
 import dataclasses
 import heapq
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.types import Completion
+
+OnTokens = Callable[[Sequence[int], Sequence[float]], None]
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -30,6 +33,7 @@ class Request:
     session: whose cache to go on from and to leave; None for neither.
     limit: length at which the stream must stop.
     future: gets the completion; done early means cancelled.
+    on_tokens: told what each visit drew; None for nobody.
     sampled: tokens drawn.
     logprobs: their log-probabilities, nats.
     versions: of the weights, in each visit that drew some.
@@ -41,6 +45,7 @@ class Request:
   session: str | None
   limit: int
   future: asyncio.Future[Completion]
+  on_tokens: OnTokens | None = None
   sampled: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[float] = dataclasses.field(default_factory=list)
   versions: list[int] = dataclasses.field(default_factory=list)

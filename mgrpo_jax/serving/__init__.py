@@ -1,0 +1,1 @@
+"""A trained team, and each of its policies, as an OpenAI-compatible server."""
