@@ -36,6 +36,8 @@ _RANGES = {  # lowest and highest allowed
     "rollout.per_task": (1, _MOST),
     "rollout.max_attempts": (1, _MOST),
     "rollout.max_staleness": (0, _MOST),
+    "budget.trained_tokens": (0, 10**15),
+    "budget.generated_tokens": (0, 10**15),
     "rollout.max_concurrent": (1, _MOST),
     "engine.num_slots": (1, _MOST),
     "engine.context": (1, _MOST),
@@ -261,6 +263,11 @@ def learners(values: Mapping[str, Any], team: Team, stage: Stage) -> None:
     if name not in policies:
       raise ValueError(
           f"{key}: unknown policy {name!r}, allowed: {sorted(policies)}"
+      )
+    if name not in team.policies:
+      raise ValueError(
+          f"{key}: no role has policy {name!r}, allowed:"
+          f" {sorted(team.policies)}"
       )
     if not policies[name]["trainable"]:
       raise ValueError(

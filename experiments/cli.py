@@ -113,6 +113,8 @@ def flag_errors() -> Iterator[None]:
   try:
     yield
   except flags.Error as error:
+    if "Traceback" in str(error):  # a recipe's, quoted whole
+      fail(f"cannot read --config: {_last_line(error)}")
     fail(str(error))
   except (
       AttributeError,

@@ -25,7 +25,7 @@ from mgrpo_jax.agents.chats import chatml, gemma3, llama3
 from mgrpo_jax.agents.chats.compact import compact as compact_chat
 from mgrpo_jax.agents.context import Environment
 from mgrpo_jax.agents.protocol import Action, Protocol
-from mgrpo_jax.agents.team import Team
+from mgrpo_jax.agents.team import Role, Team
 from mgrpo_jax.agents.tools import (
     SearchIndex,
     Tool,
@@ -72,6 +72,7 @@ CODES: Mapping[str, Callable[[Moment], Action]] = {
     "look_up": symbolic.look_up,
 }
 CODE_TOOLS = {"calculate": (), "look_up": ("search", "visit")}  # that it uses
+CODE_TURNS = {"calculate": 1, "look_up": 3}  # that it takes
 _REMEMBERED_QUERIES = 100_000
 
 
@@ -122,6 +123,12 @@ def check_names(config: ml_collections.ConfigDict, team: Team) -> None:
           f"config.symbolic.{name}: is in config.policies, too; allowed: names"
           " of its own"
       )
+  for name in sorted(set(config.policies.keys()) - set(team.policies)):
+    if rank := config.policies[name].lora.rank:
+      raise ValueError(
+          f"config.policies.{name}.lora.rank: {rank}, allowed: 0, for no role"
+          " of config.team.roles has this policy"
+      )
   if not placing.weighted(config, team):
     raise ValueError(
         "config.team.roles: all are played by config.symbolic; one must have a"
@@ -135,12 +142,7 @@ def check_names(config: ml_collections.ConfigDict, team: Team) -> None:
           f" {', '.join(TOOLS)}"
       )
     if role.policy in config.symbolic:
-      code = config.symbolic[role.policy].code
-      if missing := sorted(set(CODE_TOOLS[code]) - set(role.tools)):
-        raise ValueError(
-            f"config.team.roles.{role.name}.tools: {role.tools}, must have"
-            f" {missing}, which {code} uses"
-        )
+      _check_coded(role, config.symbolic[role.policy].code)
     known = {*config.policies.keys(), *config.symbolic.keys()}
     if role.policy not in known:
       raise ValueError(
@@ -150,6 +152,29 @@ def check_names(config: ml_collections.ConfigDict, team: Team) -> None:
       )
     with checks.inside("policies"):
       check_name(role.policy, "policy")
+
+
+def _check_coded(role: Role, code: str) -> None:
+  """Raises where plain code could not do what the role is there for."""
+  key = f"config.team.roles.{role.name}"
+  if missing := sorted(set(CODE_TOOLS[code]) - set(role.tools)):
+    raise ValueError(
+        f"{key}.tools: {role.tools}, must have {missing}, which {code} uses"
+    )
+  if role.calls:
+    raise ValueError(
+        f"{key}.calls: {role.calls}, allowed: (), {code} calls nobody"
+    )
+  if role.max_turns < CODE_TURNS[code]:
+    raise ValueError(
+        f"{key}.max_turns: {role.max_turns} must be at least"
+        f" {CODE_TURNS[code]}, which {code} takes"
+    )
+  if role.attempts > 1:
+    raise ValueError(
+        f"{key}.attempts: {role.attempts}, allowed: 1, {code} does the same"
+        " again"
+    )
 
 
 def tools(book: Factbook, config: ml_collections.ConfigDict) -> dict[str, Tool]:

@@ -112,7 +112,7 @@ def test_the_recipe_says_how_long_a_text_may_mention():
     ("key", "value", "message"),
     [
         ("seed", -1, "config.seed"),
-        ("budget.trained_tokens", -1, "config.budget: trained_tokens must"),
+        ("budget.trained_tokens", -1, "config.budget.trained_tokens: -1 must"),
         ("budget.generated_tokens", 1.5, "generated_tokens: 1.5 must be int"),
         ("seed", 2**32, "config.seed"),
         ("seed", None, "config.seed: None must be int"),
@@ -365,6 +365,13 @@ def test_a_frozen_policy_has_no_adapter():
     recipe.check(config)
 
 
+def idle():
+  """A policy that nobody has, with an adapter."""
+  policy = default.policy()
+  policy.lora.rank = 8
+  return policy
+
+
 def with_symbolic(code="look_up", **role):
   """The quickstart with a researcher that is plain code."""
   config = quickstart.get_config()
@@ -404,6 +411,26 @@ def test_a_role_may_be_plain_code():
             r"config\.team\.roles\.researcher\.tools: .*\['search'\]",
         ),
         (
+            lambda c: c.team.roles.researcher.__setattr__("max_turns", 2),
+            r"config\.team\.roles\.researcher\.max_turns: 2 must be at least 3",
+        ),
+        (
+            lambda c: c.team.roles.researcher.__setattr__("attempts", 2),
+            r"config\.team\.roles\.researcher\.attempts: 2, allowed: 1",
+        ),
+        (
+            lambda c: c.team.roles.main.__setattr__("policy", "finder"),
+            r"config\.team\.roles\.main|config\.team\.roles: all are played",
+        ),
+        (
+            lambda c: c.policies.__setattr__("idle", idle()),
+            r"config\.policies\.idle\.lora\.rank: 8, allowed: 0, for no role",
+        ),
+        (
+            lambda c: c.budget.__setattr__("trained_tokens", -1),
+            r"config\.budget\.trained_tokens: -1 must be at least 0",
+        ),
+        (
             lambda c: c.team.roles.main.__setattr__("policy", "nobody"),
             r"config\.team\.roles\.main\.policy: 'nobody'",
         ),
@@ -420,9 +447,11 @@ def test_impossible_symbolic_roles_are_named(change, message):
     recipe.check(config)
 
 
-def test_somebody_must_have_weights():
-  config = with_symbolic()
-  config.team.roles.main.policy = "finder"
-  config.team.roles.main.tools = ("search", "visit")
-  with pytest.raises(ValueError, match=r"config\."):
+def test_plain_code_calls_nobody():
+  config = quickstart.get_config()
+  config.symbolic.planner = default.symbolic("calculate")
+  config.team.roles.main.policy = "planner"
+  with pytest.raises(
+      ValueError, match=r"main\.calls: .* calculate calls nobody"
+  ):
     recipe.check(config)

@@ -321,7 +321,11 @@ def _arguments() -> argparse.Namespace:
       "--most_rows", type=int, default=12, help="of a micro-batch"
   )
   parser.add_argument("--out", type=pathlib.Path)
-  return parser.parse_args()
+  arguments = parser.parse_args()
+  for name in ("pairs", "times", "most_rows"):
+    if getattr(arguments, name) < 1:
+      parser.error(f"--{name} must be at least 1")
+  return arguments
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Each function says what a role does next, `actor` makes an actor of it. Symbolic
 policies take part in rollouts like any other; nothing trains them.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 from mgrpo_jax.agents.actor import Actor, Moment, scripted
@@ -17,11 +18,11 @@ from mgrpo_jax.agents.tools import ERROR, compute
 def actor(
     act: Callable[[Moment], Action], *, chat: Chat, protocol: Protocol
 ) -> Actor:
-  """An actor that is plain code, and whose answers fit its turns.
+  """An actor that is plain code, and whose turns fit.
 
   Args:
-    act: the next action; of the text of an answer as much is kept as the tokens
-      of a turn hold.
+    act: the next action, with one argument at most; of that as much is kept as
+      the tokens of a turn hold.
     chat: messages to tokens.
     protocol: text to actions.
 
@@ -31,14 +32,15 @@ def actor(
 
   def fitted(moment: Moment) -> Action:
     action = act(moment)
-    if action.kind != "answer":
-      return action
+    ((name, value),) = action.arguments.items()
+
+    def cut(text: str) -> Action:
+      return dataclasses.replace(action, arguments={name: text})
 
     def encode(text: str) -> list[int]:
-      return list(chat.write(protocol.render(answer(text))))
+      return list(chat.write(protocol.render(cut(text))))
 
-    room = moment.sampling.max_new_tokens
-    return answer(fit(str(action.arguments["text"]), encode, room))
+    return cut(fit(str(value), encode, moment.sampling.max_new_tokens))
 
   return scripted(fitted, chat=chat, protocol=protocol)
 
@@ -72,7 +74,7 @@ def look_up(moment: Moment) -> Action:
     return Action(kind="tool", name="search", arguments=arguments)
   last = moment.turns[-1]
   if last.name != "search" or last.result.startswith(ERROR):
-    return answer(last.result)
+    return answer(last.result.replace("<", "("))  # no page writes a call
   listed = last.result.split(maxsplit=1)
   if not listed or not listed[0].isdigit():
     return answer(last.result)

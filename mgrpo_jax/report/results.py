@@ -154,6 +154,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     raise atomic.CorruptError(
         f"{path}: {', '.join(misfits)}: missing, or not what it should be"
     )
+  keys = [(run["arm"], run["seed"]) for run in value["runs"]]
+  if twice := sorted({key for key in keys if keys.count(key) > 1}):
+    raise atomic.CorruptError(f"{path}: runs: twice {twice}")
   if value["baseline"] not in {run["arm"] for run in value["runs"]}:
     raise atomic.CorruptError(
         f"{path}: baseline: no run of arm {value['baseline']!r}"
@@ -294,11 +297,16 @@ def _run(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
       "steps": found["steps"],
       "seconds": found["seconds"],
       "commit": found.get("commit", ""),
-      "tokens": {k: found["tokens"][k] for k in ("generated", "trained")},
+      "tokens": {k: found["tokens"].get(k) for k in ("generated", "trained")},
       "dev": [_whole(look) for look in looks.tolist()],
   }
-  for time, score in found["eval"].items():
-    run[time] = {name: score[name] for name in ("accuracy", "n", "ci95")}
+  for time in ("before", "after"):
+    score = found["eval"].get(time) or {}
+    run[time] = {name: score.get(name) for name in ("accuracy", "n", "ci95")}
+  if misfits := shapes.misfits(run, _RUN):
+    raise ValueError(
+        f"{path}: {', '.join(misfits)}: missing, or not what it should be"
+    )
   return run, {k: v for k, v in config.items() if k != "seed"}
 
 
@@ -356,4 +364,4 @@ def _whole(look: Sequence[float]) -> list[float | int | None]:
   """A look at dev as JSON: counts are whole numbers, null is unknown."""
   steps, generated, trained, accuracy, asked = look
   counts = [int(number) for number in (steps, generated, trained)]
-  return [*counts, accuracy, None if np.isnan(asked) else int(asked)]
+  return [*counts, accuracy, int(asked) if np.isfinite(asked) else None]
