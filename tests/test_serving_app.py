@@ -114,6 +114,7 @@ def test_stop_texts_cut_and_free_the_slot(tiny):
       "seed": 5, "max_tokens": 60, "temperature": 2.0, "stop": [stop],
       "return_token_ids": True,
   }  # fmt: skip
+  cancelled = made.stats()["cancelled"]
   (choice,) = served.complete(**fields)["choices"]
   assert (choice["message"]["content"], choice["finish_reason"]) == (
       before,
@@ -122,6 +123,7 @@ def test_stop_texts_cut_and_free_the_slot(tiny):
   assert len(choice["token_ids"]) < 60
   assert text_of(served.stream(**fields)) == before
   until(lambda: all_free(made))
+  assert made.stats()["cancelled"] == cancelled + 2
 
 
 def test_budgets_end_choices(tiny):

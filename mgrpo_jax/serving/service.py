@@ -207,10 +207,10 @@ class Chat:
       raise RequestError(408, "the body took too long to come") from error
     except ClientDisconnect as error:
       raise _LeftError from error
-    if size > limit:  # most of it read, so that the client hears of it
+    if size > limit:  # closed while it sends, a client would not read why
       raise RequestError(
           413,
-          f"the body has more than {limit} bytes, which is what is allowed",
+          f"the body has more bytes than are allowed: {limit}",
           code="body_too_large",
       )
     return b"".join(parts)
