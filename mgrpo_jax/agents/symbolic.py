@@ -40,7 +40,10 @@ def actor(
     def encode(text: str) -> list[int]:
       return list(chat.write(protocol.render(cut(text))))
 
-    return cut(fit(str(value), encode, moment.sampling.max_new_tokens))
+    text = str(value)
+    if action.kind == "answer":  # what a page says must not pass for a call
+      text = text.replace("<", "(")
+    return cut(fit(text, encode, moment.sampling.max_new_tokens))
 
   return scripted(fitted, chat=chat, protocol=protocol)
 
@@ -74,7 +77,7 @@ def look_up(moment: Moment) -> Action:
     return Action(kind="tool", name="search", arguments=arguments)
   last = moment.turns[-1]
   if last.name != "search" or last.result.startswith(ERROR):
-    return answer(last.result.replace("<", "("))  # no page writes a call
+    return answer(last.result)
   listed = last.result.split(maxsplit=1)
   if not listed or not listed[0].isdigit():
     return answer(last.result)
