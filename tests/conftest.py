@@ -1,9 +1,11 @@
 """Eight virtual devices, strict ranks, NaNs searched for, compiled once."""
 
+import gc
 import os
 import pathlib
 import tempfile
 
+import pytest
 from hypothesis import settings
 
 # Read by XLA when its backend starts, which importing jax does not do yet.
@@ -23,3 +25,18 @@ def pytest_configure():
   cache = pathlib.Path(tempfile.gettempdir()) / "mgrpo_jax_test_cache"
   jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs():
+  """Frees a file's compiled programs when its tests are through.
+
+  Each one holds memory maps, of which Linux gives a process 65,530 (its
+  vm.max_map_count); the whole suite needs more, and the compiler dies without
+  them. A file leaves up to 5,000 behind.
+  """
+  yield
+  import jax
+
+  jax.clear_caches()
+  gc.collect()
