@@ -22,6 +22,7 @@ from mgrpo_jax.types import (
     Trajectory,
 )
 
+COMPONENTS = ("format", "correct", "expert", "overlong", "total")
 PerCall = Float[np.ndarray, " M"]  # of a group's M trajectories
 Positions = Int[np.ndarray, " M"]  # among them
 
@@ -99,9 +100,8 @@ class Scores:
 
   def records(self) -> list[dict[str, float]]:
     """Lists components and total by name; nothing where weight is 0."""
-    names = ("format", "correct", "expert", "overlong", "total")
     return [
-        {name: float(getattr(self, name)[m]) for name in names}
+        {name: float(getattr(self, name)[m]) for name in COMPONENTS}
         if counted
         else {}
         for m, counted in enumerate(self.weight)
@@ -153,7 +153,8 @@ def score(
     Components, totals and weights of the M trajectories.
 
   Raises:
-    ValueError: if a role has no weights, naming it.
+    ValueError: if a role has no weights, or a rule graded a call with a
+      number that is not finite; names the role.
   """
   missing = {t.role for t in group.trajectories} - weights.keys()
   if missing:
@@ -174,14 +175,17 @@ def score(
       else _grade(group.task, t, own[m] or 0.0, weights[t.role], rules)
       for t, m in zip(group.trajectories, counting, strict=True)
   ]
-  table = np.array([row or (0.0,) * 5 for row in rows], np.float32)
-  table = table.reshape(len(rows), 5)
+  table = np.array(
+      [row or (0.0,) * len(COMPONENTS) for row in rows], np.float32
+  )
+  table = table.reshape(len(rows), len(COMPONENTS))
+  for m, column in np.argwhere(~np.isfinite(table))[:1].tolist():
+    raise ValueError(
+        f"{COMPONENTS[column]} of a call of {group.trajectories[m].role!r} is"
+        f" {table[m, column]}, must be finite"
+    )
   return Scores(
-      format=table[:, 0],
-      correct=table[:, 1],
-      expert=table[:, 2],
-      overlong=table[:, 3],
-      total=table[:, 4],
+      **dict(zip(COMPONENTS, table.T, strict=True)),
       weight=np.array([row is not None for row in rows], np.float32),
   )
 

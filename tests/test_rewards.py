@@ -162,6 +162,13 @@ def test_a_judge_that_failed_is_no_zero():
   np.testing.assert_array_equal(scores.weight, [0, 0, 0])
 
 
+@pytest.mark.parametrize("grade", [np.nan, np.inf, -np.inf])
+def test_a_grade_that_is_no_number_is_refused(grade):
+  rules = dataclasses.replace(RULES, expert=lambda task, trajectory: grade)
+  with pytest.raises(ValueError, match="expert of a call of 'researcher'"):
+    score([root(), call()], rules=rules)
+
+
 @pytest.mark.parametrize(
     "fields, answered, well_formed",
     [
