@@ -67,12 +67,6 @@ CHATS: Mapping[str, Mapping[str, Callable[..., Chat]]] = {
     },
 }
 TOOLS = ("calculate", "search", "visit")
-CODES: Mapping[str, Callable[[Moment], Action]] = {
-    "calculate": symbolic.calculate,
-    "look_up": symbolic.look_up,
-}
-CODE_TOOLS = {"calculate": (), "look_up": ("search", "visit")}  # that it uses
-CODE_TURNS = {"calculate": 1, "look_up": 3}  # that it takes
 _REMEMBERED_QUERIES = 100_000
 
 
@@ -117,7 +111,7 @@ def check_names(config: ml_collections.ConfigDict, team: Team) -> None:
       none has weights.
   """
   for name, one in config.symbolic.items():
-    checks.pick(CODES, one.code, f"symbolic.{name}.code")
+    checks.pick(symbolic.CODES, one.code, f"symbolic.{name}.code")
     if name in config.policies:
       raise ValueError(
           f"config.symbolic.{name}: is in config.policies, too; allowed: names"
@@ -157,7 +151,8 @@ def check_names(config: ml_collections.ConfigDict, team: Team) -> None:
 def _check_coded(role: Role, code: str) -> None:
   """Raises where plain code could not do what the role is there for."""
   key = f"config.team.roles.{role.name}"
-  if missing := sorted(set(CODE_TOOLS[code]) - set(role.tools)):
+  needs = symbolic.CODES[code]
+  if missing := sorted(set(needs.tools) - set(role.tools)):
     raise ValueError(
         f"{key}.tools: {role.tools}, must have {missing}, which {code} uses"
     )
@@ -165,10 +160,10 @@ def _check_coded(role: Role, code: str) -> None:
     raise ValueError(
         f"{key}.calls: {role.calls}, allowed: (), {code} calls nobody"
     )
-  if role.max_turns < CODE_TURNS[code]:
+  if role.max_turns < needs.turns:
     raise ValueError(
         f"{key}.max_turns: {role.max_turns} must be at least"
-        f" {CODE_TURNS[code]}, which {code} takes"
+        f" {needs.turns}, which {code} takes"
     )
   if role.attempts > 1:
     raise ValueError(
@@ -261,7 +256,9 @@ def symbolic_actors(
   chat = next(iter(made.values()))
   return {
       name: symbolic.actor(
-          CODES[config.symbolic[name].code], chat=chat, protocol=protocol
+          symbolic.CODES[config.symbolic[name].code].act,
+          chat=chat,
+          protocol=protocol,
       )
       for name in team.policies
       if name in config.symbolic

@@ -75,7 +75,7 @@ SYMBOLIC = Team(
     ),
     root="main",
 )
-CODES = {"look_up": symbolic.look_up, "calculate": symbolic.calculate}
+CODES = {name: code.act for name, code in symbolic.CODES.items()}
 TEAMS = {
     "several sub roles": WIDE,
     "two roles sharing a policy": SHARING,
@@ -147,7 +147,7 @@ def compare(team, group, trained):
       team=team,
       trained=trained,
       align=alignment.inverse_count,
-      advantage=advantages.per_task,
+      comparison=credit.alike(advantages.per_task),
       num_slots=4,
       seeds=dict.fromkeys((one.name for one in team.roles), 0),
   )

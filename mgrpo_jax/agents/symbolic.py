@@ -5,7 +5,7 @@ policies take part in rollouts like any other; nothing trains them.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from mgrpo_jax.agents.actor import Actor, Moment, scripted
 from mgrpo_jax.agents.call import fit
@@ -83,3 +83,24 @@ def look_up(moment: Moment) -> Action:
     return answer(last.result)
   arguments = {"page": listed[0]}
   return Action(kind="tool", name="visit", arguments=arguments)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Code:
+  """Plain code that can play a role, and what the role must allow it.
+
+  Attributes:
+    act: the next action.
+    tools: names of those that it uses.
+    turns: that it takes at most.
+  """
+
+  act: Callable[[Moment], Action]
+  tools: tuple[str, ...]
+  turns: int
+
+
+CODES: Mapping[str, Code] = {
+    "calculate": Code(act=calculate, tools=(), turns=1),
+    "look_up": Code(act=look_up, tools=("search", "visit"), turns=3),
+}
