@@ -237,6 +237,8 @@ def test_calculate(expression, text):
         ("'a' * 9", "not an arithmetic"),
         ("True + 1", "not an arithmetic"),
         ("1j", "not an arithmetic"),
+        ("0x10or 1", "not an arithmetic"),
+        ("1(2)", "not an arithmetic"),
         ("[1] * 3", "not an arithmetic"),
         ("1 < 2", "not an arithmetic"),
         ("~1", "not an arithmetic"),
@@ -257,6 +259,7 @@ def test_calculate(expression, text):
         ("1" * 201, "longer than 200"),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_calculate_refuses(expression, message):
   start = time.perf_counter()
   observation = use("calculate", expression, tools=small_tools())

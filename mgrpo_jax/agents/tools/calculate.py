@@ -15,6 +15,7 @@ Number = int | float
 _MAX_CHARS = 200
 _MAX_MAGNITUDE = 1e30
 _LONGEST = 32  # characters of the longest result
+_WRITTEN = re.compile(r"[0-9eE_.+\-*/%()\s]*")  # all that arithmetic needs
 _GROUPS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "^": "**"})
 _BINARY: Mapping[type[ast.operator], Callable[[Any, Any], Number]] = {
@@ -48,6 +49,8 @@ def evaluate(expression: str) -> Number:
   if len(expression) > _MAX_CHARS:
     raise ToolError(f"expression longer than {_MAX_CHARS} characters")
   text = _GROUPS.sub("", expression.translate(_SIGNS)).strip()
+  if not _WRITTEN.fullmatch(text):  # Python would warn about some words
+    raise ToolError("not an arithmetic expression")
   try:
     tree = ast.parse(text, mode="eval")
     return _value(tree.body)
