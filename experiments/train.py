@@ -81,6 +81,7 @@ def main() -> None:
       with journal.Journal(
           directory,
           total_steps=curriculum.num_steps(setup.stages),
+          limits=setup.budget.limits(),
           keep_checkpoints=setup.keep_checkpoints,
           stream=sys.stderr,
           started=started,

@@ -57,6 +57,7 @@ class Journal:
       workdir: Workdir,
       *,
       total_steps: int,
+      limits: Mapping[str, float],
       keep_checkpoints: int,
       stream: TextIO,
       started: float,
@@ -67,6 +68,7 @@ class Journal:
     Args:
       workdir: the run directory, held by this process.
       total_steps: of the whole curriculum.
+      limits: of metrics that would end the run earlier, by name.
       keep_checkpoints: how many stay.
       stream: where the progress line goes.
       started: when this process began with the run, `time.monotonic()`.
@@ -76,6 +78,7 @@ class Journal:
     self.progress = Progress(
         stream,
         total_steps=total_steps,
+        limits=limits,
         every_seconds=_PLAIN_EVERY,
         split="dev",
     )

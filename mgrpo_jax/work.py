@@ -55,6 +55,14 @@ class Budget:
       if tokens < 0:
         raise ValueError(f"{name} must be >= 0, got {tokens}")
 
+  def limits(self) -> dict[str, float]:
+    """Lists the numbers that are not 0, by name of the metric and the count."""
+    return {
+        name: float(tokens)
+        for name, tokens in dataclasses.asdict(self).items()
+        if tokens
+    }
+
   def spent(self, work: Work) -> bool:
     """Whether a run has done enough.
 
@@ -65,6 +73,5 @@ class Budget:
       Whether it has reached a number that is not 0.
     """
     return any(
-        0 < tokens <= getattr(work, name)
-        for name, tokens in dataclasses.asdict(self).items()
+        tokens <= getattr(work, name) for name, tokens in self.limits().items()
     )

@@ -15,6 +15,7 @@ def opened(tmp_path, monkeypatch):
     journal = Journal(
         workdir.Workdir(tmp_path),
         total_steps=1,
+        limits={},
         keep_checkpoints=1,
         stream=stream,
         started=time.monotonic(),

@@ -207,6 +207,24 @@ def test_time_left_follows_the_pace_of_the_stage():
   assert "nll" not in last
 
 
+def test_time_left_ends_with_the_budget():
+  stream, clock = io.StringIO(), Clock()
+  shown = progress.Progress(
+      stream,
+      total_steps=100,
+      every_seconds=0.0,
+      split="dev",
+      limits={"trained_tokens": 1000.0, "generated_tokens": 9000.0},
+      clock=clock,
+  )
+  for step in range(1, 5):
+    clock.seconds += 10
+    spent = {"trained_tokens": 50.0 * step, "generated_tokens": 60.0 * step}
+    shown.update(step, "hard", spent)
+  # 800 tokens to train on, 50 every 10 s, before 96 steps and 8,760 tokens.
+  assert stream.getvalue().splitlines()[-1].endswith("2m40s left")
+
+
 @pytest.mark.parametrize(
     "seconds, text",
     [

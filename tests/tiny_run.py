@@ -31,6 +31,7 @@ def train(
       Journal(
           held,
           total_steps=curriculum.num_steps(setup.stages),
+          limits=setup.budget.limits(),
           keep_checkpoints=2,
           stream=stream,
           started=time.monotonic(),

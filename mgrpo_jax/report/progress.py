@@ -13,6 +13,7 @@ from mgrpo_jax.report import alerts
 from mgrpo_jax.report.live import Field, Line, printable
 
 WINDOW = 32  # steps that the estimate of the time left looks back on
+_STEP = "step"
 _LETTERS = (4, 1)  # of a name, at least, where names are cut
 
 
@@ -31,6 +32,7 @@ class Progress:
       total_steps: int,
       every_seconds: float,
       split: str,
+      limits: Mapping[str, float] | None = None,
       clock: Callable[[], float] = time.monotonic,
   ):
     """Starts the clock.
@@ -40,17 +42,21 @@ class Progress:
       total_steps: number of the run's last step.
       every_seconds: least time between plain lines, seconds.
       split: the held-out split whose accuracy is shown.
+      limits: metrics that only grow, by name, and where each of them would
+        end the run before its last step.
       clock: seconds that never go backwards; another one in tests.
     """
     self._line = Line(stream, every_seconds=every_seconds, clock=clock)
     self._total = total_steps
+    self._ends = {**(limits or {}), _STEP: float(total_steps)}
     self._split = split
     self._clock = clock
     self._stage = ""
     self._accuracies: dict[str, float] = {}  # last measured
-    self._pace = math.nan  # seconds a step
-    self._times: collections.deque[tuple[int, float]] = collections.deque(
-        maxlen=WINDOW + 1
+    self._paces: dict[str, float] = {}  # seconds by what ends the run
+    # (time, how far each of what ends the run had come) after the last steps.
+    self._past: collections.deque[tuple[float, dict[str, float]]] = (
+        collections.deque(maxlen=WINDOW + 1)
     )
 
   def update(self, step: int, stage: str, values: Mapping[str, float]) -> None:
@@ -66,26 +72,38 @@ class Progress:
     turned = stage != self._stage
     if turned:
       # Steps of another stage cost something else: measure anew.
-      self._times.clear()
+      self._past.clear()
     self._stage = stage
     self._accuracies |= {
         name: value
         for name, value in values.items()
         if name.startswith("accuracy/")
     }
-    self._times.append((step, now))
-    first_step, first_time = self._times[0]
-    if step > first_step:
-      self._pace = (now - first_time) / (step - first_step)
+    come = {_STEP: float(step), **values}
+    self._past.append((now, {name: come.get(name, 0.0) for name in self._ends}))
     fields = progress_fields(
         step=step,
         total_steps=self._total,
         stage=stage,
         values=self._accuracies | dict(values),
         split=self._split,
-        seconds_left=self._pace * (self._total - step),
+        seconds_left=self._seconds_left(),
     )
     self._line.show(fields, force=turned or step >= self._total)
+
+  def _seconds_left(self) -> float:
+    """Until the first end is reached, at the pace of the last steps."""
+    (before, earlier), (now, come) = self._past[0], self._past[-1]
+    self._paces |= {
+        name: (now - before) / (come[name] - earlier[name])
+        for name in self._ends
+        if come[name] > earlier[name]
+    }
+    left = [
+        pace * max(self._ends[name] - come[name], 0.0)
+        for name, pace in self._paces.items()
+    ]
+    return min(left, default=math.nan)
 
   def note(self, text: str) -> None:
     """Prints a line of its own above the progress line.
