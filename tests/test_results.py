@@ -141,6 +141,13 @@ def test_a_file_that_holds_something_else_is_refused(
     results.read(tmp_path / "kept.json")
 
 
+def test_an_accuracy_above_one_is_refused(kept, tmp_path):
+  kept["runs"][0]["after"]["accuracy"] = 1.01
+  atomic.write_json(tmp_path / "kept.json", kept)
+  with pytest.raises(atomic.CorruptError, match="after"):
+    results.read(tmp_path / "kept.json")
+
+
 @pytest.mark.parametrize("path", KEPT, ids=[path.stem for path in KEPT])
 def test_files_in_the_repository_are_whole(path):
   kept = results.read(path)

@@ -30,27 +30,22 @@ NOTES = (
     " looks at dev, unknown before the first.",
 )
 _DEV = ("steps", *sweep.BUDGETS, "accuracy/dev", "questions/dev")
-_SCORE = shapes.object_of(
-    {
-        "accuracy": shapes.is_number,
-        "n": shapes.is_count,
-        "ci95": shapes.tuple_of(shapes.is_number, shapes.is_number),
-    }
-)
 _RUN = {
     "arm": shapes.is_text,
     "seed": shapes.is_count,
     "steps": shapes.is_count,
     "seconds": shapes.is_number,
     "commit": shapes.is_text,
-    "before": _SCORE,
-    "after": _SCORE,
+    "before": summary.SCORE,
+    "after": summary.SCORE,
     "tokens": shapes.object_of(
         {"generated": shapes.is_count, "trained": shapes.is_count}
     ),
     "dev": shapes.list_of(
         shapes.tuple_of(
-            *[shapes.is_number] * 4, shapes.optional(shapes.is_number)
+            *[shapes.is_number] * 3,
+            shapes.is_share,
+            shapes.optional(shapes.is_number),
         )
     ),
 }

@@ -32,6 +32,11 @@ def is_number(value: Any) -> bool:
   return type(value) in (int, float) and abs(value) <= _MOST
 
 
+def is_share(value: Any) -> bool:
+  """Whether it is a number in 0..1, such as an accuracy."""
+  return is_number(value) and 0 <= value <= 1
+
+
 def optional(check: Check) -> Check:
   """A check that also lets null pass."""
   return lambda value: value is None or check(value)

@@ -20,14 +20,14 @@ _NUMBERS = {
     "seed": is_count,
 }
 _TOKENS = {"generated": is_count, "trained": is_count, "evaluated": is_count}
-_SCORE = shapes.object_of(
+SCORE = shapes.object_of(
     {
-        "accuracy": is_number,
+        "accuracy": shapes.is_share,
         "n": is_count,
-        "ci95": shapes.tuple_of(is_number, is_number),
+        "ci95": shapes.tuple_of(shapes.is_share, shapes.is_share),
     }
 )
-_SCORES = {"before": _SCORE, "after": _SCORE}
+_SCORES = {"before": SCORE, "after": SCORE}
 _PARTS: Mapping[str, Mapping[str, shapes.Check]] = {
     "": _NUMBERS,
     "tokens": _TOKENS,
