@@ -10,7 +10,7 @@ import itertools
 
 import jax
 
-from mgrpo_jax import importance, losses, objectives
+from mgrpo_jax import importance, losses, objectives, update
 from mgrpo_jax.critic import Critic
 
 MAX_TOKENS = 16.0
@@ -90,6 +90,21 @@ def policy_loss(a, b):
       entropy_coefficient=0.05 * extras(a, b)[0],
       critic=CRITIC if extras(a, b)[1] else None,
   )
+
+
+def accumulate_each(said, batch, totals):
+  """By objective: its gradient by what was said of packed tokens, and tally."""
+  return {
+      name: update.accumulate(
+          update.zeros(said),
+          said,
+          batch,
+          totals,
+          objective=objective,
+          predict_fn=as_given,
+      )
+      for name, objective in OBJECTIVES.items()
+  }
 
 
 POLICY_LOSSES = {

@@ -17,7 +17,7 @@ import pytest
 from many_objectives import (
     OBJECTIVES,
     POLICY_LOSSES,
-    as_given,
+    accumulate_each,
     columns,
     extras,
     jit,
@@ -117,17 +117,7 @@ def programs(predict_fn):
       )
 
     said, back = jax.vjp(say, params)
-    found = {
-        name: update.accumulate(
-            update.zeros(said),
-            said,
-            batch,
-            totals,
-            objective=objective,
-            predict_fn=as_given,
-        )
-        for name, objective in OBJECTIVES.items()
-    }
+    found = accumulate_each(said, batch, totals)
     slopes = [gradient.grads for gradient, _ in found.values()]
     stacked = jax.tree.map(lambda *each: jnp.stack(each), *slopes)
     (grads,) = jax.lax.map(back, stacked)
