@@ -19,7 +19,7 @@ from mgrpo_jax import (
     packing,
     rewards,
 )
-from mgrpo_jax.credit import Advantage
+from mgrpo_jax.credit import Comparison, alike
 from mgrpo_jax.critic import Critic
 from mgrpo_jax.grades import Matches
 from mgrpo_jax.plan import Method
@@ -29,16 +29,24 @@ ALIGNMENTS = {
     "mask": alignment.mask,
     "inverse_count": alignment.inverse_count,
 }
-ADVANTAGES: Mapping[str, Advantage] = {
-    "per_task": advantages.per_task,
-    "mean_only": advantages.mean_only,
-    "leave_one_out": advantages.leave_one_out,
-    "other_rollouts": advantages.other_rollouts,
-    "per_call_index": advantages.per_call_index,
-    "per_batch": advantages.per_batch,
-    "per_subtask": advantages.per_subtask,
-    "inherit_parent": advantages.inherit_parent,
-    "plain": advantages.plain,
+COMPARISONS: Mapping[str, Comparison] = {
+    "per_task": alike(advantages.per_task),
+    "mean_only": alike(advantages.mean_only),
+    "leave_one_out": alike(advantages.leave_one_out),
+    "other_rollouts": alike(advantages.other_rollouts),
+    "per_call_index": alike(advantages.per_call_index),
+    "per_batch": alike(advantages.per_batch),
+    "per_subtask": Comparison(
+        root=advantages.per_task,
+        calls=advantages.per_subtask,
+        given="subtasks",
+    ),
+    "inherit_parent": Comparison(
+        root=advantages.per_task,
+        calls=advantages.inherit_parent,
+        given="parents",
+    ),
+    "plain": alike(advantages.plain),
 }
 SURROGATES: Mapping[str, Callable[..., Array]] = {
     "clipped": losses.clipped_surrogate,
@@ -107,7 +115,7 @@ def build(config: ml_collections.ConfigDict) -> Method:
           ALIGNMENTS, config.alignment.strategy, "alignment.strategy"
       ),
       num_slots=config.alignment.num_slots,
-      advantage=_advantage(config),
+      comparison=_comparison(config),
       policy_loss=_policy_loss(config),
       imitation_loss=imitation_loss,
       minibatches=config.batch.minibatches,
@@ -149,26 +157,26 @@ def _rules(config: ml_collections.ConfigDict) -> rewards.Rules:
   )
 
 
-def _advantage(config: ml_collections.ConfigDict) -> Advantage:
+def _comparison(config: ml_collections.ConfigDict) -> Comparison:
   """What rewards are compared with, and whether that can be."""
-  chosen = checks.pick(ADVANTAGES, config.advantage, "advantage")
+  chosen = checks.pick(COMPARISONS, config.advantage, "advantage")
   tried = any(role.attempts > 1 for role in config.team.roles.values())
-  if chosen is advantages.per_subtask and not tried:
+  if config.advantage == "per_subtask" and not tried:
     raise ValueError(
         "config.advantage: 'per_subtask' compares attempts at the same"
         " sub-task; set attempts of a role that is called above 1"
     )
-  if tried and chosen is not advantages.per_subtask:
+  if tried and config.advantage != "per_subtask":
     raise ValueError(
         f"config.advantage: {config.advantage!r}, allowed: per_subtask, where"
         " roles have attempts that their callers do not see"
     )
-  if config.tasks.resample and chosen is advantages.plain:
+  if config.tasks.resample and config.advantage == "plain":
     raise ValueError(
         f"config.tasks.resample: {config.tasks.resample} must be 0 where"
         " config.advantage is plain: groups without spread teach, too"
     )
-  if config.critic.coefficient and chosen is not advantages.plain:
+  if config.critic.coefficient and config.advantage != "plain":
     raise ValueError(
         f"config.advantage: {config.advantage!r}, allowed: plain, where"
         " config.critic.coefficient is above 0"

@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mgrpo_jax import advantages, packing, rewards
+from mgrpo_jax import packing, rewards
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.alignment import gather
 from mgrpo_jax.packing import Credit
@@ -18,10 +18,26 @@ from mgrpo_jax.rewards import RoleCalls, Scores
 from mgrpo_jax.types import Alignment, RolloutGroup
 
 Align = Callable[..., Alignment]
-# One of `advantages`' normalisers; what it is given differs, see `_gains`.
-Advantage = Callable[..., Array]
+Advantage = Callable[..., Array]  # one of `advantages`' normalisers
 # Of a role's slots: the alignment, rewards and advantages [B, K, D] float32.
 Compared = tuple[Alignment, np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+  """What the slots of a step are compared with, see `alike`.
+
+  Attributes:
+    root: rewards, weights [B, K, 1] -> advantages of the root's calls.
+    calls: the same of the other roles' calls, [B, K, D].
+    given: what `calls` is given: `rewards` as the root; with `subtasks` also
+      the number of what was asked, by that name; with `parents` the root's
+      advantages in place of the rewards.
+  """
+
+  root: Advantage
+  calls: Advantage
+  given: Literal["rewards", "subtasks", "parents"] = "rewards"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +71,18 @@ class Credits:
   by_policy: Mapping[str, tuple[Credit, ...]]
   advantages: tuple[np.ndarray, ...]
   assignments: Mapping[str, Assignment]
+
+
+def alike(advantage: Advantage) -> Comparison:
+  """Compares the calls of every role the same way.
+
+  Args:
+    advantage: a normaliser of rewards and weights.
+
+  Returns:
+    The comparison.
+  """
+  return Comparison(root=advantage, calls=advantage)
 
 
 def learning(team: Team, trained: Collection[str]) -> tuple[str, ...]:
@@ -111,7 +139,7 @@ def compared(
     team: Team,
     trained: Collection[str],
     align: Align,
-    advantage: Advantage,
+    comparison: Comparison,
     num_slots: int,
     seeds: Mapping[str, int],
 ) -> Credits:
@@ -123,15 +151,14 @@ def compared(
     team: the roles.
     trained: names of the policies that learn.
     align: one of `alignment`'s strategies.
-    advantage: one of `advantages`' normalisers; `per_task` for the root where
-      it says something about calls only.
+    comparison: what slots are compared with.
     num_slots: D of every role but the root, which has 1.
     seeds: of the alignment's draws, by role, in [0, 2**32).
 
   Returns:
     The credits.
   """
-  inherits = advantage is advantages.inherit_parent
+  inherits = comparison.given == "parents"
   learners = learning(team, trained)
   compared_roles = [
       role.name
@@ -147,7 +174,7 @@ def compared(
       calls,
       root=team.root,
       align=align,
-      advantage=advantage,
+      comparison=comparison,
       num_slots=num_slots,
       seeds=seeds,
   )
@@ -169,7 +196,7 @@ def compare(
     *,
     root: str,
     align: Align,
-    advantage: Advantage,
+    comparison: Comparison,
     num_slots: int,
     seeds: Mapping[str, int],
 ) -> dict[str, Compared]:
@@ -181,30 +208,29 @@ def compare(
     calls: by role; all of the same B tasks and K rollouts.
     root: name of the root, which may be missing from the calls.
     align: one of `alignment`'s strategies.
-    advantage: one of `advantages`' normalisers; `per_task` for the root where
-      it says something about calls only.
+    comparison: what slots are compared with.
     num_slots: D of every role but the root, which has 1.
     seeds: of the alignment's draws, by role, in [0, 2**32).
 
   Returns:
     By role, on the host: the alignment, rewards and advantages of the slots.
+
+  Raises:
+    ValueError: roles differ in B or K, or one has no seed.
   """
   if not calls:
     return {}
+  _check(calls, seeds)
   others = tuple(name for name in calls if name != root)
   shape = next(iter(calls.values())).num_calls.shape
   roots: Any = np.zeros((*shape, 1), np.float32)
   dispatched: dict[str, Any] = {}
   if root in calls:
-    for_calls = advantage in (
-        advantages.inherit_parent,
-        advantages.per_subtask,
-    )
     dispatched[root] = _aligned(
         *_stacked([calls[root]], [seeds[root]]),
         roots,
         align=align,
-        advantage=advantages.per_task if for_calls else advantage,
+        comparison=alike(comparison.root),
         num_slots=1,
     )
     roots = dispatched[root][2][0]
@@ -213,7 +239,7 @@ def compare(
         *_stacked([calls[n] for n in others], [seeds[n] for n in others]),
         roots,
         align=align,
-        advantage=advantage,
+        comparison=comparison,
         num_slots=num_slots,
     )
   fetched = jax.device_get(dispatched)
@@ -276,6 +302,15 @@ def scatter(
     gains[b][calls.positions[b][k][call]] = gain
 
 
+def _check(calls: Mapping[str, RoleCalls], seeds: Mapping[str, int]) -> None:
+  """Raises where roles cannot be compared side by side."""
+  shapes = {name: one.num_calls.shape for name, one in calls.items()}
+  if len(set(shapes.values())) != 1:
+    raise ValueError(f"calls must be of as many tasks and rollouts: {shapes}")
+  if missing := sorted(set(calls) - set(seeds)):
+    raise ValueError(f"seeds must name roles {missing}")
+
+
 def _unseen(groups: Sequence[RolloutGroup]) -> tuple[np.ndarray, ...]:
   """NaN for every call."""
   return tuple(np.full(len(g.trajectories), np.nan) for g in groups)
@@ -299,7 +334,9 @@ def _stacked(
   )
 
 
-@functools.partial(jax.jit, static_argnames=("align", "advantage", "num_slots"))
+@functools.partial(
+    jax.jit, static_argnames=("align", "comparison", "num_slots")
+)
 def _aligned(
     seeds: Int[Array, " R"],
     num_calls: Int[Array, "R B K"],
@@ -308,7 +345,7 @@ def _aligned(
     roots: Float[Array, "B K 1"],
     *,
     align: Align,
-    advantage: Advantage,
+    comparison: Comparison,
     num_slots: int,
 ) -> tuple[Alignment, Float[Array, "R B K D"], Float[Array, "R B K D"]]:
   """Alignment first, then the statistics over it; R roles at once."""
@@ -319,7 +356,7 @@ def _aligned(
     aligned = align(jax.random.key(seed), num_calls, num_slots=num_slots)
     slots, weights = gather(earned, aligned), aligned.weight
     asked = gather(asked, aligned)
-    return aligned, slots, _gains(advantage, slots, weights, asked, roots)
+    return aligned, slots, _gains(comparison, slots, weights, asked, roots)
 
   found: tuple[Alignment, Array, Array] = jax.vmap(of_role)(
       seeds, num_calls, earned, subtasks
@@ -328,15 +365,15 @@ def _aligned(
 
 
 def _gains(
-    advantage: Advantage,
+    comparison: Comparison,
     gathered: Float[Array, "B K D"],
     weights: Float[Array, "B K D"],
     subtasks: Int[Array, "B K D"],
     roots: Float[Array, "B K 1"],
 ) -> Float[Array, "B K D"]:
-  """Calls a normaliser with what it compares."""
-  if advantage is advantages.per_subtask:
-    return advantage(gathered, weights, subtasks=subtasks)
-  if advantage is advantages.inherit_parent:
-    return advantage(roots, weights)
-  return advantage(gathered, weights)
+  """Calls a normaliser of calls with what it is given."""
+  if comparison.given == "subtasks":
+    return comparison.calls(gathered, weights, subtasks=subtasks)
+  if comparison.given == "parents":
+    return comparison.calls(roots, weights)
+  return comparison.calls(gathered, weights)

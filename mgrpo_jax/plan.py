@@ -30,7 +30,7 @@ class Method:
     reward_weights: what the components count, by role.
     align: one of `alignment`'s strategies.
     num_slots: D of every role but the root, which has 1.
-    advantage: one of `advantages`' normalisers.
+    comparison: what rewards are compared with.
     policy_loss: minimised in stages that reinforce.
     imitation_loss: minimised in stages that imitate.
     minibatches: updates that a step's tasks are split into.
@@ -45,7 +45,7 @@ class Method:
   reward_weights: Mapping[str, RewardWeights]
   align: credit.Align
   num_slots: int
-  advantage: credit.Advantage
+  comparison: credit.Comparison
   policy_loss: objectives.PolicyLoss
   imitation_loss: objectives.ImitationLoss
   minibatches: int

@@ -348,7 +348,7 @@ class Run:
         team=team,
         trained=stage.trained,
         align=method.align,
-        advantage=method.advantage,
+        comparison=method.comparison,
         num_slots=method.num_slots,
         seeds={
             role.name: turn_seed(seed, "align", step, position) % 2**32

@@ -1,9 +1,11 @@
 import dataclasses
 
 import numpy as np
+import pytest
 from trajectories import group as rollout_group
 from trajectories import task, trajectory
 
+from experiments.method import COMPARISONS
 from mgrpo_jax import advantages, alignment, credit, rewards
 from mgrpo_jax.testing.team import small_team
 
@@ -47,7 +49,7 @@ def assigned(grid, *, align, num_slots):
       {"researcher": calls},
       root="main",
       align=align,
-      advantage=advantages.per_task,
+      comparison=COMPARISONS["per_task"],
       num_slots=num_slots,
       seeds={"researcher": 7},
   )
@@ -129,7 +131,7 @@ def compared(totals, attempts=(0,) * 6, **changes):
       "team": small_team(),
       "trained": {"main", "researcher"},
       "align": alignment.mask,
-      "advantage": advantages.mean_only,
+      "comparison": credit.alike(advantages.mean_only),
       "num_slots": 2,
       "seeds": {"main": 0, "researcher": 1},
   }
@@ -159,7 +161,7 @@ def test_a_role_that_does_not_learn_has_no_credit_and_no_advantage():
 
 
 def test_calls_may_inherit_what_their_rollout_is_worth():
-  inherited = {"advantage": advantages.inherit_parent}
+  inherited = {"comparison": COMPARISONS["inherit_parent"]}
   found = compared([3, 0, 0.5, 0, 0.5, 1], **inherited)
   np.testing.assert_allclose(
       found.advantages[0], [1, 1, 1, -1, -1, -1], atol=1e-6
@@ -175,14 +177,16 @@ def test_calls_may_inherit_what_their_rollout_is_worth():
 def test_attempts_are_compared_with_each_other():
   found = compared(
       [3, 0.25, 0.75, 0, 9, 8],
-      advantage=advantages.per_subtask,
+      comparison=COMPARISONS["per_subtask"],
       attempts=(0, 0, 1, 0, 0, 1),
   )
   np.testing.assert_allclose(
       found.advantages[0], [1, -1, 1, -1, 1, -1], atol=1e-6
   )
   # Two sub-tasks of one attempt each: nothing to compare.
-  found = compared([0, 0.25, 0.75, 0, 9, 8], advantage=advantages.per_subtask)
+  found = compared(
+      [0, 0.25, 0.75, 0, 9, 8], comparison=COMPARISONS["per_subtask"]
+  )
   np.testing.assert_array_equal(found.advantages[0], 0)
 
 
@@ -205,7 +209,7 @@ def test_a_role_is_compared_the_same_alone_and_among_others():
   settings = {
       "root": "main",
       "align": alignment.duplicate_or_drop,
-      "advantage": advantages.per_task,
+      "comparison": COMPARISONS["per_task"],
       "num_slots": 3,
       "seeds": {"a": 1, "b": 2, "c": 2**32 - 1},
   }
@@ -219,6 +223,23 @@ def test_a_role_is_compared_the_same_alone_and_among_others():
     np.testing.assert_array_equal(earned, alone[1])
     # float32: sums in another order.
     np.testing.assert_allclose(gains, alone[2], rtol=1e-5, atol=1e-6)
+
+
+def test_roles_that_cannot_stand_side_by_side_are_named():
+  calls = {
+      "a": role_calls([[[1.0], [0.0]]]),
+      "b": role_calls([[[1.0], [0.0]], [[0.5], [1.0]]]),
+  }
+  settings = {
+      "root": "main",
+      "align": alignment.mask,
+      "comparison": COMPARISONS["per_task"],
+      "num_slots": 2,
+  }
+  with pytest.raises(ValueError, match=r"'b': \(2, 2\)"):
+    credit.compare(calls, **settings, seeds={"a": 1, "b": 2})
+  with pytest.raises(ValueError, match=r"seeds must name roles \['a'\]"):
+    credit.compare({"a": calls["a"]}, **settings, seeds={"b": 2})
 
 
 def test_nobody_who_learns_has_nothing_to_compare():

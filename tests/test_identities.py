@@ -22,6 +22,7 @@ from oracles import advantages as oracle
 from rules import RULES
 from trajectories import group, random_trajectory, task
 
+from experiments.method import COMPARISONS
 from mgrpo_jax import (
     advantages,
     alignment,
@@ -285,7 +286,7 @@ def test_4_a_team_without_calls_is_a_single_agent(strategy, normaliser):
         team=small_team(),
         trained={"main", "researcher"},
         align=strategy,
-        advantage=getattr(advantages, normaliser),
+        comparison=COMPARISONS[normaliser],
         num_slots=D,
         seeds={"main": seed, "researcher": seed + 1},
     )

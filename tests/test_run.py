@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from trajectories import group, random_trajectory
 
-from mgrpo_jax import advantages, packing, store
+from mgrpo_jax import advantages, credit, packing, store
 from mgrpo_jax.credit import Credits
 from mgrpo_jax.critic import Critic
 from mgrpo_jax.packing import Credit
@@ -171,7 +171,9 @@ def test_a_critic_learns_beside_the_policy(tmp_path):
       setup,
       policies={n: p.with_critic() for n, p in setup.policies.items()},
       method=dataclasses.replace(
-          setup.method, advantage=advantages.plain, policy_loss=loss
+          setup.method,
+          comparison=credit.alike(advantages.plain),
+          policy_loss=loss,
       ),
   )
   stage = setup.stages[1]

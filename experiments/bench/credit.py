@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.method import ADVANTAGES, ALIGNMENTS
+from experiments.method import ALIGNMENTS, COMPARISONS
 from mgrpo_jax import credit, metrics, packing
 from mgrpo_jax.rewards import RoleCalls
 
@@ -93,7 +93,7 @@ def compare(case: Case, calls: Mapping[str, RoleCalls]) -> dict[str, Any]:
         {name: calls[name] for name in part},
         root="",
         align=ALIGNMENTS[case.alignment],
-        advantage=ADVANTAGES[case.normaliser],
+        comparison=COMPARISONS[case.normaliser],
         num_slots=case.slots,
         seeds={name: number for number, name in enumerate(names)},
     )

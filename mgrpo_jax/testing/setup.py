@@ -12,6 +12,7 @@ from mgrpo_jax import (
     advantages,
     alignment,
     answers,
+    credit,
     importance,
     losses,
     objectives,
@@ -176,7 +177,7 @@ def small_method(team: Team) -> Method:
       reward_weights={role.name: share for role in team.roles},
       align=alignment.duplicate_or_drop,
       num_slots=2,
-      advantage=advantages.per_task,
+      comparison=credit.alike(advantages.per_task),
       policy_loss=objectives.PolicyLoss(
           ratio=losses.token_ratio,
           aggregation=losses.sequence_mean_token_mean,
