@@ -144,7 +144,7 @@ def test_a_file_that_holds_something_else_is_refused(
 def test_an_accuracy_above_one_is_refused(kept, tmp_path):
   kept["runs"][0]["after"]["accuracy"] = 1.01
   atomic.write_json(tmp_path / "kept.json", kept)
-  with pytest.raises(atomic.CorruptError, match="after"):
+  with pytest.raises(atomic.CorruptError, match="runs"):
     results.read(tmp_path / "kept.json")
 
 
