@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from experiments import checks, method, placing, sources, world
+from experiments import checks, combinations, method, placing, sources, world
 from mgrpo_jax import bucket, store
 from mgrpo_jax.agents.actor import Actor, sampled
 from mgrpo_jax.agents.chat import Chat
@@ -71,10 +71,10 @@ def check(
   with checks.inside("team"):
     team = build_team(config)
   world.check_names(config, team)
-  checks.combinations(values, team)
+  combinations.sizes(values, team)
   placing.check(values, num_devices or jax.device_count())
   for stage in build_stages(config):
-    checks.learners(values, team, stage)
+    combinations.learners(values, team, stage)
   build_budget(config)
   build_adaptations(config)
   method.build(config)
