@@ -44,6 +44,7 @@ _RANGES = {  # lowest and highest allowed
     "engine.block": (1, _MOST),
     "engine.prefill_tokens": (1, _MOST),
     "engine.decode_steps": (1, _MOST),
+    "engine.decode_rows": (0, _MOST),
     "alignment.num_slots": (1, _MOST_CALLS),
     "reward.overlong_tokens": (0, _MOST),
     "loss.reference_every": (0, _MOST),
@@ -219,11 +220,12 @@ def combinations(values: Mapping[str, Any], team: Team) -> None:
         f"config.batch.row_targets: {batch['row_targets']} must be 0 or at"
         f" least {sampled}, what a role may sample in a call"
     )
-  if engine["block"] > engine["context"]:
-    raise ValueError(
-        f"config.engine.block: {engine['block']} must be at most"
-        f" {engine['context']}, config.engine.context"
-    )
+  for key, most in (("block", "context"), ("decode_rows", "num_slots")):
+    if engine[key] > engine[most]:
+      raise ValueError(
+          f"config.engine.{key}: {engine[key]} must be at most"
+          f" {engine[most]}, config.engine.{most}"
+      )
   buckets = engine["prefill_buckets"]
   ascending = all(a < b for a, b in zip((0, *buckets), buckets, strict=False))
   if not buckets or not ascending:

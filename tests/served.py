@@ -52,7 +52,8 @@ def engine(**sizes):
   return Engine(
       CONFIG, weights(), 7, context=CONTEXT,
       **{"num_slots": 4, "block": 64, "prefill_tokens": 128,
-         "prefill_buckets": (32, 128), "decode_steps": 4} | sizes,
+         "prefill_buckets": (32, 128), "decode_steps": 4,
+         "decode_rows": 0} | sizes,
   )  # fmt: skip
 
 
@@ -83,6 +84,7 @@ def saying(text, *, pause=0.0, piece=3):
     return Completion(
         tokens=np.asarray(ids, np.int32),
         logprobs=np.full(len(ids), -0.5, np.float32),
+        raw_logprobs=np.full(len(ids), -0.5, np.float32),
         finish="stop" if ids[-1] in sampling.stop_ids else "length",
         version_min=7,
         version_max=7,
