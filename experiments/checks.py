@@ -42,6 +42,7 @@ _RANGES = {  # lowest and highest allowed
     "engine.block": (1, _MOST),
     "engine.prefill_tokens": (1, _MOST),
     "engine.decode_steps": (1, _MOST),
+    "engine.decode_rows": (0, _MOST),
     "alignment.num_slots": (1, MOST_CALLS),
     "reward.overlong_tokens": (0, _MOST),
     "loss.reference_every": (0, _MOST),

@@ -41,11 +41,12 @@ def sizes(values: Mapping[str, Any], team: Team) -> None:
         f"config.batch.row_targets: {batch['row_targets']} must be 0 or at"
         f" least {sampled}, what a role may sample in a call"
     )
-  if engine["block"] > engine["context"]:
-    raise ValueError(
-        f"config.engine.block: {engine['block']} must be at most"
-        f" {engine['context']}, config.engine.context"
-    )
+  for key, most in (("block", "context"), ("decode_rows", "num_slots")):
+    if engine[key] > engine[most]:
+      raise ValueError(
+          f"config.engine.{key}: {engine[key]} must be at most"
+          f" {engine[most]}, config.engine.{most}"
+      )
   buckets = engine["prefill_buckets"]
   ascending = all(a < b for a, b in zip((0, *buckets), buckets, strict=False))
   if not buckets or not ascending:

@@ -52,7 +52,8 @@ def engine(**sizes):
   return Engine(
       CONFIG, weights(), 7, context=CONTEXT,
       **{"num_slots": 4, "block": 64, "prefill_tokens": 128,
-         "prefill_buckets": (32, 128), "decode_steps": 4} | sizes,
+         "prefill_buckets": (32, 128), "decode_steps": 4,
+         "decode_rows": 0} | sizes,
   )  # fmt: skip
 
 
@@ -74,16 +75,24 @@ def speaker(generate, name="tiny", **fields):
 def saying(text, *, pause=0.0, piece=3):
   """A `generate` function that always says the same."""
 
-  async def generate(tokens, sampling, seed, *, on_tokens=None):
+  async def generate(tokens, sampling, seed, *, until, on_tokens):
     ids = CHAT.write(text)[: sampling.max_new_tokens]
-    for first in range(0, len(ids), piece):
+    said, ended = [], False
+    while len(said) < len(ids) and not ended:
       await asyncio.sleep(pause)
-      part = ids[first : first + piece]
+      part = []
+      for token in ids[len(said) : len(said) + piece]:
+        part.append(token)
+        ended = until(token) or token in sampling.stop_ids
+        if ended:
+          break
+      said += part
       on_tokens(part, [-0.5] * len(part))
     return Completion(
-        tokens=np.asarray(ids, np.int32),
-        logprobs=np.full(len(ids), -0.5, np.float32),
-        finish="stop" if ids[-1] in sampling.stop_ids else "length",
+        tokens=np.asarray(said, np.int32),
+        logprobs=np.full(len(said), -0.5, np.float32),
+        raw_logprobs=np.full(len(said), -0.5, np.float32),
+        finish="stop" if ended else "length",
         version_min=7,
         version_max=7,
     )

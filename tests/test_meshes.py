@@ -103,6 +103,7 @@ async def sampled(config, weights, mesh):
       prefill_tokens=32,
       prefill_buckets=(16,),
       decode_steps=4,
+      decode_rows=0,
       mesh=mesh,
   )
   sampling = Sampling(temperature=1.0, max_new_tokens=12, stop_ids=())

@@ -156,9 +156,9 @@ def test_errors_are_the_clients_own(run):
   create = client(port).chat.completions.create
   with pytest.raises(openai.NotFoundError, match="small:team"):
     create(model="gpt", messages=HELLO)
-  with pytest.raises(openai.BadRequestError, match="top_p") as caught:
-    create(model="main", messages=HELLO, top_p=0.5)
-  assert caught.value.param == "top_p"
+  with pytest.raises(openai.BadRequestError, match="presence") as caught:
+    create(model="main", messages=HELLO, presence_penalty=0.5)
+  assert caught.value.param == "presence_penalty"
 
 
 def test_a_team_delegates_and_shows_how():

@@ -30,11 +30,12 @@ from mgrpo_jax import sharding
 from mgrpo_jax.policy import sampling as drawing
 from mgrpo_jax.policy.cache import KVCache
 from mgrpo_jax.policy.config import TransformerConfig
+from mgrpo_jax.policy.decode import Drawn
 from mgrpo_jax.policy.params import Params, param_specs
 from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.sampler import device
 from mgrpo_jax.sampler.schedule import Schedule, Visit, completion
-from mgrpo_jax.sampler.slots import OnTokens, Request
+from mgrpo_jax.sampler.slots import OnTokens, Request, Until
 from mgrpo_jax.types import Completion
 
 _COPIES = 8  # slots copied by one call
@@ -64,6 +65,7 @@ class Engine:
       prefill_tokens: int,
       prefill_buckets: Sequence[int],
       decode_steps: int,
+      decode_rows: int,
       mesh: jax.sharding.Mesh | None = None,
   ) -> None:
     """Allocates the cache; compiles nothing else yet.
@@ -81,26 +83,31 @@ class Engine:
       prefill_buckets: lengths that new tokens are padded to; one compilation
         each. Longer inputs are cut into pieces of the largest.
       decode_steps: tokens sampled for each slot between two looks at the queue.
+      decode_rows: busy slots that are computed together, see `decode.decode`;
+        0 for all slots, busy or not, at once.
       mesh: of `sharding.sampler_mesh`, None for the default device.
 
     Raises:
-      ValueError: if a size is not positive, naming it, or if the mesh does not
+      ValueError: if a size is out of range, naming it, or if the mesh does not
         divide the parameters, naming one.
     """
-    sizes = {
-        "num_slots": num_slots,
-        "context": context,
-        "block": block,
-        "prefill_tokens": prefill_tokens,
-        "prefill_buckets": min(prefill_buckets, default=0),
-        "decode_steps": decode_steps,
-    }
-    for name, size in sizes.items():
-      if size < 1:
-        raise ValueError(f"{name} must be >= 1, got {size!r}")
+    _check(
+        num_slots=num_slots,
+        context=context,
+        block=block,
+        prefill_tokens=prefill_tokens,
+        prefill_buckets=min(prefill_buckets, default=0),
+        decode_steps=decode_steps,
+    )
+    if not 0 <= decode_rows <= num_slots:
+      raise ValueError(
+          f"decode_rows must be in 0..{num_slots} (num_slots), got"
+          f" {decode_rows!r}"
+      )
     self._config = config
     self._context = context
     self._decode_steps = decode_steps
+    self._decode_rows = decode_rows or num_slots
     self._heads: jax.sharding.NamedSharding | None = None
     self._place: Any = jax.local_devices()[0]
     if mesh is not None:
@@ -151,6 +158,7 @@ class Engine:
       seed: int,
       *,
       session: str | None = None,
+      until: Until | None = None,
       on_tokens: OnTokens | None = None,
   ) -> Completion:
     """Samples what follows a stream of tokens.
@@ -159,11 +167,15 @@ class Engine:
 
     Args:
       tokens: the whole stream, 1 to `context` ids.
-      sampling: temperature, budget, stop tokens.
+      sampling: temperature, filters, budget, stop tokens.
       seed: 0 to 2^64 - 1; with the position it determines each draw.
       session: keeps the cache for the next call, whose tokens should extend
         these and the completion's; if they do not, all are prefilled. One
         request of a session at a time. End it with `release`.
+      until: called in the event loop with each token drawn, in order, until it
+        says True: that token is then the completion's last, whatever the
+        device has drawn beyond it, and the session goes on from there; see
+        `spelling.until_text`. What it raises, the call raises.
       on_tokens: called in the event loop after each visit with the tokens that
         it drew, at least one, and their log-probabilities; together they are
         the completion's. May cancel the call. How many come at a time says
@@ -193,6 +205,7 @@ class Engine:
         session=session,
         limit=limit,
         future=asyncio.get_running_loop().create_future(),
+        until=until,
         on_tokens=on_tokens,
     )
     if limit == len(stream):
@@ -272,10 +285,10 @@ class Engine:
             self._wake.clear()
             await self._wake.wait()
             continue
-          results = await loop.run_in_executor(
+          drawn = await loop.run_in_executor(
               worker, self._visit, self._params, visit
           )
-          self._schedule.absorb(visit, *results)
+          self._schedule.absorb(visit, drawn)
           for _ in range(_YIELDS):
             await asyncio.sleep(0)
       except Exception as error:  # whatever it is, nobody may wait for ever
@@ -291,9 +304,7 @@ class Engine:
         error.__cause__ = failure
         request.future.set_exception(error)
 
-  def _visit(
-      self, params: Params, visit: Visit
-  ) -> tuple[np.ndarray, np.ndarray]:
+  def _visit(self, params: Params, visit: Visit) -> Drawn:
     """Works on the device; the only code that runs in the worker thread."""
     cache = self._cache
     for call in visit.prefills:
@@ -312,12 +323,20 @@ class Engine:
       pairs = pairs + pairs[-1:] * (_COPIES - len(pairs))
       sources, targets = np.asarray(pairs, np.int32).T
       cache = device.copy_slots(cache, sources, targets, heads=self._heads)
-    self._cache, tokens, logprobs = device.decode(
+    self._cache, drawn = device.decode(
         params,
         cache,
         visit.slots,
         config=self._config,
         num_steps=self._decode_steps,
+        num_rows=self._decode_rows,
         heads=self._heads,
     )
-    return np.asarray(tokens), np.asarray(logprobs)
+    return jax.tree.map(np.asarray, drawn)
+
+
+def _check(**sizes: int) -> None:
+  """Raises for the first size that is not positive."""
+  for name, size in sizes.items():
+    if size < 1:
+      raise ValueError(f"{name} must be >= 1, got {size!r}")

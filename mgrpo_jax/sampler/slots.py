@@ -19,6 +19,7 @@ import numpy as np
 from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.types import Completion
 
+Until = Callable[[int], bool]
 OnTokens = Callable[[Sequence[int], Sequence[float]], None]
 
 
@@ -33,10 +34,13 @@ class Request:
     session: whose cache to go on from and to leave; None for neither.
     limit: length at which the stream must stop.
     future: gets the completion; done early means cancelled.
+    until: told each token drawn, says whether it is the last; None: none is.
     on_tokens: told what each visit drew; None for nobody.
     sampled: tokens drawn.
-    logprobs: their log-probabilities, nats.
+    logprobs: their log-probabilities, nats, under what they were drawn from.
+    raw_logprobs: the same under the softmax of the logits.
     versions: of the weights, in each visit that drew some.
+    ended: whether the last token drawn is the last of all.
   """
 
   tokens: np.ndarray
@@ -45,10 +49,13 @@ class Request:
   session: str | None
   limit: int
   future: asyncio.Future[Completion]
+  until: Until | None = None
   on_tokens: OnTokens | None = None
   sampled: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[float] = dataclasses.field(default_factory=list)
+  raw_logprobs: list[float] = dataclasses.field(default_factory=list)
   versions: list[int] = dataclasses.field(default_factory=list)
+  ended: bool = False
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)

@@ -14,12 +14,13 @@ from mgrpo_jax.agents.chat import Chat
 from mgrpo_jax.agents.protocol import Action, Protocol
 from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.policy.tokenizer import Tokenizer
+from mgrpo_jax.sampler.spelling import Decode
 from mgrpo_jax.serving import prompt as prompting
 from mgrpo_jax.serving.conversation import ToolCall
 from mgrpo_jax.serving.errors import RequestError, wrong
 from mgrpo_jax.serving.models import Job, Model, Piece, Pieces, any_seed
 from mgrpo_jax.serving.request import ChatRequest
-from mgrpo_jax.serving.text import Decode, Spelling
+from mgrpo_jax.serving.text import Spelling
 from mgrpo_jax.types import Completion
 
 Generate = Callable[..., Coroutine[Any, Any, Completion]]
@@ -159,6 +160,7 @@ async def _choose(
 ) -> Piece:
   """Samples one choice; returns its last piece."""
   sampled: list[int] = []
+  texts: list[str] = []  # not yet told
   spelling = Spelling(
       readable(speaker.tokenizer),
       stop_ids=speaker.chat.stop_ids,
@@ -166,23 +168,22 @@ async def _choose(
       marks=prompting.CALL_MARKS if request.functions else (),
   )
 
+  def ends(token: int) -> bool:
+    texts.append(spelling.push(token))
+    return spelling.cut
+
   def hear(tokens: Sequence[int], logprobs: Sequence[float]) -> None:
-    text, kept = "", 0
-    while kept < len(tokens) and not spelling.cut:
-      text += spelling.push(tokens[kept])
-      kept += 1
-    sampled.extend(tokens[:kept])
+    sampled.extend(tokens)
     tell(
         Piece(
             index=index,
-            text=text,
-            tokens=tuple(tokens[:kept]),
-            logprobs=tuple(logprobs[:kept]),
-            sampled_tokens=kept,
+            text="".join(texts),
+            tokens=tuple(tokens),
+            logprobs=tuple(logprobs),
+            sampled_tokens=len(tokens),
         )
     )
-    if spelling.cut:
-      generation.cancel()
+    texts.clear()
 
   room = speaker.context - len(prompt)
   warmth = request.temperature
@@ -190,17 +191,14 @@ async def _choose(
       temperature=speaker.temperature if warmth is None else warmth,
       max_new_tokens=min(request.max_tokens or room, room),
       stop_ids=speaker.chat.stop_ids,
+      top_k=request.top_k,
+      top_p=request.top_p,
+      min_p=request.min_p,
   )
-  generation = asyncio.create_task(
-      speaker.generate(prompt, sampling, seed, on_tokens=hear)
+  completion = await speaker.generate(
+      prompt, sampling, seed, until=ends, on_tokens=hear
   )
-  try:
-    await asyncio.wait({generation})
-  finally:
-    generation.cancel()
-  if generation.cancelled() and not spelling.cut:
-    raise RuntimeError("the sampler gave the request up")
-  finish = "stop" if spelling.cut else _finish(generation.result())
+  finish = _finish(completion)
   return _last(speaker, request, index, spelling, sampled, finish)
 
 

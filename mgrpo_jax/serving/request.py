@@ -19,11 +19,11 @@ from mgrpo_jax.serving.errors import RequestError, wrong
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _COLDEST, _WARMEST = 1e-3, 2.0  # below, logits are divided beyond float32
+_LEAST = 1e-6  # top_p; below, float32 sums of a large vocabulary say nothing
 _MOST_STOPS, _LONGEST_STOP = 4, 200
 _MOST_TOOLS = 64
 # What sampling here does not know, and the values at which it changes nothing.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "top_p": (1,),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "logit_bias": ({},),
@@ -44,6 +44,7 @@ _READ = (
     "max_completion_tokens",
     "max_tokens",
     "messages",
+    "min_p",
     "model",
     "n",
     "logprobs",
@@ -56,6 +57,8 @@ _READ = (
     "temperature",
     "tool_choice",
     "tools",
+    "top_k",
+    "top_p",
 )
 
 
@@ -70,6 +73,9 @@ class ChatRequest:
     n: choices.
     max_tokens: of each choice; None for what there is room for.
     temperature: None for the server's.
+    top_k: of `policy.filters`; 0 for every token.
+    top_p: likewise; 1 for every token.
+    min_p: likewise; 0 for every token.
     seed: None for any.
     stop: texts that end a choice and are not part of it.
     stream: whether events are wanted.
@@ -85,6 +91,9 @@ class ChatRequest:
   n: int
   max_tokens: int | None
   temperature: float | None
+  top_k: int
+  top_p: float
+  min_p: float
   seed: int | None
   stop: tuple[str, ...]
   stream: bool
@@ -126,6 +135,9 @@ def parse(body: bytes, *, max_choices: int) -> ChatRequest:
       n=reading.whole(fields, "n", 1, max_choices) or 1,
       max_tokens=_budget(fields),
       temperature=None if temperature is None else float(temperature),
+      top_k=max(reading.whole(fields, "top_k", -1, 2**31 - 1) or 0, 0),
+      top_p=_share(fields, "top_p", lowest=_LEAST, absent=1.0),
+      min_p=_share(fields, "min_p", lowest=0.0, absent=0.0),
       seed=reading.whole(fields, "seed", 0, 2**64 - 1),
       stop=_stops(fields),
       stream=stream,
@@ -147,6 +159,18 @@ def _is_number(value: Any) -> bool:
 def _is_warmth(value: Any) -> bool:
   """Whether a value is a temperature that can be sampled at."""
   return _is_number(value) and (value == 0 or _COLDEST <= value <= _WARMEST)
+
+
+def _share(
+    fields: Mapping[str, Any], name: str, *, lowest: float, absent: float
+) -> float:
+  """A field that is a share of a probability."""
+
+  def valid(value: Any) -> bool:
+    return _is_number(value) and lowest <= value <= 1
+
+  found = reading.field(fields, name, valid, f"{lowest:g} to 1")
+  return absent if found is None else float(found)
 
 
 def _object(body: bytes) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from typing import Any
 from mgrpo_jax import rollout
 from mgrpo_jax.agents.context import Environment
 from mgrpo_jax.policy.tokenizer import Tokenizer
+from mgrpo_jax.sampler.spelling import Cutter
 from mgrpo_jax.serving.errors import RequestError, wrong
 from mgrpo_jax.serving.models import Job, Model, Piece, Pieces, any_seed
 from mgrpo_jax.serving.request import ChatRequest
-from mgrpo_jax.serving.text import Cutter
 from mgrpo_jax.types import RolloutGroup, Status, Task, Trajectory
 
 _TASK = "served"  # equal seeds and questions give equal answers
@@ -36,6 +36,9 @@ def team(name: str, *, environment: Environment, tokenizer: Tokenizer) -> Model:
   def prepare(request: ChatRequest) -> Job:
     refused = {
         "tools": [one.name for one in request.functions],
+        "top_k": request.top_k,
+        "top_p": request.top_p if request.top_p < 1 else None,
+        "min_p": request.min_p,
         "logprobs": request.logprobs,
         "return_token_ids": request.return_token_ids,
     }

@@ -52,6 +52,7 @@ _SAMPLER = Sampler(
         "prefill_tokens": 128,
         "prefill_buckets": (32, 64),
         "decode_steps": 8,
+        "decode_rows": 0,
     },
     temperature=1.0,
     evaluation_temperature=0.0,
