@@ -22,7 +22,7 @@ from mgrpo_jax.agents.protocol import Protocol
 from mgrpo_jax.agents.team import Role, Team
 from mgrpo_jax.plan import Adaptation, Sampler, Setup
 from mgrpo_jax.policy.lora import LoRA
-from mgrpo_jax.sampler.engine import Engine
+from mgrpo_jax.sampler.interface import RolloutEngine
 from mgrpo_jax.tasks import factbook
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.work import Budget
@@ -249,7 +249,10 @@ def build_sampler(config: ml_collections.ConfigDict) -> Sampler:
 
 
 def _actor(
-    chats: Mapping[str, Chat], protocol: Protocol, name: str, engine: Engine
+    chats: Mapping[str, Chat],
+    protocol: Protocol,
+    name: str,
+    engine: RolloutEngine,
 ) -> Actor:
   """The actor that samples from an engine."""
   return sampled(

@@ -76,7 +76,7 @@ def main() -> None:
     _need("starlette", "uvicorn")
     from experiments import recipe
     from mgrpo_jax import ownership, publish, workdir
-    from mgrpo_jax.sampler.engine import EngineError
+    from mgrpo_jax.sampler.interface import EngineError
     from mgrpo_jax.serving import limits, listen
 
     token = _token()

@@ -12,7 +12,7 @@ from mgrpo_jax.packing import BatchShape
 from mgrpo_jax.policy.lora import LoRA
 from mgrpo_jax.policy.policy import Policy
 from mgrpo_jax.rewards import RewardWeights, Rules
-from mgrpo_jax.sampler.engine import Engine
+from mgrpo_jax.sampler.interface import RolloutEngine
 from mgrpo_jax.sharding import Meshes
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.types import Reference, RolloutGroup, Task
@@ -146,7 +146,7 @@ class Setup:
   policies: Mapping[str, Policy]
   adaptations: Mapping[str, Adaptation]
   meshes: Mapping[str, Meshes]
-  actor: Callable[[str, Engine], Actor]
+  actor: Callable[[str, RolloutEngine], Actor]
   coded: Mapping[str, Actor]
   tools: Mapping[str, Tool]
   demonstrate: Mapping[str, Demonstrate]

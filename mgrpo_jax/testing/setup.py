@@ -31,7 +31,7 @@ from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import Params
 from mgrpo_jax.policy.params import init as init_params
 from mgrpo_jax.policy.policy import Policy
-from mgrpo_jax.sampler.engine import Engine
+from mgrpo_jax.sampler.interface import RolloutEngine
 from mgrpo_jax.sharding import Meshes
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.testing import corpus
@@ -212,7 +212,7 @@ def evenness(task: Task, trajectory: Trajectory) -> float:
   return float(np.mean(ids % 2 == 0)) if len(ids) else 0.0
 
 
-def _actor(chat: Chat, name: str, engine: Engine) -> Actor:
+def _actor(chat: Chat, name: str, engine: RolloutEngine) -> Actor:
   """Samples from an engine; every policy writes alike."""
   del name
   return sampled(
