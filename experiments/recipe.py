@@ -1,8 +1,8 @@
 """From a ConfigDict to what the library takes.
 
 Only this file and those it calls know both: `method` the algorithm, `placing`
-the devices, `sources` the weights, `world` what the team acts in, `checks` what
-is allowed.
+the devices, `external` other samplers, `sources` the weights, `world` what the
+team acts in, `checks` what is allowed.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from experiments import checks, method, placing, sources, world
+from experiments import checks, external, method, placing, sources, world
 from mgrpo_jax import bucket, store
 from mgrpo_jax.agents.actor import Actor, sampled
 from mgrpo_jax.agents.chat import Chat
@@ -73,6 +73,7 @@ def check(
   world.check_names(config, team)
   checks.combinations(values, team)
   placing.check(values, num_devices or jax.device_count())
+  external.check(values)
   for stage in build_stages(config):
     checks.learners(values, team, stage)
   build_budget(config)
@@ -153,6 +154,7 @@ def build(config: ml_collections.ConfigDict) -> Setup:
       policies=policies,
       adaptations=build_adaptations(config),
       meshes=meshes,
+      external=external.engines(config, team),
       actor=functools.partial(_actor, chats, protocol),
       coded=coded,
       tools=tools,

@@ -117,6 +117,8 @@ class Setup:
     policies: by name, with the weights to begin with.
     adaptations: by policy; of those without one, all weights are trained.
     meshes: where each policy lives, by name.
+    external: by policy that a server samples, makes its engine from its weights
+      at the start; the others are sampled by an `Engine` here.
     actor: makes the actor of a policy from its engine.
     coded: actors of symbolic policies, which have neither weights nor engine.
     tools: by name.
@@ -146,6 +148,7 @@ class Setup:
   policies: Mapping[str, Policy]
   adaptations: Mapping[str, Adaptation]
   meshes: Mapping[str, Meshes]
+  external: Mapping[str, Callable[[Policy], RolloutEngine]]
   actor: Callable[[str, RolloutEngine], Actor]
   coded: Mapping[str, Actor]
   tools: Mapping[str, Tool]

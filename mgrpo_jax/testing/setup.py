@@ -98,6 +98,7 @@ def small_setup(
     meshes: Mapping[str, Meshes] | None = None,
     adaptations: Mapping[str, Adaptation] | None = None,
     codes: Mapping[str, Callable[[Moment], Action]] | None = None,
+    external: Mapping[str, Callable[[Policy], RolloutEngine]] | None = None,
 ) -> Setup:
   """A run of two tiny policies from scratch.
 
@@ -112,6 +113,7 @@ def small_setup(
     meshes: by policy, where it lives; the default device if None.
     adaptations: by policy, the adapter that is trained in place of it.
     codes: by policy, the plain code that it is; the others have weights.
+    external: by policy, makes the engine of one that a server samples.
 
   Returns:
     The setup.
@@ -149,6 +151,7 @@ def small_setup(
       adaptations=adaptations or {},
       meshes=meshes
       or dict.fromkeys(weighted, Meshes(learner=None, sampler=None)),
+      external=external or {},
       actor=functools.partial(_actor, chat),
       coded=coded,
       tools=team_lib.small_tools(max_chars=40),
