@@ -64,6 +64,7 @@ def policy() -> ml_collections.ConfigDict:
       "down",
   )
   _add_devices(config)
+  _add_external(config)
   return config.lock()
 
 
@@ -90,6 +91,21 @@ def _add_devices(config: ml_collections.ConfigDict) -> None:
   config.execution.remat = "none"
   config.execution.scan_layers = False  # one loop: compiles faster, fuses less
   config.execution.logit_columns = 64  # tokens a row with logits at once, >= 1
+
+
+def _add_external(config: ml_collections.ConfigDict) -> None:
+  """Who else samples a policy: a server with an OpenAI-compatible interface."""
+  config.external = ml_collections.ConfigDict()
+  config.external.url = ""  # http://host:port/v1; empty: this process does
+  config.external.dialect = "vllm"  # or mgrpo: experiments.serve
+  config.external.model = ""  # the policy's name there; empty for the same
+  # Where versions of its weights are written. The server reads them under this
+  # path; experiments.serve must have --weights_from=DIR for DIR/NAME.
+  config.external.folder = ""
+  config.external.token_file = ""  # that holds the server's token; '' for none
+  config.external.max_concurrent = 64  # requests at a time, >= 1
+  config.external.timeout = 120.0  # seconds of an answer or a loading, > 0
+  config.external.attempts = 5  # of a request that fails, in all, >= 1
 
 
 def stage(objective: str, steps: int) -> ml_collections.ConfigDict:

@@ -40,7 +40,7 @@ def main() -> None:
     from experiments import recipe
     from mgrpo_jax import ownership, publish, workdir
     from mgrpo_jax.report.progress import accuracies
-    from mgrpo_jax.sampler.engine import EngineError
+    from mgrpo_jax.sampler.interface import EngineError
 
     directory = workdir.Workdir(pathlib.Path(_WORKDIR.value))
     config = recipe.restore(directory.read_config())

@@ -8,8 +8,13 @@ Models are the team, under the recipe's name, and each policy. Sampling is as in
 the run's evaluations unless a request has a temperature. The weights are read
 from the run's bucket, once. SIGTERM finishes what is under way.
 
-/v1/models, /v1/chat/completions, /metrics (all three want the token, if there
-is one), /healthz, /readyz.
+/v1/models, /v1/chat/completions, /v1/completions (token ids in, token ids out),
+/metrics (all four want the token, if there is one), /healthz, /readyz.
+
+With --weights_from=DIR whoever may ask can also have a policy sampled from
+other weights, those of DIR/POLICY/v12: POST /v1/weights/POLICY {"version": 12,
+"label": "mine"}. That is how a run hands its weights to a server that samples
+for it, see config.policies.NAME.external.
 """
 
 from __future__ import annotations
@@ -62,6 +67,9 @@ _READ = flags.DEFINE_float("read_deadline", 30.0, "Seconds of its body, 408.")
 _WRITE = flags.DEFINE_float(
     "write_deadline", 30.0, "Seconds in which clients must take what is sent."
 )
+_WEIGHTS = flags.DEFINE_string(
+    "weights_from", "", "Directory of weights that clients may have loaded."
+)
 _CONNECTIONS = flags.DEFINE_integer(
     "max_connections", 1024, "Of clients; more are refused, 503."
 )
@@ -76,12 +84,13 @@ def main() -> None:
     _need("starlette", "uvicorn")
     from experiments import recipe
     from mgrpo_jax import ownership, publish, workdir
-    from mgrpo_jax.sampler.engine import EngineError
+    from mgrpo_jax.sampler.interface import EngineError
     from mgrpo_jax.serving import limits, listen
 
     token = _token()
     limits.check_exposure(_HOST.value, token)
     bounds = _limits()
+    folder = pathlib.Path(_WEIGHTS.value).resolve() if _WEIGHTS.value else None
     version = _version()
     directory = workdir.Workdir(pathlib.Path(_WORKDIR.value))
     config = recipe.restore(directory.read_config())
@@ -93,7 +102,7 @@ def main() -> None:
   failures = (ValueError, OSError, publish.NoVersionError, EngineError)
   with cli.user_errors(*failures), where:
     asyncio.run(
-        _serve(setup, store, config.name, where, token, bounds, version)
+        _serve(setup, store, config.name, where, token, bounds, version, folder)
     )
 
 
@@ -105,11 +114,13 @@ async def _serve(
     token: str,
     bounds: Limits,
     version: int | typing.Literal["latest"],
+    folder: pathlib.Path | None,
 ) -> None:
   """Reads the weights and listens."""
   from mgrpo_jax.resources import open_resources
   from mgrpo_jax.serving import catalog, listen
   from mgrpo_jax.serving.service import Service
+  from mgrpo_jax.serving.weights import Weights
 
   async with open_resources(setup, store) as resources:
     for problem in resources.read_published(version):
@@ -119,6 +130,13 @@ async def _serve(
         stats=lambda: {n: e.stats() for n, e in resources.engines.items()},
         limits=bounds,
         token=token,
+        weights=None
+        if folder is None
+        else Weights(
+            folder,
+            engines=resources.engines,
+            configs={n: p.config for n, p in setup.policies.items()},
+        ),
     )
     host, port = where.getsockname()[:2]
     address = f"[{host}]" if ":" in host else host

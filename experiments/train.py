@@ -52,7 +52,7 @@ def main() -> None:
           publish,
           workdir,
       )
-      from mgrpo_jax.sampler.engine import EngineError
+      from mgrpo_jax.sampler.interface import EngineError
       from mgrpo_jax.tasks import curriculum
 
       cli.need("matplotlib")  # which only the report imports, at the very end

@@ -12,7 +12,7 @@ from mgrpo_jax.packing import BatchShape
 from mgrpo_jax.policy.lora import LoRA
 from mgrpo_jax.policy.policy import Policy
 from mgrpo_jax.rewards import RewardWeights, Rules
-from mgrpo_jax.sampler.engine import Engine
+from mgrpo_jax.sampler.interface import RolloutEngine
 from mgrpo_jax.sharding import Meshes
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.types import Reference, RolloutGroup, Task
@@ -117,6 +117,8 @@ class Setup:
     policies: by name, with the weights to begin with.
     adaptations: by policy; of those without one, all weights are trained.
     meshes: where each policy lives, by name.
+    external: by policy that a server samples, makes its engine from its weights
+      at the start; the others are sampled by an `Engine` here.
     actor: makes the actor of a policy from its engine.
     coded: actors of symbolic policies, which have neither weights nor engine.
     tools: by name.
@@ -146,7 +148,8 @@ class Setup:
   policies: Mapping[str, Policy]
   adaptations: Mapping[str, Adaptation]
   meshes: Mapping[str, Meshes]
-  actor: Callable[[str, Engine], Actor]
+  external: Mapping[str, Callable[[Policy], RolloutEngine]]
+  actor: Callable[[str, RolloutEngine], Actor]
   coded: Mapping[str, Actor]
   tools: Mapping[str, Tool]
   demonstrate: Mapping[str, Demonstrate]

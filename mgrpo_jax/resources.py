@@ -22,6 +22,7 @@ from mgrpo_jax.policy.load.peft import save_adapter
 from mgrpo_jax.policy.load.safetensors import save_directory
 from mgrpo_jax.publish import NoVersionError
 from mgrpo_jax.sampler.engine import Engine
+from mgrpo_jax.sampler.interface import RolloutEngine
 from mgrpo_jax.store import Store
 from mgrpo_jax.tasks.pipeline import TaskQueue
 from mgrpo_jax.types import TrainState
@@ -57,6 +58,8 @@ class Resources:
     loras = {name: one.lora for name, one in setup.adaptations.items()}
     if unknown := sorted(loras.keys() - setup.policies.keys()):
       raise ValueError(f"adaptations of unknown policies {unknown}")
+    if unknown := sorted(setup.external.keys() - setup.policies.keys()):
+      raise ValueError(f"external engines of unknown policies {unknown}")
     self.fingerprints = {
         name: fingerprint.fingerprint(policy, loras.get(name))
         for name, policy in setup.policies.items()
@@ -81,16 +84,7 @@ class Resources:
             seeds, setup.policies.items(), strict=True
         )
     }
-    self.engines = {
-        name: Engine(
-            learner.config,
-            learner.weights,
-            0,
-            mesh=setup.meshes[name].sampler,
-            **setup.sampler.engine,
-        )
-        for name, learner in self.learners.items()
-    }
+    self.engines = {name: self._engine(name) for name in self.learners}
     self.queues = {
         stage.name: TaskQueue(
             setup.tasks[stage.name],
@@ -214,6 +208,20 @@ class Resources:
               config=learner.config,
               base=adaptation.base,
           )
+
+  def _engine(self, name: str) -> RolloutEngine:
+    """What samples a policy: a server where there is one for it, or we."""
+    setup, learner = self.setup, self.learners[name]
+    if name in setup.external:
+      policy = dataclasses.replace(setup.policies[name], params=learner.weights)
+      return setup.external[name](policy)
+    return Engine(
+        learner.config,
+        learner.weights,
+        0,
+        mesh=setup.meshes[name].sampler,
+        **setup.sampler.engine,
+    )
 
   def _environment(
       self, team: Team, actors: Mapping[str, Actor], temperature: float

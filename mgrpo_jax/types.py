@@ -98,7 +98,7 @@ class Completion:
     tokens: [n] int32; the stop token, where one was sampled, is the last.
     logprobs: [n] float32, nats, under the distribution sampled from.
     raw_logprobs: [n] float32, nats, under the softmax of the logits, which is
-      temperature 1 and nothing filtered.
+      temperature 1 and nothing filtered; None where the sampler cannot tell.
     finish: `stop` token, `length` of the turn, or `context` exhausted.
     version_min: oldest policy version that sampled a token.
     version_max: newest policy version that sampled a token.
@@ -106,7 +106,7 @@ class Completion:
 
   tokens: np.ndarray
   logprobs: np.ndarray
-  raw_logprobs: np.ndarray
+  raw_logprobs: np.ndarray | None
   finish: Literal["stop", "length", "context"]
   version_min: int
   version_max: int

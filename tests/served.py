@@ -125,6 +125,13 @@ class Served:
     assert status == expected, answer
     return json.loads(answer)
 
+  def continue_tokens(self, expected=200, **fields):
+    """The JSON of a completion of token ids."""
+    body = {"model": "tiny", "prompt": [1, 2, 3]} | fields
+    status, _, answer = self.ask("POST", "/v1/completions", body)
+    assert status == expected, answer
+    return json.loads(answer)
+
   def stream(self, **fields):
     """The chunks of a streamed chat completion."""
     body = {"model": "tiny", "messages": HELLO, "stream": True} | fields
@@ -138,7 +145,13 @@ class Served:
 
 @contextlib.contextmanager
 def serve(
-    *speakers, engines=None, limits=LIMITS, token="", models=(), drain=10.0
+    *speakers,
+    engines=None,
+    limits=LIMITS,
+    token="",
+    models=(),
+    drain=10.0,
+    weights=None,
 ):
   """Serves policies, and the engines behind them, until the block ends."""
   ready, told = threading.Event(), {}
@@ -154,6 +167,7 @@ def serve(
           stats=lambda: {name: one.stats() for name, one in engines.items()},
           limits=limits,
           token=token,
+          weights=weights,
       )
       where = stack.enter_context(listen.bind("127.0.0.1", 0))
       loop, stopping = asyncio.get_running_loop(), asyncio.Event()

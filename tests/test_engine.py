@@ -13,7 +13,8 @@ import pytest
 from mgrpo_jax.policy import logprobs, params
 from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.sampler import device
-from mgrpo_jax.sampler.engine import Engine, EngineError
+from mgrpo_jax.sampler.engine import Engine
+from mgrpo_jax.sampler.interface import EngineError
 from mgrpo_jax.testing.sizes import tiny_config
 
 CONTEXT = 64

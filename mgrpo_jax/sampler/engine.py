@@ -34,16 +34,14 @@ from mgrpo_jax.policy.decode import Drawn
 from mgrpo_jax.policy.params import Params, param_specs
 from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.sampler import device
+from mgrpo_jax.sampler.interface import EngineError, OnTokens, Until
 from mgrpo_jax.sampler.schedule import Schedule, Visit, completion
-from mgrpo_jax.sampler.slots import OnTokens, Request, Until
+from mgrpo_jax.sampler.slots import Request
+from mgrpo_jax.sampler.stream import checked
 from mgrpo_jax.types import Completion
 
 _COPIES = 8  # slots copied by one call
 _YIELDS = 5  # turns of the event loop in which finished callers may ask again
-
-
-class EngineError(RuntimeError):
-  """The engine cannot go on; every waiting request gets one."""
 
 
 class Engine:
@@ -189,7 +187,9 @@ class Engine:
       ValueError: if an argument is out of range; nothing has been done.
       EngineError: if the device failed or the engine was closed.
     """
-    stream = self._checked(tokens)
+    stream = checked(
+        tokens, context=self._context, vocab_size=self._config.vocab_size
+    )
     words = drawing.split_seed(seed)
     if self._failure is not None:
       raise EngineError(f"the engine has failed: {self._failure}")
@@ -257,21 +257,6 @@ class Engine:
       and `mismatches`, sessions whose tokens did not extend their cache.
     """
     return {**self._schedule.stats(), "compilations": device.compilations()}
-
-  def _checked(self, tokens: Sequence[int]) -> np.ndarray:
-    """Turns a stream into an array, or says what is wrong with it."""
-    stream = np.array(tokens, np.int64)  # a copy: the caller's may grow
-    if stream.ndim != 1 or not 1 <= len(stream) <= self._context:
-      raise ValueError(
-          f"tokens must be a sequence of 1 to {self._context} ids (context),"
-          f" got shape {stream.shape}"
-      )
-    if stream.min() < 0 or stream.max() >= self._config.vocab_size:
-      raise ValueError(
-          f"tokens must be ids in 0..{self._config.vocab_size - 1}, got"
-          f" {stream.min()}..{stream.max()}"
-      )
-    return stream.astype(np.int32)
 
   async def _serve(self) -> None:
     """Visits the device while there is work; tells everyone when it ends."""

@@ -12,15 +12,12 @@ import asyncio
 import collections
 import dataclasses
 import heapq
-from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from mgrpo_jax.policy.sampling import Sampling
+from mgrpo_jax.sampler.interface import OnTokens, Until
 from mgrpo_jax.types import Completion
-
-Until = Callable[[int], bool]
-OnTokens = Callable[[Sequence[int], Sequence[float]], None]
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from mgrpo_jax.serving.conversation import ToolCall
 from mgrpo_jax.serving.request import ChatRequest
+from mgrpo_jax.serving.token_request import TokenRequest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,12 +65,14 @@ class Model:
   Attributes:
     name: of the model.
     prepare: checks a request and makes it a job; raises `RequestError`.
+    continue_tokens: the same for token ids; None where it has none of its own.
   """
 
   name: str
   prepare: Callable[[ChatRequest], Job]
+  continue_tokens: Callable[[TokenRequest], Job] | None
 
 
-def any_seed(request: ChatRequest) -> int:
+def any_seed(seed: int | None) -> int:
   """The seed of a request, or one that nobody can know."""
-  return secrets.randbits(63) if request.seed is None else request.seed
+  return secrets.randbits(63) if seed is None else seed

@@ -21,6 +21,7 @@ from mgrpo_jax.serving.errors import RequestError, wrong
 from mgrpo_jax.serving.models import Job, Model, Piece, Pieces, any_seed
 from mgrpo_jax.serving.request import ChatRequest
 from mgrpo_jax.serving.text import Spelling
+from mgrpo_jax.serving.token_request import TokenRequest
 from mgrpo_jax.types import Completion
 
 Generate = Callable[..., Coroutine[Any, Any, Completion]]
@@ -68,22 +69,18 @@ def policy(speaker: Speaker) -> Model:
     ids = prompting.encode(
         request, chat=speaker.chat, protocol=speaker.protocol
     )
-    if len(ids) >= speaker.context:
-      raise RequestError(
-          400,
-          f"messages: are {len(ids)} tokens, allowed: at most"
-          f" {speaker.context - 1}, for the context of model {speaker.name!r}"
-          f" has {speaker.context}",
-          param="messages",
-          code="context_length_exceeded",
-      )
+    _check_room(speaker, ids, "messages")
     return Job(
         prompt=tuple(ids),
         token_text=lambda token: _shown(speaker.tokenizer, token),
         pieces=lambda: _pieces(speaker, request, ids),
     )
 
-  return Model(name=speaker.name, prepare=prepare)
+  return Model(
+      name=speaker.name,
+      prepare=prepare,
+      continue_tokens=lambda asked: token_job(speaker, asked),
+  )
 
 
 def readable(tokenizer: Tokenizer) -> Decode:
@@ -118,12 +115,77 @@ def _shown(tokenizer: Tokenizer, token: int) -> str:
   return readable(tokenizer)([token])
 
 
+def token_job(speaker: Speaker, asked: TokenRequest) -> Job:
+  """Continues token ids, with nothing of the chat format.
+
+  Args:
+    speaker: the policy.
+    asked: what is asked for.
+
+  Returns:
+    The job.
+
+  Raises:
+    RequestError: the ids leave no room.
+  """
+  _check_room(speaker, asked.prompt, "prompt")
+
+  async def pieces() -> Pieces:
+    yield Piece(index=0, prompt_tokens=len(asked.prompt))
+    warmth = asked.temperature
+    ends = () if asked.ignore_eos else speaker.chat.stop_ids
+    room = speaker.context - len(asked.prompt)
+    sampling = Sampling(
+        temperature=speaker.temperature if warmth is None else warmth,
+        max_new_tokens=min(asked.max_tokens, room),
+        stop_ids=tuple(dict.fromkeys((*asked.stop_ids, *ends))),
+    )
+    try:
+      completion = await speaker.generate(
+          asked.prompt, sampling, any_seed(asked.seed)
+      )
+    except ValueError as error:  # an id that the policy does not have
+      raise RequestError(400, f"prompt: {error}", param="prompt") from error
+    tokens = completion.tokens.tolist()
+    spelled = tokens[:-1] if completion.finish == "stop" else tokens
+    yield Piece(
+        index=0,
+        text=readable(speaker.tokenizer)(spelled),
+        tokens=tuple(tokens),
+        logprobs=tuple(completion.logprobs.tolist()),
+        finish=_finish(completion),
+        sampled_tokens=len(tokens),
+        extra={
+            "policy_versions": [completion.version_min, completion.version_max]
+        },
+    )
+
+  return Job(
+      prompt=asked.prompt,
+      token_text=lambda token: _shown(speaker.tokenizer, token),
+      pieces=pieces,
+  )
+
+
+def _check_room(speaker: Speaker, ids: Sequence[int], field: str) -> None:
+  """Raises where a prompt leaves no room for a token."""
+  if len(ids) >= speaker.context:
+    raise RequestError(
+        400,
+        f"{field}: are {len(ids)} tokens, allowed: at most"
+        f" {speaker.context - 1}, for the context of model {speaker.name!r}"
+        f" has {speaker.context}",
+        param=field,
+        code="context_length_exceeded",
+    )
+
+
 async def _pieces(
     speaker: Speaker, request: ChatRequest, prompt: Sequence[int]
 ) -> Pieces:
   """What all choices say, as it comes."""
   queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
-  seed = any_seed(request)
+  seed = any_seed(request.seed)
 
   async def choose(index: int) -> None:
     own = turn_seed(seed, index) if index else seed

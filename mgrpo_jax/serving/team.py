@@ -60,7 +60,7 @@ def team(name: str, *, environment: Environment, tokenizer: Tokenizer) -> Model:
         pieces=lambda: _pieces(environment, tokenizer, request),
     )
 
-  return Model(name=name, prepare=prepare)
+  return Model(name=name, prepare=prepare, continue_tokens=None)
 
 
 async def _pieces(
@@ -84,7 +84,7 @@ async def _pieces(
       task,
       environment=environment,
       num_rollouts=request.n,
-      seed=any_seed(request),
+      seed=any_seed(request.seed),
   )
   for index in range(request.n):
     yield _answer(request, tokenizer, group, index)

@@ -32,7 +32,7 @@ from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import Params
 from mgrpo_jax.policy.params import init as init_params
 from mgrpo_jax.policy.policy import Policy
-from mgrpo_jax.sampler.engine import Engine
+from mgrpo_jax.sampler.interface import RolloutEngine
 from mgrpo_jax.sharding import Meshes
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.testing import corpus
@@ -100,6 +100,7 @@ def small_setup(
     meshes: Mapping[str, Meshes] | None = None,
     adaptations: Mapping[str, Adaptation] | None = None,
     codes: Mapping[str, Callable[[Moment], Action]] | None = None,
+    external: Mapping[str, Callable[[Policy], RolloutEngine]] | None = None,
 ) -> Setup:
   """A run of two tiny policies from scratch.
 
@@ -114,6 +115,7 @@ def small_setup(
     meshes: by policy, where it lives; the default device if None.
     adaptations: by policy, the adapter that is trained in place of it.
     codes: by policy, the plain code that it is; the others have weights.
+    external: by policy, makes the engine of one that a server samples.
 
   Returns:
     The setup.
@@ -151,6 +153,7 @@ def small_setup(
       adaptations=adaptations or {},
       meshes=meshes
       or dict.fromkeys(weighted, Meshes(learner=None, sampler=None)),
+      external=external or {},
       actor=functools.partial(_actor, chat),
       coded=coded,
       tools=team_lib.small_tools(max_chars=40),
@@ -214,7 +217,7 @@ def evenness(task: Task, trajectory: Trajectory) -> float:
   return float(np.mean(ids % 2 == 0)) if len(ids) else 0.0
 
 
-def _actor(chat: Chat, name: str, engine: Engine) -> Actor:
+def _actor(chat: Chat, name: str, engine: RolloutEngine) -> Actor:
   """Samples from an engine; every policy writes alike."""
   del name
   return sampled(
