@@ -34,6 +34,7 @@ from mgrpo_jax.policy.params import init as init_params
 from mgrpo_jax.policy.policy import Policy
 from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.sharding import Meshes
+from mgrpo_jax.spares import Spares
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.testing import corpus
 from mgrpo_jax.testing import team as team_lib
@@ -58,6 +59,7 @@ _SAMPLER = Sampler(
     turn_deadline=60.0,
     max_attempts=2,
     max_concurrent=9,
+    spares=Spares(count=0, patience=0.0),
 )
 
 
