@@ -64,6 +64,8 @@ _RANGES = {  # lowest and highest allowed
 }
 _POSITIVE = (  # as float32, which is what they are computed with
     "rollout.turn_deadline",
+    "rollout.watchdog",
+    "rollout.deadline",
     "tools.deadline",
     "optimizer.eps",
     "reward.overlong_share",

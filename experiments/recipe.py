@@ -250,6 +250,8 @@ def build_sampler(config: ml_collections.ConfigDict) -> Sampler:
       turn_deadline=config.rollout.turn_deadline,
       max_attempts=config.rollout.max_attempts,
       max_concurrent=config.rollout.max_concurrent,
+      watchdog=config.rollout.watchdog,
+      deadline=config.rollout.deadline,
       spares=spares,
   )
 

@@ -74,6 +74,8 @@ class Sampler:
     turn_deadline: seconds a turn may take.
     max_attempts: how often a failing call is made in all.
     max_concurrent: rollouts in progress at the same time.
+    watchdog: seconds after which a call to which nothing happens is named.
+    deadline: seconds that a step's rollouts, or an evaluation's, may take.
     spares: rollouts of a task that are begun beyond its K.
   """
 
@@ -83,6 +85,8 @@ class Sampler:
   turn_deadline: float
   max_attempts: int
   max_concurrent: int
+  watchdog: float
+  deadline: float
   spares: Spares
 
 

@@ -22,6 +22,7 @@ from mgrpo_jax import (
     rollout,
     statistics,
 )
+from mgrpo_jax.agents import watchdog
 from mgrpo_jax.agents.call import turn_seed
 from mgrpo_jax.atomic import MismatchError
 from mgrpo_jax.credit import Credits
@@ -265,12 +266,15 @@ class Run:
     """Asks the team held-out questions, greedily unless configured."""
     before = self.resources.sampled()
     with self.meter.timed("evaluate"):
-      result = await evaluate.evaluate(
+      work = evaluate.evaluate(
           tasks,
           environment=self.resources.testing,
           rules=self.setup.method.rules,
           seed=self.setup.seed,
           max_concurrent=self.setup.sampler.max_concurrent,
+      )
+      result = await watchdog.all_within(
+          self.setup.sampler.deadline, work, activity=self.resources.activity
       )
     self.meter.work.evaluation_tokens += self.resources.sampled() - before
     low, high = result.overall.interval
@@ -327,13 +331,16 @@ class Run:
     """Executes the team K times on every task, or a few times more."""
     sampler, kept = self.setup.sampler, self.setup.rollouts_per_task
     per_task = kept + sampler.spares.count
-    return await rollout.run_groups(
+    work = rollout.run_groups(
         tasks,
         environment=self.resources.training,
         num_rollouts=kept,
         seed=seed,
         max_concurrent=max(1, sampler.max_concurrent // per_task),
         spares=sampler.spares,
+    )
+    return await watchdog.all_within(
+        sampler.deadline, work, activity=self.resources.activity
     )
 
   def _count_spares(self, groups: Sequence[RolloutGroup]) -> None:

@@ -136,6 +136,8 @@ def test_the_recipe_says_how_long_a_text_may_mention():
         ("engine.num_slots", 127, "least 128.*config.rollout.max_concurrent"),
         ("rollout.max_concurrent", 7, "at least 8, config.rollout.per_task"),
         ("rollout.spare", 121, "at least 129, .* and config.rollout.spare"),
+        ("rollout.watchdog", 0.0, "config.rollout.watchdog"),
+        ("rollout.deadline", -1.0, "config.rollout.deadline"),
         ("rollout.spare", -1, "config.rollout.spare: -1 must be at least 0"),
         ("rollout.patience", -1.0, "config.rollout.patience: -1.0 must be"),
         ("rollout.patience", 9.0, "patience: 9.0 must be 0 where there is no"),

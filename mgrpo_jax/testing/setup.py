@@ -59,6 +59,8 @@ _SAMPLER = Sampler(
     turn_deadline=60.0,
     max_attempts=2,
     max_concurrent=9,
+    watchdog=30.0,
+    deadline=600.0,
     spares=Spares(count=0, patience=0.0),
 )
 
