@@ -179,8 +179,17 @@ def _add_sampling(config: ml_collections.ConfigDict) -> None:
   """How rollouts are sampled."""
   config.rollout = ml_collections.ConfigDict()
   config.rollout.per_task = 8  # K, rollouts a task; the paper's 8
+  # Rollouts of a task begun beyond K, >= 0: they stand in for those that a
+  # machine failed on, and after `patience` seconds (0 for never) for those that
+  # are late, which bends groups towards short rollouts; see docs/practice.md.
+  config.rollout.spare = 0
+  config.rollout.patience = 0.0
   config.rollout.temperature = 1.0  # of training samples, >= 0.001
   config.rollout.turn_deadline = 120.0  # seconds a turn may take, > 0
+  config.rollout.watchdog = 60.0  # seconds until a waiting call is named, > 0
+  # Seconds for a step's rollouts, or an evaluation's, in all; then the run ends
+  # and names what they wait for, > 0.
+  config.rollout.deadline = 7200.0
   config.rollout.max_attempts = 3  # of a call that FAILED, in all, >= 1
   # Steps that a policy may be ahead of a group's tokens, >= 0; the tasks of
   # older groups are put back, at most tasks.max_retries times in a row.

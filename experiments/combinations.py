@@ -111,13 +111,15 @@ def _concurrency(values: Mapping[str, Any], team: Team) -> None:
   A session that loses its slot is prefilled anew, which rounds differently and
   depends on timing; with a slot for each, equal seeds give equal rollouts.
   """
-  limit, per_task = (
-      values["rollout"][key] for key in ("max_concurrent", "per_task")
+  limit, kept, spare = (
+      values["rollout"][key] for key in ("max_concurrent", "per_task", "spare")
   )
+  per_task = kept + spare
   if limit < per_task:
     raise ValueError(
         f"config.rollout.max_concurrent: {limit} must be at least {per_task},"
-        " config.rollout.per_task: a task's rollouts run together"
+        " config.rollout.per_task and config.rollout.spare: a task's rollouts"
+        " run together"
     )
   evaluation = values["evaluation"]
   questions = max(evaluation["tasks"], evaluation["final_tasks"])

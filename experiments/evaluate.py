@@ -39,6 +39,7 @@ def main() -> None:
   with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
     from experiments import recipe
     from mgrpo_jax import ownership, publish, workdir
+    from mgrpo_jax.agents.watchdog import StuckError
     from mgrpo_jax.report.progress import accuracies
     from mgrpo_jax.sampler.interface import EngineError
 
@@ -50,7 +51,13 @@ def main() -> None:
     if _TEMPERATURE.value is not None:
       config.evaluation.temperature = _TEMPERATURE.value
     setup = recipe.build(config)
-  failures = (ValueError, OSError, publish.NoVersionError, EngineError)
+  failures = (
+      ValueError,
+      OSError,
+      publish.NoVersionError,
+      EngineError,
+      StuckError,
+  )
   with cli.user_errors(*failures):
     evaluation = asyncio.run(_evaluate(setup, store))
   cli.say(accuracies(evaluation.overall, evaluation.by_family))

@@ -31,6 +31,7 @@ from mgrpo_jax.agents.team import Role, Team
 from mgrpo_jax.plan import Adaptation, Sampler, Setup
 from mgrpo_jax.policy.lora import LoRA
 from mgrpo_jax.sampler.interface import RolloutEngine
+from mgrpo_jax.spares import Spares
 from mgrpo_jax.tasks import factbook
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.work import Budget
@@ -247,7 +248,11 @@ def build_budget(config: ml_collections.ConfigDict) -> Budget:
 
 
 def build_sampler(config: ml_collections.ConfigDict) -> Sampler:
-  """Builds how rollouts are sampled."""
+  """Builds how rollouts are sampled; see `Spares` for what is checked."""
+  with checks.inside("rollout"):
+    spares = Spares(
+        count=config.rollout.spare, patience=config.rollout.patience
+    )
   return Sampler(
       engine=dict(config.engine),
       temperature=config.rollout.temperature,
@@ -255,6 +260,9 @@ def build_sampler(config: ml_collections.ConfigDict) -> Sampler:
       turn_deadline=config.rollout.turn_deadline,
       max_attempts=config.rollout.max_attempts,
       max_concurrent=config.rollout.max_concurrent,
+      watchdog=config.rollout.watchdog,
+      deadline=config.rollout.deadline,
+      spares=spares,
   )
 
 

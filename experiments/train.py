@@ -52,6 +52,7 @@ def main() -> None:
           publish,
           workdir,
       )
+      from mgrpo_jax.agents.watchdog import StuckError
       from mgrpo_jax.sampler.interface import EngineError
       from mgrpo_jax.tasks import curriculum
 
@@ -72,6 +73,7 @@ def main() -> None:
         ownership.TakenError,
         publish.NoVersionError,
         EngineError,
+        StuckError,
     )
     with (
         cli.user_errors(*failures),  # closing may fail as well

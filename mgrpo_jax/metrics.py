@@ -90,6 +90,13 @@ METRICS: Mapping[str, Metric] = dict((
             "share of delegations beyond the callers' budgets"),
     _metric("failed", "role", "calls", "lower",
             "calls lost to infrastructure; retried, never trained on"),
+    _metric("rescued", "", "1", "lower",
+            "share of rollouts that are spares, in place of one that failed"),
+    _metric("late", "", "1", "lower",
+            "share of rollouts that are spares, in place of one that was late:"
+            " times their range it bounds the bias of mean rewards"),
+    _metric("surplus", "", "1", "lower",
+            "rollouts begun and left out of their groups, per rollout kept"),
     # Alignment and advantages.
     _metric("dropped", "role", "calls", "lower",
             "calls beyond the slots of the alignment, not trained on"),

@@ -14,6 +14,7 @@ from mgrpo_jax.policy.policy import Policy
 from mgrpo_jax.rewards import RewardWeights, Rules
 from mgrpo_jax.sampler.interface import RolloutEngine
 from mgrpo_jax.sharding import Meshes
+from mgrpo_jax.spares import Spares
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.types import Reference, RolloutGroup, Task
 from mgrpo_jax.work import Budget
@@ -73,6 +74,9 @@ class Sampler:
     turn_deadline: seconds a turn may take.
     max_attempts: how often a failing call is made in all.
     max_concurrent: rollouts in progress at the same time.
+    watchdog: seconds after which a call to which nothing happens is named.
+    deadline: seconds that a step's rollouts, or an evaluation's, may take.
+    spares: rollouts of a task that are begun beyond its K.
   """
 
   engine: Mapping[str, Any]
@@ -81,6 +85,9 @@ class Sampler:
   turn_deadline: float
   max_attempts: int
   max_concurrent: int
+  watchdog: float
+  deadline: float
+  spares: Spares
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

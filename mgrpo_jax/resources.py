@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from mgrpo_jax import atomic, publish, sharding
+from mgrpo_jax.agents.activity import Activity
 from mgrpo_jax.agents.actor import Actor
 from mgrpo_jax.agents.context import Environment
 from mgrpo_jax.agents.team import Team
@@ -40,6 +41,7 @@ class Resources:
     queues: task streams, by name of stage.
     training: what agent calls share in rollouts.
     testing: what they share in evaluations.
+    activity: what calls wait for, in both.
   """
 
   def __init__(self, setup: Setup, store: Store) -> None:
@@ -96,6 +98,7 @@ class Resources:
     actors = {n: setup.actor(n, e) for n, e in self.engines.items()}
     actors |= setup.coded
     team, sampler = setup.team, setup.sampler
+    self.activity = Activity()
     self.training = self._environment(team, actors, sampler.temperature)
     self.testing = self._environment(
         team.without_attempts(), actors, sampler.evaluation_temperature
@@ -235,6 +238,7 @@ class Resources:
         temperature=temperature,
         turn_deadline=sampler.turn_deadline,
         max_attempts=sampler.max_attempts,
+        activity=self.activity,
     )
 
 

@@ -158,6 +158,23 @@ class Trajectory:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Seating:
+  """Which of the rollouts begun make a group of K; see `spares`.
+
+  Attributes:
+    origin: K numbers: as which rollout each was begun, so with which seeds.
+    rescued: how many stand in for one that a machine failed on.
+    late: how many stand in for one that was not done in time.
+    surplus: rollouts that were begun and are not in the group.
+  """
+
+  origin: tuple[int, ...]
+  rescued: int
+  late: int
+  surplus: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutGroup:
   """The K trees of a task, flattened; M trajectories in all.
 
@@ -172,6 +189,7 @@ class RolloutGroup:
     parent: [M] int32, position in `trajectories`; NO_PARENT for roots.
     role: [M] int32, position in the team's tuple of roles; the root role is 0.
     call: [M] int32, ordinal among the role's calls in its rollout.
+    seating: None where only K rollouts were begun.
   """
 
   task: Task
@@ -181,6 +199,7 @@ class RolloutGroup:
   parent: np.ndarray
   role: np.ndarray
   call: np.ndarray
+  seating: Seating | None = None
 
 
 @flax.struct.dataclass

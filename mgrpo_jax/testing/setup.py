@@ -34,6 +34,7 @@ from mgrpo_jax.policy.params import init as init_params
 from mgrpo_jax.policy.policy import Policy
 from mgrpo_jax.sampler.interface import RolloutEngine
 from mgrpo_jax.sharding import Meshes
+from mgrpo_jax.spares import Spares
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.testing import corpus
 from mgrpo_jax.testing import team as team_lib
@@ -59,6 +60,9 @@ _SAMPLER = Sampler(
     turn_deadline=60.0,
     max_attempts=2,
     max_concurrent=9,
+    watchdog=30.0,
+    deadline=600.0,
+    spares=Spares(count=0, patience=0.0),
 )
 
 
