@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
@@ -124,6 +124,7 @@ class Engine:
     self._sessions: set[str] = set()  # with a request queued or being sampled
     self._wake = asyncio.Event()
     self._closing = False
+    self._worker: concurrent.futures.ThreadPoolExecutor | None = None
     self._task: asyncio.Task[None] | None = None
     self._failure: Exception | None = None
 
@@ -133,7 +134,8 @@ class Engine:
       raise RuntimeError("the engine is already running")
     self._wake = asyncio.Event()
     self._closing = False
-    self._task = asyncio.create_task(self._serve())
+    self._worker = concurrent.futures.ThreadPoolExecutor(1, "sampler")
+    self._task = asyncio.create_task(self._serve(self._worker))
     return self
 
   async def __aexit__(self, *exception: object) -> None:
@@ -143,6 +145,29 @@ class Engine:
     task, self._task = self._task, None
     if task is not None:
       await task
+
+  async def warm_up(self, tell: Callable[[int, int], None]) -> None:
+    """Compiles every program that requests can need; they find nothing changed.
+
+    Cancelling the call leaves the program under way to be finished.
+
+    Args:
+      tell: called with the number of programs that are there, and of all.
+
+    Raises:
+      EngineError: if the device failed, or the engine is not running.
+    """
+    self._check_running()
+    loop, visits = asyncio.get_running_loop(), self._schedule.rehearsals()
+    for done, visit in enumerate(visits, 1):
+      try:
+        await loop.run_in_executor(
+            self._worker, self._visit, self._params, visit
+        )
+      except Exception as error:  # the cache may be gone
+        self._failure = error
+        raise EngineError(f"the warm-up failed: {error}") from error
+      tell(done, len(visits))
 
   async def generate(
       self,
@@ -179,10 +204,7 @@ class Engine:
     """
     stream = self._checked(tokens)
     words = drawing.split_seed(seed)
-    if self._failure is not None:
-      raise EngineError(f"the engine has failed: {self._failure}")
-    if self._task is None or self._closing:
-      raise EngineError("the engine is not running; use `async with engine:`")
+    self._check_running()
     if session is not None and session in self._sessions:
       raise ValueError(f"session {session!r} has a request under way")
     limit = min(len(stream) + sampling.max_new_tokens, self._context)
@@ -245,6 +267,13 @@ class Engine:
     """
     return {**self._schedule.stats(), "compilations": device.compilations()}
 
+  def _check_running(self) -> None:
+    """Raises `EngineError` unless requests can be served."""
+    if self._failure is not None:
+      raise EngineError(f"the engine has failed: {self._failure}")
+    if self._task is None or self._closing:
+      raise EngineError("the engine is not running; use `async with engine:`")
+
   def _checked(self, tokens: Sequence[int]) -> np.ndarray:
     """Turns a stream into an array, or says what is wrong with it."""
     stream = np.array(tokens, np.int64)  # a copy: the caller's may grow
@@ -260,11 +289,11 @@ class Engine:
       )
     return stream.astype(np.int32)
 
-  async def _serve(self) -> None:
+  async def _serve(self, worker: concurrent.futures.Executor) -> None:
     """Visits the device while there is work; tells everyone when it ends."""
     loop = asyncio.get_running_loop()
     failure: Exception = EngineError("the engine was closed")
-    with concurrent.futures.ThreadPoolExecutor(1, "sampler") as worker:
+    with worker:
       try:
         while not self._closing:
           visit = self._schedule.plan()
@@ -294,7 +323,10 @@ class Engine:
   def _visit(
       self, params: Params, visit: Visit
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Works on the device; the only code that runs in the worker thread."""
+    """Works on the device; the only code that runs in the worker thread.
+
+    One visit at a time, so each finds the cache that the last one left.
+    """
     cache = self._cache
     for call in visit.prefills:
       cache = device.prefill(
