@@ -72,6 +72,11 @@ _WRITE = flags.DEFINE_float(
 _CONNECTIONS = flags.DEFINE_integer(
     "max_connections", 1024, "Of clients; more are refused, 503."
 )
+_CONVERSATIONS = flags.DEFINE_integer(
+    "conversations",
+    64,
+    "With each policy, whose cache is kept for their next turn; 0 for none.",
+)
 _DRAIN = flags.DEFINE_float(
     "drain", 30.0, "Seconds that requests may take after SIGTERM."
 )
@@ -129,7 +134,7 @@ async def _serve(
     for problem in resources.read_published(version):
       cli.say(f"skipped {problem}")
     service = Service(
-        catalog.models(resources, name),
+        catalog.models(resources, name, conversations=_CONVERSATIONS.value),
         stats=lambda: {n: e.stats() for n, e in resources.engines.items()},
         limits=bounds,
         token=token,
@@ -211,6 +216,8 @@ def _limits() -> Limits:
 
   check("port", _PORT.value, 0 <= _PORT.value < 2**16, "in [0, 65535]")
   check("drain", _DRAIN.value, 0 <= _DRAIN.value < 86_400, "in [0, 86400)")
+  kept = _CONVERSATIONS.value
+  check("conversations", kept, kept >= 0, ">= 0")
   seconds = _WARM_UP_DEADLINE.value
   check("warm_up_deadline", seconds, 0 < seconds < math.inf, "finite and > 0")
   check("max_connections", _CONNECTIONS.value, _CONNECTIONS.value >= 1, ">= 1")

@@ -109,10 +109,12 @@ class Served:
       answer = connection.getresponse()
       return answer.status, answer.headers, answer.read()
 
-  def complete(self, expected=200, **fields):
-    """The JSON of a chat completion."""
+  def complete(self, expected=200, key="any", **fields):
+    """The JSON of a chat completion, for the client that has a key."""
     body = {"model": "tiny", "messages": HELLO} | fields
-    status, _, answer = self.ask("POST", "/v1/chat/completions", body)
+    status, _, answer = self.ask(
+        "POST", "/v1/chat/completions", body, authorization=f"Bearer {key}"
+    )
     assert status == expected, answer
     return json.loads(answer)
 

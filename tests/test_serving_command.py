@@ -56,6 +56,7 @@ def publish(run):
         (["--max_concurrent=0"], "max_concurrent"),
         (["--deadline=inf"], "deadline"),
         (["--warm_up_deadline=0"], "warm_up_deadline"),
+        (["--conversations=-1"], "conversations"),
     ],
 )
 def test_wrong_flags_end_before_anything_is_served(run, flags, told):

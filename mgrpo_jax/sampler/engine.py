@@ -176,6 +176,7 @@ class Engine:
       seed: int,
       *,
       session: str | None = None,
+      tenant: str = "",
       on_tokens: OnTokens | None = None,
   ) -> Completion:
     """Samples what follows a stream of tokens.
@@ -187,8 +188,9 @@ class Engine:
       sampling: temperature, budget, stop tokens.
       seed: 0 to 2^64 - 1; with the position it determines each draw.
       session: keeps the cache for the next call, whose tokens should extend
-        these and the completion's; if they do not, all are prefilled. One
-        request of a session at a time. End it with `release`.
+        these and the completion's; from where they do not, they are prefilled.
+        One request of a session at a time. End it with `release`.
+      tenant: among whose requests the prefill of equal prompts is shared.
       on_tokens: called in the event loop after each visit with the tokens that
         it drew, at least one, and their log-probabilities; together they are
         the completion's. May cancel the call. How many come at a time says
@@ -213,6 +215,7 @@ class Engine:
         sampling=sampling,
         seed=words,
         session=session,
+        tenant=tenant,
         limit=limit,
         future=asyncio.get_running_loop().create_future(),
         on_tokens=on_tokens,

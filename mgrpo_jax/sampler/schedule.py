@@ -231,7 +231,9 @@ class Schedule:
     copies = []
     for slot, request in placed:
       self._describe(slot.index, request)
-      donor = self._table.donor(slot) if slot.cached == 0 else None
+      donor = (
+          self._table.donor(slot, request.tenant) if slot.cached == 0 else None
+      )
       end = len(slot.stream) - 1
       if donor is not None:
         copies.append((donor.index, slot.index))

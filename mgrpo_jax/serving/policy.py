@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import itertools
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from mgrpo_jax.agents.call import turn_seed
 from mgrpo_jax.agents.chat import Chat
@@ -19,10 +19,9 @@ from mgrpo_jax.serving.conversation import ToolCall
 from mgrpo_jax.serving.errors import RequestError, wrong
 from mgrpo_jax.serving.models import Job, Model, Piece, Pieces, any_seed
 from mgrpo_jax.serving.request import ChatRequest
+from mgrpo_jax.serving.sessions import Generate, Sessions
 from mgrpo_jax.serving.text import Decode, Spelling
 from mgrpo_jax.types import Completion
-
-Generate = Callable[..., Coroutine[Any, Any, Completion]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +36,7 @@ class Speaker:
     protocol: calls and results.
     tokenizer: tokens to text.
     temperature: where a request has none.
+    sessions: of its conversations; None where none goes on from another.
   """
 
   name: str
@@ -46,6 +46,7 @@ class Speaker:
   protocol: Protocol
   tokenizer: Tokenizer
   temperature: float
+  sessions: Sessions | None = None
 
 
 def policy(speaker: Speaker) -> Model:
@@ -79,7 +80,13 @@ def policy(speaker: Speaker) -> Model:
     return Job(
         prompt=tuple(ids),
         token_text=lambda token: _shown(speaker.tokenizer, token),
-        pieces=lambda: _pieces(speaker, request, ids),
+        pieces=lambda client: _pieces(
+            dataclasses.replace(
+                speaker, generate=_sampler(speaker, request, client)
+            ),
+            request,
+            ids,
+        ),
     )
 
   return Model(name=speaker.name, prepare=prepare)
@@ -115,6 +122,15 @@ def _shown(tokenizer: Tokenizer, token: int) -> str:
   if 0 <= token < tokenizer.vocab_size:
     return tokenizer.token_text(token)
   return readable(tokenizer)([token])
+
+
+def _sampler(speaker: Speaker, request: ChatRequest, client: str) -> Generate:
+  """How a client's request is sampled; of several choices none goes on."""
+  sessions = speaker.sessions
+  if sessions is None:
+    return speaker.generate
+  sample = sessions.go_on if request.n == 1 else sessions.begin
+  return functools.partial(sample, client)
 
 
 async def _pieces(

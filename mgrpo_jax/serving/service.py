@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import time
 import uuid
@@ -79,11 +80,20 @@ class Service:
     """Raises `RequestError` unless the client has sent the token."""
     limiting.check_token(request.headers.get("authorization", ""), self._token)
 
-  def admit(self, request: Request) -> None:
-    """Raises `RequestError` unless a request may be looked at now."""
+  def admit(self, request: Request) -> str:
+    """Raises `RequestError` unless a request may be looked at now.
+
+    Args:
+      request: its headers are there.
+
+    Returns:
+      A word for the token that it has, which tells nothing of it.
+    """
     self.gate.check_open()
     self.check_client(request)
     self._rate.take()
+    sent = request.headers.get("authorization", "")
+    return hashlib.blake2b(sent.encode(), digest_size=16).hexdigest()
 
   def model(self, name: str) -> Model:
     """Looks a model up; raises `RequestError` where there is none."""
@@ -127,6 +137,7 @@ class _Seen:
   """What is known of a request so far, for the metrics."""
 
   started: float
+  client: str = ""
   model: str = ""
   status: int = 200
   usage: Usage = dataclasses.field(default_factory=Usage)
@@ -170,7 +181,7 @@ class Chat:
   async def _answer(self, request: Request, send: Send, seen: _Seen) -> None:
     """Checks everything, then works while the client is there."""
     service = self._service
-    service.admit(request)
+    seen.client = service.admit(request)
     body = await self._body(request)
     asked = asking.parse(body, max_choices=service.limits.max_choices)
     model = service.model(asked.model)
@@ -221,7 +232,7 @@ class Chat:
     """Sends the answer once it is there; who has it may find room again."""
     pieces: list[Piece] = []
     async with asyncio.timeout(self._service.limits.deadline):
-      async with contextlib.aclosing(reply.job.pieces()) as source:
+      async with contextlib.aclosing(reply.job.pieces(seen.client)) as source:
         async for piece in source:
           seen.take(piece, self._service.metrics)
           pieces.append(piece)
@@ -250,7 +261,7 @@ class Chat:
 
   async def _pour(self, reply: Reply, send: Send, seen: _Seen) -> None:
     """Sends piece after piece."""
-    async with contextlib.aclosing(reply.job.pieces()) as source:
+    async with contextlib.aclosing(reply.job.pieces(seen.client)) as source:
       async for piece in source:
         seen.take(piece, self._service.metrics)
         chunk = reply.chunk(piece)
