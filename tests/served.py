@@ -71,11 +71,11 @@ def speaker(generate, name="tiny", **fields):
   )
 
 
-def saying(text, *, pause=0.0, piece=3):
+def saying(text, *, pause=0.0, piece=3, chat=CHAT):
   """A `generate` function that always says the same."""
 
   async def generate(tokens, sampling, seed, *, on_tokens=None):
-    ids = CHAT.write(text)[: sampling.max_new_tokens]
+    ids = chat.write(text)[: sampling.max_new_tokens]
     for first in range(0, len(ids), piece):
       await asyncio.sleep(pause)
       part = ids[first : first + piece]

@@ -179,7 +179,9 @@ async def _choose(
       readable(speaker.tokenizer),
       stop_ids=speaker.chat.stop_ids,
       stops=request.stop,
-      marks=prompting.CALL_MARKS if request.functions else (),
+      marks=prompting.CALLS[speaker.protocol.name].marks
+      if request.functions
+      else (),
   )
 
   def hear(tokens: Sequence[int], logprobs: Sequence[float]) -> None:
