@@ -72,11 +72,11 @@ def speaker(generate, name="tiny", **fields):
   )
 
 
-def saying(text, *, pause=0.0, piece=3):
+def saying(text, *, pause=0.0, piece=3, chat=CHAT):
   """A `generate` function that always says the same."""
 
-  async def generate(tokens, sampling, seed, *, until, on_tokens):
-    ids = CHAT.write(text)[: sampling.max_new_tokens]
+  async def generate(tokens, sampling, seed, *, until=None, on_tokens=None):
+    ids = chat.write(text)[: sampling.max_new_tokens]
     said, ended = [], False
     while len(said) < len(ids) and not ended:
       await asyncio.sleep(pause)
@@ -118,10 +118,12 @@ class Served:
       answer = connection.getresponse()
       return answer.status, answer.headers, answer.read()
 
-  def complete(self, expected=200, **fields):
-    """The JSON of a chat completion."""
+  def complete(self, expected=200, key="any", **fields):
+    """The JSON of a chat completion, for the client that has a key."""
     body = {"model": "tiny", "messages": HELLO} | fields
-    status, _, answer = self.ask("POST", "/v1/chat/completions", body)
+    status, _, answer = self.ask(
+        "POST", "/v1/chat/completions", body, authorization=f"Bearer {key}"
+    )
     assert status == expected, answer
     return json.loads(answer)
 

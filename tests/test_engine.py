@@ -499,18 +499,23 @@ def test_idle_sessions_are_evicted_longest_idle_first():
   asyncio.run(run())
 
 
-def test_a_session_that_was_rewritten_is_prefilled_again():
+def test_a_session_that_was_rewritten_is_prefilled_from_there_on():
+  long, short = prompt(2, 30), prompt(2, 30)[:11] + [5, 6]
+
   async def run():
     async with make() as engine:
       await engine.generate(prompt(1, 9), draw(), 0, session="a")
-      other = await engine.generate(prompt(2, 30), draw(), 7, session="a")
-      shorter = await engine.generate(prompt(2, 3), draw(), 7, session="a")
+      other = await engine.generate(long, draw(), 7, session="a")
+      before = engine.stats()["prefilled"]
+      shorter = await engine.generate(short, draw(), 7, session="a")
+      assert engine.stats()["prefilled"] - before == 1
       assert engine.stats()["mismatches"] == 2
     async with make() as engine:
-      fresh = await engine.generate(prompt(2, 30), draw(), 7)
+      fresh = await engine.generate(long, draw(), 7)
       assert other.logprobs.tolist() == fresh.logprobs.tolist()
-      fresh = await engine.generate(prompt(2, 3), draw(), 7)
-      assert shorter.logprobs.tolist() == fresh.logprobs.tolist()
+      fresh = await engine.generate(short, draw(), 7)
+      assert shorter.tokens.tolist() == fresh.tokens.tolist()
+      np.testing.assert_allclose(shorter.logprobs, fresh.logprobs, atol=1e-5)
 
   asyncio.run(run())
 

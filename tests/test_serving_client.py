@@ -71,7 +71,7 @@ def run():
     setup = small_setup(seed=0, imitation_steps=0, steps=1)
     async with open_resources(setup, store.open("memory://")) as resources:
       service = Service(
-          catalog.models(resources, "small:team"),
+          catalog.models(resources, "small:team", conversations=4),
           stats=lambda: {n: e.stats() for n, e in resources.engines.items()},
           limits=LIMITS,
           token=TOKEN,

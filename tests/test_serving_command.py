@@ -55,6 +55,8 @@ def publish(run):
         (["--port=70000"], "[0, 65535]"),
         (["--max_concurrent=0"], "max_concurrent"),
         (["--deadline=inf"], "deadline"),
+        (["--warm_up_deadline=0"], "warm_up_deadline"),
+        (["--conversations=-1"], "conversations"),
     ],
 )
 def test_wrong_flags_end_before_anything_is_served(run, flags, told):
@@ -67,6 +69,14 @@ def test_a_port_that_is_taken_is_named(run):
     port = taken.getsockname()[1]
     result = command("serve", f"--workdir={run}", f"--port={port}")
   assert "use" in refused(result)
+
+
+def test_a_warm_up_that_takes_too_long_ends_the_server(run):
+  publish(run)
+  result = command(
+      "serve", f"--workdir={run}", "--port=0", "--warm_up_deadline=1e-3"
+  )
+  assert "warm-up took longer than 0.001 s" in refused(result)
 
 
 @contextlib.contextmanager
@@ -85,10 +95,11 @@ def serving(run, *flags):
           "PYTHONPATH": str(ROOT),
       },
   )
-  watchdog = threading.Timer(120, process.kill)
+  watchdog = threading.Timer(300, process.kill)
   watchdog.start()
   try:
-    line = process.stdout.readline()
+    lines = iter(process.stdout.readline, "")
+    line = next(one for one in lines if not one.startswith("warm-up: "))
     assert line.startswith("http://127.0.0.1:"), process.stderr.read()
     assert line.endswith("serves quickstart:smoke, main, researcher\n")
     yield process, line.split()[0]

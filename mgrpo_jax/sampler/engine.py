@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
@@ -129,6 +129,7 @@ class Engine:
     self._sessions: set[str] = set()  # with a request queued or being sampled
     self._wake = asyncio.Event()
     self._closing = False
+    self._worker: concurrent.futures.ThreadPoolExecutor | None = None
     self._task: asyncio.Task[None] | None = None
     self._failure: Exception | None = None
 
@@ -138,7 +139,8 @@ class Engine:
       raise RuntimeError("the engine is already running")
     self._wake = asyncio.Event()
     self._closing = False
-    self._task = asyncio.create_task(self._serve())
+    self._worker = concurrent.futures.ThreadPoolExecutor(1, "sampler")
+    self._task = asyncio.create_task(self._serve(self._worker))
     return self
 
   async def __aexit__(self, *exception: object) -> None:
@@ -149,6 +151,29 @@ class Engine:
     if task is not None:
       await task
 
+  async def warm_up(self, tell: Callable[[int, int], None]) -> None:
+    """Compiles every program that requests can need; they find nothing changed.
+
+    Cancelling the call leaves the program under way to be finished.
+
+    Args:
+      tell: called with the number of programs that are there, and of all.
+
+    Raises:
+      EngineError: if the device failed, or the engine is not running.
+    """
+    self._check_running()
+    loop, visits = asyncio.get_running_loop(), self._schedule.rehearsals()
+    for done, visit in enumerate(visits, 1):
+      try:
+        await loop.run_in_executor(
+            self._worker, self._visit, self._params, visit
+        )
+      except Exception as error:  # the cache may be gone
+        self._failure = error
+        raise EngineError(f"the warm-up failed: {error}") from error
+      tell(done, len(visits))
+
   async def generate(
       self,
       tokens: Sequence[int],
@@ -157,6 +182,7 @@ class Engine:
       *,
       session: str | None = None,
       until: Until | None = None,
+      tenant: str = "",
       on_tokens: OnTokens | None = None,
   ) -> Completion:
     """Samples what follows a stream of tokens.
@@ -168,12 +194,13 @@ class Engine:
       sampling: temperature, filters, budget, stop tokens.
       seed: 0 to 2^64 - 1; with the position it determines each draw.
       session: keeps the cache for the next call, whose tokens should extend
-        these and the completion's; if they do not, all are prefilled. One
-        request of a session at a time. End it with `release`.
+        these and the completion's; from where they do not, they are prefilled.
+        One request of a session at a time. End it with `release`.
       until: called in the event loop with each token drawn, in order, until it
         says True: that token is then the completion's last, whatever the
         device has drawn beyond it, and the session goes on from there; see
         `spelling.until_text`. What it raises, the call raises.
+      tenant: among whose requests the prefill of equal prompts is shared.
       on_tokens: called in the event loop after each visit with the tokens that
         it drew, at least one, and their log-probabilities; together they are
         the completion's. May cancel the call. How many come at a time says
@@ -191,10 +218,7 @@ class Engine:
         tokens, context=self._context, vocab_size=self._config.vocab_size
     )
     words = drawing.split_seed(seed)
-    if self._failure is not None:
-      raise EngineError(f"the engine has failed: {self._failure}")
-    if self._task is None or self._closing:
-      raise EngineError("the engine is not running; use `async with engine:`")
+    self._check_running()
     if session is not None and session in self._sessions:
       raise ValueError(f"session {session!r} has a request under way")
     limit = min(len(stream) + sampling.max_new_tokens, self._context)
@@ -203,6 +227,7 @@ class Engine:
         sampling=sampling,
         seed=words,
         session=session,
+        tenant=tenant,
         limit=limit,
         future=asyncio.get_running_loop().create_future(),
         until=until,
@@ -258,11 +283,18 @@ class Engine:
     """
     return {**self._schedule.stats(), "compilations": device.compilations()}
 
-  async def _serve(self) -> None:
+  def _check_running(self) -> None:
+    """Raises `EngineError` unless requests can be served."""
+    if self._failure is not None:
+      raise EngineError(f"the engine has failed: {self._failure}")
+    if self._task is None or self._closing:
+      raise EngineError("the engine is not running; use `async with engine:`")
+
+  async def _serve(self, worker: concurrent.futures.Executor) -> None:
     """Visits the device while there is work; tells everyone when it ends."""
     loop = asyncio.get_running_loop()
     failure: Exception = EngineError("the engine was closed")
-    with concurrent.futures.ThreadPoolExecutor(1, "sampler") as worker:
+    with worker:
       try:
         while not self._closing:
           visit = self._schedule.plan()
@@ -290,7 +322,10 @@ class Engine:
         request.future.set_exception(error)
 
   def _visit(self, params: Params, visit: Visit) -> Drawn:
-    """Works on the device; the only code that runs in the worker thread."""
+    """Works on the device; the only code that runs in the worker thread.
+
+    One visit at a time, so each finds the cache that the last one left.
+    """
     cache = self._cache
     for call in visit.prefills:
       cache = device.prefill(

@@ -122,6 +122,24 @@ class Schedule:
         "mismatches": self._table.mismatches,
     }
 
+  def rehearsals(self) -> list[Visit]:
+    """Visits that change nothing, one for every program that the device has."""
+    calls = [
+        [batching.empty(bucket, call_tokens=self._prefill_tokens)]
+        for bucket in self._buckets
+    ]
+    steps = [([], []), *((call, []) for call in calls), ([], [(0, 0)])]
+    return [
+        Visit(
+            version=self.version,
+            prefills=prefills,
+            copies=copies,
+            slots=_idle_slots(len(self._inputs.token)),
+            busy=[],
+        )
+        for prefills, copies in steps
+    ]
+
   def plan(self) -> Visit | None:
     """Decides the next visit; None if there is nothing to do."""
     for slot, request in self._table.busy():
@@ -207,7 +225,9 @@ class Schedule:
     copies = []
     for slot, request in placed:
       self._describe(slot.index, request)
-      donor = self._table.donor(slot) if slot.cached == 0 else None
+      donor = (
+          self._table.donor(slot, request.tenant) if slot.cached == 0 else None
+      )
       end = len(slot.stream) - 1
       if donor is not None:
         copies.append((donor.index, slot.index))

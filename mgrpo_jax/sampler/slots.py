@@ -1,9 +1,10 @@
 """Which stream stands in which slot; host-side book-keeping, no device.
 
 A slot is free, busy with a request, or idle: kept for a session between two of
-its requests. A request goes to its session's own slot if its tokens extend
-what is cached there, else to a free slot, else to the slot of the session that
-has been idle longest, which loses its cache.
+its requests. A request goes to its session's own slot, and goes on from as much
+of the cache there as its tokens begin with; if that is nothing, it goes to a
+free slot, else to the slot of the session that has been idle longest, which
+loses its cache.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.sampler.interface import OnTokens, Until
 from mgrpo_jax.types import Completion
 
+Prompt = tuple[str, bytes]  # tenant and tokens
+
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Request:
@@ -29,6 +32,7 @@ class Request:
     sampling: how to go on.
     seed: the two words of the seed.
     session: whose cache to go on from and to leave; None for neither.
+    tenant: among whose requests caches may be copied.
     limit: length at which the stream must stop.
     future: gets the completion; done early means cancelled.
     until: told each token drawn, says whether it is the last; None: none is.
@@ -44,6 +48,7 @@ class Request:
   sampling: Sampling
   seed: tuple[int, int]
   session: str | None
+  tenant: str
   limit: int
   future: asyncio.Future[Completion]
   until: Until | None = None
@@ -66,8 +71,8 @@ class Slot:
     version: policy version that the cache was begun under.
     request: being sampled, or None.
     session: that the stream belongs to, or None.
-    prompt: the whole prompt, as bytes, whose fresh prefill the cache begins
-      with; None if other slots may not copy it.
+    prompt: the tenant and the whole prompt, as bytes, whose fresh prefill the
+      cache begins with; None if other slots may not copy it.
   """
 
   index: int
@@ -76,7 +81,7 @@ class Slot:
   version: int = 0
   request: Request | None = None
   session: str | None = None
-  prompt: bytes | None = None
+  prompt: Prompt | None = None
 
 
 class SlotTable:
@@ -95,7 +100,7 @@ class SlotTable:
     self._free = list(range(num_slots))  # a heap
     self._sessions: dict[str, Slot] = {}
     self._idle: collections.OrderedDict[str, Slot] = collections.OrderedDict()
-    self._prompts: dict[bytes, Slot] = {}
+    self._prompts: dict[Prompt, Slot] = {}
 
   def busy(self) -> list[tuple[Slot, Request]]:
     """Lists the slots with a request, by index, and their requests."""
@@ -110,24 +115,26 @@ class SlotTable:
     }
 
   def resume(self, request: Request) -> Slot | None:
-    """Gives a request its session's slot, if the cache there can go on.
+    """Gives a request its session's slot, if it begins as the stream there.
 
     Args:
       request: to place.
 
     Returns:
-      The slot, now busy; None if there is none, or none left.
+      The slot, now busy, cut back to the tokens that the request begins with;
+      None if there is none, or nothing left of it.
     """
     if request.session is None or request.session not in self._idle:
       return None
     slot = self._idle[request.session]
-    known = slot.stream[: slot.cached]
-    if slot.cached >= len(request.tokens) or not np.array_equal(
-        known, request.tokens[: slot.cached]
-    ):
+    kept = common_length(slot.stream[: slot.cached], request.tokens[:-1])
+    if kept < slot.cached:
       self.mismatches += 1
-      self.free(slot)
-      return None
+      self._forget_prompt(slot)
+      if not kept:
+        self.free(slot)
+        return None
+      slot.cached = kept
     del self._idle[request.session]
     slot.request, slot.stream = request, request.tokens
     return slot
@@ -155,18 +162,19 @@ class SlotTable:
       self._sessions[request.session] = slot
     return slot
 
-  def donor(self, slot: Slot) -> Slot | None:
+  def donor(self, slot: Slot, tenant: str) -> Slot | None:
     """Finds a slot whose cache begins with this one's whole prompt.
 
     Where there is none, this slot becomes the donor of those that follow.
 
     Args:
       slot: just placed.
+      tenant: of its request; slots of others are not looked at.
 
     Returns:
       The slot to copy, or None: this one must be prefilled.
     """
-    prompt = slot.stream.tobytes()
+    prompt = tenant, slot.stream.tobytes()
     donor = self._prompts.get(prompt)
     if donor is None:
       slot.prompt = prompt
@@ -223,3 +231,18 @@ class SlotTable:
     if slot.prompt is not None:
       del self._prompts[slot.prompt]
       slot.prompt = None
+
+
+def common_length(left: np.ndarray, right: np.ndarray) -> int:
+  """Counts the tokens that two streams both begin with.
+
+  Args:
+    left: [n] int32.
+    right: [m] int32.
+
+  Returns:
+    The length of the longest common prefix.
+  """
+  shorter = min(len(left), len(right))
+  differing = np.flatnonzero(left[:shorter] != right[:shorter])
+  return int(differing[0]) if len(differing) else shorter

@@ -49,13 +49,14 @@ class Job:
   Attributes:
     prompt: ids that the choices continue; empty where there are several.
     token_text: shows one token.
-    pieces: begins the work; closing them ends it. Every choice ends with a
-      piece that has `finish`.
+    pieces: begins the work for a client, of which a word is given that no
+      other has; closing them ends it. Every choice ends with a piece that has
+      `finish`.
   """
 
   prompt: tuple[int, ...]
   token_text: Callable[[int], str]
-  pieces: Callable[[], Pieces]
+  pieces: Callable[[str], Pieces]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import itertools
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from mgrpo_jax.agents.call import turn_seed
 from mgrpo_jax.agents.chat import Chat
@@ -20,11 +20,10 @@ from mgrpo_jax.serving.conversation import ToolCall
 from mgrpo_jax.serving.errors import RequestError, wrong
 from mgrpo_jax.serving.models import Job, Model, Piece, Pieces, any_seed
 from mgrpo_jax.serving.request import ChatRequest
+from mgrpo_jax.serving.sessions import Generate, Sessions
 from mgrpo_jax.serving.text import Spelling
 from mgrpo_jax.serving.token_request import TokenRequest
 from mgrpo_jax.types import Completion
-
-Generate = Callable[..., Coroutine[Any, Any, Completion]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +38,7 @@ class Speaker:
     protocol: calls and results.
     tokenizer: tokens to text.
     temperature: where a request has none.
+    sessions: of its conversations; None where none goes on from another.
   """
 
   name: str
@@ -48,6 +48,7 @@ class Speaker:
   protocol: Protocol
   tokenizer: Tokenizer
   temperature: float
+  sessions: Sessions | None = None
 
 
 def policy(speaker: Speaker) -> Model:
@@ -73,7 +74,13 @@ def policy(speaker: Speaker) -> Model:
     return Job(
         prompt=tuple(ids),
         token_text=lambda token: _shown(speaker.tokenizer, token),
-        pieces=lambda: _pieces(speaker, request, ids),
+        pieces=lambda client: _pieces(
+            dataclasses.replace(
+                speaker, generate=_sampler(speaker, request, client)
+            ),
+            request,
+            ids,
+        ),
     )
 
   return Model(
@@ -130,7 +137,7 @@ def token_job(speaker: Speaker, asked: TokenRequest) -> Job:
   """
   _check_room(speaker, asked.prompt, "prompt")
 
-  async def pieces() -> Pieces:
+  async def pieces(client: str) -> Pieces:
     yield Piece(index=0, prompt_tokens=len(asked.prompt))
     warmth = asked.temperature
     ends = () if asked.ignore_eos else speaker.chat.stop_ids
@@ -141,9 +148,8 @@ def token_job(speaker: Speaker, asked: TokenRequest) -> Job:
         stop_ids=tuple(dict.fromkeys((*asked.stop_ids, *ends))),
     )
     try:
-      completion = await speaker.generate(
-          asked.prompt, sampling, any_seed(asked.seed)
-      )
+      generate = _alone(speaker, client)
+      completion = await generate(asked.prompt, sampling, any_seed(asked.seed))
     except ValueError as error:  # an id that the policy does not have
       raise RequestError(400, f"prompt: {error}", param="prompt") from error
     tokens = completion.tokens.tolist()
@@ -178,6 +184,20 @@ def _check_room(speaker: Speaker, ids: Sequence[int], field: str) -> None:
         param=field,
         code="context_length_exceeded",
     )
+
+
+def _sampler(speaker: Speaker, request: ChatRequest, client: str) -> Generate:
+  """How a client's request is sampled; of several choices none goes on."""
+  if speaker.sessions is None or request.n > 1:
+    return _alone(speaker, client)
+  return functools.partial(speaker.sessions.go_on, client)
+
+
+def _alone(speaker: Speaker, client: str) -> Generate:
+  """How a stream is sampled that no other turn of a client's goes on from."""
+  if speaker.sessions is None:
+    return speaker.generate
+  return functools.partial(speaker.sessions.begin, client)
 
 
 async def _pieces(
@@ -227,7 +247,9 @@ async def _choose(
       readable(speaker.tokenizer),
       stop_ids=speaker.chat.stop_ids,
       stops=request.stop,
-      marks=prompting.CALL_MARKS if request.functions else (),
+      marks=prompting.CALLS[speaker.protocol.name].marks
+      if request.functions
+      else (),
   )
 
   def ends(token: int) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -83,11 +84,20 @@ class Service:
     """Raises `RequestError` unless the client has sent the token."""
     limiting.check_token(request.headers.get("authorization", ""), self._token)
 
-  def admit(self, request: Request) -> None:
-    """Raises `RequestError` unless a request may be looked at now."""
+  def admit(self, request: Request) -> str:
+    """Raises `RequestError` unless a request may be looked at now.
+
+    Args:
+      request: its headers are there.
+
+    Returns:
+      A word for the token that it has, which tells nothing of it.
+    """
     self.gate.check_open()
     self.check_client(request)
     self._rate.take()
+    sent = request.headers.get("authorization", "")
+    return hashlib.blake2b(sent.encode(), digest_size=16).hexdigest()
 
   def model(self, name: str) -> Model:
     """Looks a model up; raises `RequestError` where there is none."""
@@ -131,6 +141,7 @@ class _Seen:
   """What is known of a request so far, for the metrics."""
 
   started: float
+  client: str = ""
   model: str = ""
   status: int = 200
   usage: Usage = dataclasses.field(default_factory=Usage)
@@ -178,7 +189,7 @@ class Endpoint:
   async def _answer(self, request: Request, send: Send, seen: _Seen) -> None:
     """Checks everything, then works while the client is there."""
     service = self._service
-    service.admit(request)
+    seen.client = service.admit(request)
     body = await read_body(request, service.limits)
     order = self._read(body, service.model, service.limits.max_choices)
     seen.model = order.model
@@ -197,7 +208,7 @@ class Endpoint:
     """Sends the answer once it is there; who has it may find room again."""
     pieces: list[Piece] = []
     async with asyncio.timeout(self._service.limits.deadline):
-      async with contextlib.aclosing(order.job.pieces()) as source:
+      async with contextlib.aclosing(order.job.pieces(seen.client)) as source:
         async for piece in source:
           seen.take(piece, self._service.metrics)
           pieces.append(piece)
@@ -226,7 +237,7 @@ class Endpoint:
 
   async def _pour(self, reply: Reply, send: Send, seen: _Seen) -> None:
     """Sends piece after piece."""
-    async with contextlib.aclosing(reply.job.pieces()) as source:
+    async with contextlib.aclosing(reply.job.pieces(seen.client)) as source:
       async for piece in source:
         seen.take(piece, self._service.metrics)
         chunk = reply.chunk(piece)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mgrpo_jax import rollout
+from mgrpo_jax.agents.actor import Actor
 from mgrpo_jax.agents.context import Environment
 from mgrpo_jax.policy.tokenizer import Tokenizer
 from mgrpo_jax.sampler.spelling import Cutter
@@ -17,7 +19,13 @@ from mgrpo_jax.types import RolloutGroup, Status, Task, Trajectory
 _TASK = "served"  # equal seeds and questions give equal answers
 
 
-def team(name: str, *, environment: Environment, tokenizer: Tokenizer) -> Model:
+def team(
+    name: str,
+    *,
+    environment: Environment,
+    tokenizer: Tokenizer,
+    actors: Callable[[str], Mapping[str, Actor]] | None = None,
+) -> Model:
   """Serves a team: every choice is a rollout of its own.
 
   The last message of the user is the question; those before it are not read,
@@ -28,6 +36,7 @@ def team(name: str, *, environment: Environment, tokenizer: Tokenizer) -> Model:
     name: of the model.
     environment: team, actors, tools and limits.
     tokenizer: that answers are measured with.
+    actors: gives those that work for a client; None: the environment's do.
 
   Returns:
     The model.
@@ -57,7 +66,13 @@ def team(name: str, *, environment: Environment, tokenizer: Tokenizer) -> Model:
     return Job(
         prompt=(),
         token_text=tokenizer.token_text,
-        pieces=lambda: _pieces(environment, tokenizer, request),
+        pieces=lambda client: _pieces(
+            environment
+            if actors is None
+            else dataclasses.replace(environment, actors=actors(client)),
+            tokenizer,
+            request,
+        ),
     )
 
   return Model(name=name, prepare=prepare, continue_tokens=None)
