@@ -40,12 +40,14 @@ class Dialect:
   Attributes:
     load: makes it sample from weights; returns when it does.
     label: asks for the label of what it samples a model from.
+    unlabelled: the label of a server that was given nothing since it started.
     tempered: whether its log-probabilities are always of the distribution that
       was sampled from; if not, that depends on how it was started.
   """
 
   load: Callable[[Connection, Weights], Coroutine[Any, Any, None]]
   label: Callable[[Connection, str], Coroutine[Any, Any, str]]
+  unlabelled: str
   tempered: bool
 
 
@@ -120,5 +122,9 @@ def _field(told: Any, name: str) -> str:
 
 
 # Servers of vLLM (0.32 was tried), and of `experiments.serve`.
-VLLM = Dialect(load=_load_vllm, label=_label_vllm, tempered=False)
-MGRPO = Dialect(load=_load_mgrpo, label=_label_mgrpo, tempered=True)
+VLLM = Dialect(
+    load=_load_vllm, label=_label_vllm, unlabelled="default", tempered=False
+)
+MGRPO = Dialect(
+    load=_load_mgrpo, label=_label_mgrpo, unlabelled="", tempered=True
+)

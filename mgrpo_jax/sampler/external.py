@@ -6,8 +6,8 @@ return the ids that it sampled with their log-probabilities, as vLLM and
 
 Answers are believed only while the server is known to sample from the weights
 it was given: that is asked again whenever a connection had to be opened, which
-is the one thing that no restart of a server can avoid. A server that has lost
-them gets them once more.
+is the one thing that no restart of a server can avoid. A server started anew
+gets them once more; one that another run gave weights to is an error.
 
 What a machine may cure (no connection, 5xx) is an `UnreachableError`, which
 fails one agent call; what it will not cure is an `EngineError`, which ends the
@@ -92,6 +92,7 @@ class ExternalEngine:
     self._busy = 0
     self._label = ""  # of the weights that the server was given
     self._known_at = -1  # connections when it was last known to have them
+    self._losses = 0  # times that it had lost them, and got them again
     self._tempered = False  # see `Dialect`
     self._connection: Connection | None = None
     self._asking = asyncio.Lock()
@@ -202,8 +203,7 @@ class ExternalEngine:
       version: their number.
 
     Raises:
-      EngineError: the server refuses, or had lost the weights given last
-        without anybody's notice.
+      EngineError: the server refuses, or another run has given it weights.
       StorageError: they cannot be written.
       UnreachableError: the server does not answer.
     """
@@ -292,8 +292,10 @@ class ExternalEngine:
     """Asks until there is an answer from the weights that were given."""
     body = exchange.body(question, self._server.model)
     for _ in range(self._server.address.attempts):
+      losses = self._losses
       told = await connection.post("completions", body)
-      if not await self._still_known(connection):
+      await self._make_sure(connection)
+      if losses != self._losses:
         continue
       with contextlib.suppress(exchange.AbortedError), self._naming():
         return self._read(told, question)
@@ -307,20 +309,30 @@ class ExternalEngine:
     vocab_size = self._policy.config.vocab_size
     return exchange.read(told, question, vocab_size=vocab_size)
 
-  async def _still_known(self, connection: Connection) -> bool:
-    """Whether the server has had our weights all along; else it gets them."""
+  async def _make_sure(self, connection: Connection) -> None:
+    """Gives a server that was started anew the weights again; counts it."""
     if connection.opened == self._known_at:
-      return True
+      return
     async with self._asking:
       opened = connection.opened
       if opened == self._known_at:
-        return True
-      model = self._server.model
-      if await self._server.dialect.label(connection, model) == self._label:
+        return
+      if await self._has_ours(connection):
         self._known_at = opened
-        return True
+        return
       await self._hand_over(connection)
-      return False
+      self._losses += 1  # what was asked before this is not believed
+
+  async def _has_ours(self, connection: Connection) -> bool:
+    """Whether a server has our weights still, and not none; else raises."""
+    dialect, model = self._server.dialect, self._server.model
+    found = await dialect.label(connection, model)
+    if found not in (self._label, dialect.unlabelled):
+      raise EngineError(
+          f"{self._server.address.url}: samples {model!r} from {found!r}, not"
+          f" from {self._label!r} which it was given; another run uses it"
+      )
+    return found == self._label
 
   async def _hand_over(self, connection: Connection) -> None:
     """Writes the weights and has the server load them."""
@@ -342,13 +354,7 @@ class ExternalEngine:
   async def _replace(self) -> None:
     """Gives the server the weights, on connections of its own."""
     async with Connection(self._server.address) as connection:
-      found = await self._server.dialect.label(connection, self._server.model)
-      if found != self._label:
-        raise EngineError(
-            f"{self._server.address.url}: samples {self._server.model!r} from"
-            f" {found!r}, not from {self._label!r} which it was given; does"
-            " another run use it?"
-        )
+      await self._has_ours(connection)  # or none, which no answer came from
       await self._hand_over(connection)
 
   @contextlib.contextmanager
