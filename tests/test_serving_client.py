@@ -13,7 +13,7 @@ from mgrpo_jax import store
 from mgrpo_jax.agents.compact import COMPACT
 from mgrpo_jax.agents.protocol import Action
 from mgrpo_jax.resources import open_resources
-from mgrpo_jax.serving import catalog, listen
+from mgrpo_jax.serving import catalog, listen, warming
 from mgrpo_jax.serving.service import Service
 from mgrpo_jax.serving.team import team
 from mgrpo_jax.testing.generate import complete
@@ -76,6 +76,9 @@ def run():
           limits=LIMITS,
           token=TOKEN,
       )
+      await warming.warm_up(
+          service.gate, resources.engines, deadline=300, tell=lambda line: None
+      )
       with listen.bind("127.0.0.1", 0) as where:
         stopping, loop = asyncio.Event(), asyncio.get_running_loop()
         told["stop"] = lambda: loop.call_soon_threadsafe(stopping.set)
@@ -92,7 +95,7 @@ def run():
 
   thread = threading.Thread(target=start)
   thread.start()
-  assert ready.wait(120) and "run" in told
+  assert ready.wait(300) and "run" in told
   yield told["run"]
   told["stop"]()
   thread.join(60)

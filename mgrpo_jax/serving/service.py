@@ -18,6 +18,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
+from mgrpo_jax.metrics import resident_bytes
 from mgrpo_jax.sampler.engine import EngineError
 from mgrpo_jax.serving import limits as limiting
 from mgrpo_jax.serving import request as asking
@@ -109,7 +110,11 @@ class Service:
 
   def metrics_text(self) -> str:
     """Everything that Prometheus wants to know."""
-    return self.metrics.text(inside=self.gate.inside, engines=self._stats())
+    return self.metrics.text(
+        inside=self.gate.inside,
+        engines=self._stats(),
+        resident=resident_bytes(),
+    )
 
   def error(self, error: Exception) -> RequestError:
     """What a client is told of an error; keeps in mind what broke."""
