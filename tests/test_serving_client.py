@@ -276,7 +276,10 @@ def test_two_hundred_clients_at_once():
 
   async def everyone(port):
     async with openai.AsyncOpenAI(
-        base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0
+        base_url=f"http://127.0.0.1:{port}/v1",
+        api_key="any",
+        max_retries=0,
+        timeout=60,
     ) as asker:
       create = asker.chat.completions.create
       return await asyncio.gather(*(ask(create, i) for i in range(200)))
