@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import pathlib
 import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -340,3 +341,11 @@ def peak_rss_bytes() -> int:
   """Returns the largest resident memory this process has had, in bytes."""
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes() -> int | None:
+  """Returns the memory this process has now, in bytes; None but on Linux."""
+  statm = pathlib.Path("/proc/self/statm")
+  if not statm.exists():
+    return None
+  return int(statm.read_text().split()[1]) * resource.getpagesize()

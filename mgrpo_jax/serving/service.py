@@ -17,6 +17,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
+from mgrpo_jax.metrics import resident_bytes
 from mgrpo_jax.sampler.interface import EngineError
 from mgrpo_jax.serving import limits as limiting
 from mgrpo_jax.serving import response
@@ -113,7 +114,11 @@ class Service:
 
   def metrics_text(self) -> str:
     """Everything that Prometheus wants to know."""
-    return self.metrics.text(inside=self.gate.inside, engines=self._stats())
+    return self.metrics.text(
+        inside=self.gate.inside,
+        engines=self._stats(),
+        resident=resident_bytes(),
+    )
 
   def error(self, error: Exception) -> RequestError:
     """What a client is told of an error; keeps in mind what broke."""
