@@ -78,6 +78,8 @@ def ask_client(arguments: argparse.Namespace) -> None:
       if not message.tool_calls:
         break
       for call in message.tool_calls:
+        if call.type != "function":
+          raise ValueError(f"a call of type {call.type!r} was not offered")
         given = json.loads(call.function.arguments)
         result = {"role": "tool", "content": capital(**given)}
         messages.append(result | {"tool_call_id": call.id})
