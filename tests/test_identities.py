@@ -272,7 +272,7 @@ def single_agents(seed, num_tasks=25):
 
 @pytest.mark.parametrize(
     "strategy, normaliser",
-    itertools.product(STRATEGIES, NORMALISERS),
+    list(itertools.product(STRATEGIES, NORMALISERS)),
 )
 def test_4_a_team_without_calls_is_a_single_agent(strategy, normaliser):
   # Both give the main agent `per_task`, for they are about calls.

@@ -208,7 +208,7 @@ def test_any_arms_and_seeds_can_be_shown(checkout, tmp_path):
   for seed in (3, 5):
     finished_arms.make_run(tmp_path / "runs", "old", seed)
   finished_arms.make_run(tmp_path / "runs", "new<er", 5, worse=0.1)
-  alone = finished_arms.make_run(tmp_path / "runs", "still", 7)
+  alone = finished_arms.make_run(tmp_path / "runs", "still", 4)
   (alone / "metrics.jsonl").write_text("")
   kept = finished_arms.collect(tmp_path, baseline="old", note="by hand")
   atomic.write_json(tmp_path / "arms.json", kept)

@@ -67,7 +67,7 @@ def test_one_seed_has_no_interval_over_seeds(tmp_path):
 
 
 def test_intervals_end_where_their_measure_does(tmp_path):
-  row = sweep.read(combination(tmp_path, "token", (0, 9)))  # after: 0.5, 1.4
+  row = sweep.read(combination(tmp_path, "token", (0, 4)))  # after: 0.5, 0.9
   (entry,) = sweep.table([row], {})
   low, high = entry["measures"]["after"]["over_seeds"]
   assert (low, high) == (0.0, 1.0)
