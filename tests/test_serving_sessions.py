@@ -221,6 +221,9 @@ def test_what_fails_is_not_kept():
     assert count == len(stream) - 1
     counts = made.stats()["slots"]
     assert (counts["idle"], counts["busy"]) == (1, 0)
+    with pytest.raises(ValueError, match="seed"):  # found, and not sampled
+      await sessions.go_on("me", stream, SAMPLING, -1)
+    assert made.stats()["slots"]["idle"] == len(sessions) == 0
 
   run_with(act)
 

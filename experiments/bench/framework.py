@@ -28,7 +28,7 @@ QUESTIONS = ("What is the capital of Peru?", "And what is that of Chile?")
 _CAPITALS = {"Peru": "Lima", "Chile": "Santiago"}
 _MOST_REQUESTS = 4  # of a turn
 _MOST_TOKENS = 128  # of an answer or a call
-_TOOL = {
+_TOOL: Any = {
     "type": "function",
     "function": {
         "name": "capital",
@@ -68,12 +68,12 @@ def ask_client(arguments: argparse.Namespace) -> None:
       told = client.chat.completions.create(
           model=arguments.model,
           messages=messages,
-          tools=[_TOOL],  # type: ignore[list-item]
+          tools=[_TOOL],
           seed=arguments.seed,
           temperature=0,
           max_tokens=_MOST_TOKENS,
       )
-      message = told.choices[0].message
+      message: Any = told.choices[0].message
       messages.append(message.model_dump(exclude_none=True))
       if not message.tool_calls:
         break
