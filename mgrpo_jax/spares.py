@@ -144,13 +144,13 @@ class _Table(Generic[T]):
     loop = asyncio.get_running_loop()
     end = loop.time() + patience if patience else None
     while True:
+      left = None if end is None else end - loop.time()
       self._rescue()
-      if end is not None and loop.time() >= end:
+      if left is not None and left <= 0:
         self._hurry()
       if all(self._tasks[number].done() for number in self.places):
         return
       running = [task for task in self._tasks if not task.done()]
-      left = None if end is None else end - loop.time()
       await asyncio.wait(
           running,
           timeout=left if left and left > 0 else None,

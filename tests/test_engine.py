@@ -555,6 +555,23 @@ def test_new_weights_are_swapped_between_visits():
   asyncio.run(run())
 
 
+def test_other_weights_of_the_same_number_leave_no_cache():
+  async def run():
+    async with make() as engine:
+      long = asyncio.create_task(
+          engine.generate(prompt(3, 9), draw(40, stop_ids=()), 0, session="b")
+      )
+      while engine.stats()["visits"] < 4:
+        await asyncio.sleep(0)
+      engine.update(weights(1), 0)
+      stream = prompt(3, 9) + (await long).tokens.tolist()
+      before = engine.stats()["prefilled"]
+      await engine.generate(stream, draw(), 1, session="b")
+      assert engine.stats()["prefilled"] - before == len(stream) - 1
+
+  asyncio.run(run())
+
+
 def test_a_failing_device_reaches_everyone(monkeypatch):
   def broken(*args, **kwargs):
     raise MemoryError("no room")

@@ -72,6 +72,7 @@ def test_bounds_keep_what_sorting_keeps(seed, levels, rows):
         # of what min-p leaves, the first two hold 0.67
         ((0, 0.66, 0.4), [1, 1, 0, 0, 0]),
         ((0, 0.66, 0.0), [1, 1, 1, 1, 0]),
+        ((0, 1e-45, 0.0), [1, 1, 0, 0, 0]),  # 0 as float32
     ],
 )
 def test_ties_and_order_by_hand(row, expected):

@@ -126,8 +126,12 @@ def test_tokens_are_named_by_ids_where_that_is_wanted(tiny):
         ({"prompt": [1] * CONTEXT}, "prompt"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"stop_token_ids": list(range(9))}, "stop_token_ids"),
+        # with those that end a turn more than the engine takes
+        ({"stop_token_ids": list(range(20, 28))}, "stop_token_ids"),
+        ({"logprobs": False}, "logprobs"),
         ({"logprobs": 1}, "logprobs"),
         ({"n": 2}, "n"),
+        ({"n": True}, "n"),
         ({"stream": True}, "stream"),
         ({"top_k": 5}, "top_k"),
         ({"repetition_penalty": 1.1}, "repetition_penalty"),
@@ -201,6 +205,7 @@ def test_weights_are_loaded_by_version(renewed):
         ({"version": 9, "label": "mine"}, 409),  # not there
         ({"version": -1, "label": "mine"}, 400),
         ({"label": "mine"}, 400),
+        ({"version": 8, "label": "m" * 65}, 400),
         ({"version": 8}, 400),
         ({"version": 8, "label": "mine", "path": "/etc"}, 400),
         ({"version": 8, "label": "mine", "name": "other"}, 404),

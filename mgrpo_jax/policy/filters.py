@@ -84,7 +84,7 @@ def bounds(
     return jnp.sum(_above(left, bound), axis=-1) >= mass
 
   nucleus = jnp.where(filters.top_p < 1, _largest(heavy, len(weights)), 0.0)
-  return jnp.maximum(bound, nucleus)
+  return jnp.maximum(bound, jnp.minimum(nucleus, 1.0))  # the likeliest stays
 
 
 def _above(

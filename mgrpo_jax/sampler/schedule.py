@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -195,14 +194,13 @@ class Schedule:
           request.tokens, np.asarray(request.sampled, np.int32)
       )
       self._inputs.budget[index] = 0
-      self._table.finish(slot, self.version)
+      self._table.finish(slot)
       request.future.set_result(completion(request, self._context))
 
   def _admit(self) -> list[tuple[Slot, Request]]:
     """Gives slots to waiting requests: sessions' own first, then in order."""
     placed = []
-    fresh = functools.partial(self._table.place, version=self.version)
-    for place in (self._table.resume, fresh):
+    for place in (self._table.resume, self._table.place):
       waiting: collections.deque[Request] = collections.deque()
       while self._queue:
         request = self._queue.popleft()

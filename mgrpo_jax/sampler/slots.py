@@ -68,7 +68,7 @@ class Slot:
     index: row of the cache.
     stream: tokens known; all but the newest are cached once a visit ended.
     cached: how many of them are in the device's cache.
-    version: policy version that the cache was begun under.
+    epoch: of the table, when the cache was begun.
     request: being sampled, or None.
     session: that the stream belongs to, or None.
     prompt: the tenant and the whole prompt, as bytes, whose fresh prefill the
@@ -78,7 +78,7 @@ class Slot:
   index: int
   stream: np.ndarray
   cached: int = 0
-  version: int = 0
+  epoch: int = 0
   request: Request | None = None
   session: str | None = None
   prompt: Prompt | None = None
@@ -101,6 +101,7 @@ class SlotTable:
     self._sessions: dict[str, Slot] = {}
     self._idle: collections.OrderedDict[str, Slot] = collections.OrderedDict()
     self._prompts: dict[Prompt, Slot] = {}
+    self._epoch = 0  # how often caches were forgotten
 
   def busy(self) -> list[tuple[Slot, Request]]:
     """Lists the slots with a request, by index, and their requests."""
@@ -139,12 +140,11 @@ class SlotTable:
     slot.request, slot.stream = request, request.tokens
     return slot
 
-  def place(self, request: Request, version: int) -> Slot | None:
+  def place(self, request: Request) -> Slot | None:
     """Gives a request an empty slot, evicting the longest idle session.
 
     Args:
       request: to place.
-      version: of the weights.
 
     Returns:
       The slot, now busy; None if every slot is busy.
@@ -157,7 +157,7 @@ class SlotTable:
     slot = self.slots[heapq.heappop(self._free)]
     self._forget_prompt(slot)
     slot.request, slot.session = request, request.session
-    slot.stream, slot.cached, slot.version = request.tokens, 0, version
+    slot.stream, slot.cached, slot.epoch = request.tokens, 0, self._epoch
     if request.session is not None:
       self._sessions[request.session] = slot
     return slot
@@ -181,15 +181,14 @@ class SlotTable:
       self._prompts[prompt] = slot
     return donor
 
-  def finish(self, slot: Slot, version: int) -> None:
+  def finish(self, slot: Slot) -> None:
     """Ends a slot's request; its session, if current, keeps the cache.
 
     Args:
       slot: busy.
-      version: of the weights now.
     """
     slot.request = None
-    if slot.session is None or slot.version != version:
+    if slot.session is None or slot.epoch != self._epoch:
       self.free(slot)
     else:
       self._idle[slot.session] = slot
@@ -220,7 +219,8 @@ class SlotTable:
     slot.session = None
 
   def forget(self) -> None:
-    """Drops every cache that nothing is being sampled from."""
+    """Drops every cache, those being sampled from once that has ended."""
+    self._epoch += 1
     for slot in list(self._idle.values()):
       self.free(slot)
     for slot in self.slots:

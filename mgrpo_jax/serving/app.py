@@ -10,7 +10,13 @@ from starlette.routing import Route
 
 from mgrpo_jax.serving import jobs, metrics, response
 from mgrpo_jax.serving.errors import RequestError
-from mgrpo_jax.serving.service import Endpoint, Service, read_body
+from mgrpo_jax.serving.service import (
+    LEFT,
+    Endpoint,
+    LeftError,
+    Service,
+    read_body,
+)
 from mgrpo_jax.serving.weights import Weights
 
 
@@ -76,7 +82,10 @@ def _weights(service: Service, weights: Weights | None) -> list[Route]:
 
   async def load(request: Request) -> Response:
     service.admit(request)
-    body = await read_body(request, service.limits)
+    try:
+      body = await read_body(request, service.limits)
+    except LeftError:
+      return Response(status_code=LEFT)  # which nobody reads
     name = request.path_params["name"]
     return _json({"label": await weights.load(name, body)})
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from mgrpo_jax.agents.call import turn_seed
 from mgrpo_jax.agents.chat import Chat
 from mgrpo_jax.agents.protocol import Action, Protocol
-from mgrpo_jax.policy.sampling import Sampling
+from mgrpo_jax.policy.sampling import MAX_STOP_IDS, Sampling
 from mgrpo_jax.policy.tokenizer import Tokenizer
 from mgrpo_jax.sampler.spelling import Decode
 from mgrpo_jax.serving import prompt as prompting
@@ -133,19 +133,27 @@ def token_job(speaker: Speaker, asked: TokenRequest) -> Job:
     The job.
 
   Raises:
-    RequestError: the ids leave no room.
+    RequestError: the ids leave no room, or too many of them end it.
   """
   _check_room(speaker, asked.prompt, "prompt")
+  ends = () if asked.ignore_eos else speaker.chat.stop_ids
+  stop_ids = tuple(dict.fromkeys((*asked.stop_ids, *ends)))
+  if len(stop_ids) > MAX_STOP_IDS:
+    raise RequestError(
+        400,
+        f"stop_token_ids: with the model's own are {len(stop_ids)}, allowed: at"
+        f" most {MAX_STOP_IDS}",
+        param="stop_token_ids",
+    )
 
   async def pieces(client: str) -> Pieces:
     yield Piece(index=0, prompt_tokens=len(asked.prompt))
     warmth = asked.temperature
-    ends = () if asked.ignore_eos else speaker.chat.stop_ids
     room = speaker.context - len(asked.prompt)
     sampling = Sampling(
         temperature=speaker.temperature if warmth is None else warmth,
         max_new_tokens=min(asked.max_tokens, room),
-        stop_ids=tuple(dict.fromkeys((*asked.stop_ids, *ends))),
+        stop_ids=stop_ids,
     )
     try:
       generate = _alone(speaker, client)

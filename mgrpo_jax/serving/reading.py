@@ -66,7 +66,10 @@ def check_names(
           param=name[:80],
           code="unknown_parameter",
       )
-    if name in neutral and value not in neutral[name]:
+    if name in neutral and not any(
+        value == one and isinstance(value, bool) == isinstance(one, bool)
+        for one in neutral[name]  # JSON's true is no 1
+    ):
       raise wrong(name, value, " or ".join(map(json.dumps, neutral[name])))
 
 

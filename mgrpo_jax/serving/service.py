@@ -31,7 +31,7 @@ from mgrpo_jax.serving.weights import Weights
 
 _LOG = logging.getLogger(__name__)
 _DISCARDED = 64  # bodies' worth that are read from who sends too much
-_LEFT = 499  # status, in metrics only
+LEFT = 499  # status, in metrics only
 _JSON = [(b"content-type", b"application/json")]
 _EVENTS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -137,7 +137,7 @@ class Service:
     return RequestError(500, "internal error")
 
 
-class _LeftError(Exception):
+class LeftError(Exception):
   """The client is gone, or takes nothing any more."""
 
 
@@ -178,8 +178,8 @@ class Endpoint:
     seen, metrics = _Seen(started=time.monotonic()), self._service.metrics
     try:
       await self._answer(Request(scope, receive), send, seen)
-    except _LeftError:
-      seen.status = _LEFT
+    except LeftError:
+      seen.status = LEFT
     except asyncio.CancelledError:  # the server ends
       seen.status = 503
       raise
@@ -231,7 +231,7 @@ class Endpoint:
     try:
       async with asyncio.timeout(self._service.limits.deadline):
         await self._pour(reply, send, seen)
-    except _LeftError:
+    except LeftError:
       raise
     except Exception as error:
       told = self._service.error(error)
@@ -266,7 +266,7 @@ class Endpoint:
             {"type": "http.response.body", "body": body, "more_body": more}
         )
     except OSError as error:  # TimeoutError is one
-      raise _LeftError from error
+      raise LeftError from error
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
@@ -299,7 +299,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
   except TimeoutError as error:
     raise RequestError(408, "the body took too long to come") from error
   except ClientDisconnect as error:
-    raise _LeftError from error
+    raise LeftError from error
   if size > limit:  # closed while it sends, a client would not read why
     raise RequestError(
         413,
@@ -322,7 +322,7 @@ async def _while_there(
   try:
     await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
     if not job.done():
-      raise _LeftError
+      raise LeftError
     job.result()
   finally:
     job.cancel()

@@ -129,7 +129,9 @@ class Sessions:
     """Takes out the conversation that most tokens of a stream go on from."""
     best, most = None, 0
     for one in self._kept.values():
+      if one.client != client:
+        continue
       same = common_length(one.stream, stream)
-      if one.client == client and same >= max(one.asked, most):
+      if same >= max(one.asked, most):
         best, most = one, same
     return None if best is None else self._kept.pop(best.name)

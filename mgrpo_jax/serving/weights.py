@@ -15,7 +15,7 @@ from mgrpo_jax.policy.load import huggingface, load
 from mgrpo_jax.sampler import handover
 from mgrpo_jax.sampler.interface import RolloutEngine
 from mgrpo_jax.serving import reading
-from mgrpo_jax.serving.errors import RequestError
+from mgrpo_jax.serving.errors import RequestError, wrong
 
 _LONGEST_LABEL = 64  # characters
 
@@ -84,7 +84,9 @@ class Weights:
     version = reading.whole(fields, "version", 0, 2**31 - 1)
     if version is None:
       raise RequestError(400, "version: missing", param="version")
-    label = reading.text(fields, "label")[:_LONGEST_LABEL]
+    label = reading.text(fields, "label")
+    if len(label) > _LONGEST_LABEL:
+      raise wrong("label", label, f"at most {_LONGEST_LABEL} characters")
     path = handover.directory(self._folder / name, version)
     async with self._loading:
       try:
