@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import time
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -123,6 +124,8 @@ class Engine:
     )
     self._sessions: set[str] = set()  # with a request queued or being sampled
     self._wake = asyncio.Event()
+    self._seconds = {"busy": 0.0, "idle": 0.0}
+    self._ready = 0.0  # when there was something to do, the device being free
     self._closing = False
     self._task: asyncio.Task[None] | None = None
     self._failure: Exception | None = None
@@ -199,7 +202,9 @@ class Engine:
       request.versions.append(self._schedule.version)
       return completion(request, self._context)
     self._schedule.add(request)
-    self._wake.set()
+    if not self._wake.is_set():
+      self._ready = time.perf_counter()
+      self._wake.set()
     if session is None:
       return await request.future
     self._sessions.add(session)
@@ -238,12 +243,18 @@ class Engine:
     """Counts what was done so far.
 
     Returns:
+      `seconds` that the worker was `busy` with visits, and `idle` though
+      there was something to do, which the host's work between visits is;
       `compilations` by kind, of this process; `slots` by state; `requests`
       waiting; tokens `prefilled`, tokens `generated`; `visits`; slots `copied`
       instead of prefilled; `cancelled` requests; `evictions` of idle sessions,
       and `mismatches`, sessions whose tokens did not extend their cache.
     """
-    return {**self._schedule.stats(), "compilations": device.compilations()}
+    return {
+        **self._schedule.stats(),
+        "seconds": dict(self._seconds),
+        "compilations": device.compilations(),
+    }
 
   def _checked(self, tokens: Sequence[int]) -> np.ndarray:
     """Turns a stream into an array, or says what is wrong with it."""
@@ -272,9 +283,12 @@ class Engine:
             self._wake.clear()
             await self._wake.wait()
             continue
-          results = await loop.run_in_executor(
+          began, ended, *results = await loop.run_in_executor(
               worker, self._visit, self._params, visit
           )
+          self._seconds["idle"] += began - self._ready
+          self._seconds["busy"] += ended - began
+          self._ready = ended
           self._schedule.absorb(visit, *results)
           for _ in range(_YIELDS):
             await asyncio.sleep(0)
@@ -293,8 +307,13 @@ class Engine:
 
   def _visit(
       self, params: Params, visit: Visit
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """Works on the device; the only code that runs in the worker thread."""
+  ) -> tuple[float, float, np.ndarray, np.ndarray]:
+    """Works on the device; the only code that runs in the worker thread.
+
+    Returns:
+      When it began and ended; tokens and their log-probabilities.
+    """
+    began = time.perf_counter()
     cache = self._cache
     for call in visit.prefills:
       cache = device.prefill(
@@ -320,4 +339,5 @@ class Engine:
         num_steps=self._decode_steps,
         heads=self._heads,
     )
-    return np.asarray(tokens), np.asarray(logprobs)
+    drawn = np.asarray(tokens), np.asarray(logprobs)
+    return began, time.perf_counter(), *drawn
