@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -128,6 +129,8 @@ class Engine:
     )
     self._sessions: set[str] = set()  # with a request queued or being sampled
     self._wake = asyncio.Event()
+    self._seconds = {"busy": 0.0, "idle": 0.0}
+    self._ready = 0.0  # when there was something to do, the device being free
     self._closing = False
     self._worker: concurrent.futures.ThreadPoolExecutor | None = None
     self._task: asyncio.Task[None] | None = None
@@ -237,7 +240,9 @@ class Engine:
       request.versions.append(self._schedule.version)
       return completion(request, self._context)
     self._schedule.add(request)
-    self._wake.set()
+    if not self._wake.is_set():
+      self._ready = time.perf_counter()
+      self._wake.set()
     if session is None:
       return await request.future
     self._sessions.add(session)
@@ -276,12 +281,18 @@ class Engine:
     """Counts what was done so far.
 
     Returns:
+      `seconds` that the worker was `busy` with visits, and `idle` though
+      there was something to do, which the host's work between visits is;
       `compilations` by kind, of this process; `slots` by state; `requests`
       waiting; tokens `prefilled`, tokens `generated`; `visits`; slots `copied`
       instead of prefilled; `cancelled` requests; `evictions` of idle sessions,
       and `mismatches`, sessions whose tokens did not extend their cache.
     """
-    return {**self._schedule.stats(), "compilations": device.compilations()}
+    return {
+        **self._schedule.stats(),
+        "seconds": dict(self._seconds),
+        "compilations": device.compilations(),
+    }
 
   def _check_running(self) -> None:
     """Raises `EngineError` unless requests can be served."""
@@ -302,9 +313,12 @@ class Engine:
             self._wake.clear()
             await self._wake.wait()
             continue
-          drawn = await loop.run_in_executor(
+          began, ended, drawn = await loop.run_in_executor(
               worker, self._visit, self._params, visit
           )
+          self._seconds["idle"] += began - self._ready
+          self._seconds["busy"] += ended - began
+          self._ready = ended
           self._schedule.absorb(visit, drawn)
           for _ in range(_YIELDS):
             await asyncio.sleep(0)
@@ -321,11 +335,15 @@ class Engine:
         error.__cause__ = failure
         request.future.set_exception(error)
 
-  def _visit(self, params: Params, visit: Visit) -> Drawn:
+  def _visit(self, params: Params, visit: Visit) -> tuple[float, float, Drawn]:
     """Works on the device; the only code that runs in the worker thread.
 
     One visit at a time, so each finds the cache that the last one left.
+
+    Returns:
+      When it began and ended; what was drawn.
     """
+    began = time.perf_counter()
     cache = self._cache
     for call in visit.prefills:
       cache = device.prefill(
@@ -352,11 +370,5 @@ class Engine:
         num_rows=self._decode_rows,
         heads=self._heads,
     )
-    return jax.tree.map(np.asarray, drawn)
-
-
-def _check(**sizes: int) -> None:
-  """Raises for the first size that is not positive."""
-  for name, size in sizes.items():
-    if size < 1:
-      raise ValueError(f"{name} must be >= 1, got {size!r}")
+    told = jax.tree.map(np.asarray, drawn)
+    return began, time.perf_counter(), told
