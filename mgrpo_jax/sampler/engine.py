@@ -372,3 +372,10 @@ class Engine:
     )
     told = jax.tree.map(np.asarray, drawn)
     return began, time.perf_counter(), told
+
+
+def _check(**sizes: int) -> None:
+  """Raises for the first size that is not positive."""
+  for name, size in sizes.items():
+    if size < 1:
+      raise ValueError(f"{name} must be >= 1, got {size!r}")
