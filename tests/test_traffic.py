@@ -62,6 +62,7 @@ def make():
       prefill_tokens=256,
       prefill_buckets=(32, 128),
       decode_steps=8,
+      decode_rows=2,
   )
 
 
