@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -140,7 +139,7 @@ def decode(
   first among them: what slots without one cost is at most the rest of a tile,
   a tile ends with the last of its own streams, and reads no more blocks of
   cache than its longest fills. A tile of all slots reads the cache where it
-  stands; smaller ones gather each block that they read.
+  stands; smaller ones copy what they read to one place first.
 
   Args:
     params: weights.
@@ -157,9 +156,8 @@ def decode(
   num_slots = len(slots.token)
   if num_rows == num_slots:
     every = jnp.arange(num_slots, dtype=jnp.int32)
-    return _decode_tile(
-        params, cache, slots, every, lambda block: block, config, num_steps
-    )
+    visit = _run_steps(params, cache, slots, config, num_steps)
+    return _written(cache, visit, every, slots), visit.drawn
   running = slots.budget > 0
   order = jnp.argsort(jnp.where(running, -slots.length, 1)).astype(jnp.int32)
   order = jnp.pad(order, (0, -num_slots % num_rows), constant_values=num_slots)
@@ -174,19 +172,12 @@ def decode(
         lambda x: jnp.asarray(x).at[rows].get(mode="fill", fill_value=0),
         slots,
     )
-    cache, added = _decode_tile(
-        params,
-        cache,
-        tile,
-        rows,
-        lambda block: block.at[rows].get(mode="clip"),
-        config,
-        num_steps,
-    )
-    return cache, jax.tree.map(
+    held = caching.take(cache, rows, _lengths(tile))
+    visit = _run_steps(params, held, tile, config, num_steps)
+    return _written(cache, visit, rows, tile), jax.tree.map(
         lambda every, some: every.at[:, rows].set(some, mode="drop"),
         drawn,
-        added,
+        visit.drawn,
     )
 
   return jax.lax.fori_loop(
@@ -197,29 +188,20 @@ def decode(
   )
 
 
-def _decode_tile(
-    params: Params,
-    cache: KVCache,
-    slots: Slots,
-    rows: Int[Array, " R"],
-    pick: Callable[[Array], Array],
-    config: TransformerConfig,
-    num_steps: int,
-) -> tuple[KVCache, Drawn]:
-  """Samples for R slots; `rows` says which, `pick` takes them from a block."""
-  visit = _run_steps(params, cache, slots, pick, config, num_steps)
+def _written(
+    cache: KVCache, visit: _Visit, rows: Int[Array, " R"], slots: Slots
+) -> KVCache:
+  """The cache with what a visit has fed in R of its rows."""
   was_drawn = visit.drawn.tokens != sampling.NO_TOKEN
   added = jnp.sum(was_drawn, axis=0, dtype=jnp.int32)
-  order = jnp.argsort(added == 0)
-  cache = caching.write(
-      cache,
-      [key[order] for key in visit.keys],
-      [value[order] for value in visit.values],
-      rows[order],
-      slots.length[order],
-      added[order],
+  return caching.write(
+      cache, visit.keys, visit.values, rows, slots.length, added
   )
-  return cache, visit.drawn
+
+
+def _lengths(slots: Slots) -> Int[Array, " R"]:
+  """Tokens that each slot's queries see in the cache; none in idle ones."""
+  return jnp.where(slots.budget > 0, slots.length, 0)
 
 
 def _nothing(num_steps: int, num_slots: int) -> Drawn:
@@ -236,7 +218,6 @@ def _run_steps(
     params: Params,
     cache: KVCache,
     slots: Slots,
-    pick: Callable[[Array], Array],
     config: TransformerConfig,
     num_steps: int,
 ) -> _Visit:
@@ -260,9 +241,7 @@ def _run_steps(
   slots = dataclasses.replace(slots, drawing=slots.drawing.where(first.running))
   return jax.lax.while_loop(
       lambda visit: (visit.step < num_steps) & jnp.any(visit.running),
-      functools.partial(
-          _step, params, cache, slots, pick, uniform, config=config
-      ),
+      functools.partial(_step, params, cache, slots, uniform, config=config),
       first,
   )
 
@@ -271,7 +250,6 @@ def _step(
     params: Params,
     cache: KVCache,
     slots: Slots,
-    pick: Callable[[Array], Array],
     uniform: Float[Array, "N R"],
     visit: _Visit,
     *,
@@ -279,7 +257,7 @@ def _step(
 ) -> _Visit:
   """Samples one token for every running slot."""
   step = visit.step
-  visit, hidden = _forward(params, cache, slots, pick, visit, config)
+  visit, hidden = _forward(params, cache, slots, visit, config)
   logits = transformer.unembed(params, hidden, config=config)[:, 0]
   token, *logprobs = sampling.sample(logits, uniform[step], slots.drawing)
   row = Drawn(
@@ -300,13 +278,12 @@ def _forward(
     params: Params,
     cache: KVCache,
     slots: Slots,
-    pick: Callable[[Array], Array],
     visit: _Visit,
     config: TransformerConfig,
 ) -> tuple[_Visit, Float[Array, "R 1 E"]]:
   """Feeds each slot's newest token through the layers."""
   num_steps = len(visit.drawn.tokens)
-  cached = jnp.where(slots.budget > 0, slots.length, 0)
+  cached = _lengths(slots)
   positions = (slots.length + visit.step)[:, None]
   own = slots.length[:, None, None] + jnp.arange(num_steps)[None, None]
   rotation = transformer.rotations(positions, config=config)
@@ -328,7 +305,7 @@ def _forward(
         cache.keys[index],
         cache.values[index],
         cached,
-        pick,
+        lambda block: block,
         positions=positions,
         window=window,
     )
