@@ -50,7 +50,9 @@ class Fake:
     self.plan = []
     self.always = honest
     self.models = [{"id": "tiny", "max_model_len": 64}]
-    self.loaded = []  # paths
+    self.loaded = []  # paths, but for heads of zeros
+    self.blank = False  # whether the last one had such a head
+    self.reloads = True  # whether heads are loaded at all
     self.label = "default"
     self.development = True
     self.cached = True  # prefixes of older weights
@@ -90,6 +92,9 @@ class Fake:
   def route(self, path, query, body):
     if path == "/v1/models":
       return 200, {}, {"data": self.models}
+    if path == "/v1/completions" and self.blank and self.reloads:
+      flat = {"token_logprobs": [-float(np.log(VOCAB))] * body["max_tokens"]}
+      return 200, {}, honest(body, logprobs=flat)
     if path == "/v1/completions":
       how = self.plan.pop(0) if self.plan else self.always
       return (200, {}, how(body)) if callable(how) else how
@@ -102,7 +107,9 @@ class Fake:
       return 200, {}, {"status": "paused"}
     if path == "/collective_rpc":
       assert body["method"] == "reload_weights"
-      self.loaded.append(body["kwargs"]["weights_path"])
+      where = body["kwargs"]["weights_path"]
+      self.blank = "/blank/" in where
+      self.loaded += [] if self.blank else [where]
       return 200, {}, {"results": [None]}
     if path == "/reset_prefix_cache":
       return 200, {}, {"success": self.cached}

@@ -16,7 +16,7 @@ from mgrpo_jax.atomic import StorageError
 from mgrpo_jax.policy.load import load
 from mgrpo_jax.policy.policy import Policy
 from mgrpo_jax.policy.sampling import Sampling
-from mgrpo_jax.sampler import dialects, exchange
+from mgrpo_jax.sampler import dialects, exchange, handover
 from mgrpo_jax.sampler.connection import Address, UnreachableError
 from mgrpo_jax.sampler.exchange import Question
 from mgrpo_jax.sampler.external import ExternalEngine, Server
@@ -137,11 +137,16 @@ def test_the_first_weights_are_handed_over_before_anything_is_asked(
   ask(make(server, tmp_path))
   (path,) = server.loaded
   assert path == str(tmp_path / "tiny" / "v3")
-  jax.tree.map(np.testing.assert_array_equal, load(path).params, small().params)
+  jax.tree.map(
+      np.testing.assert_array_equal,
+      load(path).params,
+      handover.untied(small()).params,
+  )
   order = [where for _, where, _ in server.calls]
   told = ["/pause", "/collective_rpc", "/reset_prefix_cache",
           "/update_weight_version", "/resume"]  # fmt: skip
-  assert order == ["/v1/models", *told, *["/v1/completions"] * 3]
+  asked = "/v1/completions"  # with a head of zeros, at two temperatures, ours
+  assert order == ["/v1/models", *told, asked, *told, asked, asked, asked]
   assert server.label.endswith("-v3")
 
 
@@ -160,10 +165,10 @@ def test_an_update_is_loaded_when_it_returns(server, tmp_path):
   jax.tree.map(
       np.testing.assert_array_equal,
       load(server.loaded[-1]).params,
-      small(1).params,
+      handover.untied(small(1)).params,
   )
   kept = sorted(p.name for p in (tmp_path / "tiny").iterdir())
-  assert kept == [".lock", "v5", "v6"]
+  assert kept == [".lock", "blank", "v5", "v6"]
   assert stats["handovers"] == 4 and stats["visits"] == 2
   assert stats["generated"] == len(before.tokens) + len(after.tokens)
 
@@ -195,7 +200,7 @@ def test_a_server_without_token_ids_is_refused_at_the_start(server, tmp_path):
   with pytest.raises(EngineError, match="return_token_ids") as caught:
     ask(make(server, tmp_path))
   assert server.url in str(caught.value)
-  assert len(server.asked("/v1/completions")) == 1
+  assert len(server.asked("/v1/completions")) == 2
 
 
 @pytest.mark.parametrize(
@@ -225,6 +230,15 @@ def test_old_prefixes_must_be_forgotten(server, tmp_path):
   with pytest.raises(EngineError, match="reset_prefix_cache"):
     ask(make(server, tmp_path))
   assert server.calls[-1][1] == "/resume"  # it serves others as before
+
+
+def test_a_head_that_stays_is_refused(server, tmp_path):
+  server.reloads = False
+  with pytest.raises(EngineError, match="not tied, such as .*blank/v0"):
+    ask(make(server, tmp_path))
+  assert not server.loaded
+  head = load(tmp_path / "tiny/blank/v0").params.unembedding
+  assert not np.any(head) and head.shape == (12, VOCAB)
 
 
 def test_logprobs_of_another_temperature_are_refused(server, tmp_path):

@@ -1,7 +1,7 @@
 r"""Trains on what a real server samples, and compares the two sides.
 
     python -m experiments.bench.external --write=/tmp/external/start
-    VLLM_SERVER_DEV_MODE=1 vllm serve /tmp/external/start/main \
+    VLLM_SERVER_DEV_MODE=1 vllm serve /tmp/external/start/served \
         --served-model-name main --port 8801 --dtype float32 \
         --max-model-len 256 --skip-tokenizer-init --generation-config vllm \
         --logprobs-mode processed_logprobs
@@ -44,7 +44,9 @@ from configs import default, quickstart
 from experiments import recipe
 from mgrpo_jax import run, store
 from mgrpo_jax.learner import Step
+from mgrpo_jax.policy.load import load, save_directory
 from mgrpo_jax.run import Run
+from mgrpo_jax.sampler import handover
 from mgrpo_jax.tasks import curriculum
 from mgrpo_jax.types import TrainBatch
 
@@ -278,7 +280,7 @@ async def imitate(
 
   Args:
     config: the recipe.
-    directory: is made, or replaced.
+    directory: is made, or replaced; what is to be served is in `served`.
   """
   setup = recipe.build(config)
   async with run.open_run(setup, store.open("memory://")) as made:
@@ -287,6 +289,8 @@ async def imitate(
       await _step(made, step)
       step += 1
     made.resources.save_policies(directory)
+  served = handover.untied(load(directory / _SERVED))
+  save_directory(directory / "served", served)
 
 
 async def train(

@@ -41,6 +41,9 @@ class Dialect:
     load: makes it sample from weights; returns when it does.
     label: asks for the label of what it samples a model from.
     unlabelled: the label of a server that was given nothing since it started.
+    untied: whether it must be given, and started with, a head that shares
+      nothing with the embedding. On CPUs vLLM 0.32 reloads the embedding only
+      and goes on with the head that it packed when it started.
     tempered: whether its log-probabilities are always of the distribution that
       was sampled from; if not, that depends on how it was started.
   """
@@ -48,6 +51,7 @@ class Dialect:
   load: Callable[[Connection, Weights], Coroutine[Any, Any, None]]
   label: Callable[[Connection, str], Coroutine[Any, Any, str]]
   unlabelled: str
+  untied: bool
   tempered: bool
 
 
@@ -123,8 +127,16 @@ def _field(told: Any, name: str) -> str:
 
 # Servers of vLLM (0.32 was tried), and of `experiments.serve`.
 VLLM = Dialect(
-    load=_load_vllm, label=_label_vllm, unlabelled="default", tempered=False
+    load=_load_vllm,
+    label=_label_vllm,
+    unlabelled="default",
+    untied=True,
+    tempered=False,
 )
 MGRPO = Dialect(
-    load=_load_mgrpo, label=_label_mgrpo, unlabelled="", tempered=True
+    load=_load_mgrpo,
+    label=_label_mgrpo,
+    unlabelled="",
+    untied=False,
+    tempered=True,
 )

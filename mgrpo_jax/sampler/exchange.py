@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from mgrpo_jax.policy.sampling import Sampling
+from mgrpo_jax.types import Completion
 
 # What would bend the distribution, or end a completion early, if a server had
 # defaults of its own for it.
@@ -128,6 +129,42 @@ def read(answer: Any, question: Question, *, vocab_size: int) -> Answer:
       logprobs=_logprobs(choice, len(tokens)),
       stopped=_stopped(choice.get("finish_reason"), tokens, question),
       versions=_versions(choice),
+  )
+
+
+def completion(
+    answer: Answer | None,
+    length: int,
+    *,
+    context: int,
+    versions: tuple[int, int],
+) -> Completion:
+  """Makes an answer a completion; without one, an empty one.
+
+  Args:
+    answer: what was sampled.
+    length: of the stream before.
+    context: tokens that a stream can have.
+    versions: oldest and newest of the weights, where the server has no word.
+
+  Returns:
+    The completion.
+  """
+  nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
+  tokens, logprobs = (answer.tokens, answer.logprobs) if answer else nothing
+  finish: Literal["stop", "length", "context"] = "length"
+  if answer is not None and answer.stopped:
+    finish = "stop"
+  elif length + len(tokens) == context:
+    finish = "context"
+  oldest, newest = (answer and answer.versions) or versions
+  return Completion(
+      tokens=tokens,
+      logprobs=logprobs,
+      raw_logprobs=None,
+      finish=finish,
+      version_min=oldest,
+      version_max=newest,
   )
 
 

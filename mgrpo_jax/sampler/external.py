@@ -21,12 +21,11 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import math
 import pathlib
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Self
-
-import numpy as np
+from typing import Any, Self
 
 from mgrpo_jax import atomic
 from mgrpo_jax.fields import check
@@ -42,6 +41,7 @@ from mgrpo_jax.sampler.stream import checked
 from mgrpo_jax.types import Completion
 
 _LOCK = ".lock"
+_UNEVEN = 0.01  # nats
 _WARMTHS = (1.0, 0.5)  # at which a server's log-probabilities must differ
 
 
@@ -116,6 +116,8 @@ class ExternalEngine:
           Connection(self._server.address)
       )
       await self._check_model(connection)
+      if self._server.dialect.untied:
+        await self._check_loading(connection)
       await self._hand_over(connection)
       await self._check_answers(connection)
       self._known_at = connection.opened
@@ -168,7 +170,9 @@ class ExternalEngine:
     limit = min(sampling.max_new_tokens, self._context - len(stream))
     first = self._version
     if not limit:
-      return self._completion(len(stream), None, first)
+      return exchange.completion(
+          None, len(stream), context=self._context, versions=(first, first)
+      )
     question = Question(
         tokens=tuple(stream.tolist()),
         sampling=sampling,
@@ -187,7 +191,12 @@ class ExternalEngine:
     self._counts["generated"] += len(answer.tokens)
     if on_tokens is not None:
       on_tokens(answer.tokens.tolist(), answer.logprobs.tolist())
-    return self._completion(len(stream), answer, first)
+    return exchange.completion(
+        answer,
+        len(stream),
+        context=self._context,
+        versions=(first, self._version),
+    )
 
   def release(self, session: str) -> None:
     """Ends a session, of which nothing is kept here."""
@@ -260,6 +269,24 @@ class ExternalEngine:
       raise EngineError(
           f"{url}/models: {self._server.model!r} has max_model_len {longest},"
           f" must be at least the context, {self._context}"
+      )
+
+  async def _check_loading(self, connection: Connection) -> None:
+    """Raises unless a head of zeros makes every token as likely."""
+    folder = self._server.folder / "blank"
+    blank = handover.untied(self._policy, blank=True)
+    await self._load(connection, handover.write(folder, 0, blank))
+    sampling = Sampling(temperature=1.0, max_new_tokens=1, stop_ids=())
+    question = Question(tokens=(0,), sampling=sampling, seed=0, limit=1)
+    body = exchange.body(question, self._server.model)
+    told = await connection.post("completions", body)
+    with self._naming():
+      found = float(self._read(told, question).logprobs[0])
+    if abs(found + math.log(self._policy.config.vocab_size)) > _UNEVEN:
+      raise EngineError(
+          f"{self._server.address.url}: keeps the output head that it was"
+          " started with; start it from a directory whose embeddings are not"
+          f" tied, such as {folder}/v0"
       )
 
   async def _check_answers(self, connection: Connection) -> None:
@@ -336,20 +363,23 @@ class ExternalEngine:
 
   async def _hand_over(self, connection: Connection) -> None:
     """Writes the weights and has the server load them."""
-    folder, version = self._server.folder, self._version
-    label = f"{uuid.uuid4().hex[:12]}-v{version}"
-    await self._server.dialect.load(
-        connection,
-        Weights(
-            model=self._server.model,
-            version=version,
-            path=handover.write(folder, version, self._policy),
-            label=label,
-        ),
-    )
-    self._label = label
+    folder, version, policy = self._server.folder, self._version, self._policy
+    if self._server.dialect.untied:
+      policy = handover.untied(policy)
+    await self._load(connection, handover.write(folder, version, policy))
     self._counts["handovers"] += 1
     handover.prune(folder, version)
+
+  async def _load(self, connection: Connection, path: pathlib.Path) -> None:
+    """Has the server load a directory, under a label of its own."""
+    weights = Weights(
+        model=self._server.model,
+        version=self._version,
+        path=path,
+        label=f"{uuid.uuid4().hex[:12]}-v{self._version}",
+    )
+    await self._server.dialect.load(connection, weights)
+    self._label = weights.label
 
   async def _replace(self) -> None:
     """Gives the server the weights, on connections of its own."""
@@ -367,30 +397,3 @@ class ExternalEngine:
     except AnswerError as error:
       url = self._server.address.url
       raise EngineError(f"{url}/completions: {error}") from error
-
-  def _completion(
-      self, length: int, answer: Answer | None, first: int
-  ) -> Completion:
-    """A completion of a stream of some length; without an answer, an empty one.
-
-    The versions are the answer's, else those from `first` to now.
-    """
-    tokens = np.zeros(0, np.int32) if answer is None else answer.tokens
-    logprobs = np.zeros(0, np.float32) if answer is None else answer.logprobs
-    finish: Literal["stop", "length", "context"]
-    if answer is not None and answer.stopped:
-      finish = "stop"
-    elif length + len(tokens) == self._context:
-      finish = "context"
-    else:
-      finish = "length"
-    versions = answer.versions if answer is not None else None
-    oldest, newest = versions or (first, self._version)
-    return Completion(
-        tokens=tokens,
-        logprobs=logprobs,
-        raw_logprobs=None,
-        finish=finish,
-        version_min=oldest,
-        version_max=newest,
-    )

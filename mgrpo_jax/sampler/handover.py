@@ -6,9 +6,12 @@ and safetensors, whole or not at all.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import re
 import shutil
+
+import numpy as np
 
 from mgrpo_jax import atomic
 from mgrpo_jax.policy.load.safetensors import save_directory
@@ -21,6 +24,29 @@ _VERSION = re.compile(r"v(\d+)")
 def directory(folder: pathlib.Path, version: int) -> pathlib.Path:
   """Where a version lies in a folder."""
   return folder / f"v{version}"
+
+
+def untied(policy: Policy, *, blank: bool = False) -> Policy:
+  """The same policy with an output head of its own, which all servers reload.
+
+  Args:
+    policy: any.
+    blank: whether the head is to be 0 instead: every token is as likely.
+
+  Returns:
+    The policy.
+  """
+  params = policy.params
+  head = params.unembedding
+  if head is None:
+    head = np.asarray(params.embedding).T
+  if blank:
+    head = np.zeros(np.shape(head), np.float32)
+  return dataclasses.replace(
+      policy,
+      config=dataclasses.replace(policy.config, tied_embeddings=False),
+      params=dataclasses.replace(params, unembedding=head),
+  )
 
 
 def write(folder: pathlib.Path, version: int, policy: Policy) -> pathlib.Path:
