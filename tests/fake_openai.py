@@ -54,6 +54,8 @@ class Fake:
     self.label = "default"
     self.development = True
     self.cached = True  # prefixes of older weights
+    self.paused = False
+    self.pausing = 200, {}, {"status": "paused"}  # the answer to it
     self.running = self.most_running = 0
     self.hold = threading.Event()
     self.hold.set()
@@ -99,7 +101,8 @@ class Fake:
       return 200, {}, {"weight_version": self.label}
     if path == "/pause":
       assert query == "mode=wait"
-      return 200, {}, {"status": "paused"}
+      self.paused = True
+      return self.pausing
     if path == "/collective_rpc":
       assert body["method"] == "reload_weights"
       self.loaded.append(body["kwargs"]["weights_path"])
@@ -110,6 +113,7 @@ class Fake:
       self.label = body["new_version"]
       return 200, {}, {"success": True}
     assert path == "/resume", path
+    self.paused = False
     return 200, {}, {"status": "resumed"}
 
   async def send(self, answer, receive, send):

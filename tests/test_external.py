@@ -448,7 +448,8 @@ def test_our_server_samples_as_the_engine_here(tmp_path):
     assert one.tokens.tolist() == other.tokens.tolist()
     np.testing.assert_array_equal(one.logprobs, other.logprobs)
     assert dataclasses.replace(
-        one, tokens=other.tokens, logprobs=other.logprobs
+        one, tokens=other.tokens, logprobs=other.logprobs,
+        raw_logprobs=other.raw_logprobs,
     ) == other  # fmt: skip
 
 
