@@ -54,6 +54,7 @@ class Fake:
     self.label = "default"
     self.development = True
     self.cached = True  # prefixes of older weights
+    self.slow = {}  # seconds that a path's answers take
     self.paused = False
     self.pausing = 200, {}, {"status": "paused"}  # the answer to it
     self.running = self.most_running = 0
@@ -83,6 +84,7 @@ class Fake:
     self.most_running = max(self.most_running, self.running)
     try:
       answer = self.route(path, query, body)
+      await asyncio.sleep(self.slow.get(path, 0.0))
       while not self.hold.is_set():
         await asyncio.sleep(0.01)
       await self.send(answer, receive, send)

@@ -19,8 +19,9 @@ from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.sampler import dialects, exchange
 from mgrpo_jax.sampler.connection import Address, UnreachableError
 from mgrpo_jax.sampler.exchange import Question
-from mgrpo_jax.sampler.external import ExternalEngine, Server
+from mgrpo_jax.sampler.external import ExternalEngine
 from mgrpo_jax.sampler.interface import EngineError
+from mgrpo_jax.sampler.lease import Server
 from mgrpo_jax.serving.weights import Weights
 
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=5, stop_ids=(9,))
@@ -141,7 +142,8 @@ def test_the_first_weights_are_handed_over_before_anything_is_asked(
   order = [where for _, where, _ in server.calls]
   told = ["/pause", "/collective_rpc", "/reset_prefix_cache",
           "/update_weight_version", "/resume"]  # fmt: skip
-  assert order == ["/v1/models", *told, *["/v1/completions"] * 3]
+  asked = ["/v1/completions"]
+  assert order == ["/v1/models", *told, *asked * 2, "/weight_info", *asked]
   assert server.label.endswith("-v3")
 
 
