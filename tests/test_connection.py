@@ -191,3 +191,10 @@ def test_the_token_is_not_shown(server):
 @pytest.mark.parametrize("url", ["http://h:1/v1", "http://h:1/v1/"])
 def test_a_servers_own_routes_are_beside_the_version(server, url):
   assert address(server, url=url).root == "http://h:1"
+
+
+@pytest.mark.parametrize("token", ["secret\nline", "secret one", "sécret"])
+def test_a_token_is_one_word_and_never_quoted(server, token):
+  with pytest.raises(ValueError, match="token must be visible") as caught:
+    address(server, token=token)
+  assert token not in str(caught.value)

@@ -137,7 +137,7 @@ def test_the_first_weights_are_handed_over_before_anything_is_asked(
 ):
   ask(make(server, tmp_path))
   (path,) = server.loaded
-  assert path == str(tmp_path / "tiny" / "v3")
+  assert path == str(tmp_path / "tiny" / "handed-v3")
   jax.tree.map(np.testing.assert_array_equal, load(path).params, small().params)
   order = [where for _, where, _ in server.calls]
   told = ["/pause", "/collective_rpc", "/reset_prefix_cache",
@@ -165,7 +165,7 @@ def test_an_update_is_loaded_when_it_returns(server, tmp_path):
       small(1).params,
   )
   kept = sorted(p.name for p in (tmp_path / "tiny").iterdir())
-  assert kept == [".lock", "v5", "v6"]
+  assert kept == [".lock", "handed-v5", "handed-v6"]
   assert stats["handovers"] == 4 and stats["visits"] == 2
   assert stats["generated"] == len(before.tokens) + len(after.tokens)
 

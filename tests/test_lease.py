@@ -139,3 +139,12 @@ def test_a_half_loaded_update_is_not_taken_for_done(server, tmp_path):
 
   found = run(make(server, tmp_path), work)
   assert found.version_max == 4 and len(server.loaded) == 3
+
+
+def test_published_versions_of_the_folder_stay(tmp_path):
+  (tmp_path / "v1").mkdir()
+  for version in (1, 2, 3):
+    handover.directory(tmp_path, version).mkdir()
+  handover.prune(tmp_path, 3)
+  kept = sorted(path.name for path in tmp_path.iterdir())
+  assert kept == ["handed-v2", "handed-v3", "v1"]

@@ -12,6 +12,7 @@ import dataclasses
 import email.utils
 import math
 import random
+import re
 import time
 from collections.abc import Mapping
 from typing import Any, Self
@@ -27,6 +28,7 @@ _CONNECT = 10.0  # seconds until there is a connection
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 _SHOWN = 300  # characters of an error
 _NO_JSON = object()
+_TOKEN = re.compile(r"[!-~]*")
 
 
 class UnreachableError(ConnectionError):
@@ -62,6 +64,8 @@ class Address:
       raise ValueError(f"url: {error}, got {self.url!r}") from error
     if parts.scheme not in ("http", "https") or not parts.host:
       raise ValueError(f"url must be http:// or https://, got {self.url!r}")
+    if not _TOKEN.fullmatch(self.token):  # which is not to be shown
+      raise ValueError("token must be visible ASCII without spaces")
     for name in ("max_concurrent", "attempts"):
       value = getattr(self, name)
       check(name, value, value >= 1, ">= 1")
