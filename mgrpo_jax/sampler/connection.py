@@ -20,6 +20,7 @@ from typing import Any, Self
 import httpx2
 
 from mgrpo_jax.fields import check
+from mgrpo_jax.report.live import printable
 from mgrpo_jax.sampler.interface import EngineError
 
 _FIRST_PAUSE = 0.5  # seconds; doubled from one attempt to the next
@@ -107,6 +108,7 @@ class Connection:
         headers=wanted if address.token else {},
         limits=limits,
         timeout=httpx2.Timeout(address.timeout, connect=_CONNECT),
+        trust_env=False,  # no proxy, and no other's password
     )
 
   async def __aenter__(self) -> Self:
@@ -153,7 +155,7 @@ class Connection:
       pause *= random.uniform(0.5, 1.0)  # not all at the same time again
       try:
         response = await self._once(method, url, body)
-      except httpx2.RequestError as error:
+      except (httpx2.RequestError, TimeoutError) as error:
         problem = f"{type(error).__name__} {error}".strip()
       else:
         if response.is_success and (found := _json(response)) is not _NO_JSON:
@@ -181,9 +183,10 @@ class Connection:
     finally:
       self.waiting -= 1
     try:
-      return await self._client.request(
-          method, url, json=body, extensions={"trace": self._trace}
-      )
+      async with asyncio.timeout(self.address.timeout):
+        return await self._client.request(
+            method, url, json=body, extensions={"trace": self._trace}
+        )
     finally:
       self._room.release()
 
@@ -197,7 +200,7 @@ def _json(response: httpx2.Response) -> Any:
   """The JSON of a response; `_NO_JSON` where it is none, or was cut."""
   try:
     return response.json()
-  except ValueError:
+  except (ValueError, RecursionError):
     return _NO_JSON
 
 
@@ -208,7 +211,7 @@ def _told(response: httpx2.Response) -> str:
   if isinstance(error, dict):
     error = error.get("message")
   text = error if isinstance(error, str) else response.text
-  return " ".join(text.split())[:_SHOWN]
+  return printable(" ".join(text.split())[:_SHOWN])
 
 
 def _retry_after(response: httpx2.Response) -> float:
