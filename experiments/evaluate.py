@@ -10,6 +10,7 @@ The weights are read from the run's bucket, which keeps the last few versions
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import pathlib
 import typing
@@ -68,7 +69,9 @@ async def _evaluate(setup: Setup, store: Store) -> Evaluation:
   """Reads the weights and asks the questions."""
   from mgrpo_jax.run import open_run
 
-  async with open_run(setup, store) as run:
+  # Whoever samples the policies while they train, here this process does.
+  own = dataclasses.replace(setup, external={})
+  async with open_run(own, store) as run:
     for problem in run.resources.read_published(
         "latest" if _VERSION.value is None else _VERSION.value
     ):

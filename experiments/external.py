@@ -22,7 +22,7 @@ from mgrpo_jax.sampler.interface import RolloutEngine
 
 if typing.TYPE_CHECKING:
   from mgrpo_jax.sampler.connection import Address
-  from mgrpo_jax.sampler.external import Server
+  from mgrpo_jax.sampler.lease import Server
 
 DIALECTS = ("mgrpo", "vllm")
 _ONLY_WITH_URL = ("folder", "model", "token_file")
@@ -97,7 +97,7 @@ def _engine(server: Server, context: int, policy: Policy) -> RolloutEngine:
 def _server(one: ml_collections.ConfigDict, name: str) -> Server:
   """The server of a policy."""
   from mgrpo_jax.sampler import dialects
-  from mgrpo_jax.sampler.external import Server
+  from mgrpo_jax.sampler.lease import Server
 
   token, key = "", f"policies.{name}.external.token_file"
   if one.token_file:

@@ -56,6 +56,9 @@ class Fake:
     self.label = "default"
     self.development = True
     self.cached = True  # prefixes of older weights
+    self.slow = {}  # seconds that a path's answers take
+    self.paused = False
+    self.pausing = 200, {}, {"status": "paused"}  # the answer to it
     self.running = self.most_running = 0
     self.hold = threading.Event()
     self.hold.set()
@@ -83,6 +86,7 @@ class Fake:
     self.most_running = max(self.most_running, self.running)
     try:
       answer = self.route(path, query, body)
+      await asyncio.sleep(self.slow.get(path, 0.0))
       while not self.hold.is_set():
         await asyncio.sleep(0.01)
       await self.send(answer, receive, send)
@@ -104,7 +108,8 @@ class Fake:
       return 200, {}, {"weight_version": self.label}
     if path == "/pause":
       assert query == "mode=wait"
-      return 200, {}, {"status": "paused"}
+      self.paused = True
+      return self.pausing
     if path == "/collective_rpc":
       assert body["method"] == "reload_weights"
       where = body["kwargs"]["weights_path"]
@@ -117,6 +122,7 @@ class Fake:
       self.label = body["new_version"]
       return 200, {}, {"success": True}
     assert path == "/resume", path
+    self.paused = False
     return 200, {}, {"status": "resumed"}
 
   async def send(self, answer, receive, send):

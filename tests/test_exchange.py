@@ -86,6 +86,8 @@ def test_versions_are_the_servers_word():
         (logprobs(-1, -1, -1, -1, -1), "are 5"),
         (logprobs(-1, -1, -1, float("nan")), "nan"),
         (logprobs(-1, -1, -1, -float("inf")), "inf"),
+        (logprobs(-1, -1, -1, -1e300), "-1e.300"),
+        (logprobs(-1, -1, -1, -(10**400)), "must be finite"),
         (logprobs(-1, -1, -1, None), "None"),
         (logprobs(-1, -1, -1, "-1"), "'-1'"),
         (logprobs(-1, -1, -1, 0.5), "<= 0"),

@@ -19,8 +19,9 @@ from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.sampler import dialects, exchange, handover
 from mgrpo_jax.sampler.connection import Address, UnreachableError
 from mgrpo_jax.sampler.exchange import Question
-from mgrpo_jax.sampler.external import ExternalEngine, Server
+from mgrpo_jax.sampler.external import ExternalEngine
 from mgrpo_jax.sampler.interface import EngineError
+from mgrpo_jax.sampler.lease import Server
 from mgrpo_jax.serving.weights import Weights
 
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=5, stop_ids=(9,))
@@ -136,7 +137,7 @@ def test_the_first_weights_are_handed_over_before_anything_is_asked(
 ):
   ask(make(server, tmp_path))
   (path,) = server.loaded
-  assert path == str(tmp_path / "tiny" / "v3")
+  assert path == str(tmp_path / "tiny" / "handed-v3")
   jax.tree.map(
       np.testing.assert_array_equal,
       load(path).params,
@@ -146,7 +147,9 @@ def test_the_first_weights_are_handed_over_before_anything_is_asked(
   told = ["/pause", "/collective_rpc", "/reset_prefix_cache",
           "/update_weight_version", "/resume"]  # fmt: skip
   asked = "/v1/completions"  # with a head of zeros, at two temperatures, ours
-  assert order == ["/v1/models", *told, asked, *told, asked, asked, asked]
+  assert order == [
+      "/v1/models", *told, asked, *told, asked, asked, "/weight_info", asked
+  ]  # fmt: skip
   assert server.label.endswith("-v3")
 
 

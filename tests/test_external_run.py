@@ -14,7 +14,8 @@ from mgrpo_jax.resources import Resources
 from mgrpo_jax.sampler import dialects
 from mgrpo_jax.sampler.connection import Address
 from mgrpo_jax.sampler.engine import Engine
-from mgrpo_jax.sampler.external import ExternalEngine, Server
+from mgrpo_jax.sampler.external import ExternalEngine
+from mgrpo_jax.sampler.lease import Server
 from mgrpo_jax.serving.policy import Speaker
 from mgrpo_jax.serving.weights import Weights
 from mgrpo_jax.testing.setup import CONTEXT, small_setup

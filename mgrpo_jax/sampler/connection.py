@@ -12,6 +12,7 @@ import dataclasses
 import email.utils
 import math
 import random
+import re
 import time
 from collections.abc import Mapping
 from typing import Any, Self
@@ -19,6 +20,7 @@ from typing import Any, Self
 import httpx2
 
 from mgrpo_jax.fields import check
+from mgrpo_jax.report.live import printable
 from mgrpo_jax.sampler.interface import EngineError
 
 _FIRST_PAUSE = 0.5  # seconds; doubled from one attempt to the next
@@ -27,6 +29,7 @@ _CONNECT = 10.0  # seconds until there is a connection
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 _SHOWN = 300  # characters of an error
 _NO_JSON = object()
+_TOKEN = re.compile(r"[!-~]*")
 
 
 class UnreachableError(ConnectionError):
@@ -62,6 +65,8 @@ class Address:
       raise ValueError(f"url: {error}, got {self.url!r}") from error
     if parts.scheme not in ("http", "https") or not parts.host:
       raise ValueError(f"url must be http:// or https://, got {self.url!r}")
+    if not _TOKEN.fullmatch(self.token):  # which is not to be shown
+      raise ValueError("token must be visible ASCII without spaces")
     for name in ("max_concurrent", "attempts"):
       value = getattr(self, name)
       check(name, value, value >= 1, ">= 1")
@@ -103,6 +108,7 @@ class Connection:
         headers=wanted if address.token else {},
         limits=limits,
         timeout=httpx2.Timeout(address.timeout, connect=_CONNECT),
+        trust_env=False,  # no proxy, and no other's password
     )
 
   async def __aenter__(self) -> Self:
@@ -149,7 +155,7 @@ class Connection:
       pause *= random.uniform(0.5, 1.0)  # not all at the same time again
       try:
         response = await self._once(method, url, body)
-      except httpx2.RequestError as error:
+      except (httpx2.RequestError, TimeoutError) as error:
         problem = f"{type(error).__name__} {error}".strip()
       else:
         if response.is_success and (found := _json(response)) is not _NO_JSON:
@@ -177,9 +183,10 @@ class Connection:
     finally:
       self.waiting -= 1
     try:
-      return await self._client.request(
-          method, url, json=body, extensions={"trace": self._trace}
-      )
+      async with asyncio.timeout(self.address.timeout):
+        return await self._client.request(
+            method, url, json=body, extensions={"trace": self._trace}
+        )
     finally:
       self._room.release()
 
@@ -193,7 +200,7 @@ def _json(response: httpx2.Response) -> Any:
   """The JSON of a response; `_NO_JSON` where it is none, or was cut."""
   try:
     return response.json()
-  except ValueError:
+  except (ValueError, RecursionError):
     return _NO_JSON
 
 
@@ -204,7 +211,7 @@ def _told(response: httpx2.Response) -> str:
   if isinstance(error, dict):
     error = error.get("message")
   text = error if isinstance(error, str) else response.text
-  return " ".join(text.split())[:_SHOWN]
+  return printable(" ".join(text.split())[:_SHOWN])
 
 
 def _retry_after(response: httpx2.Response) -> float:

@@ -6,10 +6,11 @@ server that was started anew, or was given another run's weights.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
 from mgrpo_jax.sampler.connection import Connection
@@ -61,9 +62,7 @@ async def _load_vllm(connection: Connection, weights: Weights) -> None:
   Requests under way are finished first. Needs VLLM_SERVER_DEV_MODE=1.
   """
   root = connection.address.root
-  with _hint("vLLM must be started with VLLM_SERVER_DEV_MODE=1"):
-    await connection.ask("POST", f"{root}/pause?mode=wait")
-  try:
+  async with _paused(connection):
     await connection.ask(
         "POST",
         f"{root}/collective_rpc",
@@ -80,11 +79,35 @@ async def _load_vllm(connection: Connection, weights: Weights) -> None:
         f"{root}/update_weight_version",
         {"new_version": weights.label},
     )
+
+
+@contextlib.asynccontextmanager
+async def _paused(connection: Connection) -> AsyncIterator[None]:
+  """Pauses vLLM; resumes it in any case, for who gives up may have paused it.
+
+  What went wrong first is what is told.
+  """
+  root = connection.address.root
+  try:
+    with _hint("vLLM must be started with VLLM_SERVER_DEV_MODE=1"):
+      await connection.ask("POST", f"{root}/pause?mode=wait")
+    yield
   except BaseException:
-    with contextlib.suppress(EngineError, OSError):  # the first one is told
-      await connection.ask("POST", f"{root}/resume")
+    with contextlib.suppress(EngineError, OSError):
+      await _resume(connection)
     raise
-  await connection.ask("POST", f"{root}/resume")
+  await _resume(connection)
+
+
+async def _resume(connection: Connection) -> None:
+  """Has vLLM sample again, even if the caller is cancelled meanwhile."""
+  url = f"{connection.address.root}/resume"
+  asked = asyncio.ensure_future(connection.ask("POST", url))
+  try:
+    await asyncio.shield(asked)
+  except asyncio.CancelledError:
+    await asyncio.wait({asked})
+    raise
 
 
 async def _label_vllm(connection: Connection, model: str) -> str:

@@ -8,7 +8,6 @@ does not add up is refused whole: nobody would see that it was trained on.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -31,6 +30,7 @@ _PLAIN: Mapping[str, Any] = {
     "return_token_ids": True,
     "return_tokens_as_token_ids": True,
 }
+_LARGEST = float(np.finfo(np.float32).max)
 _ROUNDING = 1e-3  # nats by which a logarithm of at most 1 may exceed 0
 
 
@@ -279,6 +279,6 @@ def _versions(choice: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _is_finite(value: Any) -> bool:
-  """Whether a JSON value is a finite number."""
+  """Whether a JSON value is a finite number as float32, too."""
   is_number = isinstance(value, int | float) and not isinstance(value, bool)
-  return is_number and math.isfinite(value)
+  return is_number and -_LARGEST <= value <= _LARGEST

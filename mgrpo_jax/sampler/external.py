@@ -18,49 +18,26 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import math
-import pathlib
-import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
-from mgrpo_jax import atomic
 from mgrpo_jax.fields import check
 from mgrpo_jax.policy.params import Params
 from mgrpo_jax.policy.policy import Policy
 from mgrpo_jax.policy.sampling import Sampling, split_seed
-from mgrpo_jax.sampler import exchange, handover
-from mgrpo_jax.sampler.connection import Address, Connection, UnreachableError
-from mgrpo_jax.sampler.dialects import Dialect, Weights
+from mgrpo_jax.sampler import exchange
+from mgrpo_jax.sampler.connection import Connection, UnreachableError
 from mgrpo_jax.sampler.exchange import Answer, AnswerError, Question
 from mgrpo_jax.sampler.interface import EngineError, OnTokens
+from mgrpo_jax.sampler.lease import Lease, Server
 from mgrpo_jax.sampler.stream import checked
 from mgrpo_jax.types import Completion
 
-_LOCK = ".lock"
 _UNEVEN = 0.01  # nats
 _WARMTHS = (1.0, 0.5)  # at which a server's log-probabilities must differ
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Server:
-  """A server that samples one policy.
-
-  Attributes:
-    address: where it is, and how patiently it is asked.
-    model: name of the policy there.
-    folder: where versions are written; the server reads them under the same
-      path, and nobody else writes there.
-    dialect: how it is told of them.
-  """
-
-  address: Address
-  model: str
-  folder: pathlib.Path
-  dialect: Dialect
 
 
 class ExternalEngine:
@@ -90,9 +67,8 @@ class ExternalEngine:
     self._context = context
     self._counts: collections.Counter[str] = collections.Counter()
     self._busy = 0
-    self._label = ""  # of the weights that the server was given
+    self._lease = Lease(server)
     self._known_at = -1  # connections when it was last known to have them
-    self._losses = 0  # times that it had lost them, and got them again
     self._tempered = False  # see `Dialect`
     self._connection: Connection | None = None
     self._asking = asyncio.Lock()
@@ -111,16 +87,17 @@ class ExternalEngine:
       raise RuntimeError("the engine is already running")
     self._asking = asyncio.Lock()
     async with contextlib.AsyncExitStack() as stack:
-      stack.enter_context(atomic.exclusive(self._server.folder / _LOCK))
+      lease = await stack.enter_async_context(self._lease)
       connection = await stack.enter_async_context(
           Connection(self._server.address)
       )
       await self._check_model(connection)
       if self._server.dialect.untied:
         await self._check_loading(connection)
-      await self._hand_over(connection)
+      await lease.take(self._policy, self._version)
       await self._check_answers(connection)
-      self._known_at = connection.opened
+      self._known_at = -1
+      await self._make_sure(connection)
       self._stack, self._connection = stack.pop_all(), connection
     return self
 
@@ -221,31 +198,31 @@ class ExternalEngine:
     self._version = version
     if self._connection is None:
       return
-    # Connections belong to the event loop, which this call keeps waiting.
-    with concurrent.futures.ThreadPoolExecutor(1, "handover") as worker:
-      worker.submit(asyncio.run, self._replace()).result()
+    self._lease.replace(self._policy, version)
 
   def stats(self) -> dict[str, Any]:
     """Counts what was done so far.
 
     Returns:
-      What `Engine.stats` has: `visits` are answers; what happens to caches and
-      compilations is the server's to know, and 0 here. Also `retries` of
-      requests, and `handovers` of weights.
+      What `Engine.stats` has: `visits` are answers; what happens to caches,
+      compilations and the device's time is the server's to know, and 0 here.
+      Also `retries` of requests, and `handovers` of weights.
     """
     waiting = self._connection.waiting if self._connection else 0
     retries = self._connection.retries if self._connection else 0
     running = self._busy - waiting
-    names = ("generated", "visits", "cancelled", "handovers")
+    names = ("generated", "visits", "cancelled")
     unknown = ("prefilled", "copied", "evictions", "mismatches")
     return {
         **{name: self._counts[name] for name in names},
+        "handovers": self._lease.handovers,
         **dict.fromkeys(unknown, 0),
         "slots": {
             "free": max(0, self._server.address.max_concurrent - running),
             "idle": 0,
             "busy": running,
         },
+        "seconds": {"busy": 0.0, "idle": 0.0},
         "requests": waiting,
         "retries": retries,
         "compilations": {},
@@ -273,9 +250,7 @@ class ExternalEngine:
 
   async def _check_loading(self, connection: Connection) -> None:
     """Raises unless a head of zeros makes every token as likely."""
-    folder = self._server.folder / "blank"
-    blank = handover.untied(self._policy, blank=True)
-    await self._load(connection, handover.write(folder, 0, blank))
+    path = await self._lease.blank(self._policy)
     sampling = Sampling(temperature=1.0, max_new_tokens=1, stop_ids=())
     question = Question(tokens=(0,), sampling=sampling, seed=0, limit=1)
     body = exchange.body(question, self._server.model)
@@ -286,7 +261,7 @@ class ExternalEngine:
       raise EngineError(
           f"{self._server.address.url}: keeps the output head that it was"
           " started with; start it from a directory whose embeddings are not"
-          f" tied, such as {folder}/v0"
+          f" tied, such as {path}"
       )
 
   async def _check_answers(self, connection: Connection) -> None:
@@ -319,10 +294,11 @@ class ExternalEngine:
     """Asks until there is an answer from the weights that were given."""
     body = exchange.body(question, self._server.model)
     for _ in range(self._server.address.attempts):
-      losses = self._losses
+      await self._lease.settled()
+      losses = self._lease.losses
       told = await connection.post("completions", body)
       await self._make_sure(connection)
-      if losses != self._losses:
+      if losses != self._lease.losses:
         continue
       with contextlib.suppress(exchange.AbortedError), self._naming():
         return self._read(told, question)
@@ -337,55 +313,19 @@ class ExternalEngine:
     return exchange.read(told, question, vocab_size=vocab_size)
 
   async def _make_sure(self, connection: Connection) -> None:
-    """Gives a server that was started anew the weights again; counts it."""
-    if connection.opened == self._known_at:
+    """Gives a server that was started anew the weights again."""
+    if self._is_known(connection):
       return
     async with self._asking:
+      if self._is_known(connection):
+        return
       opened = connection.opened
-      if opened == self._known_at:
-        return
-      if await self._has_ours(connection):
-        self._known_at = opened
-        return
-      await self._hand_over(connection)
-      self._losses += 1  # what was asked before this is not believed
+      await self._lease.ensure(self._policy, self._version)
+      self._known_at = opened
 
-  async def _has_ours(self, connection: Connection) -> bool:
-    """Whether a server has our weights still, and not none; else raises."""
-    dialect, model = self._server.dialect, self._server.model
-    found = await dialect.label(connection, model)
-    if found not in (self._label, dialect.unlabelled):
-      raise EngineError(
-          f"{self._server.address.url}: samples {model!r} from {found!r}, not"
-          f" from {self._label!r} which it was given; another run uses it"
-      )
-    return found == self._label
-
-  async def _hand_over(self, connection: Connection) -> None:
-    """Writes the weights and has the server load them."""
-    folder, version, policy = self._server.folder, self._version, self._policy
-    if self._server.dialect.untied:
-      policy = handover.untied(policy)
-    await self._load(connection, handover.write(folder, version, policy))
-    self._counts["handovers"] += 1
-    handover.prune(folder, version)
-
-  async def _load(self, connection: Connection, path: pathlib.Path) -> None:
-    """Has the server load a directory, under a label of its own."""
-    weights = Weights(
-        model=self._server.model,
-        version=self._version,
-        path=path,
-        label=f"{uuid.uuid4().hex[:12]}-v{self._version}",
-    )
-    await self._server.dialect.load(connection, weights)
-    self._label = weights.label
-
-  async def _replace(self) -> None:
-    """Gives the server the weights, on connections of its own."""
-    async with Connection(self._server.address) as connection:
-      await self._has_ours(connection)  # or none, which no answer came from
-      await self._hand_over(connection)
+  def _is_known(self, connection: Connection) -> bool:
+    """Whether all connections are to a server that has our weights."""
+    return self._lease.is_sure and connection.opened == self._known_at
 
   @contextlib.contextmanager
   def _naming(self) -> Iterator[None]:

@@ -1,7 +1,8 @@
 """Versions of weights as directories that a server reads.
 
-Every version is a directory of its own in a folder, `v12`, with `config.json`
-and safetensors, whole or not at all.
+Every version is a directory of its own in a folder, `handed-v12`, with
+`config.json` and safetensors, whole or not at all. The name is nobody else's,
+so that only what was handed over is ever removed: a published policy has `v12`.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from mgrpo_jax.policy.load.safetensors import save_directory
 from mgrpo_jax.policy.policy import Policy
 
 _KEPT = 2  # versions: the one sampled from, and the one before
-_VERSION = re.compile(r"v(\d+)")
+_VERSION = re.compile(r"handed-v(\d+)")
 
 
 def directory(folder: pathlib.Path, version: int) -> pathlib.Path:
   """Where a version lies in a folder."""
-  return folder / f"v{version}"
+  return folder / f"handed-v{version}"
 
 
 def untied(policy: Policy, *, blank: bool = False) -> Policy:

@@ -1,7 +1,7 @@
 """Other weights for a policy that is served, from a folder named beforehand.
 
 A client names a policy, a version and a label, never a path: the weights lie at
-`<folder>/<policy>/v<version>`, as `sampler.handover` writes them.
+`<folder>/<policy>/handed-v<version>`, as `sampler.handover` writes them.
 """
 
 from __future__ import annotations
