@@ -9,6 +9,7 @@ import time
 import pytest
 from fake_openai import fake
 
+from mgrpo_jax.sampler import connection
 from mgrpo_jax.sampler.connection import Address, Connection, UnreachableError
 from mgrpo_jax.sampler.interface import EngineError
 
@@ -222,3 +223,12 @@ def test_a_deadline_is_of_the_whole_answer(server, monkeypatch):
   monkeypatch.setattr(server, "send", trickle)
   with pytest.raises(UnreachableError, match="TimeoutError"):
     post(server, timeout=0.5, attempts=1)
+
+
+def test_an_answer_without_end_is_not_kept(server, monkeypatch):
+  monkeypatch.setattr(connection, "_LONGEST_BODY", 1000)
+  server.plan = [(200, {}, b'"' + b"a" * 998 + b'"')]
+  assert post(server)[0] == ["a" * 998]
+  server.plan = [(200, {}, b'"' + b"a" * 999 + b'"')]
+  with pytest.raises(EngineError, match="over 1000 bytes"):
+    post(server)

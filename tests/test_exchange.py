@@ -1,5 +1,6 @@
 """Requests and answers of /v1/completions, as JSON."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -20,7 +21,9 @@ def question(*, stops=(), limit=4, seed=7, temperature=1.0):
 
 def ask(asked, **changes):
   body = exchange.body(asked, "tiny")
-  return exchange.read(honest(body, **changes), asked, vocab_size=VOCAB)
+  return exchange.read(
+      honest(body, **changes), asked, vocab_size=VOCAB, newest=4
+  )
 
 
 def logprobs(*values):
@@ -99,6 +102,8 @@ def test_versions_are_the_servers_word():
         ({"token_ids": [1, 2, 3, 9]}, "'length' and the last token 9"),
         ({"policy_versions": [2]}, "policy_versions"),
         ({"policy_versions": [2, 1]}, "policy_versions"),
+        ({"policy_versions": [-5, 1]}, "policy_versions"),
+        ({"policy_versions": [1, 10**30]}, "0..4"),
         ({"policy_versions": [1, True]}, "policy_versions"),
     ],
 )  # fmt: skip
@@ -117,7 +122,7 @@ def test_what_does_not_add_up_is_refused(changes, told):
 )
 def test_an_answer_has_one_choice(answer):
   with pytest.raises(AnswerError, match="choices"):
-    exchange.read(answer, question(), vocab_size=VOCAB)
+    exchange.read(answer, question(), vocab_size=VOCAB, newest=4)
 
 
 def test_an_aborted_request_may_be_made_again():
@@ -138,3 +143,14 @@ def test_without_logprobs_of_likeliest_tokens_it_is_refused(top):
   told = {"choices": [{"logprobs": {"top_logprobs": top}}]}
   with pytest.raises(AnswerError, match="top_logprobs"):
     exchange.top_logprob(told)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("top_p", 0.9), ("top_k", 5), ("min_p", 0.1)]
+)
+def test_filters_are_refused_by_name(name, value):
+  asked = question()
+  sampling = dataclasses.replace(asked.sampling, **{name: value})
+  asked = dataclasses.replace(asked, sampling=sampling)
+  with pytest.raises(ValueError, match=f"{name} must be"):
+    exchange.body(asked, "tiny")

@@ -27,6 +27,7 @@ _FIRST_PAUSE = 0.5  # seconds; doubled from one attempt to the next
 _LONGEST_PAUSE = 30.0  # seconds
 _CONNECT = 10.0  # seconds until there is a connection
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
+_LONGEST_BODY = 64 * 2**20  # bytes of an answer
 _SHOWN = 300  # characters of an error
 _NO_JSON = object()
 _TOKEN = re.compile(r"[!-~]*")
@@ -184,9 +185,10 @@ class Connection:
       self.waiting -= 1
     try:
       async with asyncio.timeout(self.address.timeout):
-        return await self._client.request(
+        async with self._client.stream(
             method, url, json=body, extensions={"trace": self._trace}
-        )
+        ) as response:
+          return await _whole(response, url)
     finally:
       self._room.release()
 
@@ -194,6 +196,19 @@ class Connection:
     """Counts new connections."""
     del info
     self.opened += event == "connection.connect_tcp.complete"
+
+
+async def _whole(response: httpx2.Response, url: str) -> httpx2.Response:
+  """Reads a response; raises EngineError where it is too long."""
+  data = bytearray()
+  async for part in response.aiter_bytes():
+    data += part
+    if len(data) > _LONGEST_BODY:
+      raise EngineError(f"{url}: the answer has over {_LONGEST_BODY} bytes")
+  wait = response.headers.get("retry-after", "")
+  return httpx2.Response(
+      response.status_code, headers={"retry-after": wait}, content=bytes(data)
+  )
 
 
 def _json(response: httpx2.Response) -> Any:

@@ -30,6 +30,7 @@ _PLAIN: Mapping[str, Any] = {
     "return_token_ids": True,
     "return_tokens_as_token_ids": True,
 }
+_UNFILTERED: Mapping[str, float] = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
 _LARGEST = float(np.finfo(np.float32).max)
 _ROUNDING = 1e-3  # nats by which a logarithm of at most 1 may exceed 0
 
@@ -87,8 +88,17 @@ def body(question: Question, model: str, *, top: int = 0) -> dict[str, Any]:
 
   Returns:
     JSON. The seed is written as a signed number of 64 bits.
+
+  Raises:
+    ValueError: a field of `sampling` would filter tokens, naming it.
   """
-  seed = question.seed
+  seed, sampling = question.seed, question.sampling
+  for name, neutral in _UNFILTERED.items():
+    if getattr(sampling, name) != neutral:
+      raise ValueError(
+          f"{name} must be {neutral}, for a server's log-probabilities may be"
+          f" of the whole distribution, got {getattr(sampling, name)!r}"
+      )
   return {
       **_PLAIN,
       "model": model,
@@ -101,13 +111,16 @@ def body(question: Question, model: str, *, top: int = 0) -> dict[str, Any]:
   }
 
 
-def read(answer: Any, question: Question, *, vocab_size: int) -> Answer:
+def read(
+    answer: Any, question: Question, *, vocab_size: int, newest: int
+) -> Answer:
   """Reads what was sampled.
 
   Args:
     answer: JSON.
     question: that it answers.
     vocab_size: of the policy.
+    newest: version that can have sampled it.
 
   Returns:
     The tokens as they are.
@@ -128,7 +141,7 @@ def read(answer: Any, question: Question, *, vocab_size: int) -> Answer:
       tokens=np.asarray(tokens, np.int32),
       logprobs=_logprobs(choice, len(tokens)),
       stopped=_stopped(choice.get("finish_reason"), tokens, question),
-      versions=_versions(choice),
+      versions=_versions(choice, newest),
   )
 
 
@@ -261,7 +274,7 @@ def _stopped(finish: Any, tokens: Sequence[int], question: Question) -> bool:
   return finish == "stop"
 
 
-def _versions(choice: Mapping[str, Any]) -> tuple[int, int] | None:
+def _versions(choice: Mapping[str, Any], newest: int) -> tuple[int, int] | None:
   """The versions of the weights, where the server says them."""
   found = choice.get("policy_versions")
   if found is None:
@@ -270,10 +283,11 @@ def _versions(choice: Mapping[str, Any]) -> tuple[int, int] | None:
       not isinstance(found, list)
       or len(found) != 2
       or any(type(number) is not int for number in found)
-      or found[0] > found[1]
+      or not 0 <= found[0] <= found[1] <= newest
   ):
     raise AnswerError(
-        f"policy_versions is {found!r}, must be the oldest and the newest"
+        f"policy_versions is {str(found)[:80]}, must be the oldest and the"
+        f" newest, in 0..{newest}"
     )
   return found[0], found[1]
 

@@ -310,7 +310,9 @@ class ExternalEngine:
   def _read(self, told: Any, question: Question) -> Answer:
     """Reads an answer; raises `AnswerError` where it does not add up."""
     vocab_size = self._policy.config.vocab_size
-    return exchange.read(told, question, vocab_size=vocab_size)
+    return exchange.read(
+        told, question, vocab_size=vocab_size, newest=self._version
+    )
 
   async def _make_sure(self, connection: Connection) -> None:
     """Gives a server that was started anew the weights again."""
