@@ -171,7 +171,7 @@ def test_an_update_is_loaded_when_it_returns(server, tmp_path):
       handover.untied(small(1)).params,
   )
   kept = sorted(p.name for p in (tmp_path / "tiny").iterdir())
-  assert kept == [".lock", "blank", "v5", "v6"]
+  assert kept == [".lock", "blank", "handed-v5", "handed-v6"]
   assert stats["handovers"] == 4 and stats["visits"] == 2
   assert stats["generated"] == len(before.tokens) + len(after.tokens)
 
@@ -237,7 +237,7 @@ def test_old_prefixes_must_be_forgotten(server, tmp_path):
 
 def test_a_head_that_stays_is_refused(server, tmp_path):
   server.reloads = False
-  with pytest.raises(EngineError, match="not tied, such as .*blank/v0"):
+  with pytest.raises(EngineError, match="not tied, such as .*blank/handed-v0"):
     ask(make(server, tmp_path))
   assert not server.loaded
   head = load(tmp_path / "tiny/blank/v0").params.unembedding
