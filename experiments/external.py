@@ -73,24 +73,25 @@ def engines(
     team: names the policies.
 
   Returns:
-    By policy, what makes its engine from its weights at the start.
-
-  Raises:
-    ValueError: the file of a token cannot be read.
+    By policy, what makes its engine from its weights at the start; raises
+    ValueError where the file of its token cannot be read, which who samples
+    here need not have.
   """
   made: dict[str, Callable[[Policy], RolloutEngine]] = {}
   for name in placing.weighted(config, team):
     one = config.policies[name].external
     if one.url:
-      server = _server(one, name)
-      made[name] = functools.partial(_engine, server, config.engine.context)
+      made[name] = functools.partial(_engine, one, name, config.engine.context)
   return made
 
 
-def _engine(server: Server, context: int, policy: Policy) -> RolloutEngine:
-  """The engine of a policy that a server samples."""
+def _engine(
+    one: ml_collections.ConfigDict, name: str, context: int, policy: Policy
+) -> RolloutEngine:
+  """The engine of a policy that a server samples; reads its token."""
   from mgrpo_jax.sampler.external import ExternalEngine
 
+  server = _server(one, name)
   return ExternalEngine(policy, 0, server=server, context=context)
 
 

@@ -245,7 +245,9 @@ def test_a_head_that_stays_is_refused(server, tmp_path):
 
 
 def test_logprobs_of_another_temperature_are_refused(server, tmp_path):
-  raw = functools.partial(honest, top=lambda temperature: -1.0)
+  raw = functools.partial(
+      honest, top=lambda temperature: -1.0 - 1e-6 * temperature
+  )
   server.always = raw
   ask(make(server, tmp_path))
   cold = dataclasses.replace(SAMPLING, temperature=0.0)

@@ -132,7 +132,8 @@ def test_a_recipe_names_its_servers(tmp_path):
   team = recipe.build_team(config)
   (made,) = external.engines(config, team).items()
   assert made[0] == "main"
-  server, context = made[1].args
+  *_, context = made[1].args
+  server = external._server(*made[1].args[:2])
   assert server.dialect is dialects.MGRPO and server.model == "main"
   assert server.address.token == "secret-secret-secret"
   assert server.address.attempts == 2
@@ -195,8 +196,9 @@ def test_a_token_must_be_there(tmp_path, content):
   if content is not None:
     (tmp_path / "token").write_text(content)
   config = recipe_with(tmp_path, token_file=str(tmp_path / "token"))
+  engines = external.engines(config, recipe.build_team(config))
   with pytest.raises(ValueError, match="main.external.token_file"):
-    external.engines(config, recipe.build_team(config))
+    engines["main"](None)
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):

@@ -37,6 +37,7 @@ from mgrpo_jax.sampler.stream import checked
 from mgrpo_jax.types import Completion
 
 _UNEVEN = 0.01  # nats
+_NOISE = 1e-4  # nats by which equal log-probabilities may differ
 _WARMTHS = (1.0, 0.5)  # at which a server's log-probabilities must differ
 
 
@@ -267,7 +268,7 @@ class ExternalEngine:
   async def _check_answers(self, connection: Connection) -> None:
     """Raises unless token ids come back; sees what log-probabilities mean."""
     tempered = self._server.dialect.tempered
-    tops = set()
+    tops = []
     for warmth in _WARMTHS:
       sampling = Sampling(temperature=warmth, max_new_tokens=1, stop_ids=())
       question = Question(tokens=(0,), sampling=sampling, seed=0, limit=1)
@@ -278,8 +279,8 @@ class ExternalEngine:
       with self._naming():
         self._read(told, question)
         if not tempered:
-          tops.add(exchange.top_logprob(told))
-    self._tempered = tempered or len(tops) > 1
+          tops.append(exchange.top_logprob(told))
+    self._tempered = tempered or max(tops) - min(tops) > _NOISE
 
   def _check_warmth(self, sampling: Sampling) -> None:
     """Raises where log-probabilities would be of another temperature."""
