@@ -240,7 +240,7 @@ def test_a_head_that_stays_is_refused(server, tmp_path):
   with pytest.raises(EngineError, match="not tied, such as .*blank/handed-v0"):
     ask(make(server, tmp_path))
   assert not server.loaded
-  head = load(tmp_path / "tiny/blank/v0").params.unembedding
+  head = load(tmp_path / "tiny/blank/handed-v0").params.unembedding
   assert not np.any(head) and head.shape == (12, VOCAB)
 
 
