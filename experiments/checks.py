@@ -32,6 +32,8 @@ _RANGES = {  # lowest and highest allowed
     "tools.title_weight": (1, 1000),
     "tools.max_chars": (32, _MOST),  # a number must fit
     "rollout.per_task": (1, _MOST),
+    "rollout.spare": (0, _MOST),
+    "rollout.patience": (0, math.inf),
     "rollout.max_attempts": (1, _MOST),
     "rollout.max_staleness": (0, _MOST),
     "budget.trained_tokens": (0, 10**15),
@@ -42,6 +44,7 @@ _RANGES = {  # lowest and highest allowed
     "engine.block": (1, _MOST),
     "engine.prefill_tokens": (1, _MOST),
     "engine.decode_steps": (1, _MOST),
+    "engine.decode_rows": (0, _MOST),
     "alignment.num_slots": (1, MOST_CALLS),
     "reward.overlong_tokens": (0, _MOST),
     "loss.reference_every": (0, _MOST),
@@ -62,6 +65,8 @@ _RANGES = {  # lowest and highest allowed
 }
 _POSITIVE = (  # as float32, which is what they are computed with
     "rollout.turn_deadline",
+    "rollout.watchdog",
+    "rollout.deadline",
     "tools.deadline",
     "optimizer.eps",
     "reward.overlong_share",

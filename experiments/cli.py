@@ -120,7 +120,10 @@ def flag_errors() -> Iterator[None]:
       AttributeError,
       KeyError,
   ) as error:  # a key that the config does not have
-    reason = str(error).replace("\\'", "'").replace("\\n", ". ").strip("'\"")
+    reason: object = error
+    while isinstance(reason, Exception) and reason.args:
+      reason = reason.args[0]  # a KeyError would quote its message
+    reason = str(reason).replace("\n", ". ")
     fail(f"unknown config key {reason}")
   except SyntaxError as error:  # in the recipe
     fail(f"cannot read --config: {error}")
@@ -194,5 +197,6 @@ def _help() -> str:
   )
   lines = [(module.__doc__ or "").strip(), "", "Flags:"]
   for flag in sorted(own, key=lambda one: one.name):
-    lines.append(f"  --{flag.name}: {flag.help}")
+    default = f" (default {flag.default})" if flag.default else ""
+    lines.append(f"  --{flag.name}: {flag.help}{default}")
   return "\n".join(lines)

@@ -41,11 +41,12 @@ def sizes(values: Mapping[str, Any], team: Team) -> None:
         f"config.batch.row_targets: {batch['row_targets']} must be 0 or at"
         f" least {sampled}, what a role may sample in a call"
     )
-  if engine["block"] > engine["context"]:
-    raise ValueError(
-        f"config.engine.block: {engine['block']} must be at most"
-        f" {engine['context']}, config.engine.context"
-    )
+  for key, most in (("block", "context"), ("decode_rows", "num_slots")):
+    if engine[key] > engine[most]:
+      raise ValueError(
+          f"config.engine.{key}: {engine[key]} must be at most"
+          f" {engine[most]}, config.engine.{most}"
+      )
   buckets = engine["prefill_buckets"]
   ascending = all(a < b for a, b in zip((0, *buckets), buckets, strict=False))
   if not buckets or not ascending:
@@ -110,13 +111,15 @@ def _concurrency(values: Mapping[str, Any], team: Team) -> None:
   A session that loses its slot is prefilled anew, which rounds differently and
   depends on timing; with a slot for each, equal seeds give equal rollouts.
   """
-  limit, per_task = (
-      values["rollout"][key] for key in ("max_concurrent", "per_task")
+  limit, kept, spare = (
+      values["rollout"][key] for key in ("max_concurrent", "per_task", "spare")
   )
+  per_task = kept + spare
   if limit < per_task:
     raise ValueError(
         f"config.rollout.max_concurrent: {limit} must be at least {per_task},"
-        " config.rollout.per_task: a task's rollouts run together"
+        " config.rollout.per_task and config.rollout.spare: a task's rollouts"
+        " run together"
     )
   evaluation = values["evaluation"]
   questions = max(evaluation["tasks"], evaluation["final_tasks"])

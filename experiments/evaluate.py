@@ -10,6 +10,7 @@ The weights are read from the run's bucket, which keeps the last few versions
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import pathlib
 import typing
@@ -39,8 +40,9 @@ def main() -> None:
   with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
     from experiments import recipe
     from mgrpo_jax import ownership, publish, workdir
+    from mgrpo_jax.agents.watchdog import StuckError
     from mgrpo_jax.report.progress import accuracies
-    from mgrpo_jax.sampler.engine import EngineError
+    from mgrpo_jax.sampler.interface import EngineError
 
     directory = workdir.Workdir(pathlib.Path(_WORKDIR.value))
     config = recipe.restore(directory.read_config())
@@ -50,7 +52,13 @@ def main() -> None:
     if _TEMPERATURE.value is not None:
       config.evaluation.temperature = _TEMPERATURE.value
     setup = recipe.build(config)
-  failures = (ValueError, OSError, publish.NoVersionError, EngineError)
+  failures = (
+      ValueError,
+      OSError,
+      publish.NoVersionError,
+      EngineError,
+      StuckError,
+  )
   with cli.user_errors(*failures):
     evaluation = asyncio.run(_evaluate(setup, store))
   cli.say(accuracies(evaluation.overall, evaluation.by_family))
@@ -61,7 +69,9 @@ async def _evaluate(setup: Setup, store: Store) -> Evaluation:
   """Reads the weights and asks the questions."""
   from mgrpo_jax.run import open_run
 
-  async with open_run(setup, store) as run:
+  # Whoever samples the policies while they train, here this process does.
+  own = dataclasses.replace(setup, external={})
+  async with open_run(own, store) as run:
     for problem in run.resources.read_published(
         "latest" if _VERSION.value is None else _VERSION.value
     ):

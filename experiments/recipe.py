@@ -1,8 +1,8 @@
 """From a ConfigDict to what the library takes.
 
 Only this file and those it calls know both: `method` the algorithm, `placing`
-the devices, `sources` the weights, `world` what the team acts in, `checks` what
-is allowed.
+the devices, `external` other samplers, `sources` the weights, `world` what the
+team acts in, `checks` what is allowed.
 """
 
 import dataclasses
@@ -14,7 +14,15 @@ from typing import Any
 import jax
 import ml_collections
 
-from experiments import checks, combinations, method, placing, sources, world
+from experiments import (
+    checks,
+    combinations,
+    external,
+    method,
+    placing,
+    sources,
+    world,
+)
 from mgrpo_jax import bucket, store
 from mgrpo_jax.agents.actor import Actor, sampled
 from mgrpo_jax.agents.chat import Chat
@@ -22,7 +30,8 @@ from mgrpo_jax.agents.protocol import Protocol
 from mgrpo_jax.agents.team import Role, Team
 from mgrpo_jax.plan import Adaptation, Sampler, Setup
 from mgrpo_jax.policy.lora import LoRA
-from mgrpo_jax.sampler.engine import Engine
+from mgrpo_jax.sampler.interface import RolloutEngine
+from mgrpo_jax.spares import Spares
 from mgrpo_jax.tasks import factbook
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.work import Budget
@@ -73,6 +82,7 @@ def check(
   world.check_names(config, team)
   combinations.sizes(values, team)
   placing.check(values, num_devices or jax.device_count())
+  external.check(values)
   for stage in build_stages(config):
     combinations.learners(values, team, stage)
   build_budget(config)
@@ -153,6 +163,7 @@ def build(config: ml_collections.ConfigDict) -> Setup:
       policies=policies,
       adaptations=build_adaptations(config),
       meshes=meshes,
+      external=external.engines(config, team),
       actor=functools.partial(_actor, chats, protocol),
       coded=coded,
       tools=tools,
@@ -237,7 +248,11 @@ def build_budget(config: ml_collections.ConfigDict) -> Budget:
 
 
 def build_sampler(config: ml_collections.ConfigDict) -> Sampler:
-  """Builds how rollouts are sampled."""
+  """Builds how rollouts are sampled; see `Spares` for what is checked."""
+  with checks.inside("rollout"):
+    spares = Spares(
+        count=config.rollout.spare, patience=config.rollout.patience
+    )
   return Sampler(
       engine=dict(config.engine),
       temperature=config.rollout.temperature,
@@ -245,11 +260,17 @@ def build_sampler(config: ml_collections.ConfigDict) -> Sampler:
       turn_deadline=config.rollout.turn_deadline,
       max_attempts=config.rollout.max_attempts,
       max_concurrent=config.rollout.max_concurrent,
+      watchdog=config.rollout.watchdog,
+      deadline=config.rollout.deadline,
+      spares=spares,
   )
 
 
 def _actor(
-    chats: Mapping[str, Chat], protocol: Protocol, name: str, engine: Engine
+    chats: Mapping[str, Chat],
+    protocol: Protocol,
+    name: str,
+    engine: RolloutEngine,
 ) -> Actor:
   """The actor that samples from an engine."""
   return sampled(

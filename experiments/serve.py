@@ -6,16 +6,25 @@ r"""Puts a run's team behind an OpenAI-compatible endpoint, and its policies.
 
 Models are the team, under the recipe's name, and each policy. Sampling is as in
 the run's evaluations unless a request has a temperature. The weights are read
-from the run's bucket, once. SIGTERM finishes what is under way.
+from the run's bucket, once. Programs are compiled before /readyz says 200 and
+requests come in; until then they get 503. SIGTERM finishes what is under way.
 
-/v1/models, /v1/chat/completions, /metrics (all three want the token, if there
-is one), /healthz, /readyz.
+/v1/models, /v1/chat/completions, /v1/completions (token ids in, token ids out),
+/metrics (all four want the token, if there is one), /healthz, /readyz.
+
+With --weights_from=DIR whoever may ask can also have a policy sampled from
+other weights, those of DIR/POLICY/v12: POST /v1/weights/POLICY {"version": 12,
+"label": "mine"}. That is how a run hands its weights to a server that samples
+for it, see config.policies.NAME.external.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import importlib.util
+import math
 import pathlib
 import socket
 import typing
@@ -25,8 +34,12 @@ from absl import flags
 from experiments import cli
 
 if typing.TYPE_CHECKING:
+  from collections.abc import Mapping
+
   from mgrpo_jax.plan import Setup
+  from mgrpo_jax.sampler.engine import Engine
   from mgrpo_jax.serving.limits import Limits
+  from mgrpo_jax.serving.service import Service
   from mgrpo_jax.store import Store
 
 _WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run.")
@@ -62,11 +75,26 @@ _READ = flags.DEFINE_float("read_deadline", 30.0, "Seconds of its body, 408.")
 _WRITE = flags.DEFINE_float(
     "write_deadline", 30.0, "Seconds in which clients must take what is sent."
 )
+_WEIGHTS = flags.DEFINE_string(
+    "weights_from", "", "Directory of weights that clients may have loaded."
+)
 _CONNECTIONS = flags.DEFINE_integer(
     "max_connections", 1024, "Of clients; more are refused, 503."
 )
+_CONVERSATIONS = flags.DEFINE_integer(
+    "conversations",
+    64,
+    "With each policy, whose cache is kept for their next turn; 0 for none.",
+)
 _DRAIN = flags.DEFINE_float(
     "drain", 30.0, "Seconds that requests may take after SIGTERM."
+)
+
+_WARM_UP = flags.DEFINE_boolean(
+    "warm_up", True, "Compile before requests come in, not while they wait."
+)
+_WARM_UP_DEADLINE = flags.DEFINE_float(
+    "warm_up_deadline", 1800.0, "Seconds that compiling may take; then exit 2."
 )
 
 
@@ -76,12 +104,13 @@ def main() -> None:
     _need("starlette", "uvicorn")
     from experiments import recipe
     from mgrpo_jax import ownership, publish, workdir
-    from mgrpo_jax.sampler.engine import EngineError
+    from mgrpo_jax.sampler.interface import EngineError
     from mgrpo_jax.serving import limits, listen
 
     token = _token()
     limits.check_exposure(_HOST.value, token)
     bounds = _limits()
+    folder = pathlib.Path(_WEIGHTS.value).resolve() if _WEIGHTS.value else None
     version = _version()
     directory = workdir.Workdir(pathlib.Path(_WORKDIR.value))
     config = recipe.restore(directory.read_config())
@@ -93,7 +122,7 @@ def main() -> None:
   failures = (ValueError, OSError, publish.NoVersionError, EngineError)
   with cli.user_errors(*failures), where:
     asyncio.run(
-        _serve(setup, store, config.name, where, token, bounds, version)
+        _serve(setup, store, config.name, where, token, bounds, version, folder)
     )
 
 
@@ -105,31 +134,69 @@ async def _serve(
     token: str,
     bounds: Limits,
     version: int | typing.Literal["latest"],
+    folder: pathlib.Path | None,
 ) -> None:
   """Reads the weights and listens."""
   from mgrpo_jax.resources import open_resources
   from mgrpo_jax.serving import catalog, listen
   from mgrpo_jax.serving.service import Service
+  from mgrpo_jax.serving.weights import Weights
 
-  async with open_resources(setup, store) as resources:
+  # Whoever samples the policies while they train, here this process does.
+  own = dataclasses.replace(setup, external={})
+  async with open_resources(own, store) as resources:
     for problem in resources.read_published(version):
       cli.say(f"skipped {problem}")
     service = Service(
-        catalog.models(resources, name),
+        catalog.models(resources, name, conversations=_CONVERSATIONS.value),
         stats=lambda: {n: e.stats() for n, e in resources.engines.items()},
         limits=bounds,
         token=token,
+        weights=None
+        if folder is None
+        else Weights(
+            folder,
+            engines=resources.engines,
+            configs={n: p.config for n, p in setup.policies.items()},
+        ),
     )
     host, port = where.getsockname()[:2]
     address = f"[{host}]" if ":" in host else host
-    cli.say(f"http://{address}:{port}/v1 serves {', '.join(service.models)}")
+    served = f"http://{address}:{port}/v1 serves {', '.join(service.models)}"
+    stopping = asyncio.Event()
+    beginning = asyncio.create_task(
+        _begin(service, catalog.engines(resources), served, stopping)
+    )
     await listen.listen(
         service,
         where,
-        stopping=asyncio.Event(),
+        stopping=stopping,
         drain=_DRAIN.value,
         max_connections=_CONNECTIONS.value,
     )
+    beginning.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+      await beginning
+
+
+async def _begin(
+    service: Service,
+    engines: Mapping[str, Engine],
+    served: str,
+    stopping: asyncio.Event,
+) -> None:
+  """Warms up and says what is served; where it cannot, ends the server."""
+  from mgrpo_jax.serving import warming
+
+  try:
+    if _WARM_UP.value:
+      await warming.warm_up(
+          service.gate, engines, deadline=_WARM_UP_DEADLINE.value, tell=cli.say
+      )
+  except Exception:
+    stopping.set()
+    raise
+  cli.say(served)
 
 
 def _need(*packages: str) -> None:
@@ -170,6 +237,10 @@ def _limits() -> Limits:
 
   check("port", _PORT.value, 0 <= _PORT.value < 2**16, "in [0, 65535]")
   check("drain", _DRAIN.value, 0 <= _DRAIN.value < 86_400, "in [0, 86400)")
+  kept = _CONVERSATIONS.value
+  check("conversations", kept, kept >= 0, ">= 0")
+  seconds = _WARM_UP_DEADLINE.value
+  check("warm_up_deadline", seconds, 0 < seconds < math.inf, "finite and > 0")
   check("max_connections", _CONNECTIONS.value, _CONNECTIONS.value >= 1, ">= 1")
   return Limits(
       max_body_bytes=_BODY.value,

@@ -52,7 +52,8 @@ def main() -> None:
           publish,
           workdir,
       )
-      from mgrpo_jax.sampler.engine import EngineError
+      from mgrpo_jax.agents.watchdog import StuckError
+      from mgrpo_jax.sampler.interface import EngineError
       from mgrpo_jax.tasks import curriculum
 
       cli.need("matplotlib")  # which only the report imports, at the very end
@@ -72,6 +73,7 @@ def main() -> None:
         ownership.TakenError,
         publish.NoVersionError,
         EngineError,
+        StuckError,
     )
     with (
         cli.user_errors(*failures),  # closing may fail as well

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from mgrpo_jax.agents import watchdog
 from mgrpo_jax.atomic import MismatchError
 from mgrpo_jax.evaluate import Evaluation
 from mgrpo_jax.journal import Entry, Journal
@@ -40,9 +41,17 @@ async def train(
     NonFiniteError: a loss was not finite.
     NoVersionError: no good version of a policy is left in the store.
     StorageError: something could not be written.
+    StuckError: rollouts took longer than `Sampler.deadline`.
     ValueError: a size, name or budget of the recipe is impossible.
   """
-  async with open_run(setup, store) as run:
+  async with (
+      open_run(setup, store) as run,
+      watchdog.watch(
+          run.resources.activity,
+          seconds=setup.sampler.watchdog,
+          tell=journal.progress.note,
+      ),
+  ):
     steps, before = await _begin(run, journal)
     while not run.over(steps):
       await _step(run, journal, steps, before=before)

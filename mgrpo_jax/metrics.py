@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import pathlib
 import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,6 +91,13 @@ METRICS: Mapping[str, Metric] = dict((
             "share of delegations beyond the callers' budgets"),
     _metric("failed", "role", "calls", "lower",
             "calls lost to infrastructure; retried, never trained on"),
+    _metric("rescued", "", "1", "lower",
+            "share of rollouts that are spares, in place of one that failed"),
+    _metric("late", "", "1", "lower",
+            "share of rollouts that are spares, in place of one that was late:"
+            " times their range it bounds the bias of mean rewards"),
+    _metric("surplus", "", "1", "lower",
+            "rollouts begun and left out of their groups, per rollout kept"),
     # Alignment and advantages.
     _metric("dropped", "role", "calls", "lower",
             "calls beyond the slots of the alignment, not trained on"),
@@ -333,3 +341,11 @@ def peak_rss_bytes() -> int:
   """Returns the largest resident memory this process has had, in bytes."""
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes() -> int | None:
+  """Returns the memory this process has now, in bytes; None but on Linux."""
+  statm = pathlib.Path("/proc/self/statm")
+  if not statm.exists():
+    return None
+  return int(statm.read_text().split()[1]) * resource.getpagesize()

@@ -12,8 +12,9 @@ from mgrpo_jax.packing import BatchShape
 from mgrpo_jax.policy.lora import LoRA
 from mgrpo_jax.policy.policy import Policy
 from mgrpo_jax.rewards import RewardWeights, Rules
-from mgrpo_jax.sampler.engine import Engine
+from mgrpo_jax.sampler.interface import RolloutEngine
 from mgrpo_jax.sharding import Meshes
+from mgrpo_jax.spares import Spares
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.types import Reference, RolloutGroup, Task
 from mgrpo_jax.work import Budget
@@ -73,6 +74,9 @@ class Sampler:
     turn_deadline: seconds a turn may take.
     max_attempts: how often a failing call is made in all.
     max_concurrent: rollouts in progress at the same time.
+    watchdog: seconds after which a call to which nothing happens is named.
+    deadline: seconds that a step's rollouts, or an evaluation's, may take.
+    spares: rollouts of a task that are begun beyond its K.
   """
 
   engine: Mapping[str, Any]
@@ -81,6 +85,9 @@ class Sampler:
   turn_deadline: float
   max_attempts: int
   max_concurrent: int
+  watchdog: float
+  deadline: float
+  spares: Spares
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,6 +124,8 @@ class Setup:
     policies: by name, with the weights to begin with.
     adaptations: by policy; of those without one, all weights are trained.
     meshes: where each policy lives, by name.
+    external: by policy that a server samples, makes its engine from its weights
+      at the start; the others are sampled by an `Engine` here.
     actor: makes the actor of a policy from its engine.
     coded: actors of symbolic policies, which have neither weights nor engine.
     tools: by name.
@@ -146,7 +155,8 @@ class Setup:
   policies: Mapping[str, Policy]
   adaptations: Mapping[str, Adaptation]
   meshes: Mapping[str, Meshes]
-  actor: Callable[[str, Engine], Actor]
+  external: Mapping[str, Callable[[Policy], RolloutEngine]]
+  actor: Callable[[str, RolloutEngine], Actor]
   coded: Mapping[str, Actor]
   tools: Mapping[str, Tool]
   demonstrate: Mapping[str, Demonstrate]

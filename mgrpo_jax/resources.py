@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from mgrpo_jax import atomic, publish, sharding
+from mgrpo_jax.agents.activity import Activity
 from mgrpo_jax.agents.actor import Actor
 from mgrpo_jax.agents.context import Environment
 from mgrpo_jax.agents.team import Team
@@ -22,6 +23,7 @@ from mgrpo_jax.policy.load.peft import save_adapter
 from mgrpo_jax.policy.load.safetensors import save_directory
 from mgrpo_jax.publish import NoVersionError
 from mgrpo_jax.sampler.engine import Engine
+from mgrpo_jax.sampler.interface import RolloutEngine
 from mgrpo_jax.store import Store
 from mgrpo_jax.tasks.pipeline import TaskQueue
 from mgrpo_jax.types import TrainState
@@ -39,6 +41,7 @@ class Resources:
     queues: task streams, by name of stage.
     training: what agent calls share in rollouts.
     testing: what they share in evaluations.
+    activity: what calls wait for, in both.
   """
 
   def __init__(self, setup: Setup, store: Store) -> None:
@@ -57,6 +60,8 @@ class Resources:
     loras = {name: one.lora for name, one in setup.adaptations.items()}
     if unknown := sorted(loras.keys() - setup.policies.keys()):
       raise ValueError(f"adaptations of unknown policies {unknown}")
+    if unknown := sorted(setup.external.keys() - setup.policies.keys()):
+      raise ValueError(f"external engines of unknown policies {unknown}")
     self.fingerprints = {
         name: fingerprint.fingerprint(policy, loras.get(name))
         for name, policy in setup.policies.items()
@@ -81,16 +86,7 @@ class Resources:
             seeds, setup.policies.items(), strict=True
         )
     }
-    self.engines = {
-        name: Engine(
-            learner.config,
-            learner.weights,
-            0,
-            mesh=setup.meshes[name].sampler,
-            **setup.sampler.engine,
-        )
-        for name, learner in self.learners.items()
-    }
+    self.engines = {name: self._engine(name) for name in self.learners}
     self.queues = {
         stage.name: TaskQueue(
             setup.tasks[stage.name],
@@ -102,6 +98,7 @@ class Resources:
     actors = {n: setup.actor(n, e) for n, e in self.engines.items()}
     actors |= setup.coded
     team, sampler = setup.team, setup.sampler
+    self.activity = Activity()
     self.training = self._environment(team, actors, sampler.temperature)
     self.testing = self._environment(
         team.without_attempts(), actors, sampler.evaluation_temperature
@@ -215,6 +212,20 @@ class Resources:
               base=adaptation.base,
           )
 
+  def _engine(self, name: str) -> RolloutEngine:
+    """What samples a policy: a server where there is one for it, or we."""
+    setup, learner = self.setup, self.learners[name]
+    if name in setup.external:
+      policy = dataclasses.replace(setup.policies[name], params=learner.weights)
+      return setup.external[name](policy)
+    return Engine(
+        learner.config,
+        learner.weights,
+        0,
+        mesh=setup.meshes[name].sampler,
+        **setup.sampler.engine,
+    )
+
   def _environment(
       self, team: Team, actors: Mapping[str, Actor], temperature: float
   ) -> Environment:
@@ -227,6 +238,7 @@ class Resources:
         temperature=temperature,
         turn_deadline=sampler.turn_deadline,
         max_attempts=sampler.max_attempts,
+        activity=self.activity,
     )
 
 

@@ -1,6 +1,8 @@
 """K trees of agent calls per task."""
 
 import asyncio
+import dataclasses
+import functools
 from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -8,13 +10,26 @@ import numpy as np
 
 from mgrpo_jax.agents.call import call_with_retries, turn_seed
 from mgrpo_jax.agents.context import CallContext, Environment, Ledger
-from mgrpo_jax.types import NO_PARENT, RolloutGroup, Task, Trajectory
+from mgrpo_jax.spares import Spares, seat, together
+from mgrpo_jax.types import (
+    NO_PARENT,
+    RolloutGroup,
+    Seating,
+    Status,
+    Task,
+    Trajectory,
+)
 
 T = TypeVar("T")
 
 
 async def run_group(
-    task: Task, *, environment: Environment, num_rollouts: int, seed: int
+    task: Task,
+    *,
+    environment: Environment,
+    num_rollouts: int,
+    seed: int,
+    spares: Spares | None = None,
 ) -> RolloutGroup:
   """Executes the team K times on one task, all at once.
 
@@ -24,21 +39,42 @@ async def run_group(
     num_rollouts: K.
     seed: with the task's id and each turn's place in the group it
       determines every random number, whatever else is running.
+    spares: rollouts that are begun beyond the K; None for none.
 
   Returns:
-    All trajectories. Those of status FAILED, repeated in vain, are kept: a
-    rollout whose root is FAILED must be neither scored nor trained on.
+    All trajectories of K rollouts. Those of status FAILED, repeated in vain,
+    are kept: a rollout whose root is FAILED must be neither scored nor trained
+    on. Of a spare, the number in the group is that of the rollout it stands in
+    for; its seeds are those of its own, which `seating` tells.
 
   Raises:
     ValueError: `num_rollouts` is below 1.
   """
   if num_rollouts < 1:
     raise ValueError(f"num_rollouts: is {num_rollouts}, must be >= 1")
-  rollouts = await _all(
-      _run_rollout(task, environment, rollout, seed)
-      for rollout in range(num_rollouts)
+  begin = functools.partial(_run_rollout, task, environment, seed)
+  if spares is None or not spares.count:
+    rollouts = await _all(begin(number) for number in range(num_rollouts))
+    return group_of(task, rollouts, environment=environment)
+  seated = await seat(
+      begin,
+      name=f"task {task.id}",
+      num_places=num_rollouts,
+      spares=spares,
+      failed=_has_failed,
   )
-  return group_of(task, rollouts, environment=environment)
+  rollouts = [
+      tuple(dataclasses.replace(t, rollout=place) for t in calls)
+      for place, calls in enumerate(seated.results)
+  ]
+  group = group_of(task, rollouts, environment=environment)
+  seating = Seating(
+      origin=seated.origin,
+      rescued=seated.rescued,
+      late=seated.late,
+      surplus=spares.count,
+  )
+  return dataclasses.replace(group, seating=seating)
 
 
 async def run_groups(
@@ -48,6 +84,7 @@ async def run_groups(
     num_rollouts: int,
     seed: int,
     max_concurrent: int,
+    spares: Spares | None = None,
 ) -> list[RolloutGroup]:
   """Executes the team on many tasks.
 
@@ -59,6 +96,7 @@ async def run_groups(
     num_rollouts: K, for each task.
     seed: see `run_group`.
     max_concurrent: tasks in progress at the same time.
+    spares: see `run_group`.
 
   Returns:
     One group a task, in the order of the tasks.
@@ -80,6 +118,7 @@ async def run_groups(
           environment=environment,
           num_rollouts=num_rollouts,
           seed=own_seed,
+          spares=spares,
       )
 
   return await _all(run(position) for position in range(len(tasks)))
@@ -120,7 +159,7 @@ def group_of(
 
 
 async def _run_rollout(
-    task: Task, environment: Environment, rollout: int, seed: int
+    task: Task, environment: Environment, seed: int, rollout: int
 ) -> tuple[Trajectory, ...]:
   """One execution of the team."""
   context = CallContext(
@@ -136,11 +175,13 @@ async def _run_rollout(
   return context.ledger.trajectories()
 
 
+def _has_failed(calls: Sequence[Trajectory]) -> bool:
+  """Whether a machine failed on one of a rollout's calls for good."""
+  return any(call.status == Status.FAILED for call in calls)
+
+
 async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
   """Results in order; the first exception cancels the rest and is raised."""
-  try:
-    async with asyncio.TaskGroup() as group:
-      tasks = [group.create_task(one) for one in work]
-  except ExceptionGroup as errors:
-    raise errors.exceptions[0] from None
+  async with together() as group:
+    tasks = [group.create_task(one) for one in work]
   return [task.result() for task in tasks]

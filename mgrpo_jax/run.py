@@ -22,6 +22,7 @@ from mgrpo_jax import (
     rollout,
     statistics,
 )
+from mgrpo_jax.agents import watchdog
 from mgrpo_jax.agents.call import turn_seed
 from mgrpo_jax.atomic import MismatchError
 from mgrpo_jax.credit import Credits
@@ -87,6 +88,7 @@ class Run:
         groups = await self._roll_out(tasks, seed)
     meter.work.generated_tokens += self.resources.sampled() - before
     meter.work.rollouts += sum(group.num_rollouts for group in groups)
+    self._count_spares(groups)
     sampled = meter.work.generated_tokens - meter.before.generated_tokens
     spent = max(meter.values["seconds/rollout"], 1e-9)
     meter.values["tokens_per_second/rollout"] = sampled / spent
@@ -264,12 +266,15 @@ class Run:
     """Asks the team held-out questions, greedily unless configured."""
     before = self.resources.sampled()
     with self.meter.timed("evaluate"):
-      result = await evaluate.evaluate(
+      work = evaluate.evaluate(
           tasks,
           environment=self.resources.testing,
           rules=self.setup.method.rules,
           seed=self.setup.seed,
           max_concurrent=self.setup.sampler.max_concurrent,
+      )
+      result = await watchdog.all_within(
+          self.setup.sampler.deadline, work, activity=self.resources.activity
       )
     self.meter.work.evaluation_tokens += self.resources.sampled() - before
     low, high = result.overall.interval
@@ -323,15 +328,29 @@ class Run:
   async def _roll_out(
       self, tasks: Sequence[Task], seed: int
   ) -> list[RolloutGroup]:
-    """Executes the team K times on every task."""
-    per_task = self.setup.rollouts_per_task
-    return await rollout.run_groups(
+    """Executes the team K times on every task, or a few times more."""
+    sampler, kept = self.setup.sampler, self.setup.rollouts_per_task
+    per_task = kept + sampler.spares.count
+    work = rollout.run_groups(
         tasks,
         environment=self.resources.training,
-        num_rollouts=per_task,
+        num_rollouts=kept,
         seed=seed,
-        max_concurrent=max(1, self.setup.sampler.max_concurrent // per_task),
+        max_concurrent=max(1, sampler.max_concurrent // per_task),
+        spares=sampler.spares,
     )
+    return await watchdog.all_within(
+        sampler.deadline, work, activity=self.resources.activity
+    )
+
+  def _count_spares(self, groups: Sequence[RolloutGroup]) -> None:
+    """Says how far spares changed the groups of the step so far."""
+    values, work = self.meter.values, self.meter.work
+    total = work.rollouts - self.meter.before.rollouts
+    new = sum(group.num_rollouts for group in groups)
+    for name, count in statistics.of_seatings(groups).items():
+      earlier = values.get(name, 0.0) * (total - new)
+      values[name] = (earlier + count) / total
 
   def _compared(
       self,

@@ -52,6 +52,24 @@ def of_role(
   return values | _rewards(groups, scores, role)
 
 
+def of_seatings(groups: Sequence[RolloutGroup]) -> dict[str, int]:
+  """Counts what spare rollouts did to groups.
+
+  Args:
+    groups: of a step.
+
+  Returns:
+    Rollouts by metric; nothing where no spares were begun.
+  """
+  seatings = [group.seating for group in groups if group.seating is not None]
+  if not seatings:
+    return {}
+  return {
+      name: sum(getattr(seating, name) for seating in seatings)
+      for name in ("rescued", "late", "surplus")
+  }
+
+
 def of_assignment(role: str, assignment: Assignment) -> dict[str, float]:
   """Says what the alignment dropped and how rewards spread within groups.
 

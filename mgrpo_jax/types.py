@@ -97,6 +97,8 @@ class Completion:
   Attributes:
     tokens: [n] int32; the stop token, where one was sampled, is the last.
     logprobs: [n] float32, nats, under the distribution sampled from.
+    raw_logprobs: [n] float32, nats, under the softmax of the logits, which is
+      temperature 1 and nothing filtered; None where the sampler cannot tell.
     finish: `stop` token, `length` of the turn, or `context` exhausted.
     version_min: oldest policy version that sampled a token.
     version_max: newest policy version that sampled a token.
@@ -104,6 +106,7 @@ class Completion:
 
   tokens: np.ndarray
   logprobs: np.ndarray
+  raw_logprobs: np.ndarray | None
   finish: Literal["stop", "length", "context"]
   version_min: int
   version_max: int
@@ -155,6 +158,23 @@ class Trajectory:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Seating:
+  """Which of the rollouts begun make a group of K; see `spares`.
+
+  Attributes:
+    origin: K numbers: as which rollout each was begun, so with which seeds.
+    rescued: how many stand in for one that a machine failed on.
+    late: how many stand in for one that was not done in time.
+    surplus: rollouts that were begun and are not in the group.
+  """
+
+  origin: tuple[int, ...]
+  rescued: int
+  late: int
+  surplus: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutGroup:
   """The K trees of a task, flattened; M trajectories in all.
 
@@ -169,6 +189,7 @@ class RolloutGroup:
     parent: [M] int32, position in `trajectories`; NO_PARENT for roots.
     role: [M] int32, position in the team's tuple of roles; the root role is 0.
     call: [M] int32, ordinal among the role's calls in its rollout.
+    seating: None where only K rollouts were begun.
   """
 
   task: Task
@@ -178,6 +199,7 @@ class RolloutGroup:
   parent: np.ndarray
   role: np.ndarray
   call: np.ndarray
+  seating: Seating | None = None
 
 
 @flax.struct.dataclass

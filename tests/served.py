@@ -52,7 +52,8 @@ def engine(**sizes):
   return Engine(
       CONFIG, weights(), 7, context=CONTEXT,
       **{"num_slots": 4, "block": 64, "prefill_tokens": 128,
-         "prefill_buckets": (32, 128), "decode_steps": 4} | sizes,
+         "prefill_buckets": (32, 128), "decode_steps": 4,
+         "decode_rows": 0} | sizes,
   )  # fmt: skip
 
 
@@ -71,19 +72,27 @@ def speaker(generate, name="tiny", **fields):
   )
 
 
-def saying(text, *, pause=0.0, piece=3):
+def saying(text, *, pause=0.0, piece=3, chat=CHAT):
   """A `generate` function that always says the same."""
 
-  async def generate(tokens, sampling, seed, *, on_tokens=None):
-    ids = CHAT.write(text)[: sampling.max_new_tokens]
-    for first in range(0, len(ids), piece):
+  async def generate(tokens, sampling, seed, *, until=None, on_tokens=None):
+    ids = chat.write(text)[: sampling.max_new_tokens]
+    said, ended = [], False
+    while len(said) < len(ids) and not ended:
       await asyncio.sleep(pause)
-      part = ids[first : first + piece]
+      part = []
+      for token in ids[len(said) : len(said) + piece]:
+        part.append(token)
+        ended = until(token) or token in sampling.stop_ids
+        if ended:
+          break
+      said += part
       on_tokens(part, [-0.5] * len(part))
     return Completion(
-        tokens=np.asarray(ids, np.int32),
-        logprobs=np.full(len(ids), -0.5, np.float32),
-        finish="stop" if ids[-1] in sampling.stop_ids else "length",
+        tokens=np.asarray(said, np.int32),
+        logprobs=np.full(len(said), -0.5, np.float32),
+        raw_logprobs=np.full(len(said), -0.5, np.float32),
+        finish="stop" if ended else "length",
         version_min=7,
         version_max=7,
     )
@@ -109,10 +118,19 @@ class Served:
       answer = connection.getresponse()
       return answer.status, answer.headers, answer.read()
 
-  def complete(self, expected=200, **fields):
-    """The JSON of a chat completion."""
+  def complete(self, expected=200, key="any", **fields):
+    """The JSON of a chat completion, for the client that has a key."""
     body = {"model": "tiny", "messages": HELLO} | fields
-    status, _, answer = self.ask("POST", "/v1/chat/completions", body)
+    status, _, answer = self.ask(
+        "POST", "/v1/chat/completions", body, authorization=f"Bearer {key}"
+    )
+    assert status == expected, answer
+    return json.loads(answer)
+
+  def continue_tokens(self, expected=200, **fields):
+    """The JSON of a completion of token ids."""
+    body = {"model": "tiny", "prompt": [1, 2, 3]} | fields
+    status, _, answer = self.ask("POST", "/v1/completions", body)
     assert status == expected, answer
     return json.loads(answer)
 
@@ -129,7 +147,13 @@ class Served:
 
 @contextlib.contextmanager
 def serve(
-    *speakers, engines=None, limits=LIMITS, token="", models=(), drain=10.0
+    *speakers,
+    engines=None,
+    limits=LIMITS,
+    token="",
+    models=(),
+    drain=10.0,
+    weights=None,
 ):
   """Serves policies, and the engines behind them, until the block ends."""
   ready, told = threading.Event(), {}
@@ -145,6 +169,7 @@ def serve(
           stats=lambda: {name: one.stats() for name, one in engines.items()},
           limits=limits,
           token=token,
+          weights=weights,
       )
       where = stack.enter_context(listen.bind("127.0.0.1", 0))
       loop, stopping = asyncio.get_running_loop(), asyncio.Event()

@@ -16,6 +16,7 @@ HEALTHY = {
     "flat_groups/main": 0.3,
     "clip_fraction/main": 0.02,
     "stale": 0.0,
+    "late": 0.01,
     "logprob_gap_mean/main": 1e-6,
     "reward/main": 0.5,
 }
@@ -35,6 +36,7 @@ def test_a_healthy_step_has_no_alert():
         ("flat_groups/main", 1.0, "flat groups main 1"),
         ("clip_fraction/main", 0.7, "clipped main 0.7"),
         ("stale", 3.0, "stale data 3"),
+        ("late", 0.125, "late rollouts 0.12"),
         ("logprob_gap_mean/main", 0.2, "sampler drift main 0.2"),
         ("format/main", float("nan"), "format collapse main nan"),
     ],

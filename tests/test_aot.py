@@ -180,6 +180,7 @@ def tiny_plan(**changes):
           "prefill_tokens": 8,
           "prefill_buckets": (4,),
           "decode_steps": 3,
+          "decode_rows": 0,
       },
   }
   return programs.Plan(**values | changes)

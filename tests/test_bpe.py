@@ -144,3 +144,82 @@ def test_without_its_config_is_an_error(tmp_path):
   (tmp_path / "tokenizer.json").write_text("{}")
   with pytest.raises(ValueError, match=r"tokenizer_config\.json"):
     load_tokenizer(tmp_path)
+
+
+def changed(model=None, **changes):
+  """The toy's definition with some of its fields replaced."""
+  fields = json.loads(toy_bpe({"<eos>": 11}).files()["tokenizer.json"])
+  fields = fields | changes
+  fields["model"] = model if model == 3 else fields["model"] | (model or {})
+  return bpe.BPETokenizer(json.dumps(fields), {"eos_token": "<eos>"})
+
+
+def test_text_is_neither_cut_nor_filled_up():
+  cut = {
+      "direction": "Right",
+      "max_length": 2,
+      "strategy": "LongestFirst",
+      "stride": 0,
+  }
+  fill = {
+      "strategy": {"Fixed": 9},
+      "direction": "Right",
+      "pad_to_multiple_of": None,
+      "pad_id": 0,
+      "pad_type_id": 0,
+      "pad_token": "a",
+  }
+  tok = changed(truncation=cut, padding=fill)
+  assert tok.encode("cbcbc") == [2, 1, 2, 1, 2]
+
+
+def added(*tokens):
+  return [
+      {"id": i, "content": name, "special": True, "normalized": False}
+      | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+      for name, i in tokens
+  ]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([("<eos>", 11), ("<x>", 5)], "'<x>' and '>' have id 5"),
+        ([("<eos>", 11), ("<x>", 11)], "'<eos>' and '<x>' have id 11"),
+        ([("<eos>", 11), ("<eos>", 12)], "a token is there twice"),
+        ([("<eos>", 11), ("ab", 12)], "'ab' has ids 6 and 12"),
+        ([("<eos>", -1)], "'<eos>' has id -1"),
+        ([("<eos>", "x")], "id an integer"),
+        ([(3, 3)], "content must be text"),
+    ],
+)
+def test_special_ids_that_text_could_become(tokens, message):
+  with pytest.raises(ValueError, match=message):
+    changed(added_tokens=added(*tokens))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": 3}, "model.type must be 'BPE'"),
+        ({"model": {"merges": None}}, "merges must be pairs"),
+        ({"model": {"merges": ["a b c"]}}, "merges must be pairs"),
+        ({"model": {"unk_token": ["a"]}}, "cannot be read"),
+        ({"added_tokens": [None]}, "with added_tokens"),
+        ({"normalizer": {"type": "Lowercase"}}, "normalizer changes text"),
+        ({"normalizer": {"type": "NFD"}}, "normalizer changes text"),
+    ],
+)
+def test_definitions_that_are_no_tokenizer(changes, message):
+  with pytest.raises(ValueError, match=f"tokenizer.json: .*{message}"):
+    changed(**changes)
+
+
+def test_named_tokens_must_be_text():
+  with pytest.raises(ValueError, match=r"eos_token \['a'\] is no added token"):
+    toy_bpe({"<eos>": 11}, config={"eos_token": ["a"]})
+
+
+def test_a_definition_that_is_nested_too_deeply():
+  with pytest.raises(ValueError, match="tokenizer.json: must be a JSON"):
+    bpe.BPETokenizer("[" * 100_000, {"eos_token": "<eos>"})

@@ -93,7 +93,7 @@ def test_train_names_weights_that_are_not_there(tmp_path):
 FAILING = """
 from experiments import cli, {command}
 from mgrpo_jax import atomic, loop
-from mgrpo_jax.sampler import engine
+from mgrpo_jax.sampler import interface
 
 async def fail(*_):
   raise {error}("what differs")
@@ -108,7 +108,7 @@ cli.run({command}.main)
     [
         ("train", "atomic.MismatchError"),
         ("evaluate", "atomic.MismatchError"),
-        ("evaluate", "engine.EngineError"),
+        ("evaluate", "interface.EngineError"),
     ],
 )
 def test_what_cannot_go_on_ends_with_one_line(tmp_path, name, error):

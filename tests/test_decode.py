@@ -26,7 +26,9 @@ CONFIGS["windows"] = LOCAL
 CONFIGS["half"] = dataclasses.replace(PLAIN, dtype="bfloat16")
 
 PREFILL = jax.jit(decode.prefill, static_argnames=("config",))
-DECODE = jax.jit(decode.decode, static_argnames=("config", "num_steps"))
+DECODE = jax.jit(
+    decode.decode, static_argnames=("config", "num_steps", "num_rows")
+)
 COPY = jax.jit(caching.copy_slots)
 
 
@@ -55,9 +57,10 @@ def describe(streams, budget=STEPS, temperature=1.0, stop_ids=()):
       length=np.zeros(SLOTS, np.int32),
       budget=np.zeros(SLOTS, np.int32),
       seed=np.zeros((SLOTS, 2), np.uint32),
-      temperature=np.full(SLOTS, temperature, np.float32),
+      drawing=sampling.plainly(SLOTS),
       stop_ids=stops,
   )
+  slots.drawing.temperature[:] = temperature
   for index, stream in streams.items():
     slots.token[index] = stream[-1]
     slots.length[index] = len(stream) - 1
@@ -84,11 +87,12 @@ def fill(config, cache, streams, width=16, rows=4):
   return cache
 
 
-def run(config, cache, slots, steps=STEPS):
-  cache, tokens, logp = DECODE(
-      weights(config), cache, slots, config=config, num_steps=steps
-  )
-  return cache, np.asarray(tokens), np.asarray(logp)
+def run(config, cache, slots, steps=STEPS, rows=4):
+  cache, drawn = DECODE(
+      weights(config), cache, slots, config=config, num_steps=steps,
+      num_rows=rows,
+  )  # fmt: skip
+  return cache, np.asarray(drawn.tokens), np.asarray(drawn.logprobs)
 
 
 def streams(seed, sizes, vocab=60):
@@ -112,6 +116,7 @@ def trainer_logprobs(config, stream, temperature):
   )[0, : len(stream)]
 
 
+@pytest.mark.parametrize("rows", [4, SLOTS])
 @pytest.mark.parametrize(
     "name, temperature, tolerance",
     [
@@ -121,14 +126,14 @@ def trainer_logprobs(config, stream, temperature):
         ("windows", 1.0, 1e-4),
     ],
 )
-def test_sampled_logprobs_are_the_trainers(name, temperature, tolerance):
+def test_sampled_logprobs_are_the_trainers(name, temperature, tolerance, rows):
   config = CONFIGS[name]
   # one token; a block less, exactly and more than filled; until the very end
   all_streams = streams(0, {0: 1, 1: 16, 2: 17, 4: 18, 5: LENGTH - 2 * STEPS})
   cache = fill(config, empty(config), all_streams)
   for _ in range(2):  # the second visit attends to what the first wrote
     slots = describe(all_streams, temperature=temperature)
-    cache, tokens, logp = run(config, cache, slots)
+    cache, tokens, logp = run(config, cache, slots, rows=rows)
     assert (tokens[:, 3] == sampling.NO_TOKEN).all()
     for index, stream in all_streams.items():
       stream += tokens[:, index].tolist()
@@ -159,13 +164,14 @@ def test_greedy_tokens_are_the_argmax_of_the_trainers_logits():
     ("config", "seed"),
     [(PLAIN, 0), (PLAIN, 1), (PLAIN, 2), (PLAIN, 3), (LOCAL, 4), (LOCAL, 5)],
 )
-def test_a_stream_does_not_notice_the_others(config, seed):
+@pytest.mark.parametrize("rows", [1, 4, SLOTS])
+def test_a_stream_does_not_notice_the_others(config, seed, rows):
   rng = np.random.default_rng(seed)
   mine = streams(seed, {0: int(rng.integers(1, 40))})[0]
   cache = fill(config, empty(config), {2: mine})
-  cache, first, logp = run(config, cache, describe({2: mine}))
+  cache, first, logp = run(config, cache, describe({2: mine}), rows=rows)
   grown = mine + first[:, 2].tolist()
-  _, second, _ = run(config, cache, describe({2: grown}), steps=STEPS)
+  _, second, _ = run(config, cache, describe({2: grown}), rows=rows)
 
   place = int(rng.integers(SLOTS))
   others = streams(
@@ -174,13 +180,35 @@ def test_a_stream_does_not_notice_the_others(config, seed):
   )
   crowd = dict(sorted((others | {place: mine}).items()))
   cache = fill(config, empty(config, fill=3.0), crowd)
-  cache, tokens, crowd_logp = run(config, cache, describe(crowd))
+  cache, tokens, crowd_logp = run(config, cache, describe(crowd), rows=rows)
   np.testing.assert_array_equal(tokens[:, place], first[:, 2])
   np.testing.assert_array_equal(crowd_logp[:, place], logp[:, 2])
   for index in crowd:
     crowd[index] = crowd[index] + tokens[:, index].tolist()
-  _, tokens, _ = run(config, cache, describe(crowd))
+  _, tokens, _ = run(config, cache, describe(crowd), rows=rows)
   np.testing.assert_array_equal(tokens[:, place], second[:, 2])
+
+
+def test_a_tile_reads_no_further_than_its_longest_stream():
+  mine = streams(13, {0: 5, 1: 40, 3: 3, 4: 38})
+  cache = fill(PLAIN, empty(PLAIN), mine)
+  clean = run(PLAIN, cache, describe(mine), rows=2)
+
+  def poison(layers):
+    """NaN behind the first block of the short streams."""
+    for layer in layers:
+      for block in layer[1:]:
+        block[[0, 3]] = np.nan
+    return layers
+
+  cache = jax.tree.map(np.array, cache)
+  poison(cache.keys), poison(cache.values)
+  with jax.debug_nans(False):
+    together = run(PLAIN, cache, describe(mine), rows=4)
+    apart = run(PLAIN, cache, describe(mine), rows=2)
+  np.testing.assert_array_equal(apart[1], clean[1])
+  np.testing.assert_array_equal(apart[2], clean[2])
+  assert np.isnan(together[2][:, [0, 3]]).all()
 
 
 def without_first_block(cache):
@@ -283,7 +311,7 @@ def test_copied_slots_go_on_alike():
     np.testing.assert_array_equal(logp[:, index], logp[:, 1])
 
 
-@pytest.mark.parametrize("program", ["prefill", "decode", "copy"])
+@pytest.mark.parametrize("program", ["prefill", "decode", "tiles", "copy"])
 @jax.debug_nans(False)  # which would keep every donated argument
 def test_a_donated_cache_is_updated_in_place(program):
   cache = jax.eval_shape(
@@ -297,13 +325,16 @@ def test_a_donated_cache_is_updated_in_place(program):
     lowered = jax.jit(function, donate_argnums=1).lower(
         weight, cache, ints((2, 16)), *rows
     )
-  elif program == "decode":
-    function = functools.partial(decode.decode, config=PLAIN, num_steps=4)
+  elif program in ("decode", "tiles"):
+    rows = 64 if program == "decode" else 24
+    function = functools.partial(
+        decode.decode, config=PLAIN, num_steps=4, num_rows=rows
+    )
     slots = jax.eval_shape(
         lambda: decode.Slots(
             *(np.zeros(64, np.int32),) * 3,
             np.zeros((64, 2), np.uint32),
-            np.zeros(64, np.float32),
+            sampling.plainly(64),
             np.zeros((64, 8), np.int32),
         )
     )

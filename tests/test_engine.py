@@ -13,7 +13,8 @@ import pytest
 from mgrpo_jax.policy import logprobs, params
 from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.sampler import device
-from mgrpo_jax.sampler.engine import Engine, EngineError
+from mgrpo_jax.sampler.engine import Engine
+from mgrpo_jax.sampler.interface import EngineError
 from mgrpo_jax.testing.sizes import tiny_config
 
 CONTEXT = 64
@@ -34,14 +35,16 @@ def make(num_slots=8, version=0, config=CONFIG, **sizes):
   return Engine(
       config, weights(0, config), version, num_slots=num_slots, context=CONTEXT,
       **{"block": 16, "prefill_tokens": 32, "prefill_buckets": (4, 16),
-         "decode_steps": 4} | sizes,
+         "decode_steps": 4, "decode_rows": min(3, num_slots)}
+      | sizes,
   )  # fmt: skip
 
 
-def draw(limit=10, temperature=1.0, stop_ids=(STOP,)):
+def draw(limit=10, temperature=1.0, stop_ids=(STOP,), **filters):
   return Sampling(
-      temperature=temperature, max_new_tokens=limit, stop_ids=stop_ids
-  )
+      temperature=temperature, max_new_tokens=limit, stop_ids=stop_ids,
+      **filters,
+  )  # fmt: skip
 
 
 def prompt(seed, length):
@@ -217,6 +220,116 @@ def test_a_slot_that_was_used_again_is_not_copied():
   asyncio.run(run())
 
 
+MIXED = [
+    draw(20, 1.0, ()),
+    draw(20, 0.7, (), top_k=5),
+    draw(20, 1.3, (), top_p=0.6),
+    draw(20, 1.0, (), min_p=0.1),
+    draw(20, 0.0, ()),
+    draw(20, 1.0, (), top_k=9, top_p=0.9, min_p=0.01),
+]
+
+
+def told(completion):
+  return (
+      completion.tokens.tolist(),
+      completion.logprobs.tolist(),
+      completion.raw_logprobs.tolist(),
+  )
+
+
+@functools.cache
+def each_alone(decode_rows):
+  async def run():
+    single = []
+    for number, sampling in enumerate(MIXED):
+      async with make(decode_rows=decode_rows) as engine:
+        single.append(
+            told(await engine.generate(prompt(number, 9), sampling, number))
+        )
+    return single
+
+  return asyncio.run(run())
+
+
+@pytest.mark.parametrize("decode_rows", [0, 3])
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_same_seed_same_tokens_however_neighbours_are_drawn(
+    decode_rows, cancelled
+):
+  async def run():
+    async with make(decode_rows=decode_rows) as engine:
+      loop = asyncio.get_running_loop()
+      others = [
+          loop.create_task(engine.generate(prompt(90 + n, 5), draw(50), n))
+          for n in range(2 * cancelled)
+      ]
+      crowd = [
+          loop.create_task(engine.generate(prompt(n, 9), sampling, n))
+          for n, sampling in enumerate(MIXED)
+      ]
+      while cancelled and engine.stats()["visits"] < 2:
+        await asyncio.sleep(0)
+      for other in others:
+        other.cancel()
+      together = [told(one) for one in await asyncio.gather(*crowd)]
+      await settled(engine)
+      return together
+
+  assert asyncio.run(run()) == each_alone(decode_rows)
+
+
+def test_raw_logprobs_are_the_models_own():
+  for sampling, (_, logp, raw) in zip(MIXED, each_alone(3), strict=True):
+    plain = sampling.temperature in (0, 1) and sampling == draw(
+        20, sampling.temperature, ()
+    )
+    assert (logp == raw) == plain
+  tokens, _, raw = each_alone(3)[2]
+  stream = np.asarray(prompt(2, 9) + tokens, np.int32)[None]
+  score = jax.jit(
+      logprobs.token_logprobs, static_argnames=("config", "temperature")
+  )
+  expected = score(
+      weights(), stream, np.arange(stream.shape[1], dtype=np.int32)[None],
+      np.ones_like(stream), config=CONFIG, temperature=1.0,
+  )  # fmt: skip
+  np.testing.assert_allclose(raw, np.asarray(expected)[0, 9:], atol=1e-4)
+
+
+@pytest.mark.parametrize("decode_steps", [1, 4, 7])
+def test_a_caller_may_name_the_last_token(decode_steps):
+  async def run():
+    async with make(decode_steps=decode_steps) as engine:
+      free = await engine.generate(prompt(2, 9), draw(12, stop_ids=()), 0)
+      heard, shown = [], []
+
+      def until(token):
+        heard.append(token)
+        return len(heard) == 6
+
+      cut = await engine.generate(
+          prompt(2, 9), draw(12, stop_ids=()), 0, session="a", until=until,
+          on_tokens=lambda tokens, _: shown.extend(tokens),
+      )  # fmt: skip
+      assert cut.finish == "stop"
+      assert cut.tokens.tolist() == free.tokens[:6].tolist() == heard == shown
+      assert cut.logprobs.tolist() == free.logprobs[:6].tolist()
+      # The session goes on from there, as if nothing had been drawn beyond.
+      stream = prompt(2, 9) + cut.tokens.tolist() + [5, 6]
+      before = engine.stats()["prefilled"]
+      on = await engine.generate(stream, draw(stop_ids=()), 1, session="a")
+      assert engine.stats()["prefilled"] - before == 2
+      assert engine.stats()["mismatches"] == 0
+    async with make(decode_steps=decode_steps) as engine:
+      limit = draw(6, stop_ids=())
+      await engine.generate(prompt(2, 9), limit, 0, session="a")
+      same = await engine.generate(stream, draw(stop_ids=()), 1, session="a")
+    assert told(on) == told(same)
+
+  asyncio.run(run())
+
+
 def test_completions_say_why_they_ended():
   async def run():
     async with make() as engine:
@@ -386,18 +499,23 @@ def test_idle_sessions_are_evicted_longest_idle_first():
   asyncio.run(run())
 
 
-def test_a_session_that_was_rewritten_is_prefilled_again():
+def test_a_session_that_was_rewritten_is_prefilled_from_there_on():
+  long, short = prompt(2, 30), prompt(2, 30)[:11] + [5, 6]
+
   async def run():
     async with make() as engine:
       await engine.generate(prompt(1, 9), draw(), 0, session="a")
-      other = await engine.generate(prompt(2, 30), draw(), 7, session="a")
-      shorter = await engine.generate(prompt(2, 3), draw(), 7, session="a")
+      other = await engine.generate(long, draw(), 7, session="a")
+      before = engine.stats()["prefilled"]
+      shorter = await engine.generate(short, draw(), 7, session="a")
+      assert engine.stats()["prefilled"] - before == 1
       assert engine.stats()["mismatches"] == 2
     async with make() as engine:
-      fresh = await engine.generate(prompt(2, 30), draw(), 7)
+      fresh = await engine.generate(long, draw(), 7)
       assert other.logprobs.tolist() == fresh.logprobs.tolist()
-      fresh = await engine.generate(prompt(2, 3), draw(), 7)
-      assert shorter.logprobs.tolist() == fresh.logprobs.tolist()
+      fresh = await engine.generate(short, draw(), 7)
+      assert shorter.tokens.tolist() == fresh.tokens.tolist()
+      np.testing.assert_allclose(shorter.logprobs, fresh.logprobs, atol=1e-5)
 
   asyncio.run(run())
 
@@ -427,11 +545,29 @@ def test_new_weights_are_swapped_between_visits():
     fresh = Engine(
         CONFIG, weights(1), 5, num_slots=8, context=CONTEXT, block=16,
         prefill_tokens=32, prefill_buckets=(4, 16), decode_steps=4,
+        decode_rows=3,
     )  # fmt: skip
     async with fresh:
       expected = await fresh.generate(stream, draw(), 1)
     assert after.tokens.tolist() == expected.tokens.tolist()
     assert after.logprobs.tolist() == expected.logprobs.tolist()
+
+  asyncio.run(run())
+
+
+def test_other_weights_of_the_same_number_leave_no_cache():
+  async def run():
+    async with make() as engine:
+      long = asyncio.create_task(
+          engine.generate(prompt(3, 9), draw(40, stop_ids=()), 0, session="b")
+      )
+      while engine.stats()["visits"] < 4:
+        await asyncio.sleep(0)
+      engine.update(weights(1), 0)
+      stream = prompt(3, 9) + (await long).tokens.tolist()
+      before = engine.stats()["prefilled"]
+      await engine.generate(stream, draw(), 1, session="b")
+      assert engine.stats()["prefilled"] - before == len(stream) - 1
 
   asyncio.run(run())
 
@@ -513,14 +649,15 @@ def test_listeners_may_cancel_their_call():
   asyncio.run(run())
 
 
-def test_listeners_that_fail_fail_alone():
+@pytest.mark.parametrize("listener", ["on_tokens", "until"])
+def test_listeners_that_fail_fail_alone(listener):
   async def run():
-    def fail(tokens, logprobs):
+    def fail(*drawn):
       raise KeyError("mine")
 
     async with make(num_slots=2) as engine:
       bad, good = await asyncio.gather(
-          engine.generate(prompt(1, 5), draw(), 0, on_tokens=fail),
+          engine.generate(prompt(1, 5), draw(), 0, **{listener: fail}),
           engine.generate(prompt(2, 5), draw(), 0),
           return_exceptions=True,
       )
@@ -530,12 +667,16 @@ def test_listeners_that_fail_fail_alone():
   asyncio.run(run())
 
 
-def test_log_probabilities_that_are_not_finite_stop_the_engine(monkeypatch):
+@pytest.mark.parametrize("field", ["logprobs", "raw_logprobs"])
+def test_log_probabilities_that_are_not_finite_stop_the_engine(
+    monkeypatch, field
+):
   decode = device.decode
 
   def spoilt(*args, **kwargs):
-    cache, tokens, logp = decode(*args, **kwargs)
-    return cache, tokens, np.full_like(logp, np.nan)
+    cache, drawn = decode(*args, **kwargs)
+    nan = np.full_like(drawn.logprobs, np.nan)
+    return cache, dataclasses.replace(drawn, **{field: nan})
 
   async def run():
     async with make() as engine:

@@ -210,6 +210,10 @@ def test_the_unknown_token_is_needed(family, fields):
     ("changes", "message"),
     [
         ({"model": "t5"}, "model = 't5', must be one of"),
+        ({"model": [1]}, r"model = \[1\], must be one of"),
+        ({"tokens": 7}, "tokens must be a list of str"),
+        ({"token_type": "x"}, "token_type must be a list of int"),
+        ({"eos_token_id": "x"}, "eos_token_id = 'x', must be an integer"),
         ({"token_type": [1]}, r"token_type has 1 entries, tokens \d+"),
         ({"eos_token_id": 9999}, "eos_token_id = 9999, must be in"),
         ({"eos_token_id": None}, "missing tokenizer.ggml.eos_token_id"),

@@ -245,7 +245,7 @@ def test_tensors_must_be_floats(tmp_path):
         ({"rope_parameters": {"rope_type": "llama3"}}, "missing low_freq_fa"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"num_attention_heads": 3}, "num_kv_heads must divide"),
-        ({"hidden_size": "x"}, "embed_dim must be an integer"),
+        ({"hidden_size": "x"}, "hidden_size = 'x', must be an integer in"),
         ({"vocab_size": 200}, "tokenizer has 280 ids, vocab_size is 200"),
         ({"chat": "klingon"}, "chat = 'klingon', must be one of"),
     ],
@@ -351,3 +351,70 @@ def test_package_without_weights_is_an_error(monkeypatch, tmp_path):
   importlib.invalidate_caches()
   with pytest.raises(ValueError, match="must hold one .gguf file, holds 0"):
     load("smollm2")
+
+
+@pytest.mark.parametrize(
+    "mapped", [None, 3, ["a"], {"x": 3}, {"x": None}, {"x": ["a"]}]
+    + [{"x": name} for name in ("", ".", "..", "/a", "a\0", "a" * 256)]
+)  # fmt: skip
+def test_an_index_names_files_of_its_directory(mapped, tmp_path):
+  save_directory(tmp_path / "p", policy())
+  index = tmp_path / "p" / "model.safetensors.index.json"
+  index.write_text(json.dumps({"weight_map": mapped}))
+  with pytest.raises(ValueError, match="weight_map must name files, has"):
+    load(tmp_path / "p")
+
+
+def test_a_tensor_in_two_shards_is_an_error(tmp_path):
+  path = tmp_path / "p"
+  save_directory(path, policy())
+  shutil.copy(path / "model.safetensors", path / "b.safetensors")
+  mapped = {"x": "model.safetensors", "y": "b.safetensors"}
+  index = path / "model.safetensors.index.json"
+  index.write_text(json.dumps({"weight_map": mapped}))
+  with pytest.raises(ValueError, match="model.norm.weight is stored twice"):
+    load(path)
+
+
+def test_weights_that_are_not_finite_are_listed(tmp_path):
+  save_directory(tmp_path / "p", policy())
+  file = tmp_path / "p" / "model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  tensors["model.norm.weight"][3] = np.nan
+  tensors["model.embed_tokens.weight"][2, 1] = np.inf
+  safetensors.numpy.save_file(tensors, file)
+  with pytest.raises(ValueError) as caught:
+    load(tmp_path / "p")
+  assert str(caught.value) == (
+      f"{tmp_path / 'p'}: model.embed_tokens.weight holds NaN or infinity;"
+      " model.norm.weight holds NaN or infinity"
+  )
+
+
+def test_tied_embeddings_may_come_with_a_copy_and_nothing_else(tmp_path):
+  save_directory(tmp_path / "p", policy())
+  file = tmp_path / "p" / "model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  head = tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+  safetensors.numpy.save_file(tensors, file)
+  assert_same_params(load(tmp_path / "p").params, policy().params)
+  for other in (head + 1, head[:3]):
+    safetensors.numpy.save_file(tensors | {"lm_head.weight": other}, file)
+    with pytest.raises(ValueError, match="but lm_head.weight differs from"):
+      load(tmp_path / "p")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_pipes_are_not_waited_for(name, tmp_path):
+  save_directory(tmp_path / "p", policy())
+  (tmp_path / "p" / name).unlink()
+  os.mkfifo(tmp_path / "p" / name)
+  with pytest.raises(ValueError, match=f"{name}: .*not a regular file"):
+    load(tmp_path / "p")
+
+
+def test_json_that_is_nested_too_deeply(tmp_path):
+  save_directory(tmp_path / "p", policy())
+  (tmp_path / "p" / "config.json").write_text("[" * 100_000)
+  with pytest.raises(ValueError, match="config.json: cannot be read"):
+    load(tmp_path / "p")

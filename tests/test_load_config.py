@@ -254,3 +254,53 @@ def test_scalings_are_written_for_transformers_4_and_5():
   assert fields["rope_scaling"] == told
   assert fields["rope_parameters"] == {"rope_theta": 100.0, **told}
   assert isinstance(CONFIGS["llama3"].rope_scaling, Llama3Scaling)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("llama", {"model_type": []}, r"model_type = \[\], must be one of"),
+        (
+            "llama",
+            {"num_hidden_layers": 10**9, "vocab_size": -1, "rms_norm_eps": "x"},
+            "vocab_size = -1, must be an integer in .*; num_hidden_layers = 10"
+            ".*; rms_norm_eps = 'x', must be a positive number",
+        ),
+        ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps = 10"),
+        ("llama", {"rope_theta": "x"}, "rope_theta = 'x', must be a positive"),
+        ("llama", {"tie_word_embeddings": "false"}, "tie_word_embeddings = "),
+        ("llama", {"hidden_act": []}, r"hidden_act = \[\], must be text"),
+        ("llama", {"rope_scaling": 3}, "rope_scaling = 3, must be an object"),
+        ("llama", {"rope_parameters": {"rope_type": []}}, r"rope_type = \[\]"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear", "factor": None}},
+            "factor = None of rope linear, must be a number",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear", "factor": 0.5}},
+            "rope linear: factor must be >= 1",
+        ),
+        ("qwen2", {"use_sliding_window": None}, "use_sliding_window = None"),
+        ("qwen2", {"max_window_layers": "x"}, "max_window_layers = 'x'"),
+        ("qwen2", {"layer_types": LAYERS[:1]}, "layer_types has 1 entries"),
+        ("qwen2", {"sliding_window": 0}, "sliding_window = 0, must be >= 1"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step = 0"),
+        ("qwen3_moe", {"mlp_only_layers": ["a"]}, "mlp_only_layers = "),
+        ("gemma3", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar = 0"),
+        (
+            "gemma3",
+            {"rope_parameters": {"full_attention": [1]}},
+            r"rope_parameters.full_attention = \[1\], must be an object",
+        ),
+        (
+            "gemma3",
+            {"model_type": "gemma3", "text_config": "x"},
+            "text_config = 'x', must be an object",
+        ),
+    ],
+)
+def test_absurd_values_are_refused_by_name(name, changes, message):
+  with pytest.raises(ValueError, match=f"^config.json: .*{message}"):
+    read(WRITTEN[name][0] | changes)

@@ -349,3 +349,31 @@ def test_of_another_architecture(tmp_path):
   writer.close()
   with pytest.raises(ValueError, match="architecture 'mamba'"):
     load(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    ("key", "write", "value", "message"),
+    [
+        ("block_count", "uint64", 10**12, "must be an integer in"),
+        ("block_count", "float32", 2.0, "must be an integer in"),
+        ("attention.head_count", "uint32", 0, "must be an integer in"),
+        ("attention.head_count_kv", "array", [2, 2], "must be an integer in"),
+        ("attention.head_count_kv", "uint32", 3, "num_kv_heads must divide"),
+        ("rope.freq_base", "string", "x", "must be a positive number"),
+    ],
+)
+def test_absurd_metadata_are_refused_by_name(
+    key, write, value, message, tmp_path, monkeypatch
+):
+  header = gguf.GGUFWriter.write_header_to_file
+
+  def forge(writer, *args, **kwargs):
+    writer.kv_data[0].pop(f"llama.{key}", None)
+    getattr(writer, f"add_{write}")(f"llama.{key}", value)
+    return header(writer, *args, **kwargs)
+
+  monkeypatch.setattr(gguf.GGUFWriter, "write_header_to_file", forge)
+  file = tmp_path / "x.gguf"
+  write_gguf(file, TINY, tiny_llama.weights(TINY))
+  with pytest.raises(ValueError, match=f"x.gguf: .*{message}"):
+    load(file)

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import io
 import json
+import re
 import shutil
 
 import jax
@@ -13,6 +14,7 @@ import tiny_run
 
 from mgrpo_jax import metrics, publish, store, workdir
 from mgrpo_jax.agents.errors import InfrastructureError
+from mgrpo_jax.agents.watchdog import StuckError
 from mgrpo_jax.atomic import MismatchError
 from mgrpo_jax.journal import NonFiniteError
 from mgrpo_jax.policy.load import load
@@ -364,6 +366,31 @@ def test_a_task_that_a_machine_failed_on_is_asked_again(tmp_path):
   stored = (tmp_path / "run/checkpoints/3/record/metadata").read_text()
   queue = json.loads(stored)["host"]["run"]["tasks"]["reinforce"]
   assert queue["retries"] == {}  # it went well, so what failed is forgotten
+
+
+def test_a_run_that_stands_still_says_why_and_ends(tmp_path):
+  setup = small()
+  setup = dataclasses.replace(
+      setup,
+      sampler=dataclasses.replace(setup.sampler, watchdog=0.2, deadline=1.0),
+  )
+
+  def actor(name, engine):
+    async def hang(moment):
+      await asyncio.sleep(60)
+
+    return dataclasses.replace(setup.actor(name, engine), speak=hang)
+
+  told = io.StringIO()
+  waits = r"main 0 in turn 0 waits for policy 'main' since \d s"
+  with pytest.raises(StuckError, match=rf"longer than 1 s .*: .*{waits}"):
+    tiny_run.train(
+        tmp_path / "run",
+        dataclasses.replace(setup, actor=actor),
+        config={"seed": setup.seed},
+        stream=told,
+    )
+  assert re.search(rf"nothing new for 0\.2 s: .*{waits}", told.getvalue())
 
 
 def broken_ratio(logprobs, old_logprobs, mask):

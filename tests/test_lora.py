@@ -143,7 +143,12 @@ def test_every_wrong_factor_is_listed(tmp_path):
         ({"target_modules": ["q_proj", "embed"]}, "target_modules = "),
         ({"target_modules": "all-linear"}, "target_modules = 'all-linear'"),
         ({"r": 0}, "rank must be >= 1"),
-        ({"lora_alpha": "x"}, "could not convert"),
+        ({"r": 2.0}, "r = 2.0, must be an integer"),
+        ({"lora_alpha": "x"}, "lora_alpha = 'x', must be a number"),
+        ({"lora_alpha": 10**400}, "lora_alpha = 10+, must be a number"),
+        ({"target_modules": [["a"]]}, "target_modules = "),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens = "),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa', must"),
     ),
 )
 def test_what_is_not_computed_is_refused(changes, message, tmp_path):
@@ -169,3 +174,20 @@ def test_impossible_adapters(changes, message):
   fields = {"rank": 2, "alpha": 1.0, "targets": ("query",)} | changes
   with pytest.raises(ValueError, match=message):
     lora.LoRA(**fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        (lambda x: x.astype(np.int32), "is int32, must be one of"),
+        (lambda x: x * np.float32(np.nan), "holds NaN or infinity"),
+    ),
+)
+def test_factors_must_be_finite_floats(change, message, tmp_path):
+  adapter = random_adapter(DENSE, SOME)
+  save_adapter(tmp_path, adapter, lora=SOME, config=DENSE, base="there")
+  file = tmp_path / "adapter_model.safetensors"
+  stored = safetensors.numpy.load_file(file)
+  safetensors.numpy.save_file({k: change(v) for k, v in stored.items()}, file)
+  with pytest.raises(ValueError, match=f"q_proj.lora_A.weight {message}"):
+    load_adapter(tmp_path, config=DENSE)

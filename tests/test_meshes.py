@@ -91,7 +91,7 @@ def test_a_policy_that_needs_too_many_devices_is_named():
     sharding.assign({"a": 1, "b": 9}, fake(4, 4))
 
 
-async def sampled(config, weights, mesh):
+async def sampled(config, weights, mesh, decode_rows):
   """Completions of five prompts, two of them equal; and what was compiled."""
   engine = Engine(
       config,
@@ -103,6 +103,7 @@ async def sampled(config, weights, mesh):
       prefill_tokens=32,
       prefill_buckets=(16,),
       decode_steps=4,
+      decode_rows=decode_rows,
       mesh=mesh,
   )
   sampling = Sampling(temperature=1.0, max_new_tokens=12, stop_ids=())
@@ -120,12 +121,13 @@ async def sampled(config, weights, mesh):
   return completions
 
 
-def test_a_sampler_of_two_devices_draws_what_one_draws():
+@pytest.mark.parametrize("decode_rows", [0, 2])
+def test_a_sampler_of_two_devices_draws_what_one_draws(decode_rows):
   config = tiny_config(num_kv_heads=2, num_layers=1, vocab_size=62)
   weights = jax.jit(init, static_argnums=1)(jax.random.key(0), config)
   mesh = sharding.sampler_mesh(jax.devices()[4:6])
-  one = asyncio.run(sampled(config, weights, None))
-  two = asyncio.run(sampled(config, weights, mesh))
+  one = asyncio.run(sampled(config, weights, None, decode_rows))
+  two = asyncio.run(sampled(config, weights, mesh, decode_rows))
   for expected, actual in zip(one, two, strict=True):
     np.testing.assert_array_equal(actual.tokens, expected.tokens)
     # float32 sums of two halves.

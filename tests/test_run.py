@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from trajectories import group, random_trajectory
 
-from mgrpo_jax import advantages, credit, packing, store
+from mgrpo_jax import advantages, credit, metrics, packing, rollout, store
 from mgrpo_jax.credit import Credits
 from mgrpo_jax.critic import Critic
 from mgrpo_jax.packing import Credit
 from mgrpo_jax.policy.load import load
 from mgrpo_jax.resources import Resources
 from mgrpo_jax.run import Run, open_run
+from mgrpo_jax.spares import Spares
 from mgrpo_jax.testing.setup import small_setup
-from mgrpo_jax.types import Status
+from mgrpo_jax.types import Seating, Status
 
 MAX_GAP = 1e-4  # nats, float32 on a CPU
 
@@ -158,6 +159,56 @@ def test_a_policy_that_does_not_learn_has_no_age():
   run.meter.begin()
   (graded,) = run.grade(stage, [played(task)])
   assert graded.weight.any() and run.meter.values["stale"] == 0
+
+
+def test_what_spares_did_is_counted_over_all_draws_of_a_step(
+    tmp_path, monkeypatch
+):
+  spares = Spares(count=1, patience=0.0)
+  setup = make_setup(sampler={"spares": spares})
+  stage = setup.stages[1]
+  drawn = [(1, 2), (0, 1)]  # rescued, late of each draw
+
+  async def run_groups(tasks, *, num_rollouts, max_concurrent, spares, **_):
+    assert max_concurrent == 2 and spares.count == 1  # 9 rollouts, 4 a task
+    rescued, late = drawn.pop(0)
+    seating = Seating(
+        origin=(0, 1, 2), rescued=rescued, late=late, surplus=spares.count
+    )
+    assert num_rollouts == 3
+    return [dataclasses.replace(played(t), seating=seating) for t in tasks]
+
+  monkeypatch.setattr(rollout, "run_groups", run_groups)
+
+  async def two_draws():
+    async with open_run(setup, store.open_folder(tmp_path)) as run:
+      run.meter.begin()
+      tasks = run.take(stage)
+      await run.collect(stage, tasks, 0)
+      await run.collect(stage, tasks[:1], 0)
+      return run.meter.values
+
+  values = asyncio.run(two_draws())
+  assert values["rescued"] == pytest.approx(3 / 12)
+  assert values["late"] == pytest.approx(7 / 12)
+  assert values["surplus"] == pytest.approx(4 / 12)
+  for name in ("rescued", "late", "surplus"):
+    metrics.define(name)
+
+
+def test_without_spares_nothing_is_said_of_them(tmp_path):
+  setup = make_setup()
+
+  async def one_draw():
+    async with open_run(setup, store.open_folder(tmp_path)) as run:
+      run.meter.begin()
+      stage = setup.stages[1]
+      groups = await run.collect(stage, run.take(stage), 0)
+      return groups, run.meter.values
+
+  groups, values = asyncio.run(one_draw())
+  assert all(group.seating is None for group in groups)
+  assert not {"rescued", "late", "surplus"} & values.keys()
 
 
 def test_a_critic_learns_beside_the_policy(tmp_path):

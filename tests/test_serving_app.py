@@ -21,10 +21,17 @@ from served import (
     until,
 )
 
+from mgrpo_jax.agents.chats.llama3 import llama3_1_tools
+from mgrpo_jax.agents.llama import LLAMA
 from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.sampler import device
 from mgrpo_jax.serving.limits import SHORTEST_TOKEN
+from mgrpo_jax.testing.tokens import ByteTokenizer
 
+LLAMA_TOKENIZER = ByteTokenizer((
+    "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|eot_id|>",
+))  # fmt: skip
 TOKEN = "0123456789abcdef"
 ARGUMENTS = '{"a": 2, "b": [3]}'
 CALL = f'<tool_call>\n{{"name": "add", "arguments": {ARGUMENTS}}}\n</tool_call>'
@@ -42,15 +49,16 @@ def tiny():
     yield served, made
 
 
-def direct(tokens, *, seed, limit, temperature=1.0):
+def direct(tokens, *, seed, limit, temperature=1.0, **filters):
   """What the engine itself yields."""
 
   async def run():
     made = engine()
     async with made:
       sampling = Sampling(
-          temperature=temperature, max_new_tokens=limit, stop_ids=CHAT.stop_ids
-      )
+          temperature=temperature, max_new_tokens=limit, stop_ids=CHAT.stop_ids,
+          **filters,
+      )  # fmt: skip
       return await made.generate(tokens, sampling, seed)
 
   return asyncio.run(run())
@@ -75,6 +83,24 @@ def test_same_seed_same_tokens_as_the_engine(tiny):
       "total_tokens": len(told["prompt_token_ids"]) + len(expected.tokens),
   }
   assert told["object"] == "chat.completion"
+
+
+@pytest.mark.parametrize(
+    "filters", [{"top_k": 1}, {"top_p": 0.3}, {"min_p": 0.9}]
+)
+def test_filters_reach_the_engine(tiny, filters):
+  served, _ = tiny
+  fields = {
+      "seed": 3, "max_tokens": 20, "temperature": 2.0, "return_token_ids": True
+  }  # fmt: skip
+  told = served.complete(**fields, **filters)
+  expected = direct(
+      told["prompt_token_ids"], seed=3, limit=20, temperature=2.0, **filters
+  )
+  (choice,) = told["choices"]
+  assert choice["token_ids"] == expected.tokens.tolist()
+  (free,) = served.complete(**fields)["choices"]
+  assert free["token_ids"] != choice["token_ids"]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -114,7 +140,6 @@ def test_stop_texts_cut_and_free_the_slot(tiny):
       "seed": 5, "max_tokens": 60, "temperature": 2.0, "stop": [stop],
       "return_token_ids": True,
   }  # fmt: skip
-  cancelled = made.stats()["cancelled"]
   (choice,) = served.complete(**fields)["choices"]
   assert (choice["message"]["content"], choice["finish_reason"]) == (
       before,
@@ -122,8 +147,9 @@ def test_stop_texts_cut_and_free_the_slot(tiny):
   )
   assert len(choice["token_ids"]) < 60
   assert text_of(served.stream(**fields)) == before
+  assert TOKENIZER.decode(choice["token_ids"][:-1]).find(stop) < 0
+  assert stop in TOKENIZER.decode(choice["token_ids"])
   until(lambda: all_free(made))
-  assert made.stats()["cancelled"] == cancelled + 2
 
 
 def test_budgets_end_choices(tiny):
@@ -167,6 +193,61 @@ def test_tool_calls_come_out_and_results_go_in():
 @pytest.mark.parametrize("text", ["<tool_call>{}</tool_call>", CALL[:-5], "so"])
 def test_what_is_no_call_is_text(text):
   with serve(speaker(saying(text), context=5000)) as served:
+    (choice,) = served.complete(tools=[ADD])["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (
+        text,
+        "stop",
+    )
+    assert text_of(served.stream(tools=[ADD])) == text
+
+
+def llama_says(text):
+  """A speaker of Llama 3.1 and its protocol."""
+  chat = llama3_1_tools(LLAMA_TOKENIZER, date="26 Jul 2024")
+  return speaker(
+      saying(text, chat=chat), context=50_000, chat=chat, protocol=LLAMA,
+      tokenizer=LLAMA_TOKENIZER,
+  )  # fmt: skip
+
+
+def test_llama_calls_tools_too():
+  said = '\n{"name": "add", "parameters": {"a": 2, "b": [3]}}'
+  with serve(llama_says(said)) as served:
+    (choice,) = served.complete(tools=[ADD])["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    message = choice["message"]
+    assert not message["content"]
+    (call,) = message["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"a": 2, "b": [3]}
+    chunks = served.stream(tools=[ADD])
+    assert text_of(chunks).strip() == ""
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    (delta,) = [one for one in deltas if "tool_calls" in one]
+    assert delta["tool_calls"][0]["function"] == call["function"]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    told = {"role": "tool", "tool_call_id": call["id"], "content": "5"}
+    more = {"role": "user", "content": "Again?"}
+    reply = {"role": "assistant", "content": "It is 5."}
+    served.complete(messages=[*HELLO, message, told, reply, more], tools=[ADD])
+    # without tools it is just text
+    (choice,) = served.complete()["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (
+        said.strip(),  # as the format writes turns
+        "stop",
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It is {5}, I think.",
+        '{"name": "fly", "parameters": {}}',
+        'So: {"name": "add", "parameters": {"a": 2}}',
+        '{"name": "add"',
+    ],
+)
+def test_what_is_no_call_of_llamas_is_text(text):
+  with serve(llama_says(text)) as served:
     (choice,) = served.complete(tools=[ADD])["choices"]
     assert (choice["message"]["content"], choice["finish_reason"]) == (
         text,

@@ -18,8 +18,10 @@ from test_commands import ROOT, command, refused
 from configs import quickstart
 from experiments import recipe
 from mgrpo_jax import workdir
+from mgrpo_jax.policy.load import load
 from mgrpo_jax.publisher import Publisher
 from mgrpo_jax.resources import Resources
+from mgrpo_jax.sampler import handover
 
 TOKEN = "0123456789abcdef"
 QUESTION = "What is the capital of Peru?"
@@ -55,6 +57,8 @@ def publish(run):
         (["--port=70000"], "[0, 65535]"),
         (["--max_concurrent=0"], "max_concurrent"),
         (["--deadline=inf"], "deadline"),
+        (["--warm_up_deadline=0"], "warm_up_deadline"),
+        (["--conversations=-1"], "conversations"),
     ],
 )
 def test_wrong_flags_end_before_anything_is_served(run, flags, told):
@@ -67,6 +71,14 @@ def test_a_port_that_is_taken_is_named(run):
     port = taken.getsockname()[1]
     result = command("serve", f"--workdir={run}", f"--port={port}")
   assert "use" in refused(result)
+
+
+def test_a_warm_up_that_takes_too_long_ends_the_server(run):
+  publish(run)
+  result = command(
+      "serve", f"--workdir={run}", "--port=0", "--warm_up_deadline=1e-3"
+  )
+  assert "warm-up took longer than 0.001 s" in refused(result)
 
 
 @contextlib.contextmanager
@@ -85,10 +97,11 @@ def serving(run, *flags):
           "PYTHONPATH": str(ROOT),
       },
   )
-  watchdog = threading.Timer(120, process.kill)
+  watchdog = threading.Timer(300, process.kill)
   watchdog.start()
   try:
-    line = process.stdout.readline()
+    lines = iter(process.stdout.readline, "")
+    line = next(one for one in lines if not one.startswith("warm-up: "))
     assert line.startswith("http://127.0.0.1:"), process.stderr.read()
     assert line.endswith("serves quickstart:smoke, main, researcher\n")
     yield process, line.split()[0]
@@ -100,13 +113,16 @@ def serving(run, *flags):
 
 def ask(address, token, **fields):
   """The parsed response to a chat completion."""
+  body = {"messages": [{"role": "user", "content": QUESTION}]} | fields
+  return post(f"{address}/chat/completions", token, **body)
+
+
+def post(url, token, **body):
+  """The parsed response to JSON."""
   headers = {"content-type": "application/json"}
   if token:
     headers["authorization"] = f"Bearer {token}"
-  body = {"messages": [{"role": "user", "content": QUESTION}]} | fields
-  request = urllib.request.Request(
-      f"{address}/chat/completions", json.dumps(body).encode(), headers
-  )
+  request = urllib.request.Request(url, json.dumps(body).encode(), headers)
   with urllib.request.urlopen(request, timeout=60) as response:
     return json.load(response)
 
@@ -115,7 +131,10 @@ def test_a_run_is_served_until_it_is_told_to_end(run, tmp_path):
   publish(run)
   secret = tmp_path / "token"
   secret.write_text(TOKEN + "\n")
-  with serving(run, "--port=0", f"--token_file={secret}") as (process, address):
+  begun = load(ROOT / "configs/quickstart_weights/main")
+  handover.write(tmp_path / "weights/main", 3, begun)
+  given = [f"--token_file={secret}", f"--weights_from={tmp_path}/weights"]
+  with serving(run, "--port=0", *given) as (process, address):
     with pytest.raises(urllib.error.HTTPError, match="401"):
       ask(address, "", model="main")
     told = ask(address, TOKEN, model="quickstart:smoke", return_calls=True)
@@ -125,6 +144,10 @@ def test_a_run_is_served_until_it_is_told_to_end(run, tmp_path):
     assert choice["message"]["content"] == choice["calls"][0]["result"]
     turn = ask(address, TOKEN, model="main")["choices"][0]["message"]["content"]
     assert turn.startswith("<researcher>")  # delegates, as it was trained to
+    named = {"version": 3, "label": "mine"}
+    post(f"{address}/weights/main", TOKEN, **named)
+    told = post(f"{address}/completions", TOKEN, model="main", prompt=[1, 2])
+    assert told["choices"][0]["policy_versions"] == [3, 3]
     results = []
     thread = threading.Thread(
         target=lambda: results.append(

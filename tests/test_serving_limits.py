@@ -119,8 +119,11 @@ def test_metrics_are_what_prometheus_reads():
   metrics.request("", 429, 0.001)
   metrics.first_piece('a"b', 0.5)
   metrics.tokens('a"b', 10, 3)
-  stats = {"requests": 2, "visits": 9, "slots": {"free": 1, "busy": 3}}
-  text = metrics.text(inside=5, engines={"main": stats})
+  stats = {
+      "requests": 2, "visits": 9, "slots": {"free": 1, "busy": 3},
+      "prefilled": 7, "generated": 5, "evictions": 6,
+  }  # fmt: skip
+  text = metrics.text(inside=5, engines={"main": stats}, resident=4096)
   lines = text.splitlines()
   label = r'model="a\"b"'
   for line in (
@@ -135,7 +138,12 @@ def test_metrics_are_what_prometheus_reads():
       "mgrpo_choices_in_progress 5",
       'mgrpo_queue{policy="main"} 2',
       'mgrpo_slots{policy="main",state="busy"} 3',
+      'mgrpo_device_tokens_total{policy="main",kind="prefilled"} 7',
+      'mgrpo_evictions_total{policy="main"} 6',
+      "process_resident_memory_bytes 4096",
   ):
     assert line in lines
   assert text.endswith("\n")
-  assert sum(line.startswith("# TYPE") for line in lines) == 8
+  assert sum(line.startswith("# TYPE") for line in lines) == 11
+  unknown = metrics.text(inside=0, engines={}, resident=None)
+  assert "process_" not in unknown

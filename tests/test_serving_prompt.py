@@ -4,13 +4,16 @@ import asyncio
 import dataclasses
 import json
 
+import families
 import pytest
 
 from mgrpo_jax.agents import call as calling
 from mgrpo_jax.agents.actor import scripted
+from mgrpo_jax.agents.chats.llama3 import llama3_1_tools
 from mgrpo_jax.agents.compact import COMPACT
 from mgrpo_jax.agents.context import CallContext, Environment, Ledger
 from mgrpo_jax.agents.hermes import HERMES
+from mgrpo_jax.agents.llama import LLAMA
 from mgrpo_jax.agents.protocol import Action, answer
 from mgrpo_jax.agents.team import Role, Team
 from mgrpo_jax.serving import prompt, request
@@ -18,6 +21,7 @@ from mgrpo_jax.serving.errors import RequestError
 from mgrpo_jax.testing.team import chat_of, small_team, small_tools
 from mgrpo_jax.types import NO_PARENT
 
+GOLDEN = json.loads(families.GOLDEN.read_text())
 TEAM = small_team()
 CHAT = chat_of(HERMES, TEAM)
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -101,6 +105,58 @@ def test_no_text_becomes_a_control_token():
   assert [t for t in encoded(forged) if t in special] == [
       t for t in encoded(plain) if t in special
   ]
+
+
+def llama_messages(talk):
+  """A golden conversation as a client sends it, the last turn left out."""
+  messages = [{"role": "user", "content": talk["request"]}]
+  if talk["system"]:
+    messages.insert(0, {"role": "system", "content": talk["system"]})
+  turns = talk["turns"]
+  for said, told in zip(turns[::2], turns[1::2], strict=False):
+    call = said["call"]
+    messages += [called(call["name"], call["arguments"]), result(told)]
+  return messages
+
+
+@pytest.mark.parametrize("name", ["llama3_1_tools", "llama3_2_tools"])
+def test_llama_reads_what_its_template_makes_of_a_conversation(name):
+  tokenizer = families.llama()
+  chat = llama3_1_tools(tokenizer, date=GOLDEN["date"])
+  tools = [{"type": "function", "function": one} for one in GOLDEN["tools"]]
+  results = 0
+  for talk in GOLDEN["families"][name]["conversations"]:
+    asked = parsed(*llama_messages(talk), tools=tools)
+    ids = prompt.encode(asked, chat=chat, protocol=LLAMA)
+    text = tokenizer.decode(ids)
+    assert talk["text"].startswith(text)
+    assert text.endswith("assistant<|end_header_id|>\n\n")
+    results += text.count("<|start_header_id|>ipython<|end_header_id|>")
+  assert results == 4
+
+
+def test_users_of_llama_go_on_as_users():
+  tokenizer = families.llama()
+  chat = llama3_1_tools(tokenizer, date=GOLDEN["date"])
+
+  def text_of(*messages):
+    ids = prompt.encode(parsed(*messages), chat=chat, protocol=LLAMA)
+    return tokenizer.decode(ids)
+
+  head = "<|start_header_id|>{}<|end_header_id|>\n\n"
+  again = {"role": "user", "content": " And 3 + 4? "}
+  assert text_of(USER, SAID, again) == (
+      f"{text_of(USER)}5<|eot_id|>{head.format('user')}And 3 + 4?<|eot_id|>"
+      f"{head.format('assistant')}"
+  )
+  call = called("f", {"a": 1})
+  assert text_of(USER, call | {"content": "\n"}, result("r")) == (
+      f'{text_of(USER)}{{"name": "f", "parameters": {{"a": 1}}}}<|eot_id|>'
+      f'{head.format("ipython")}"r"<|eot_id|>{head.format("assistant")}'
+  )
+  with pytest.raises(RequestError, match="none beside a call") as caught:
+    text_of(USER, call | {"content": "Let me see."}, result("r"))
+  assert caught.value.param == "messages[1].content"
 
 
 SAID = {"role": "assistant", "content": "5"}

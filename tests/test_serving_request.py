@@ -37,6 +37,7 @@ def test_a_short_request_has_the_least():
   assert [(m.role, m.content) for m in asked.messages] == [("user", "Hello")]
   assert (asked.n, asked.max_tokens, asked.temperature) == (1, None, None)
   assert (asked.seed, asked.stop, asked.functions) == (None, (), ())
+  assert (asked.top_k, asked.top_p, asked.min_p) == (0, 1.0, 0.0)
   assert not (asked.stream or asked.logprobs or asked.return_token_ids)
 
 
@@ -51,7 +52,9 @@ def test_a_long_request_has_everything():
       stream_options={"include_usage": True},
       logprobs=True,
       return_token_ids=True,
-      top_p=1.0,
+      top_k=-1,
+      top_p=0.9,
+      min_p=0.05,
       presence_penalty=0,
       user="me",
       response_format={"type": "text"},
@@ -74,6 +77,7 @@ def test_a_long_request_has_everything():
   )
   assert (asked.n, asked.max_tokens, asked.temperature) == (3, 7, 0.0)
   assert (asked.seed, asked.stop) == (2**64 - 1, ("x",))
+  assert (asked.top_k, asked.top_p, asked.min_p) == (0, 0.9, 0.05)
   assert asked.stream and asked.include_usage and asked.logprobs
   (function,) = asked.functions
   assert function.name == "look-up"
@@ -140,7 +144,12 @@ def test_tools_that_may_not_be_chosen_are_not_shown():
         ({"stop": ["a"] * 5}, "stop"),
         ({"stream": 1}, "stream"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"top_p": 0.9}, "top_p"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 0.5}, "top_k"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"min_p": True}, "min_p"),
         ({"top_logprobs": 5}, "top_logprobs"),
         ({"logit_bias": {"1": 2}}, "logit_bias"),
         ({"response_format": {"type": "json_object"}}, "response_format"),

@@ -76,7 +76,7 @@ def test_who_leaves_frees_the_slots(tiny, monkeypatch, stream):
     if stream:
       assert connection.recv(15) == b"HTTP/1.1 200 OK"
     connection.close()
-    until(lambda: all_free(made), seconds=2)
+    until(lambda: all_free(made))
     assert made.stats()["cancelled"] == before + 3
   assert served.service.gate.inside == 0
   until(lambda: b'status="499"' in served.ask("GET", "/metrics")[2])

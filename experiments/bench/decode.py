@@ -1,33 +1,38 @@
 r"""Tokens per second of the sampler, part by part.
 
     python -m experiments.bench.decode [--policy=quickstart|smollm2] \
-        [--num_slots=128] [--rounds=7] [--out=decode.json]
+        [--num_slots=128] [--busy=25] [--decode_rows=0,16,32] \
+        [--rounds=7] [--out=decode.json]
 
-Three rows, measured in turn (A B C A B C …) after a warm-up: `decode`, the
-compiled program with every slot sampling; `prefill`, full calls of one bucket
-onto streams that are already half filled; and `engine`, agents that converse
-with the engine (prompts and tool results of 20 to 60 tokens, turns of 5 to 25),
-whose limit is the first two. The figures of a machine that does other things
-too are only good as ratios; compile time is apart.
+Measured in turn (A B C A B C …) after a warm-up: `prefill`, full calls of one
+bucket onto streams that are already half filled; and for each number of rows
+that are decoded together (0: all slots), `decode`, the compiled program with
+some slots busy, and `engine`, agents that converse with the engine (prompts and
+tool results of 20 to 60 tokens, turns of 5 to 25), one a slot, of whom no more
+than `busy` ask at a time; the others wait as if for their tools. The figures of
+a machine that does other things too are only good as ratios; compile time is
+apart.
 """
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import json
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
 from mgrpo_jax import metrics
 from mgrpo_jax.policy import params
+from mgrpo_jax.policy.cache import KVCache
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.decode import Slots
-from mgrpo_jax.policy.sampling import MAX_STOP_IDS, NO_TOKEN, Sampling
+from mgrpo_jax.policy.sampling import MAX_STOP_IDS, NO_TOKEN, Sampling, plainly
 from mgrpo_jax.sampler import device
 from mgrpo_jax.sampler.engine import Engine
 
@@ -74,6 +79,8 @@ class Bench:
     prefill_tokens: of one call.
     bucket: tokens of a row of the prefill that is timed.
     decode_steps: of one call.
+    decode_rows: decoded together; 0 for all.
+    busy: slots that are sampled at a time.
   """
 
   config: TransformerConfig
@@ -84,42 +91,56 @@ class Bench:
   prefill_tokens: int
   bucket: int
   decode_steps: int
+  decode_rows: int
+  busy: int
 
 
-def decode(bench: Bench) -> Callable[[], float]:
-  """Times one visit with every slot sampling, on average half filled.
+def decode(
+    bench: Bench,
+    cache: list[KVCache],
+    lengths: Sequence[int] | None = None,
+) -> Callable[[], float]:
+  """Times one visit with some slots busy, the others idle sessions.
 
   Args:
     bench: sizes.
+    cache: one; donated and replaced, so that others can use it in turn.
+    lengths: tokens that each slot holds; None for any, half full on average.
 
   Returns:
     A function that runs it and returns tokens per second.
   """
   rng = np.random.default_rng(0)
   rows = bench.num_slots
+  length = np.asarray(
+      rng.integers(1, bench.context - bench.decode_steps, rows)
+      if lengths is None
+      else lengths,
+      np.int32,
+  )
+  budget = np.zeros(rows, np.int32)
+  budget[rng.permutation(rows)[: bench.busy]] = bench.decode_steps
   slots = Slots(
       token=rng.integers(0, bench.config.vocab_size, rows).astype(np.int32),
-      length=rng.integers(
-          1, bench.context - bench.decode_steps, rows, np.int32
-      ),
-      budget=np.full(rows, bench.decode_steps, np.int32),
+      length=length,
+      budget=budget,
       seed=rng.integers(0, 2**32, (rows, 2), np.uint32),
-      temperature=np.ones(rows, np.float32),
+      drawing=plainly(rows),
       stop_ids=np.full((rows, MAX_STOP_IDS), NO_TOKEN, np.int32),
   )
-  cache = [_cache(bench)]
 
   def run() -> float:
     start = time.perf_counter()
-    cache[0], tokens, _ = device.decode(
+    cache[0], drawn = device.decode(
         bench.weights,
         cache[0],
         slots,
         config=bench.config,
         num_steps=bench.decode_steps,
+        num_rows=bench.decode_rows or rows,
     )
-    tokens.block_until_ready()
-    return tokens.size / (time.perf_counter() - start)
+    jax.block_until_ready(drawn)
+    return int(budget.sum()) / (time.perf_counter() - start)
 
   return run
 
@@ -142,7 +163,7 @@ def prefill(bench: Bench) -> Callable[[], float]:
       np.arange(rows, dtype=np.int32) % bench.num_slots,
       np.full(rows, bench.context // 2 - bench.bucket // 2, np.int32),
   )
-  cache = [_cache(bench)]
+  cache = [empty(bench)]
 
   def run() -> float:
     start = time.perf_counter()
@@ -155,25 +176,29 @@ def prefill(bench: Bench) -> Callable[[], float]:
   return run
 
 
-async def converse(engine: Engine, number: int, bench: Bench) -> None:
+async def converse(
+    engine: Engine, number: int, bench: Bench, asking: asyncio.Semaphore
+) -> None:
   """Plays one agent until its context is nearly full.
 
   Args:
     engine: running.
     number: of the agent, seeds its prompts and draws.
     bench: sizes.
+    asking: how many may ask at a time.
   """
   rng = np.random.default_rng(number)
   vocab = bench.config.vocab_size
   tokens = rng.integers(0, vocab, rng.integers(20, 60)).tolist()
   while len(tokens) + 25 < bench.context:
     limit = int(rng.integers(5, 26))
-    completion = await engine.generate(
-        tokens,
-        Sampling(temperature=1.0, max_new_tokens=limit, stop_ids=()),
-        number,
-        session=str(number),
-    )
+    async with asking:
+      completion = await engine.generate(
+          tokens,
+          Sampling(temperature=1.0, max_new_tokens=limit, stop_ids=()),
+          number,
+          session=str(number),
+      )
     result = rng.integers(0, vocab, rng.integers(20, 60)).tolist()
     tokens = tokens + completion.tokens.tolist() + result
   engine.release(str(number))
@@ -190,13 +215,15 @@ async def traffic(
     offset: number of the first agent.
 
   Returns:
-    Sampled and prefilled tokens per second, tokens sampled per visit.
+    Sampled and prefilled tokens per second, tokens sampled per visit. Agents
+    take turns in asking, so that all sessions are open for most of the time.
   """
   room = asyncio.Semaphore(bench.num_slots)
+  asking = asyncio.Semaphore(bench.busy)
 
   async def agent(number: int) -> None:
     async with room:
-      await converse(engine, number, bench)
+      await converse(engine, number, bench, asking)
 
   before, start = engine.stats(), time.perf_counter()
   await asyncio.gather(*(agent(offset + i) for i in range(3 * bench.num_slots)))
@@ -206,23 +233,55 @@ async def traffic(
       for name in ("generated", "prefilled", "visits")
   }
   return {
-      "engine, sampled": done["generated"] / seconds,
-      "engine, prefilled": done["prefilled"] / seconds,
-      "engine, per visit": done["generated"] / done["visits"],
+      "sampled": done["generated"] / seconds,
+      "prefilled": done["prefilled"] / seconds,
+      "a visit": done["generated"] / done["visits"],
   }
 
 
-async def measure(bench: Bench, rounds: int) -> dict[str, list[float]]:
+async def measure(
+    benches: Sequence[Bench], rounds: int
+) -> dict[str, list[float]]:
   """Runs everything in turn; the first round warms up and is dropped.
 
   Args:
-    bench: sizes.
+    benches: that differ in `decode_rows`.
     rounds: kept.
 
   Returns:
     A list of figures for each row of the table.
   """
-  engine = Engine(
+  run_prefill = prefill(benches[0])
+  cache = [empty(benches[0])]
+  decoders = [decode(bench, cache) for bench in benches]
+  figures: dict[str, list[float]] = {}
+  async with contextlib.AsyncExitStack() as stack:
+    engines = [
+        await stack.enter_async_context(start(bench)) for bench in benches
+    ]
+    for index in range(rounds + 1):
+      row = {"prefill, full": run_prefill()}
+      for bench, run, engine in zip(benches, decoders, engines, strict=True):
+        name = f"{bench.decode_rows or 'all'} rows, "
+        row[f"{name}decode"] = run()
+        told = await traffic(engine, bench, index * 3 * bench.num_slots)
+        row |= {f"{name}{key}": value for key, value in told.items()}
+      if index:
+        for name, value in row.items():
+          figures.setdefault(name, []).append(value)
+  return figures
+
+
+def start(bench: Bench) -> Engine:
+  """Makes an engine.
+
+  Args:
+    bench: sizes.
+
+  Returns:
+    The engine, not yet running.
+  """
+  return Engine(
       bench.config,
       bench.weights,
       0,
@@ -234,19 +293,8 @@ async def measure(bench: Bench, rounds: int) -> dict[str, list[float]]:
           size for size in (16, 32, 64, 128) if size <= bench.context
       ],
       decode_steps=bench.decode_steps,
+      decode_rows=bench.decode_rows,
   )
-  run_decode, run_prefill = decode(bench), prefill(bench)
-  figures: dict[str, list[float]] = {}
-  async with engine:
-    for index in range(rounds + 1):
-      row = {
-          "decode, full": run_decode(),
-          "prefill, full": run_prefill(),
-      } | await traffic(engine, bench, index * 3 * bench.num_slots)
-      if index:
-        for name, value in row.items():
-          figures.setdefault(name, []).append(value)
-  return figures
 
 
 def main() -> None:
@@ -255,24 +303,30 @@ def main() -> None:
   config = POLICIES[arguments.policy]
   init = jax.jit(params.init, static_argnums=1)
   with metrics.count_compilations() as compiled:
-    bench = Bench(
-        config=config,
-        weights=init(jax.random.key(0), config),
-        num_slots=arguments.num_slots,
-        context=arguments.context,
-        block=arguments.block,
-        prefill_tokens=arguments.prefill_tokens,
-        bucket=arguments.bucket,
-        decode_steps=arguments.decode_steps,
-    )
-    figures = asyncio.run(measure(bench, arguments.rounds))
+    weights = init(jax.random.key(0), config)
+    benches = [
+        Bench(
+            config=config,
+            weights=weights,
+            num_slots=arguments.num_slots,
+            context=arguments.context,
+            block=arguments.block,
+            prefill_tokens=arguments.prefill_tokens,
+            bucket=arguments.bucket,
+            decode_steps=arguments.decode_steps,
+            decode_rows=rows,
+            busy=arguments.busy,
+        )
+        for rows in arguments.decode_rows
+    ]
+    figures = asyncio.run(measure(benches, arguments.rounds))
   print(f"{params.num_params(config):,} parameters; {vars(arguments)}")
   print(f"compiled, programs of the sampler: {dict(device.compilations())}")
   print(f"compiled, all: {compiled.count} programs, {compiled.seconds:.1f} s")
-  print(f"{'tokens/s':20}{'median':>10}{'min':>10}{'max':>10}")
+  print(f"{'tokens/s':22}{'median':>10}{'min':>10}{'max':>10}")
   for name, values in figures.items():
     middle = statistics.median(values)
-    print(f"{name:20}{middle:10.0f}{min(values):10.0f}{max(values):10.0f}")
+    print(f"{name:22}{middle:10.0f}{min(values):10.0f}{max(values):10.0f}")
   if arguments.out is not None:
     record = {
         "arguments": {k: str(v) for k, v in vars(arguments).items()},
@@ -283,8 +337,15 @@ def main() -> None:
     arguments.out.write_text(json.dumps(record, indent=2) + "\n")
 
 
-def _cache(bench: Bench) -> device.KVCache:
-  """Makes an empty cache."""
+def empty(bench: Bench) -> KVCache:
+  """Makes an empty cache.
+
+  Args:
+    bench: sizes.
+
+  Returns:
+    The cache.
+  """
   return device.init_cache(
       config=bench.config,
       num_slots=bench.num_slots,
@@ -304,9 +365,15 @@ def _arguments() -> argparse.Namespace:
       "prefill_tokens": 512,
       "bucket": 32,
       "decode_steps": 8,
+      "busy": 25,
       "rounds": 7,
   }.items():
     parser.add_argument(f"--{name}", type=int, default=default)
+  parser.add_argument(
+      "--decode_rows",
+      type=lambda text: [int(part) for part in text.split(",")],
+      default=[0, 16, 32],
+  )
   parser.add_argument("--out", type=pathlib.Path)
   return parser.parse_args()
 

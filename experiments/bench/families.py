@@ -333,12 +333,15 @@ def _decode_error(policy: Any, prompt: np.ndarray) -> float:
       length=one(fill_value=known),
       budget=one(fill_value=steps),
       seed=jnp.ones((1, 2), jnp.uint32),
-      temperature=jnp.ones(1, jnp.float32),
+      drawing=sampling.plainly(1),
       stop_ids=jnp.full((1, 1), sampling.NO_TOKEN, jnp.int32),
   )
-  run = functools.partial(decode.decode, config=config, num_steps=steps)
-  _, sampled, told = jax.jit(run)(policy.params, filled, slots)
-  whole = jnp.concatenate([jnp.asarray(prompt, jnp.int32), sampled[:, 0]])[None]
+  run = functools.partial(
+      decode.decode, config=config, num_steps=steps, num_rows=1
+  )
+  _, drawn = jax.jit(run)(policy.params, filled, slots)
+  tokens = [jnp.asarray(prompt, jnp.int32), drawn.tokens[:, 0]]
+  whole = jnp.concatenate(tokens)[None]
   score = functools.partial(
       logprobs.token_logprobs, config=config, temperature=1.0
   )
@@ -348,7 +351,7 @@ def _decode_error(policy: Any, prompt: np.ndarray) -> float:
       jnp.arange(whole.shape[1])[None],
       jnp.ones_like(whole),
   )
-  return float(jnp.abs(scored[0, -steps:] - told[:, 0]).max())
+  return float(jnp.abs(scored[0, -steps:] - drawn.logprobs[:, 0]).max())
 
 
 if __name__ == "__main__":

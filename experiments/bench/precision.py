@@ -97,6 +97,7 @@ async def sample(
       prefill_tokens=512,
       prefill_buckets=(64,),
       decode_steps=8,
+      decode_rows=0,
   )
   sampling = Sampling(temperature=1.0, max_new_tokens=NEW, stop_ids=())
   async with engine:

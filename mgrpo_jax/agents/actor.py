@@ -106,6 +106,7 @@ def scripted(
     return Completion(
         tokens=np.asarray(kept, np.int32),
         logprobs=np.zeros(len(kept), np.float32),
+        raw_logprobs=np.zeros(len(kept), np.float32),
         finish="stop" if len(kept) == len(ids) else "length",
         version_min=0,
         version_max=0,

@@ -5,6 +5,7 @@ stream and never encoded again, so what is trained on is what was sampled.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -236,8 +237,9 @@ class _Call:
         seed=turn_seed(*identity),
         session=self.session,
     )
-    async with asyncio.timeout(self.environment.turn_deadline):
-      completion = await self.actor.speak(moment)
+    with self._waiting(f"policy {self.role.policy!r}"):
+      async with asyncio.timeout(self.environment.turn_deadline):
+        completion = await self.actor.speak(moment)
     self.stream.add_sampled(completion)
     self.environment.counters["turns"] += 1
     return completion
@@ -287,7 +289,8 @@ class _Call:
     if action.kind == "call":
       return await self._delegate(action)
     tool = self.environment.tools[action.name]
-    observation = await run_tool(tool, action.arguments, self.memory)
+    with self._waiting(f"tool {tool.name!r}"):
+      observation = await run_tool(tool, action.arguments, self.memory)
     if observation.outcome != "ok":
       self.environment.counters[f"tool_{observation.outcome}s"] += 1
     return observation
@@ -302,7 +305,10 @@ class _Call:
     reports = []
     for attempt in range(child.attempts):
       context = dataclasses.replace(
-          self.context, parent=self.position, attempt=attempt
+          self.context,
+          parent=self.position,
+          attempt=attempt,
+          callers=self._path(),
       )
       reports.append(
           await call_with_retries(
@@ -315,6 +321,18 @@ class _Call:
     if report.status != Status.COMPLETED:
       return Observation(text=ERROR + "no answer", outcome="error")
     return Observation(text=report.result_text)
+
+  def _path(self) -> tuple[str, ...]:
+    """The callers, this call and its turn."""
+    _, _, role, ordinal = self.identity
+    turn = f"{role} {ordinal} in turn {len(self.turns)}"
+    return (*self.context.callers, turn)
+
+  def _waiting(self, target: str) -> contextlib.AbstractContextManager[None]:
+    """Lets others see what the call waits for."""
+    task_id, rollout, _, _ = self.identity
+    activity = self.environment.activity
+    return activity.waiting(task_id, rollout, self._path(), target)
 
   def _record(
       self,

@@ -45,6 +45,7 @@ class Chat:
     open: (system, request) to the ids before the first sampled token.
     extend: (whether the turn ended with a stop token, result) to the ids
       that follow the sampled ones, up to the next sampled token.
+    ask: the same for the user's next message.
     read: sampled ids to the utterance they spell.
     write: pieces of a turn to the ids that `read` reads as it, stop id
       included.
@@ -54,6 +55,7 @@ class Chat:
   stop_ids: tuple[int, ...]
   open: Callable[[Pieces, str], list[int]]
   extend: Callable[[bool, Pieces], list[int]]
+  ask: Callable[[bool, Pieces], list[int]]
   read: Callable[[Sequence[int]], Utterance]
   write: Callable[[Pieces], list[int]]
 

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 from collections.abc import Mapping
 
+from mgrpo_jax.agents.activity import Activity
 from mgrpo_jax.agents.actor import Actor
 from mgrpo_jax.agents.protocol import Function, Pieces, delegation
 from mgrpo_jax.agents.team import Role, Team
@@ -27,6 +28,7 @@ class Environment:
       `malformed_turns`, `cut_turns`, `refused_calls`, `tool_errors`,
       `tool_timeouts`, `cut_results`, `long_requests`); kept up to date in
       place.
+    activity: what the calls under way wait for; likewise.
   """
 
   team: Team
@@ -38,6 +40,7 @@ class Environment:
   counters: collections.Counter[str] = dataclasses.field(
       default_factory=collections.Counter
   )
+  activity: Activity = dataclasses.field(default_factory=Activity)
 
   def __post_init__(self) -> None:
     """Checks that all names are known and every prompt fits."""
@@ -134,6 +137,7 @@ class CallContext:
     ledger: of this rollout.
     parent: the caller's place in the ledger; NO_PARENT for the root.
     attempt: which of several attempts at the same sub-task, from 0.
+    callers: the calls above and their turns, the root's first.
   """
 
   environment: Environment
@@ -143,3 +147,4 @@ class CallContext:
   ledger: Ledger
   parent: int
   attempt: int = 0
+  callers: tuple[str, ...] = ()

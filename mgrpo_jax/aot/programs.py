@@ -29,14 +29,12 @@ from mgrpo_jax.aot import flops
 from mgrpo_jax.aot.flops import Work
 from mgrpo_jax.packing import BatchShape
 from mgrpo_jax.policy import cache as caching
-from mgrpo_jax.policy import lora, params
+from mgrpo_jax.policy import lora, params, sampling
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.decode import Slots
 from mgrpo_jax.policy.lora import LoRA
 from mgrpo_jax.sampler import device
 from mgrpo_jax.types import Reference, TrainState
-
-_MOST_STOPS = 4  # stop tokens of a request, as engines pad them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +53,7 @@ class Plan:
     temperature: that was sampled with, > 0.
     reference: what the objective compares with.
     engine: `num_slots`, `context`, `block`, `prefill_tokens`,
-      `prefill_buckets` and `decode_steps` of each sampling engine.
+      `prefill_buckets`, `decode_steps`, `decode_rows` of each sampling engine.
 
   Raises:
     ValueError: something is not a multiple of the devices it is split over.
@@ -236,8 +234,8 @@ def _decode(plan: Plan) -> Program:
       length=each(jnp.int32),
       budget=each(jnp.int32),
       seed=jax.ShapeDtypeStruct((slots, 2), jnp.uint32),
-      temperature=each(jnp.float32),
-      stop_ids=jax.ShapeDtypeStruct((slots, _MOST_STOPS), jnp.int32),
+      drawing=jax.eval_shape(lambda: sampling.plainly(slots)),
+      stop_ids=jax.ShapeDtypeStruct((slots, sampling.MAX_STOP_IDS), jnp.int32),
   )
   traced = device.decode.trace(
       weights,
@@ -245,6 +243,7 @@ def _decode(plan: Plan) -> Program:
       state,
       config=plan.config,
       num_steps=steps,
+      num_rows=plan.engine["decode_rows"] or slots,
       heads=device.split_heads(mesh),
   )
   held = {"weights": weights, "cache": cache}

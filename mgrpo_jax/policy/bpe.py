@@ -11,6 +11,7 @@ from typing import Any
 
 from mgrpo_jax.policy.tokenizer import (
     REPLACEMENT,
+    SPACE,
     SPACE_BYTES,
     decode_runs,
     encode_around_spaces,
@@ -20,6 +21,7 @@ from mgrpo_jax.policy.tokenizer import (
 
 DEFINITION_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+_PROBE = "Lima's <A|b>  12\n\tend caf\u00e9"  # the same in form NFC
 
 
 class BPETokenizer:
@@ -117,7 +119,7 @@ class BPETokenizer:
     name = self._name(key)
     if name is None:
       return None
-    if name not in self.special_ids:
+    if not isinstance(name, str) or name not in self.special_ids:
       raise ValueError(f"{CONFIG_FILE}: {key} {name!r} is no added token")
     return self.special_ids[name]
 
@@ -131,26 +133,80 @@ def _read_bpe(fields: dict[str, Any], added: Mapping[str, int]) -> Any:
         f"{DEFINITION_FILE} needs the package tokenizers: pip install"
         " 'mgrpo_jax[smollm2]'"
     ) from error
-  model = dict(fields.get("model", {}))
-  vocabulary = model.get("vocab")
-  if model.get("type") != "BPE" or not isinstance(vocabulary, dict):
-    raise ValueError(
-        f"{DEFINITION_FILE}: model.type must be 'BPE', with a vocab"
-    )
+  model, vocabulary = _read_model(fields)
+  _check_added(vocabulary, added)
   model["vocab"] = {t: i for t, i in vocabulary.items() if t not in added}
   model["merges"] = [
-      merge for merge in model.get("merges", ()) if not _spells(merge, added)
+      merge for merge in model["merges"] if not _spells(merge, added)
   ]
-  if model.get("unk_token") in added:
+  unknown = model.get("unk_token")
+  if isinstance(unknown, str) and unknown in added:
     model["unk_token"] = None
   plain = [t for t in fields["added_tokens"] if t["content"] not in added]
   ordinary = fields | {
-      "added_tokens": plain, "post_processor": None, "model": model
+      "added_tokens": plain, "post_processor": None, "model": model,
+      # Some files keep how they were last called; no text is cut or filled up.
+      "truncation": None, "padding": None,
   }  # fmt: skip
   try:
-    return tokenizers.Tokenizer.from_str(json.dumps(ordinary))
+    read = tokenizers.Tokenizer.from_str(json.dumps(ordinary))
   except Exception as error:  # the library raises bare Exceptions
     raise ValueError(f"{DEFINITION_FILE}: cannot be read: {error}") from error
+  if read.normalizer is not None:
+    seen = read.normalizer.normalize_str(_PROBE)
+    if seen.replace(SPACE, " ").lstrip(" ") != _PROBE:
+      raise ValueError(f"{DEFINITION_FILE}: its normalizer changes text")
+  return read
+
+
+def _read_model(
+    fields: dict[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Takes the model and its vocabulary out of a definition."""
+  model = fields.get("model")
+  if (
+      not isinstance(model, dict)
+      or model.get("type") != "BPE"
+      or not isinstance(model.get("vocab"), dict)
+  ):
+    raise ValueError(
+        f"{DEFINITION_FILE}: model.type must be 'BPE', with a vocab"
+    )
+  merges = model.get("merges", [])
+  if not isinstance(merges, list) or not all(map(_is_merge, merges)):
+    raise ValueError(f"{DEFINITION_FILE}: model.merges must be pairs of tokens")
+  return model | {"merges": merges}, model["vocab"]
+
+
+def _is_merge(merge: object) -> bool:
+  """Whether a merge names two tokens."""
+  two = merge.split(" ") if isinstance(merge, str) else merge
+  return (
+      isinstance(two, list)
+      and len(two) == 2
+      and all(isinstance(one, str) for one in two)
+  )
+
+
+def _check_added(vocabulary: dict[str, Any], added: Mapping[str, int]) -> None:
+  """Raises where text could become the id of a special token."""
+  owners: dict[int, str] = {}
+  wrong = []
+  for name, token in added.items():
+    other = owners.setdefault(token, name)
+    if not name or token < 0:
+      wrong.append(f"{name!r} has id {token}")
+    elif other != name:
+      wrong.append(f"{other!r} and {name!r} have id {token}")
+    elif vocabulary.get(name, token) != token:
+      wrong.append(f"{name!r} has ids {vocabulary[name]} and {token}")
+  wrong += [
+      f"{owners[token]!r} and {name!r} have id {token}"
+      for name, token in vocabulary.items()
+      if isinstance(token, int) and owners.get(token, name) != name
+  ]
+  if wrong:
+    raise ValueError(f"{DEFINITION_FILE}: added_tokens: {'; '.join(wrong)}")
 
 
 def _spells(merge: str | Sequence[str], added: Mapping[str, int]) -> bool:
@@ -163,12 +219,19 @@ def _read_definition(text: str) -> tuple[dict[str, Any], dict[str, int]]:
   """Parses a definition and its special tokens, name to id."""
   try:
     fields = json.loads(text)
-    added = {
-        t["content"]: int(t["id"])
+    special = [
+        (t["content"], t["id"])
         for t in fields["added_tokens"]
         if t.get("special") or not is_plain(t["content"])
-    }
-  except (ValueError, KeyError, TypeError) as error:
+    ]
+    added = dict(special)
+    if not all(type(n) is str and type(i) is int for n, i in special):
+      raise TypeError("content must be text, id an integer")
+    if len(added) < len(special):
+      raise ValueError("a token is there twice")
+  except (
+      ValueError, KeyError, TypeError, AttributeError, RecursionError
+  ) as error:  # fmt: skip
     raise ValueError(
         f"{DEFINITION_FILE}: must be a JSON object with added_tokens:"
         f" {error!r}"

@@ -104,6 +104,40 @@ def copy_slots(
   return jax.lax.fori_loop(0, len(sources), copy, cache)
 
 
+def take(
+    cache: KVCache, rows: Int[Array, " R"], lengths: Int[Array, " R"]
+) -> KVCache:
+  """Copies some slots, as far as the longest of them is filled.
+
+  Gathering once what many steps read costs less than gathering at each step.
+
+  Args:
+    cache: of S slots.
+    rows: [R] int32 slots; beyond the last one, any.
+    lengths: [R] int32, tokens in use.
+
+  Returns:
+    A cache of R slots; blocks that none of them fills are zeros.
+  """
+  longest = jnp.max(lengths)
+
+  def take_block(index: int, block: Array) -> Array:
+    return jax.lax.cond(
+        longest > index * block.shape[2],
+        lambda block: block.at[rows].get(mode="clip"),
+        lambda block: jnp.zeros((len(rows), *block.shape[1:]), block.dtype),
+        block,
+    )
+
+  def take_side(layers: tuple[Blocks, ...]) -> tuple[Blocks, ...]:
+    return tuple(
+        tuple(take_block(index, block) for index, block in enumerate(blocks))
+        for blocks in layers
+    )
+
+  return KVCache(keys=take_side(cache.keys), values=take_side(cache.values))
+
+
 def heads_first(x: Float[Array, "P T Hkv D"]) -> Float[Array, "P Hkv T D"]:
   """Brings keys or values into the order that the cache has.
 
@@ -258,48 +292,65 @@ def write(
 ) -> KVCache:
   """Puts tokens into their slots; in place where the cache is donated.
 
+  Each block is written by a loop of its own over the rows with tokens for it,
+  so that the others cost nothing.
+
   Args:
     cache: to write to.
     keys: one array a layer, P rows of T tokens.
     values: likewise.
-    slots: [P] int32, the row's slot.
+    slots: [P] int32, the row's slot; distinct where lengths are positive.
     starts: [P] int32, where in the slot the row's tokens go.
-    lengths: [P] int32, how many of them; rows with none must come last.
+    lengths: [P] int32, how many of them.
 
   Returns:
     The cache.
   """
-
-  def put(block: Array, new: Array, first: int, row: Array) -> Array:
-    """Writes the part of a row that falls into one block."""
-    _, heads, width, head_dim = new.shape
-    size = block.shape[2]
-    window = min(width, size)
-    begin = jnp.clip(starts[row] - first, 0, size - window)
-    offsets = first + begin + jnp.arange(window) - starts[row]
-    tokens = jax.lax.dynamic_index_in_dim(new, row, keepdims=True)
-    tokens = jnp.take(tokens, offsets, axis=2, mode="clip")
-    real = (offsets >= 0) & (offsets < lengths[row])
-    corner = (slots[row], 0, begin, 0)
-    old = jax.lax.dynamic_slice(block, corner, (1, heads, window, head_dim))
-    merged = jnp.where(real[None, None, :, None], tokens, old)
-    return jax.lax.dynamic_update_slice(block, merged, corner)
-
-  def put_all(row: Array, layers: tuple, news: Sequence[Array]) -> tuple:
-    return tuple(
-        tuple(
-            put(block, new, index * block.shape[2], row)
-            for index, block in enumerate(blocks)
-        )
-        for blocks, new in zip(layers, news, strict=True)
-    )
-
-  return jax.lax.fori_loop(
-      0,
-      jnp.sum(lengths > 0),
-      lambda row, cache: KVCache(
-          keys=put_all(row, cache.keys, keys),
-          values=put_all(row, cache.values, values),
-      ),
-      cache,
+  layers, news = [*cache.keys, *cache.values], [*keys, *values]
+  number, size = len(layers[0]), layers[0][0].shape[2]
+  firsts = size * jnp.arange(number, dtype=jnp.int32)[:, None]
+  ends = (starts + lengths)[None]
+  touched = (starts[None] < firsts + size) & (
+      jnp.maximum(starts[None], firsts) < ends
   )
+  order = jnp.argsort(~touched, axis=1)
+  counts = jnp.sum(touched, axis=1)
+
+  def write_block(index: int) -> list[Array]:
+    def put(place: Array, blocks: list[Array]) -> list[Array]:
+      row = order[index, place]
+      start = starts[row] - index * size
+      return [
+          _put(block, new, row, slots[row], start, lengths[row])
+          for block, new in zip(blocks, news, strict=True)
+      ]
+
+    blocks = [layer[index] for layer in layers]
+    return jax.lax.fori_loop(0, counts[index], put, blocks)
+
+  written = zip(*(write_block(index) for index in range(number)), strict=True)
+  sides = tuple(written)
+  return KVCache(keys=sides[: len(keys)], values=sides[len(keys) :])
+
+
+def _put(
+    block: Float[Array, "S Hkv C D"],
+    new: Float[Array, "P Hkv T D"],
+    row: Int[Array, ""],
+    slot: Int[Array, ""],
+    start: Int[Array, ""],
+    length: Int[Array, ""],
+) -> Float[Array, "S Hkv C D"]:
+  """Writes the part of a row that falls into a block `start` tokens before."""
+  _, heads, width, head_dim = new.shape
+  size = block.shape[2]
+  window = min(width, size)
+  begin = jnp.clip(start, 0, size - window)
+  offsets = begin + jnp.arange(window) - start
+  tokens = jax.lax.dynamic_index_in_dim(new, row, keepdims=True)
+  tokens = jnp.take(tokens, offsets, axis=2, mode="clip")
+  real = (offsets >= 0) & (offsets < length)
+  corner = (slot, 0, begin, 0)
+  old = jax.lax.dynamic_slice(block, corner, (1, heads, window, head_dim))
+  merged = jnp.where(real[None, None, :, None], tokens, old)
+  return jax.lax.dynamic_update_slice(block, merged, corner)

@@ -27,6 +27,7 @@ from mgrpo_jax.policy import sampling, transformer
 from mgrpo_jax.policy.cache import Blocks, KVCache
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import Params
+from mgrpo_jax.policy.sampling import Drawing
 
 
 @flax.struct.dataclass
@@ -37,21 +38,29 @@ class Slots:
   length: Any  # [S] int32, tokens in the cache; the position of `token`
   budget: Any  # [S] int32, tokens to sample at most; 0 where idle
   seed: Any  # [S, 2] uint32, see `sampling.split_seed`
-  temperature: Any  # [S] float32
+  drawing: Drawing
   stop_ids: Any  # [S, J] int32, padded with NO_TOKEN
 
 
 @flax.struct.dataclass
+class Drawn:
+  """What a visit of N steps sampled in S slots, see `sampling.sample`."""
+
+  tokens: Any  # [N, S] int32, NO_TOKEN where idle or stopped
+  logprobs: Any  # [N, S] float32, nats, under what was sampled from
+  raw_logprobs: Any  # [N, S] float32, nats, under the softmax of the logits
+
+
+@flax.struct.dataclass
 class _Visit:
-  """What changes from step to step; N steps."""
+  """What changes from step to step of a tile; R slots, N steps."""
 
   step: jax.Array  # [] int32
-  token: jax.Array  # [S] int32
-  running: jax.Array  # [S] bool
-  keys: Blocks  # L × [S, Hkv, N, D]
-  values: Blocks  # L × [S, Hkv, N, D]
-  tokens: jax.Array  # [N, S] int32
-  logprobs: jax.Array  # [N, S] float32
+  token: jax.Array  # [R] int32
+  running: jax.Array  # [R] bool
+  keys: Blocks  # L × [R, Hkv, N, D]
+  values: Blocks  # L × [R, Hkv, N, D]
+  drawn: Drawn  # [N, R]
 
 
 def prefill(
@@ -122,8 +131,15 @@ def decode(
     *,
     config: TransformerConfig,
     num_steps: int,
-) -> tuple[KVCache, Int[Array, "N S"], Float[Array, "N S"]]:
+    num_rows: int,
+) -> tuple[KVCache, Drawn]:
   """Samples up to N tokens for every slot that has a budget.
+
+  Slots are computed in tiles of R, those with a budget first and the longest
+  first among them: what slots without one cost is at most the rest of a tile,
+  a tile ends with the last of its own streams, and reads no more blocks of
+  cache than its longest fills. A tile of all slots reads the cache where it
+  stands; smaller ones copy what they read to one place first.
 
   Args:
     params: weights.
@@ -131,24 +147,71 @@ def decode(
     slots: what to sample.
     config: sizes.
     num_steps: N; fewer are computed once every slot has stopped.
+    num_rows: R, 1 to S; products of another R may round differently.
 
   Returns:
-    The cache; tokens, `NO_TOKEN` where a slot was idle or had stopped; their
-    log-probabilities in nats, see `sampling.sample`. A slot that sampled n
-    tokens has n more of them in its cache; the newest is not among those.
+    The cache and what was sampled. A slot that sampled n tokens has n more of
+    them in its cache; the newest is not among those.
   """
-  visit = _run_steps(params, cache, slots, config, num_steps)
-  added = jnp.sum(visit.tokens != sampling.NO_TOKEN, axis=0, dtype=jnp.int32)
-  order = jnp.argsort(added == 0)
-  cache = caching.write(
-      cache,
-      [key[order] for key in visit.keys],
-      [value[order] for value in visit.values],
-      order,
-      slots.length[order],
-      added[order],
+  num_slots = len(slots.token)
+  if num_rows == num_slots:
+    every = jnp.arange(num_slots, dtype=jnp.int32)
+    visit = _run_steps(params, cache, slots, config, num_steps)
+    return _written(cache, visit, every, slots), visit.drawn
+  running = slots.budget > 0
+  order = jnp.argsort(jnp.where(running, -slots.length, 1)).astype(jnp.int32)
+  order = jnp.pad(order, (0, -num_slots % num_rows), constant_values=num_slots)
+
+  def add_tile(
+      number: Array, done: tuple[KVCache, Drawn]
+  ) -> tuple[KVCache, Drawn]:
+    cache, drawn = done
+    rows = jax.lax.dynamic_slice_in_dim(order, number * num_rows, num_rows)
+    tile = jax.tree.map(
+        # A row beyond the last slot has budget 0.
+        lambda x: jnp.asarray(x).at[rows].get(mode="fill", fill_value=0),
+        slots,
+    )
+    held = caching.take(cache, rows, _lengths(tile))
+    visit = _run_steps(params, held, tile, config, num_steps)
+    return _written(cache, visit, rows, tile), jax.tree.map(
+        lambda every, some: every.at[:, rows].set(some, mode="drop"),
+        drawn,
+        visit.drawn,
+    )
+
+  return jax.lax.fori_loop(
+      0,
+      (jnp.sum(running) + num_rows - 1) // num_rows,
+      add_tile,
+      (cache, _nothing(num_steps, num_slots)),
   )
-  return cache, visit.tokens, visit.logprobs
+
+
+def _written(
+    cache: KVCache, visit: _Visit, rows: Int[Array, " R"], slots: Slots
+) -> KVCache:
+  """The cache with what a visit has fed in R of its rows."""
+  was_drawn = visit.drawn.tokens != sampling.NO_TOKEN
+  added = jnp.sum(was_drawn, axis=0, dtype=jnp.int32)
+  return caching.write(
+      cache, visit.keys, visit.values, rows, slots.length, added
+  )
+
+
+def _lengths(slots: Slots) -> Int[Array, " R"]:
+  """Tokens that each slot's queries see in the cache; none in idle ones."""
+  return jnp.where(slots.budget > 0, slots.length, 0)
+
+
+def _nothing(num_steps: int, num_slots: int) -> Drawn:
+  """What no slot has sampled yet."""
+  shape = (num_steps, num_slots)
+  return Drawn(
+      tokens=jnp.full(shape, sampling.NO_TOKEN, jnp.int32),
+      logprobs=jnp.zeros(shape, jnp.float32),
+      raw_logprobs=jnp.zeros(shape, jnp.float32),
+  )
 
 
 def _run_steps(
@@ -173,9 +236,9 @@ def _run_steps(
       running=slots.budget > 0,
       keys=empty,
       values=empty,
-      tokens=jnp.full((num_steps, num_slots), sampling.NO_TOKEN, jnp.int32),
-      logprobs=jnp.zeros((num_steps, num_slots), jnp.float32),
+      drawn=_nothing(num_steps, num_slots),
   )
+  slots = dataclasses.replace(slots, drawing=slots.drawing.where(first.running))
   return jax.lax.while_loop(
       lambda visit: (visit.step < num_steps) & jnp.any(visit.running),
       functools.partial(_step, params, cache, slots, uniform, config=config),
@@ -187,7 +250,7 @@ def _step(
     params: Params,
     cache: KVCache,
     slots: Slots,
-    uniform: Float[Array, "N S"],
+    uniform: Float[Array, "N R"],
     visit: _Visit,
     *,
     config: TransformerConfig,
@@ -196,18 +259,18 @@ def _step(
   step = visit.step
   visit, hidden = _forward(params, cache, slots, visit, config)
   logits = transformer.unembed(params, hidden, config=config)[:, 0]
-  token, logprob = sampling.sample(logits, uniform[step], slots.temperature)
-  row = jnp.where(visit.running, token, sampling.NO_TOKEN)
+  token, *logprobs = sampling.sample(logits, uniform[step], slots.drawing)
+  row = Drawn(
+      jnp.where(visit.running, token, sampling.NO_TOKEN),
+      *(jnp.where(visit.running, logprob, 0.0) for logprob in logprobs),
+  )
   stopped = jnp.any(token[:, None] == slots.stop_ids, axis=1)
   return dataclasses.replace(
       visit,
       step=step + 1,
       token=token,
       running=visit.running & ~stopped & (step + 1 < slots.budget),
-      tokens=visit.tokens.at[step].set(row),
-      logprobs=visit.logprobs.at[step].set(
-          jnp.where(visit.running, logprob, 0.0)
-      ),
+      drawn=jax.tree.map(lambda x, y: x.at[step].set(y), visit.drawn, row),
   )
 
 
@@ -217,10 +280,10 @@ def _forward(
     slots: Slots,
     visit: _Visit,
     config: TransformerConfig,
-) -> tuple[_Visit, Float[Array, "S 1 E"]]:
+) -> tuple[_Visit, Float[Array, "R 1 E"]]:
   """Feeds each slot's newest token through the layers."""
-  num_steps = len(visit.tokens)
-  cached = jnp.where(slots.budget > 0, slots.length, 0)
+  num_steps = len(visit.drawn.tokens)
+  cached = _lengths(slots)
   positions = (slots.length + visit.step)[:, None]
   own = slots.length[:, None, None] + jnp.arange(num_steps)[None, None]
   rotation = transformer.rotations(positions, config=config)

@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import random as jax_random
 from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from mgrpo_jax.policy import filters
+from mgrpo_jax.policy.filters import Filters
 
 MAX_STOP_IDS = 8  # stop tokens a request may name
 NO_TOKEN = -1
@@ -29,6 +34,11 @@ class Sampling:
     temperature: logits are divided by it; 0 takes the likeliest token.
     max_new_tokens: tokens at most, at least 1.
     stop_ids: sampling any of these ends the completion.
+    top_k: only the k likeliest tokens; 0 for all. Of these three, see
+      `filters.bounds`.
+    top_p: only the likeliest tokens that hold this share; 1 for all.
+    min_p: only tokens of this share of the likeliest one's probability or
+      more; 0 for all.
 
   Raises:
     ValueError: if a field is out of range, naming the field.
@@ -37,6 +47,9 @@ class Sampling:
   temperature: float
   max_new_tokens: int
   stop_ids: tuple[int, ...]
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
 
   def __post_init__(self) -> None:
     """Checks every field."""
@@ -55,6 +68,47 @@ class Sampling:
       )
     if any(token < 0 for token in self.stop_ids):
       raise ValueError(f"stop_ids must be token ids, got {self.stop_ids!r}")
+    if not 0 <= self.top_k < 2**31:
+      raise ValueError(f"top_k must be in 0..2^31-1, got {self.top_k!r}")
+    if not 0 < self.top_p <= 1:
+      raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
+    if not 0 <= self.min_p <= 1:
+      raise ValueError(f"min_p must be in [0, 1], got {self.min_p!r}")
+
+
+@flax.struct.dataclass
+class Drawing:
+  """How each of S rows is drawn, on host or device."""
+
+  temperature: Any  # [S] float32
+  filters: Filters
+
+  def where(self, rows: Bool[Array, " S"]) -> Drawing:
+    """Spares the other rows everything that costs.
+
+    Args:
+      rows: which are drawn.
+
+    Returns:
+      The same; temperature 1 and no filters in the others.
+    """
+    plain = plainly(len(rows))
+    return jax.tree.map(lambda x, y: jnp.where(rows, x, y), self, plain)
+
+
+def plainly(num_rows: int) -> Drawing:
+  """Draws at temperature 1, everything allowed.
+
+  Args:
+    num_rows: S.
+
+  Returns:
+    Arrays on the host, to be written to.
+  """
+  return Drawing(
+      temperature=np.ones(num_rows, np.float32),
+      filters=filters.none(num_rows),
+  )
 
 
 def split_seed(seed: int) -> tuple[int, int]:
@@ -96,31 +150,50 @@ def uniforms(
 def sample(
     logits: Float[Array, "S V"],
     uniform: Float[Array, " S"],
-    temperature: Float[Array, " S"],
-) -> tuple[Int[Array, " S"], Float[Array, " S"]]:
+    drawing: Drawing,
+) -> tuple[Int[Array, " S"], Float[Array, " S"], Float[Array, " S"]]:
   """Draws one token a row.
 
-      token = min {v : Σ_{u ≤ v} p(u) > uniform},   p = softmax(logits / temp.)
+      token = min {v : Σ_{u ≤ v} p(u) > uniform},   p ∝ filtered e^(logits / τ)
+
+  Rows are filtered, and the second log-probability computed, only where some
+  row needs it; a row's numbers do not depend on that.
 
   Args:
     logits: float32.
     uniform: float32 in [0, 1), one a row.
-    temperature: float32; 0 takes the likeliest token.
+    drawing: how; temperature 0 takes the likeliest token.
 
   Returns:
-    Tokens, int32, and their log-probabilities in nats under p; where the
-    temperature is 0, under the softmax at temperature 1, because a point mass
-    would tell nothing.
+    Tokens, int32; their log-probabilities in nats under p, and under the
+    softmax of the logits, temperature 1 and nothing filtered. At temperature 0
+    both are the latter: a point mass would tell nothing.
   """
-  greedy = temperature == 0
-  scaled = logits / jnp.where(greedy, 1.0, temperature)[:, None]
+  greedy = drawing.temperature == 0
+  filtered = drawing.filters.active() & ~greedy
+  scaled = logits / jnp.where(greedy, 1.0, drawing.temperature)[:, None]
   peak = jnp.max(scaled, axis=-1, keepdims=True)
   weights = jnp.exp(scaled - peak)
+  bound = jax.lax.cond(
+      jnp.any(filtered),
+      filters.bounds,
+      lambda weights, _: jnp.zeros(len(weights), jnp.float32),
+      *(weights, drawing.filters),
+  )
+  bound = jnp.where(filtered, bound, 0.0)[:, None]
+  weights = jnp.where(weights >= bound, weights, 0.0)
   drawn = inverse_cdf(weights, uniform)
   token = jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn)
   chosen = jnp.take_along_axis(scaled, token[:, None], axis=-1) - peak
   logprob = chosen[:, 0] - jnp.log(jnp.sum(weights, axis=-1))
-  return token.astype(jnp.int32), logprob
+  changed = filtered | ~(greedy | (drawing.temperature == 1))
+  raw = jax.lax.cond(
+      jnp.any(changed),
+      lambda logits, token, _: _log_softmax(logits, token),
+      lambda logits, token, logprob: logprob,
+      *(logits, token, logprob),
+  )
+  return token.astype(jnp.int32), logprob, jnp.where(changed, raw, logprob)
 
 
 def inverse_cdf(
@@ -153,49 +226,12 @@ def inverse_cdf(
   return block * width + entry
 
 
-def top_k(logits: Float[Array, "S V"], k: int) -> Float[Array, "S V"]:
-  """Keeps the k likeliest tokens of each row, and those tied with the last.
-
-  Args:
-    logits: float32.
-    k: 1 to V.
-
-  Returns:
-    Logits, -inf where dropped.
-
-  Raises:
-    ValueError: if k is out of range.
-  """
-  if not 1 <= k <= logits.shape[-1]:
-    raise ValueError(f"k must be in 1..{logits.shape[-1]}, got {k!r}")
-  threshold = jax.lax.top_k(logits, k)[0][:, -1:]
-  return jnp.where(logits >= threshold, logits, -jnp.inf)
-
-
-def top_p(logits: Float[Array, "S V"], p: float) -> Float[Array, "S V"]:
-  """Keeps each row's smallest set of likeliest tokens of total mass >= p.
-
-  Nucleus sampling (Holtzman et al., arXiv 1904.09751); ties with the last one
-  kept are kept.
-
-  Args:
-    logits: float32, already divided by the temperature.
-    p: in (0, 1].
-
-  Returns:
-    Logits, -inf where dropped.
-
-  Raises:
-    ValueError: if p is out of range.
-  """
-  if not 0 < p <= 1:
-    raise ValueError(f"p must be in (0, 1], got {p!r}")
-  ordered = jnp.sort(logits, axis=-1, descending=True)
-  mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
-  above = jnp.pad(mass[:, :-1], ((0, 0), (1, 0)))
-  kept: Bool[Array, "S V"] = above < p
-  threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-  return jnp.where(logits >= threshold, logits, -jnp.inf)
+def _log_softmax(
+    logits: Float[Array, "S V"], token: Int[Array, " S"]
+) -> Float[Array, " S"]:
+  """Log-probability of one token a row, nats."""
+  chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+  return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def _first_above(

@@ -35,6 +35,7 @@ RULES = (
     Rule(name="flat groups", metric="flat_groups", above=0.8),
     Rule(name="clipped", metric="clip_fraction", above=0.5),
     Rule(name="stale data", metric="stale", above=0.0),
+    Rule(name="late rollouts", metric="late", above=0.05),
     Rule(name="sampler drift", metric="logprob_gap_mean", above=0.05),
 )
 

@@ -228,11 +228,11 @@ def comparison(rows: Mapping[str, tuple[Accuracy, Accuracy]]) -> str:
   """
   table = [("accuracy [95% interval]", "n", "before", "after", "change")]
   for name, (before, after) in rows.items():
-    counts = {before.n, after.n}
+    counts = dict.fromkeys((before.n, after.n))
     table.append(
         (
             printable(name),
-            "/".join(str(n) for n in sorted(counts)),
+            "/".join(map(str, counts)),
             _with_interval(before),
             _with_interval(after),
             f"{after.share - before.share:+.3f}",

@@ -261,8 +261,9 @@ def markdown(results: Mapping[str, Any]) -> str:
   """
   told = [f"- {note}" for note in NOTES]
   told.append(f"- machine: {results['machine']}")
-  commits = sorted({run["commit"] for run in results["runs"]})
-  told.append(f"- commit: {', '.join(one or 'unknown' for one in commits)}")
+  commits = sorted({run["commit"] for run in results["runs"]} - {""})
+  if commits:
+    told.append(f"- commit: {', '.join(commits)}")
   if results["note"]:
     told.append(f"- {results['note']}")
   return sweep_page.markdown(table(results)) + "\n\n" + "\n".join(told)

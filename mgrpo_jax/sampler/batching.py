@@ -76,9 +76,27 @@ def calls(pieces: Iterable[Piece], *, call_tokens: int) -> Iterator[Call]:
   for piece in pieces:
     groups.setdefault((piece.order, piece.bucket), []).append(piece)
   for (_, bucket), group in sorted(groups.items(), key=lambda item: item[0]):
-    rows = max(1, call_tokens // bucket)
+    rows = _rows(bucket, call_tokens)
     for first in range(0, len(group), rows):
       yield _pad(group[first : first + rows], rows, bucket)
+
+
+def empty(bucket: int, *, call_tokens: int) -> Call:
+  """A call of a bucket's shape that prefills nothing.
+
+  Args:
+    bucket: tokens of a row.
+    call_tokens: see `calls`.
+
+  Returns:
+    The call; all its rows are unused.
+  """
+  return _pad([], _rows(bucket, call_tokens), bucket)
+
+
+def _rows(bucket: int, call_tokens: int) -> int:
+  """Rows of a bucket's calls."""
+  return max(1, call_tokens // bucket)
 
 
 def _pad(group: Sequence[Piece], rows: int, bucket: int) -> Call:

@@ -15,14 +15,14 @@ from collections.abc import Mapping
 
 import jax
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from mgrpo_jax import sharding
 from mgrpo_jax.policy import cache as caching
 from mgrpo_jax.policy import decode as decoding
 from mgrpo_jax.policy.cache import KVCache
 from mgrpo_jax.policy.config import TransformerConfig
-from mgrpo_jax.policy.decode import Slots
+from mgrpo_jax.policy.decode import Drawn, Slots
 from mgrpo_jax.policy.params import Params
 
 _TRACED: collections.Counter[str] = collections.Counter()
@@ -85,7 +85,7 @@ def prefill(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "num_steps", "heads"),
+    static_argnames=("config", "num_steps", "num_rows", "heads"),
     donate_argnames=("cache",),
 )
 def decode(
@@ -95,14 +95,20 @@ def decode(
     *,
     config: TransformerConfig,
     num_steps: int,
+    num_rows: int,
     heads: NamedSharding | None = None,
-) -> tuple[KVCache, Int[Array, "N S"], Float[Array, "N S"]]:
+) -> tuple[KVCache, Drawn]:
   """Runs `policy.decode.decode`, in place."""
   _TRACED["decode"] += 1
-  cache, tokens, logprobs = decoding.decode(
-      params, cache, slots, config=config, num_steps=num_steps
+  cache, drawn = decoding.decode(
+      params,
+      cache,
+      slots,
+      config=config,
+      num_steps=num_steps,
+      num_rows=num_rows,
   )
-  return _kept(cache, heads), tokens, logprobs
+  return _kept(cache, heads), drawn
 
 
 @functools.partial(

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
@@ -30,19 +31,18 @@ from mgrpo_jax import sharding
 from mgrpo_jax.policy import sampling as drawing
 from mgrpo_jax.policy.cache import KVCache
 from mgrpo_jax.policy.config import TransformerConfig
+from mgrpo_jax.policy.decode import Drawn
 from mgrpo_jax.policy.params import Params, param_specs
 from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.sampler import device
+from mgrpo_jax.sampler.interface import EngineError, OnTokens, Until
 from mgrpo_jax.sampler.schedule import Schedule, Visit, completion
-from mgrpo_jax.sampler.slots import OnTokens, Request
+from mgrpo_jax.sampler.slots import Request
+from mgrpo_jax.sampler.stream import checked
 from mgrpo_jax.types import Completion
 
 _COPIES = 8  # slots copied by one call
 _YIELDS = 5  # turns of the event loop in which finished callers may ask again
-
-
-class EngineError(RuntimeError):
-  """The engine cannot go on; every waiting request gets one."""
 
 
 class Engine:
@@ -64,6 +64,7 @@ class Engine:
       prefill_tokens: int,
       prefill_buckets: Sequence[int],
       decode_steps: int,
+      decode_rows: int,
       mesh: jax.sharding.Mesh | None = None,
   ) -> None:
     """Allocates the cache; compiles nothing else yet.
@@ -81,26 +82,31 @@ class Engine:
       prefill_buckets: lengths that new tokens are padded to; one compilation
         each. Longer inputs are cut into pieces of the largest.
       decode_steps: tokens sampled for each slot between two looks at the queue.
+      decode_rows: busy slots that are computed together, see `decode.decode`;
+        0 for all slots, busy or not, at once.
       mesh: of `sharding.sampler_mesh`, None for the default device.
 
     Raises:
-      ValueError: if a size is not positive, naming it, or if the mesh does not
+      ValueError: if a size is out of range, naming it, or if the mesh does not
         divide the parameters, naming one.
     """
-    sizes = {
-        "num_slots": num_slots,
-        "context": context,
-        "block": block,
-        "prefill_tokens": prefill_tokens,
-        "prefill_buckets": min(prefill_buckets, default=0),
-        "decode_steps": decode_steps,
-    }
-    for name, size in sizes.items():
-      if size < 1:
-        raise ValueError(f"{name} must be >= 1, got {size!r}")
+    _check(
+        num_slots=num_slots,
+        context=context,
+        block=block,
+        prefill_tokens=prefill_tokens,
+        prefill_buckets=min(prefill_buckets, default=0),
+        decode_steps=decode_steps,
+    )
+    if not 0 <= decode_rows <= num_slots:
+      raise ValueError(
+          f"decode_rows must be in 0..{num_slots} (num_slots), got"
+          f" {decode_rows!r}"
+      )
     self._config = config
     self._context = context
     self._decode_steps = decode_steps
+    self._decode_rows = decode_rows or num_slots
     self._heads: jax.sharding.NamedSharding | None = None
     self._place: Any = jax.local_devices()[0]
     if mesh is not None:
@@ -123,7 +129,10 @@ class Engine:
     )
     self._sessions: set[str] = set()  # with a request queued or being sampled
     self._wake = asyncio.Event()
+    self._seconds = {"busy": 0.0, "idle": 0.0}
+    self._ready = 0.0  # when there was something to do, the device being free
     self._closing = False
+    self._worker: concurrent.futures.ThreadPoolExecutor | None = None
     self._task: asyncio.Task[None] | None = None
     self._failure: Exception | None = None
 
@@ -133,7 +142,8 @@ class Engine:
       raise RuntimeError("the engine is already running")
     self._wake = asyncio.Event()
     self._closing = False
-    self._task = asyncio.create_task(self._serve())
+    self._worker = concurrent.futures.ThreadPoolExecutor(1, "sampler")
+    self._task = asyncio.create_task(self._serve(self._worker))
     return self
 
   async def __aexit__(self, *exception: object) -> None:
@@ -144,6 +154,29 @@ class Engine:
     if task is not None:
       await task
 
+  async def warm_up(self, tell: Callable[[int, int], None]) -> None:
+    """Compiles every program that requests can need; they find nothing changed.
+
+    Cancelling the call leaves the program under way to be finished.
+
+    Args:
+      tell: called with the number of programs that are there, and of all.
+
+    Raises:
+      EngineError: if the device failed, or the engine is not running.
+    """
+    self._check_running()
+    loop, visits = asyncio.get_running_loop(), self._schedule.rehearsals()
+    for done, visit in enumerate(visits, 1):
+      try:
+        await loop.run_in_executor(
+            self._worker, self._visit, self._params, visit
+        )
+      except Exception as error:  # the cache may be gone
+        self._failure = error
+        raise EngineError(f"the warm-up failed: {error}") from error
+      tell(done, len(visits))
+
   async def generate(
       self,
       tokens: Sequence[int],
@@ -151,6 +184,8 @@ class Engine:
       seed: int,
       *,
       session: str | None = None,
+      until: Until | None = None,
+      tenant: str = "",
       on_tokens: OnTokens | None = None,
   ) -> Completion:
     """Samples what follows a stream of tokens.
@@ -159,11 +194,16 @@ class Engine:
 
     Args:
       tokens: the whole stream, 1 to `context` ids.
-      sampling: temperature, budget, stop tokens.
+      sampling: temperature, filters, budget, stop tokens.
       seed: 0 to 2^64 - 1; with the position it determines each draw.
       session: keeps the cache for the next call, whose tokens should extend
-        these and the completion's; if they do not, all are prefilled. One
-        request of a session at a time. End it with `release`.
+        these and the completion's; from where they do not, they are prefilled.
+        One request of a session at a time. End it with `release`.
+      until: called in the event loop with each token drawn, in order, until it
+        says True: that token is then the completion's last, whatever the
+        device has drawn beyond it, and the session goes on from there; see
+        `spelling.until_text`. What it raises, the call raises.
+      tenant: among whose requests the prefill of equal prompts is shared.
       on_tokens: called in the event loop after each visit with the tokens that
         it drew, at least one, and their log-probabilities; together they are
         the completion's. May cancel the call. How many come at a time says
@@ -177,12 +217,11 @@ class Engine:
       ValueError: if an argument is out of range; nothing has been done.
       EngineError: if the device failed or the engine was closed.
     """
-    stream = self._checked(tokens)
+    stream = checked(
+        tokens, context=self._context, vocab_size=self._config.vocab_size
+    )
     words = drawing.split_seed(seed)
-    if self._failure is not None:
-      raise EngineError(f"the engine has failed: {self._failure}")
-    if self._task is None or self._closing:
-      raise EngineError("the engine is not running; use `async with engine:`")
+    self._check_running()
     if session is not None and session in self._sessions:
       raise ValueError(f"session {session!r} has a request under way")
     limit = min(len(stream) + sampling.max_new_tokens, self._context)
@@ -191,15 +230,19 @@ class Engine:
         sampling=sampling,
         seed=words,
         session=session,
+        tenant=tenant,
         limit=limit,
         future=asyncio.get_running_loop().create_future(),
+        until=until,
         on_tokens=on_tokens,
     )
     if limit == len(stream):
       request.versions.append(self._schedule.version)
       return completion(request, self._context)
     self._schedule.add(request)
-    self._wake.set()
+    if not self._wake.is_set():
+      self._ready = time.perf_counter()
+      self._wake.set()
     if session is None:
       return await request.future
     self._sessions.add(session)
@@ -238,33 +281,31 @@ class Engine:
     """Counts what was done so far.
 
     Returns:
+      `seconds` that the worker was `busy` with visits, and `idle` though
+      there was something to do, which the host's work between visits is;
       `compilations` by kind, of this process; `slots` by state; `requests`
       waiting; tokens `prefilled`, tokens `generated`; `visits`; slots `copied`
       instead of prefilled; `cancelled` requests; `evictions` of idle sessions,
       and `mismatches`, sessions whose tokens did not extend their cache.
     """
-    return {**self._schedule.stats(), "compilations": device.compilations()}
+    return {
+        **self._schedule.stats(),
+        "seconds": dict(self._seconds),
+        "compilations": device.compilations(),
+    }
 
-  def _checked(self, tokens: Sequence[int]) -> np.ndarray:
-    """Turns a stream into an array, or says what is wrong with it."""
-    stream = np.array(tokens, np.int64)  # a copy: the caller's may grow
-    if stream.ndim != 1 or not 1 <= len(stream) <= self._context:
-      raise ValueError(
-          f"tokens must be a sequence of 1 to {self._context} ids (context),"
-          f" got shape {stream.shape}"
-      )
-    if stream.min() < 0 or stream.max() >= self._config.vocab_size:
-      raise ValueError(
-          f"tokens must be ids in 0..{self._config.vocab_size - 1}, got"
-          f" {stream.min()}..{stream.max()}"
-      )
-    return stream.astype(np.int32)
+  def _check_running(self) -> None:
+    """Raises `EngineError` unless requests can be served."""
+    if self._failure is not None:
+      raise EngineError(f"the engine has failed: {self._failure}")
+    if self._task is None or self._closing:
+      raise EngineError("the engine is not running; use `async with engine:`")
 
-  async def _serve(self) -> None:
+  async def _serve(self, worker: concurrent.futures.Executor) -> None:
     """Visits the device while there is work; tells everyone when it ends."""
     loop = asyncio.get_running_loop()
     failure: Exception = EngineError("the engine was closed")
-    with concurrent.futures.ThreadPoolExecutor(1, "sampler") as worker:
+    with worker:
       try:
         while not self._closing:
           visit = self._schedule.plan()
@@ -272,10 +313,13 @@ class Engine:
             self._wake.clear()
             await self._wake.wait()
             continue
-          results = await loop.run_in_executor(
+          began, ended, drawn = await loop.run_in_executor(
               worker, self._visit, self._params, visit
           )
-          self._schedule.absorb(visit, *results)
+          self._seconds["idle"] += began - self._ready
+          self._seconds["busy"] += ended - began
+          self._ready = ended
+          self._schedule.absorb(visit, drawn)
           for _ in range(_YIELDS):
             await asyncio.sleep(0)
       except Exception as error:  # whatever it is, nobody may wait for ever
@@ -291,10 +335,15 @@ class Engine:
         error.__cause__ = failure
         request.future.set_exception(error)
 
-  def _visit(
-      self, params: Params, visit: Visit
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """Works on the device; the only code that runs in the worker thread."""
+  def _visit(self, params: Params, visit: Visit) -> tuple[float, float, Drawn]:
+    """Works on the device; the only code that runs in the worker thread.
+
+    One visit at a time, so each finds the cache that the last one left.
+
+    Returns:
+      When it began and ended; what was drawn.
+    """
+    began = time.perf_counter()
     cache = self._cache
     for call in visit.prefills:
       cache = device.prefill(
@@ -312,12 +361,21 @@ class Engine:
       pairs = pairs + pairs[-1:] * (_COPIES - len(pairs))
       sources, targets = np.asarray(pairs, np.int32).T
       cache = device.copy_slots(cache, sources, targets, heads=self._heads)
-    self._cache, tokens, logprobs = device.decode(
+    self._cache, drawn = device.decode(
         params,
         cache,
         visit.slots,
         config=self._config,
         num_steps=self._decode_steps,
+        num_rows=self._decode_rows,
         heads=self._heads,
     )
-    return np.asarray(tokens), np.asarray(logprobs)
+    told = jax.tree.map(np.asarray, drawn)
+    return began, time.perf_counter(), told
+
+
+def _check(**sizes: int) -> None:
+  """Raises for the first size that is not positive."""
+  for name, size in sizes.items():
+    if size < 1:
+      raise ValueError(f"{name} must be >= 1, got {size!r}")

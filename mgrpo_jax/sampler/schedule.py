@@ -8,16 +8,16 @@ device; `engine` does both.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from mgrpo_jax.policy import sampling as drawing
-from mgrpo_jax.policy.decode import Slots
+from mgrpo_jax.policy.decode import Drawn, Slots
 from mgrpo_jax.sampler import batching
 from mgrpo_jax.sampler.batching import Call, Piece
 from mgrpo_jax.sampler.slots import Request, Slot, SlotTable
@@ -121,6 +121,24 @@ class Schedule:
         "mismatches": self._table.mismatches,
     }
 
+  def rehearsals(self) -> list[Visit]:
+    """Visits that change nothing, one for every program that the device has."""
+    calls = [
+        [batching.empty(bucket, call_tokens=self._prefill_tokens)]
+        for bucket in self._buckets
+    ]
+    steps = [([], []), *((call, []) for call in calls), ([], [(0, 0)])]
+    return [
+        Visit(
+            version=self.version,
+            prefills=prefills,
+            copies=copies,
+            slots=_idle_slots(len(self._inputs.token)),
+            busy=[],
+        )
+        for prefills, copies in steps
+    ]
+
   def plan(self) -> Visit | None:
     """Decides the next visit; None if there is nothing to do."""
     for slot, request in self._table.busy():
@@ -144,53 +162,45 @@ class Schedule:
         busy=busy,
     )
 
-  def absorb(
-      self, visit: Visit, tokens: np.ndarray, logprobs: np.ndarray
-  ) -> None:
+  def absorb(self, visit: Visit, drawn: Drawn) -> None:
     """Takes a visit's tokens in and answers the requests that are done.
 
     Args:
       visit: what was planned.
-      tokens: [decode_steps, num_slots] int32, `NO_TOKEN` where none was drawn.
-      logprobs: of the tokens, float32, nats, finite.
+      drawn: by `decode_steps` steps in `num_slots` slots, on the host.
 
     Raises:
       FloatingPointError: a log-probability is not finite.
     """
-    if not np.isfinite(logprobs).all():
-      raise FloatingPointError(
-          f"log-probabilities under version {visit.version} are not finite"
-      )
-    counts = np.sum(tokens != drawing.NO_TOKEN, axis=0)
+    for scores in (drawn.logprobs, drawn.raw_logprobs):
+      if not np.isfinite(scores).all():
+        raise FloatingPointError(
+            f"log-probabilities under version {visit.version} are not finite"
+        )
+    counts = np.sum(drawn.tokens != drawing.NO_TOKEN, axis=0)
     self._inputs.length[:] += counts.astype(np.int32)
     self._counts["visits"] += 1
     self._counts["generated"] += int(counts.sum())
     for slot, request in visit.busy:
-      count, index = int(counts[slot.index]), slot.index
-      drawn = tokens[:count, index].tolist(), logprobs[:count, index].tolist()
-      request.sampled += drawn[0]
-      request.logprobs += drawn[1]
+      index = slot.index
+      slot.cached += _take(request, drawn, index, int(counts[index]))
       request.versions.append(visit.version)
-      slot.cached += count
       self._inputs.token[index] = request.sampled[-1]
-      stopped = request.sampled[-1] in request.sampling.stop_ids
-      _tell(request, *drawn)
       if request.future.done() or not (
-          stopped or slot.cached + 1 == request.limit
+          request.ended or slot.cached + 1 == request.limit
       ):
         continue
       slot.stream = np.append(
           request.tokens, np.asarray(request.sampled, np.int32)
       )
       self._inputs.budget[index] = 0
-      self._table.finish(slot, self.version)
+      self._table.finish(slot)
       request.future.set_result(completion(request, self._context))
 
   def _admit(self) -> list[tuple[Slot, Request]]:
     """Gives slots to waiting requests: sessions' own first, then in order."""
     placed = []
-    fresh = functools.partial(self._table.place, version=self.version)
-    for place in (self._table.resume, fresh):
+    for place in (self._table.resume, self._table.place):
       waiting: collections.deque[Request] = collections.deque()
       while self._queue:
         request = self._queue.popleft()
@@ -213,7 +223,9 @@ class Schedule:
     copies = []
     for slot, request in placed:
       self._describe(slot.index, request)
-      donor = self._table.donor(slot) if slot.cached == 0 else None
+      donor = (
+          self._table.donor(slot, request.tenant) if slot.cached == 0 else None
+      )
       end = len(slot.stream) - 1
       if donor is not None:
         copies.append((donor.index, slot.index))
@@ -228,11 +240,14 @@ class Schedule:
 
   def _describe(self, index: int, request: Request) -> None:
     """Writes what the device must know about a new request."""
-    inputs = self._inputs
-    stops = request.sampling.stop_ids
+    inputs, sampling = self._inputs, request.sampling
+    stops = sampling.stop_ids
     inputs.token[index] = request.tokens[-1]
     inputs.seed[index] = request.seed
-    inputs.temperature[index] = request.sampling.temperature
+    inputs.drawing.temperature[index] = sampling.temperature
+    inputs.drawing.filters.top_k[index] = sampling.top_k
+    inputs.drawing.filters.top_p[index] = sampling.top_p
+    inputs.drawing.filters.min_p[index] = sampling.min_p
     inputs.stop_ids[index] = drawing.NO_TOKEN
     inputs.stop_ids[index, : len(stops)] = stops
 
@@ -249,7 +264,7 @@ def completion(request: Request, context: int) -> Completion:
   """
   tokens = request.sampled
   finish: Literal["stop", "length", "context"]
-  if tokens and tokens[-1] in request.sampling.stop_ids:
+  if request.ended:
     finish = "stop"
   elif len(request.tokens) + len(tokens) == context:
     finish = "context"
@@ -258,19 +273,47 @@ def completion(request: Request, context: int) -> Completion:
   return Completion(
       tokens=np.asarray(tokens, np.int32),
       logprobs=np.asarray(request.logprobs, np.float32),
+      raw_logprobs=np.asarray(request.raw_logprobs, np.float32),
       finish=finish,
       version_min=request.versions[0],
       version_max=request.versions[-1],
   )
 
 
-def _tell(request: Request, tokens: list[int], logprobs: list[float]) -> None:
-  """Tells who listens what a visit drew; what it raises ends its request."""
-  if request.on_tokens is None or request.future.done():
-    return
+def _take(request: Request, drawn: Drawn, index: int, count: int) -> int:
+  """Adds what a slot has drawn to its request; returns how much it keeps."""
+  tokens = drawn.tokens[:count, index].tolist()
+  with _failing_alone(request):
+    tokens = _until(request, tokens)
+  kept = len(tokens)
+  logprobs = drawn.logprobs[:kept, index].tolist()
+  request.sampled += tokens
+  request.logprobs += logprobs
+  request.raw_logprobs += drawn.raw_logprobs[:kept, index].tolist()
+  request.ended |= tokens[-1] in request.sampling.stop_ids
+  if request.on_tokens is not None and not request.future.done():
+    with _failing_alone(request):
+      request.on_tokens(tokens, logprobs)
+  return kept
+
+
+def _until(request: Request, tokens: list[int]) -> list[int]:
+  """The tokens up to the one that ends the request, all if none does."""
+  if request.until is None or request.future.done():
+    return tokens
+  for number, token in enumerate(tokens):
+    if request.until(token):
+      request.ended = True
+      return tokens[: number + 1]
+  return tokens
+
+
+@contextlib.contextmanager
+def _failing_alone(request: Request) -> Iterator[None]:
+  """Fails a request with what its caller's function raises; others go on."""
   try:
-    request.on_tokens(tokens, logprobs)
-  except Exception as error:  # others' requests go on
+    yield
+  except Exception as error:
     if not request.future.done():
       request.future.set_exception(error)
 
@@ -283,6 +326,6 @@ def _idle_slots(num_slots: int) -> Slots:
       length=np.zeros(num_slots, np.int32),
       budget=np.zeros(num_slots, np.int32),
       seed=np.zeros((num_slots, 2), np.uint32),
-      temperature=np.ones(num_slots, np.float32),
+      drawing=drawing.plainly(num_slots),
       stop_ids=np.full(stops, drawing.NO_TOKEN, np.int32),
   )

@@ -1,9 +1,10 @@
 """Which stream stands in which slot; host-side book-keeping, no device.
 
 A slot is free, busy with a request, or idle: kept for a session between two of
-its requests. A request goes to its session's own slot if its tokens extend
-what is cached there, else to a free slot, else to the slot of the session that
-has been idle longest, which loses its cache.
+its requests. A request goes to its session's own slot, and goes on from as much
+of the cache there as its tokens begin with; if that is nothing, it goes to a
+free slot, else to the slot of the session that has been idle longest, which
+loses its cache.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import asyncio
 import collections
 import dataclasses
 import heapq
-from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from mgrpo_jax.policy.sampling import Sampling
+from mgrpo_jax.sampler.interface import OnTokens, Until
 from mgrpo_jax.types import Completion
 
-OnTokens = Callable[[Sequence[int], Sequence[float]], None]
+Prompt = tuple[str, bytes]  # tenant and tokens
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -31,24 +32,32 @@ class Request:
     sampling: how to go on.
     seed: the two words of the seed.
     session: whose cache to go on from and to leave; None for neither.
+    tenant: among whose requests caches may be copied.
     limit: length at which the stream must stop.
     future: gets the completion; done early means cancelled.
+    until: told each token drawn, says whether it is the last; None: none is.
     on_tokens: told what each visit drew; None for nobody.
     sampled: tokens drawn.
-    logprobs: their log-probabilities, nats.
+    logprobs: their log-probabilities, nats, under what they were drawn from.
+    raw_logprobs: the same under the softmax of the logits.
     versions: of the weights, in each visit that drew some.
+    ended: whether the last token drawn is the last of all.
   """
 
   tokens: np.ndarray
   sampling: Sampling
   seed: tuple[int, int]
   session: str | None
+  tenant: str
   limit: int
   future: asyncio.Future[Completion]
+  until: Until | None = None
   on_tokens: OnTokens | None = None
   sampled: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[float] = dataclasses.field(default_factory=list)
+  raw_logprobs: list[float] = dataclasses.field(default_factory=list)
   versions: list[int] = dataclasses.field(default_factory=list)
+  ended: bool = False
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -59,20 +68,20 @@ class Slot:
     index: row of the cache.
     stream: tokens known; all but the newest are cached once a visit ended.
     cached: how many of them are in the device's cache.
-    version: policy version that the cache was begun under.
+    epoch: of the table, when the cache was begun.
     request: being sampled, or None.
     session: that the stream belongs to, or None.
-    prompt: the whole prompt, as bytes, whose fresh prefill the cache begins
-      with; None if other slots may not copy it.
+    prompt: the tenant and the whole prompt, as bytes, whose fresh prefill the
+      cache begins with; None if other slots may not copy it.
   """
 
   index: int
   stream: np.ndarray
   cached: int = 0
-  version: int = 0
+  epoch: int = 0
   request: Request | None = None
   session: str | None = None
-  prompt: bytes | None = None
+  prompt: Prompt | None = None
 
 
 class SlotTable:
@@ -91,7 +100,8 @@ class SlotTable:
     self._free = list(range(num_slots))  # a heap
     self._sessions: dict[str, Slot] = {}
     self._idle: collections.OrderedDict[str, Slot] = collections.OrderedDict()
-    self._prompts: dict[bytes, Slot] = {}
+    self._prompts: dict[Prompt, Slot] = {}
+    self._epoch = 0  # how often caches were forgotten
 
   def busy(self) -> list[tuple[Slot, Request]]:
     """Lists the slots with a request, by index, and their requests."""
@@ -106,34 +116,35 @@ class SlotTable:
     }
 
   def resume(self, request: Request) -> Slot | None:
-    """Gives a request its session's slot, if the cache there can go on.
+    """Gives a request its session's slot, if it begins as the stream there.
 
     Args:
       request: to place.
 
     Returns:
-      The slot, now busy; None if there is none, or none left.
+      The slot, now busy, cut back to the tokens that the request begins with;
+      None if there is none, or nothing left of it.
     """
     if request.session is None or request.session not in self._idle:
       return None
     slot = self._idle[request.session]
-    known = slot.stream[: slot.cached]
-    if slot.cached >= len(request.tokens) or not np.array_equal(
-        known, request.tokens[: slot.cached]
-    ):
+    kept = common_length(slot.stream[: slot.cached], request.tokens[:-1])
+    if kept < slot.cached:
       self.mismatches += 1
-      self.free(slot)
-      return None
+      self._forget_prompt(slot)
+      if not kept:
+        self.free(slot)
+        return None
+      slot.cached = kept
     del self._idle[request.session]
     slot.request, slot.stream = request, request.tokens
     return slot
 
-  def place(self, request: Request, version: int) -> Slot | None:
+  def place(self, request: Request) -> Slot | None:
     """Gives a request an empty slot, evicting the longest idle session.
 
     Args:
       request: to place.
-      version: of the weights.
 
     Returns:
       The slot, now busy; None if every slot is busy.
@@ -146,38 +157,38 @@ class SlotTable:
     slot = self.slots[heapq.heappop(self._free)]
     self._forget_prompt(slot)
     slot.request, slot.session = request, request.session
-    slot.stream, slot.cached, slot.version = request.tokens, 0, version
+    slot.stream, slot.cached, slot.epoch = request.tokens, 0, self._epoch
     if request.session is not None:
       self._sessions[request.session] = slot
     return slot
 
-  def donor(self, slot: Slot) -> Slot | None:
+  def donor(self, slot: Slot, tenant: str) -> Slot | None:
     """Finds a slot whose cache begins with this one's whole prompt.
 
     Where there is none, this slot becomes the donor of those that follow.
 
     Args:
       slot: just placed.
+      tenant: of its request; slots of others are not looked at.
 
     Returns:
       The slot to copy, or None: this one must be prefilled.
     """
-    prompt = slot.stream.tobytes()
+    prompt = tenant, slot.stream.tobytes()
     donor = self._prompts.get(prompt)
     if donor is None:
       slot.prompt = prompt
       self._prompts[prompt] = slot
     return donor
 
-  def finish(self, slot: Slot, version: int) -> None:
+  def finish(self, slot: Slot) -> None:
     """Ends a slot's request; its session, if current, keeps the cache.
 
     Args:
       slot: busy.
-      version: of the weights now.
     """
     slot.request = None
-    if slot.session is None or slot.version != version:
+    if slot.session is None or slot.epoch != self._epoch:
       self.free(slot)
     else:
       self._idle[slot.session] = slot
@@ -208,7 +219,8 @@ class SlotTable:
     slot.session = None
 
   def forget(self) -> None:
-    """Drops every cache that nothing is being sampled from."""
+    """Drops every cache, those being sampled from once that has ended."""
+    self._epoch += 1
     for slot in list(self._idle.values()):
       self.free(slot)
     for slot in self.slots:
@@ -219,3 +231,18 @@ class SlotTable:
     if slot.prompt is not None:
       del self._prompts[slot.prompt]
       slot.prompt = None
+
+
+def common_length(left: np.ndarray, right: np.ndarray) -> int:
+  """Counts the tokens that two streams both begin with.
+
+  Args:
+    left: [n] int32.
+    right: [m] int32.
+
+  Returns:
+    The length of the longest common prefix.
+  """
+  shorter = min(len(left), len(right))
+  differing = np.flatnonzero(left[:shorter] != right[:shorter])
+  return int(differing[0]) if len(differing) else shorter

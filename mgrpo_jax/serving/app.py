@@ -1,4 +1,4 @@
-"""The routes: models, chat completions, health and metrics."""
+"""The routes: models, completions, weights, health and metrics."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from mgrpo_jax.serving import metrics, response
+from mgrpo_jax.serving import jobs, metrics, response
 from mgrpo_jax.serving.errors import RequestError
-from mgrpo_jax.serving.service import Chat, Service
+from mgrpo_jax.serving.service import (
+    LEFT,
+    Endpoint,
+    LeftError,
+    Service,
+    read_body,
+)
+from mgrpo_jax.serving.weights import Weights
 
 
 def build(service: Service) -> Starlette:
@@ -22,6 +29,7 @@ def build(service: Service) -> Starlette:
   Returns:
     The ASGI application.
   """
+  chat, tokens = (Endpoint(service, r) for r in (jobs.chat, jobs.tokens))
 
   async def health(request: Request) -> Response:
     del request
@@ -54,10 +62,35 @@ def build(service: Service) -> Starlette:
           Route("/metrics", measure),
           Route("/v1/models", models),
           Route("/v1/models/{name:path}", model),
-          Route("/v1/chat/completions", Chat(service), methods=["POST"]),
+          Route("/v1/chat/completions", chat, methods=["POST"]),
+          Route("/v1/completions", tokens, methods=["POST"]),
+          *_weights(service, service.weights),
       ],
       exception_handlers={RequestError: _refuse, HTTPException: _other},
   )
+
+
+def _weights(service: Service, weights: Weights | None) -> list[Route]:
+  """The routes by which a trainer hands weights over, if it may."""
+  if weights is None:
+    return []
+
+  async def say(request: Request) -> Response:
+    service.admit(request)
+    name = request.path_params["name"]
+    return _json({"label": weights.label(name)})
+
+  async def load(request: Request) -> Response:
+    service.admit(request)
+    try:
+      body = await read_body(request, service.limits)
+    except LeftError:
+      return Response(status_code=LEFT)  # which nobody reads
+    name = request.path_params["name"]
+    return _json({"label": await weights.load(name, body)})
+
+  path = "/v1/weights/{name}"
+  return [Route(path, say), Route(path, load, methods=["POST"])]
 
 
 def _json(value: object) -> Response:

@@ -55,7 +55,13 @@ class Limits:
 
 
 class Gate:
-  """Lets a limited number of choices be in progress; can be closed."""
+  """Lets a limited number of choices be in progress; can be closed.
+
+  Attributes:
+    inside: choices in progress.
+    closed: whether the server ends.
+    warming: whether it has yet to begin.
+  """
 
   def __init__(self, limit: int) -> None:
     """Opens with nobody inside.
@@ -66,16 +72,24 @@ class Gate:
     self._limit = limit
     self.inside = 0
     self.closed = False
+    self.warming = False
 
   def close(self) -> None:
     """Lets nobody in any more; who is inside may finish."""
     self.closed = True
 
   def check_open(self) -> None:
-    """Raises `RequestError`, status 503, once the gate was closed."""
+    """Raises `RequestError`, status 503, unless requests may come in."""
     if self.closed:
       raise RequestError(
           503, "the server is shutting down", code="shutting_down"
+      )
+    if self.warming:
+      raise RequestError(
+          503,
+          "the server is warming up; try again",
+          code="warming_up",
+          retry_after=1,
       )
 
   @contextlib.contextmanager

@@ -75,13 +75,18 @@ class Metrics:
     self._tokens[(("model", model), ("kind", "sampled"))] += sampled
 
   def text(
-      self, *, inside: int, engines: Mapping[str, Mapping[str, Any]]
+      self,
+      *,
+      inside: int,
+      engines: Mapping[str, Mapping[str, Any]],
+      resident: int | None,
   ) -> str:
     """Everything in Prometheus' text format.
 
     Args:
       inside: choices in progress.
       engines: `Engine.stats()` by policy.
+      resident: bytes of memory that the process has; None if nobody knows.
 
     Returns:
       The text.
@@ -116,13 +121,14 @@ class Metrics:
             [_sample("mgrpo_choices_in_progress", (), inside)],
         ),
         *_engines(engines),
+        *_process(resident),
     ]
     return "".join(blocks)
 
 
 def _engines(engines: Mapping[str, Mapping[str, Any]]) -> list[str]:
   """What the engines say of themselves."""
-  queue, slots, compiled = [], [], []
+  queue, slots, visits, tokens, evictions = [], [], [], [], []
   for name, stats in engines.items():
     label = ("policy", name)
     queue.append(_sample("mgrpo_queue", (label,), stats["requests"]))
@@ -130,12 +136,42 @@ def _engines(engines: Mapping[str, Mapping[str, Any]]) -> list[str]:
         _sample("mgrpo_slots", (label, ("state", state)), count)
         for state, count in stats["slots"].items()
     ]
-    compiled.append(_sample("mgrpo_visits_total", (label,), stats["visits"]))
+    visits.append(_sample("mgrpo_visits_total", (label,), stats["visits"]))
+    tokens += [
+        _sample(
+            "mgrpo_device_tokens_total", (label, ("kind", kind)), stats[kind]
+        )
+        for kind in ("prefilled", "generated")
+    ]
+    evictions.append(
+        _sample("mgrpo_evictions_total", (label,), stats["evictions"])
+    )
   return [
       _family("mgrpo_queue", "gauge", "Requests without a slot.", queue),
       _family("mgrpo_slots", "gauge", "Slots by what they do.", slots),
-      _family("mgrpo_visits_total", "counter", "Device visits.", compiled),
+      _family("mgrpo_visits_total", "counter", "Device visits.", visits),
+      _family(
+          "mgrpo_device_tokens_total",
+          "counter",
+          "Tokens that were not cached and had to be computed.",
+          tokens,
+      ),
+      _family(
+          "mgrpo_evictions_total",
+          "counter",
+          "Conversations and waiting agents that lost their cache.",
+          evictions,
+      ),
   ]
+
+
+def _process(resident: int | None) -> list[str]:
+  """What the process takes, under the name that Prometheus has for it."""
+  if resident is None:
+    return []
+  name = "process_resident_memory_bytes"
+  about = "Resident memory size in bytes."
+  return [_family(name, "gauge", about, [_sample(name, (), resident)])]
 
 
 def _durations(name: str, about: str, found: Mapping[Labels, Histogram]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from mgrpo_jax.serving.conversation import ToolCall
 from mgrpo_jax.serving.request import ChatRequest
+from mgrpo_jax.serving.token_request import TokenRequest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,13 +49,14 @@ class Job:
   Attributes:
     prompt: ids that the choices continue; empty where there are several.
     token_text: shows one token.
-    pieces: begins the work; closing them ends it. Every choice ends with a
-      piece that has `finish`.
+    pieces: begins the work for a client, of which a word is given that no
+      other has; closing them ends it. Every choice ends with a piece that has
+      `finish`.
   """
 
   prompt: tuple[int, ...]
   token_text: Callable[[int], str]
-  pieces: Callable[[], Pieces]
+  pieces: Callable[[str], Pieces]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,12 +66,14 @@ class Model:
   Attributes:
     name: of the model.
     prepare: checks a request and makes it a job; raises `RequestError`.
+    continue_tokens: the same for token ids; None where it has none of its own.
   """
 
   name: str
   prepare: Callable[[ChatRequest], Job]
+  continue_tokens: Callable[[TokenRequest], Job] | None
 
 
-def any_seed(request: ChatRequest) -> int:
+def any_seed(seed: int | None) -> int:
   """The seed of a request, or one that nobody can know."""
-  return secrets.randbits(63) if request.seed is None else request.seed
+  return secrets.randbits(63) if seed is None else seed

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import itertools
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from mgrpo_jax.agents.call import turn_seed
 from mgrpo_jax.agents.chat import Chat
 from mgrpo_jax.agents.protocol import Action, Protocol
-from mgrpo_jax.policy.sampling import Sampling
+from mgrpo_jax.policy.sampling import MAX_STOP_IDS, Sampling
 from mgrpo_jax.policy.tokenizer import Tokenizer
+from mgrpo_jax.sampler.spelling import Decode
 from mgrpo_jax.serving import prompt as prompting
 from mgrpo_jax.serving.conversation import ToolCall
 from mgrpo_jax.serving.errors import RequestError, wrong
 from mgrpo_jax.serving.models import Job, Model, Piece, Pieces, any_seed
 from mgrpo_jax.serving.request import ChatRequest
-from mgrpo_jax.serving.text import Decode, Spelling
+from mgrpo_jax.serving.sessions import Generate, Sessions
+from mgrpo_jax.serving.text import Spelling
+from mgrpo_jax.serving.token_request import TokenRequest
 from mgrpo_jax.types import Completion
-
-Generate = Callable[..., Coroutine[Any, Any, Completion]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,7 @@ class Speaker:
     protocol: calls and results.
     tokenizer: tokens to text.
     temperature: where a request has none.
+    sessions: of its conversations; None where none goes on from another.
   """
 
   name: str
@@ -46,6 +48,7 @@ class Speaker:
   protocol: Protocol
   tokenizer: Tokenizer
   temperature: float
+  sessions: Sessions | None = None
 
 
 def policy(speaker: Speaker) -> Model:
@@ -67,22 +70,24 @@ def policy(speaker: Speaker) -> Model:
     ids = prompting.encode(
         request, chat=speaker.chat, protocol=speaker.protocol
     )
-    if len(ids) >= speaker.context:
-      raise RequestError(
-          400,
-          f"messages: are {len(ids)} tokens, allowed: at most"
-          f" {speaker.context - 1}, for the context of model {speaker.name!r}"
-          f" has {speaker.context}",
-          param="messages",
-          code="context_length_exceeded",
-      )
+    _check_room(speaker, ids, "messages")
     return Job(
         prompt=tuple(ids),
         token_text=lambda token: _shown(speaker.tokenizer, token),
-        pieces=lambda: _pieces(speaker, request, ids),
+        pieces=lambda client: _pieces(
+            dataclasses.replace(
+                speaker, generate=_sampler(speaker, request, client)
+            ),
+            request,
+            ids,
+        ),
     )
 
-  return Model(name=speaker.name, prepare=prepare)
+  return Model(
+      name=speaker.name,
+      prepare=prepare,
+      continue_tokens=lambda asked: token_job(speaker, asked),
+  )
 
 
 def readable(tokenizer: Tokenizer) -> Decode:
@@ -117,12 +122,98 @@ def _shown(tokenizer: Tokenizer, token: int) -> str:
   return readable(tokenizer)([token])
 
 
+def token_job(speaker: Speaker, asked: TokenRequest) -> Job:
+  """Continues token ids, with nothing of the chat format.
+
+  Args:
+    speaker: the policy.
+    asked: what is asked for.
+
+  Returns:
+    The job.
+
+  Raises:
+    RequestError: the ids leave no room, or too many of them end it.
+  """
+  _check_room(speaker, asked.prompt, "prompt")
+  ends = () if asked.ignore_eos else speaker.chat.stop_ids
+  stop_ids = tuple(dict.fromkeys((*asked.stop_ids, *ends)))
+  if len(stop_ids) > MAX_STOP_IDS:
+    raise RequestError(
+        400,
+        f"stop_token_ids: with the model's own are {len(stop_ids)}, allowed: at"
+        f" most {MAX_STOP_IDS}",
+        param="stop_token_ids",
+    )
+
+  async def pieces(client: str) -> Pieces:
+    yield Piece(index=0, prompt_tokens=len(asked.prompt))
+    warmth = asked.temperature
+    room = speaker.context - len(asked.prompt)
+    sampling = Sampling(
+        temperature=speaker.temperature if warmth is None else warmth,
+        max_new_tokens=min(asked.max_tokens, room),
+        stop_ids=stop_ids,
+    )
+    try:
+      generate = _alone(speaker, client)
+      completion = await generate(asked.prompt, sampling, any_seed(asked.seed))
+    except ValueError as error:  # an id that the policy does not have
+      raise RequestError(400, f"prompt: {error}", param="prompt") from error
+    tokens = completion.tokens.tolist()
+    spelled = tokens[:-1] if completion.finish == "stop" else tokens
+    yield Piece(
+        index=0,
+        text=readable(speaker.tokenizer)(spelled),
+        tokens=tuple(tokens),
+        logprobs=tuple(completion.logprobs.tolist()),
+        finish=_finish(completion),
+        sampled_tokens=len(tokens),
+        extra={
+            "policy_versions": [completion.version_min, completion.version_max]
+        },
+    )
+
+  return Job(
+      prompt=asked.prompt,
+      token_text=lambda token: _shown(speaker.tokenizer, token),
+      pieces=pieces,
+  )
+
+
+def _check_room(speaker: Speaker, ids: Sequence[int], field: str) -> None:
+  """Raises where a prompt leaves no room for a token."""
+  if len(ids) >= speaker.context:
+    raise RequestError(
+        400,
+        f"{field}: are {len(ids)} tokens, allowed: at most"
+        f" {speaker.context - 1}, for the context of model {speaker.name!r}"
+        f" has {speaker.context}",
+        param=field,
+        code="context_length_exceeded",
+    )
+
+
+def _sampler(speaker: Speaker, request: ChatRequest, client: str) -> Generate:
+  """How a client's request is sampled; of several choices none goes on."""
+  if speaker.sessions is None or request.n > 1:
+    return _alone(speaker, client)
+  return functools.partial(speaker.sessions.go_on, client)
+
+
+def _alone(speaker: Speaker, client: str) -> Generate:
+  """How a stream is sampled that no other turn of a client's goes on from."""
+  if speaker.sessions is None:
+    return speaker.generate
+  return functools.partial(speaker.sessions.begin, client)
+
+
 async def _pieces(
     speaker: Speaker, request: ChatRequest, prompt: Sequence[int]
 ) -> Pieces:
   """What all choices say, as it comes."""
   queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
-  seed = any_seed(request)
+  seed = any_seed(request.seed)
 
   async def choose(index: int) -> None:
     own = turn_seed(seed, index) if index else seed
@@ -159,30 +250,32 @@ async def _choose(
 ) -> Piece:
   """Samples one choice; returns its last piece."""
   sampled: list[int] = []
+  texts: list[str] = []  # not yet told
   spelling = Spelling(
       readable(speaker.tokenizer),
       stop_ids=speaker.chat.stop_ids,
       stops=request.stop,
-      marks=prompting.CALL_MARKS if request.functions else (),
+      marks=prompting.CALLS[speaker.protocol.name].marks
+      if request.functions
+      else (),
   )
 
+  def ends(token: int) -> bool:
+    texts.append(spelling.push(token))
+    return spelling.cut
+
   def hear(tokens: Sequence[int], logprobs: Sequence[float]) -> None:
-    text, kept = "", 0
-    while kept < len(tokens) and not spelling.cut:
-      text += spelling.push(tokens[kept])
-      kept += 1
-    sampled.extend(tokens[:kept])
+    sampled.extend(tokens)
     tell(
         Piece(
             index=index,
-            text=text,
-            tokens=tuple(tokens[:kept]),
-            logprobs=tuple(logprobs[:kept]),
-            sampled_tokens=kept,
+            text="".join(texts),
+            tokens=tuple(tokens),
+            logprobs=tuple(logprobs),
+            sampled_tokens=len(tokens),
         )
     )
-    if spelling.cut:
-      generation.cancel()
+    texts.clear()
 
   room = speaker.context - len(prompt)
   warmth = request.temperature
@@ -190,17 +283,14 @@ async def _choose(
       temperature=speaker.temperature if warmth is None else warmth,
       max_new_tokens=min(request.max_tokens or room, room),
       stop_ids=speaker.chat.stop_ids,
+      top_k=request.top_k,
+      top_p=request.top_p,
+      min_p=request.min_p,
   )
-  generation = asyncio.create_task(
-      speaker.generate(prompt, sampling, seed, on_tokens=hear)
+  completion = await speaker.generate(
+      prompt, sampling, seed, until=ends, on_tokens=hear
   )
-  try:
-    await asyncio.wait({generation})
-  finally:
-    generation.cancel()
-  if generation.cancelled() and not spelling.cut:
-    raise RuntimeError("the sampler gave the request up")
-  finish = "stop" if spelling.cut else _finish(generation.result())
+  finish = _finish(completion)
   return _last(speaker, request, index, spelling, sampled, finish)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,9 +18,25 @@ from mgrpo_jax.serving.conversation import Message
 from mgrpo_jax.serving.errors import RequestError, wrong
 from mgrpo_jax.serving.request import ChatRequest
 
-# Under it results come as messages of the user, so users may go on, too.
-CONVERSATIONAL = "hermes"
-CALL_MARKS = ("<tool_call>",)  # of that protocol
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calls:
+  """How a protocol that has conversations writes calls.
+
+  Attributes:
+    marks: texts from which on a turn may be one.
+    beside_text: whether a turn with a call may begin with text.
+  """
+
+  marks: tuple[str, ...]
+  beside_text: bool
+
+
+# By name of the protocol; others have one request and no tools of a client's.
+CALLS: Mapping[str, Calls] = {
+    "hermes": Calls(marks=("<tool_call>",), beside_text=True),
+    "llama": Calls(marks=("{",), beside_text=False),
+}
 _TYPES = ("string", "integer", "number", "boolean", "array", "object", "null")
 
 
@@ -40,11 +57,11 @@ def encode(
     RequestError: the messages are in an order, or of a kind, that this chat
       format or protocol does not have; names the message.
   """
-  if request.functions and protocol.name != CONVERSATIONAL:
+  if request.functions and protocol.name not in CALLS:
     raise RequestError(
         400,
         f"tools: model {request.model!r} speaks the {protocol.name} protocol,"
-        f" allowed: none; policies of the {CONVERSATIONAL} protocol take tools",
+        f" allowed: none; policies of {' and '.join(CALLS)} take tools",
         param="tools",
     )
   messages = list(enumerate(request.messages))
@@ -57,7 +74,7 @@ def encode(
         "messages: must be a system message, if any, and then one of the user",
         param="messages",
     )
-  if len(messages) > 1 and protocol.name != CONVERSATIONAL:
+  if len(messages) > 1 and protocol.name not in CALLS:
     raise RequestError(
         400,
         f"messages: model {request.model!r} speaks the {protocol.name}"
@@ -67,9 +84,9 @@ def encode(
   ids = chat.open(
       protocol.system(system, request.functions), messages[0][1].content
   )
-  for told, reply in _exchanges(messages[1:]):
-    ids += chat.write(_turn(told, protocol))
-    ids += chat.extend(True, _reply(reply, protocol))
+  for number, told, reply in _exchanges(messages[1:]):
+    ids += chat.write(_turn(number, told, protocol))
+    ids += _reply(reply, chat, protocol)
   return ids
 
 
@@ -111,8 +128,8 @@ def _plain(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 def _exchanges(
     messages: Sequence[tuple[int, Message]],
-) -> list[tuple[Message, Message]]:
-  """Pairs what the assistant said with what it was told then."""
+) -> list[tuple[int, Message, Message]]:
+  """What the assistant said, by number, and what it was told then."""
   for position, (number, message) in enumerate(messages):
     allowed = ("user", "tool") if position % 2 else ("assistant",)
     if message.role not in allowed:
@@ -127,11 +144,11 @@ def _exchanges(
         f"messages[{number}].role", "assistant", "user or tool as the last"
     )
   pairs = []
-  for (_, told), (number, reply) in zip(
+  for (number, told), (_, reply) in zip(
       messages[::2], messages[1::2], strict=True
   ):
-    _check_pair(number, told, reply)
-    pairs.append((told, reply))
+    _check_pair(number + 1, told, reply)
+    pairs.append((number, told, reply))
   return pairs
 
 
@@ -156,18 +173,26 @@ def _check_pair(number: int, told: Message, reply: Message) -> None:
     )
 
 
-def _turn(message: Message, protocol: Protocol) -> Pieces:
+def _turn(number: int, message: Message, protocol: Protocol) -> Pieces:
   """What the assistant wrote."""
   if not message.tool_calls:
     return protocol.render(answer(message.content))
   call = message.tool_calls[0]
   action = Action(kind="tool", name=call.name, arguments=call.arguments)
+  if not CALLS[protocol.name].beside_text:
+    if message.content.strip():
+      raise wrong(
+          f"messages[{number}].content",
+          message.content,
+          f"none beside a call, under the {protocol.name} protocol",
+      )
+    return protocol.render(action)
   joint = "" if message.content[-1:] in ("", "\n") else "\n"
   return (message.content, joint, *protocol.render(action))
 
 
-def _reply(message: Message, protocol: Protocol) -> Pieces:
+def _reply(message: Message, chat: Chat, protocol: Protocol) -> list[int]:
   """What the assistant was told: a result, or the user's next message."""
   if message.role == "tool":
-    return protocol.wrap(message.content)
-  return message.content
+    return chat.extend(True, protocol.wrap(message.content))
+  return chat.ask(True, message.content)

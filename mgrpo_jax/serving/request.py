@@ -7,7 +7,6 @@ answer and cannot be honoured is an error, never passed over.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,15 +14,14 @@ from typing import Any
 from mgrpo_jax.agents.protocol import Function
 from mgrpo_jax.serving import conversation, reading
 from mgrpo_jax.serving.conversation import Message
-from mgrpo_jax.serving.errors import RequestError, wrong
+from mgrpo_jax.serving.errors import wrong
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_COLDEST, _WARMEST = 1e-3, 2.0  # below, logits are divided beyond float32
+_LEAST = 1e-6  # top_p; below, float32 sums of a large vocabulary say nothing
 _MOST_STOPS, _LONGEST_STOP = 4, 200
 _MOST_TOOLS = 64
 # What sampling here does not know, and the values at which it changes nothing.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "top_p": (1,),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "logit_bias": ({},),
@@ -44,6 +42,7 @@ _READ = (
     "max_completion_tokens",
     "max_tokens",
     "messages",
+    "min_p",
     "model",
     "n",
     "logprobs",
@@ -56,6 +55,8 @@ _READ = (
     "temperature",
     "tool_choice",
     "tools",
+    "top_k",
+    "top_p",
 )
 
 
@@ -70,6 +71,9 @@ class ChatRequest:
     n: choices.
     max_tokens: of each choice; None for what there is room for.
     temperature: None for the server's.
+    top_k: of `policy.filters`; 0 for every token.
+    top_p: likewise; 1 for every token.
+    min_p: likewise; 0 for every token.
     seed: None for any.
     stop: texts that end a choice and are not part of it.
     stream: whether events are wanted.
@@ -85,6 +89,9 @@ class ChatRequest:
   n: int
   max_tokens: int | None
   temperature: float | None
+  top_k: int
+  top_p: float
+  min_p: float
   seed: int | None
   stop: tuple[str, ...]
   stream: bool
@@ -108,9 +115,10 @@ def parse(body: bytes, *, max_choices: int) -> ChatRequest:
     RequestError: it is no JSON, or a field is missing, unknown or has a value
       that is not allowed; names the field.
   """
-  fields = {k: v for k, v in _object(body).items() if v is not None}
-  _check_names(fields)
-  temperature = reading.field(fields, "temperature", _is_warmth, _WARMTHS)
+  fields = reading.parse(body)
+  reading.check_names(
+      fields, read=_READ, neutral=_NEUTRAL, without_effect=_WITHOUT_EFFECT
+  )
   options = reading.mapping(fields, "stream_options")
   stream = reading.flag(fields, "stream")
   if options and not stream:
@@ -125,7 +133,10 @@ def parse(body: bytes, *, max_choices: int) -> ChatRequest:
       functions=() if choice == "none" else functions,
       n=reading.whole(fields, "n", 1, max_choices) or 1,
       max_tokens=_budget(fields),
-      temperature=None if temperature is None else float(temperature),
+      temperature=reading.temperature(fields),
+      top_k=max(reading.whole(fields, "top_k", -1, 2**31 - 1) or 0, 0),
+      top_p=reading.share(fields, "top_p", lowest=_LEAST, absent=1.0),
+      min_p=reading.share(fields, "min_p", lowest=0.0, absent=0.0),
       seed=reading.whole(fields, "seed", 0, 2**64 - 1),
       stop=_stops(fields),
       stream=stream,
@@ -134,51 +145,6 @@ def parse(body: bytes, *, max_choices: int) -> ChatRequest:
       return_token_ids=reading.flag(fields, "return_token_ids"),
       return_calls=reading.flag(fields, "return_calls"),
   )
-
-
-_WARMTHS = f"0, or {_COLDEST} to {_WARMEST:g}"
-
-
-def _is_number(value: Any) -> bool:
-  """Whether a JSON value is a number; True and False are not."""
-  return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_warmth(value: Any) -> bool:
-  """Whether a value is a temperature that can be sampled at."""
-  return _is_number(value) and (value == 0 or _COLDEST <= value <= _WARMEST)
-
-
-def _object(body: bytes) -> dict[str, Any]:
-  """The JSON object that a body is."""
-
-  def refuse(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-  try:
-    value = json.loads(body, parse_constant=refuse)
-  except (ValueError, RecursionError) as error:
-    raise RequestError(
-        400, f"the body is not JSON: {error}", code="invalid_json"
-    ) from error
-  if not isinstance(value, dict):
-    raise wrong("the body", value, "a JSON object")
-  return value
-
-
-def _check_names(fields: Mapping[str, Any]) -> None:
-  """Raises for fields that are unknown, or that would have to do something."""
-  known = {*_READ, *_NEUTRAL, *_WITHOUT_EFFECT}
-  for name, value in fields.items():
-    if name not in known:
-      raise RequestError(
-          400,
-          f"{name[:80]}: unknown field, allowed: {', '.join(sorted(known))}",
-          param=name[:80],
-          code="unknown_parameter",
-      )
-    if name in _NEUTRAL and value not in _NEUTRAL[name]:
-      raise wrong(name, value, " or ".join(map(json.dumps, _NEUTRAL[name])))
 
 
 def _budget(fields: Mapping[str, Any]) -> int | None:

@@ -8,28 +8,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import time
-import uuid
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from mgrpo_jax.sampler.engine import EngineError
+from mgrpo_jax.metrics import resident_bytes
+from mgrpo_jax.sampler.interface import EngineError
 from mgrpo_jax.serving import limits as limiting
-from mgrpo_jax.serving import request as asking
 from mgrpo_jax.serving import response
 from mgrpo_jax.serving.errors import RequestError
+from mgrpo_jax.serving.jobs import Look, Order
 from mgrpo_jax.serving.limits import Gate, Limits, Rate
 from mgrpo_jax.serving.metrics import Metrics
 from mgrpo_jax.serving.models import Model, Piece
 from mgrpo_jax.serving.response import Reply, Usage
+from mgrpo_jax.serving.weights import Weights
 
 _LOG = logging.getLogger(__name__)
 _DISCARDED = 64  # bodies' worth that are read from who sends too much
-_LEFT = 499  # status, in metrics only
+LEFT = 499  # status, in metrics only
 _JSON = [(b"content-type", b"application/json")]
 _EVENTS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -47,6 +49,7 @@ class Service:
     metrics: of what was served.
     failure: why the sampler cannot go on; empty as long as it can.
     created: seconds since 1970.
+    weights: loads others; None where nobody may have that done.
   """
 
   def __init__(
@@ -56,6 +59,7 @@ class Service:
       stats: Callable[[], Mapping[str, Mapping[str, Any]]],
       limits: Limits,
       token: str,
+      weights: Weights | None = None,
   ) -> None:
     """Opens the gate.
 
@@ -64,6 +68,7 @@ class Service:
       stats: `Engine.stats()` by policy.
       limits: to keep.
       token: that clients must send; empty for none.
+      weights: loads others; None to let nobody.
     """
     self.models = models
     self.limits = limits
@@ -71,6 +76,7 @@ class Service:
     self.metrics = Metrics()
     self.failure = ""
     self.created = int(time.time())
+    self.weights = weights
     self._stats = stats
     self._token = token
     self._rate = Rate(limits.requests_per_minute, time.monotonic)
@@ -79,11 +85,20 @@ class Service:
     """Raises `RequestError` unless the client has sent the token."""
     limiting.check_token(request.headers.get("authorization", ""), self._token)
 
-  def admit(self, request: Request) -> None:
-    """Raises `RequestError` unless a request may be looked at now."""
+  def admit(self, request: Request) -> str:
+    """Raises `RequestError` unless a request may be looked at now.
+
+    Args:
+      request: its headers are there.
+
+    Returns:
+      A word for the token that it has, which tells nothing of it.
+    """
     self.gate.check_open()
     self.check_client(request)
     self._rate.take()
+    sent = request.headers.get("authorization", "")
+    return hashlib.blake2b(sent.encode(), digest_size=16).hexdigest()
 
   def model(self, name: str) -> Model:
     """Looks a model up; raises `RequestError` where there is none."""
@@ -99,7 +114,11 @@ class Service:
 
   def metrics_text(self) -> str:
     """Everything that Prometheus wants to know."""
-    return self.metrics.text(inside=self.gate.inside, engines=self._stats())
+    return self.metrics.text(
+        inside=self.gate.inside,
+        engines=self._stats(),
+        resident=resident_bytes(),
+    )
 
   def error(self, error: Exception) -> RequestError:
     """What a client is told of an error; keeps in mind what broke."""
@@ -118,7 +137,7 @@ class Service:
     return RequestError(500, "internal error")
 
 
-class _LeftError(Exception):
+class LeftError(Exception):
   """The client is gone, or takes nothing any more."""
 
 
@@ -127,6 +146,7 @@ class _Seen:
   """What is known of a request so far, for the metrics."""
 
   started: float
+  client: str = ""
   model: str = ""
   status: int = 200
   usage: Usage = dataclasses.field(default_factory=Usage)
@@ -138,24 +158,28 @@ class _Seen:
     self.usage = self.usage.plus(piece)
 
 
-class Chat:
-  """The ASGI application that completes chats."""
+class Endpoint:
+  """The ASGI application that answers requests for completions."""
 
-  def __init__(self, service: Service) -> None:
+  def __init__(
+      self, service: Service, read: Callable[[bytes, Look, int], Order]
+  ) -> None:
     """Answers for a service.
 
     Args:
       service: what its requests share.
+      read: `jobs.chat` or `jobs.tokens`, what they are.
     """
     self._service = service
+    self._read = read
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     """Answers one request, or raises `RequestError` before it said anything."""
     seen, metrics = _Seen(started=time.monotonic()), self._service.metrics
     try:
       await self._answer(Request(scope, receive), send, seen)
-    except _LeftError:
-      seen.status = _LEFT
+    except LeftError:
+      seen.status = LEFT
     except asyncio.CancelledError:  # the server ends
       seen.status = 503
       raise
@@ -170,62 +194,30 @@ class Chat:
   async def _answer(self, request: Request, send: Send, seen: _Seen) -> None:
     """Checks everything, then works while the client is there."""
     service = self._service
-    service.admit(request)
-    body = await self._body(request)
-    asked = asking.parse(body, max_choices=service.limits.max_choices)
-    model = service.model(asked.model)
-    seen.model = model.name
-    reply = Reply(
-        id=f"chatcmpl-{uuid.uuid4().hex}",
-        created=int(time.time()),
-        request=asked,
-        job=model.prepare(asked),
-    )
+    seen.client = service.admit(request)
+    body = await read_body(request, service.limits)
+    order = self._read(body, service.model, service.limits.max_choices)
+    seen.model = order.model
     with contextlib.ExitStack() as place:
-      place.enter_context(service.gate.enter(asked.n))
-      tell = self._stream if asked.stream else self._whole
-      work = tell(reply, send, seen, place.close)
+      place.enter_context(service.gate.enter(order.choices))
+      work = (
+          self._whole(order, send, seen, place.close)
+          if order.stream is None
+          else self._stream(order.stream, send, seen, place.close)
+      )
       await _while_there(work, request.receive)
 
-  async def _body(self, request: Request) -> bytes:
-    """Reads a body of JSON, but not for ever and not all of any size."""
-    kind = request.headers.get("content-type", "")
-    if kind.partition(";")[0].strip().lower() != "application/json":
-      raise RequestError(
-          415, f"content-type: {kind[:80]!r}, allowed: application/json"
-      )
-    limit, size, parts = self._service.limits.max_body_bytes, 0, []
-    try:
-      async with asyncio.timeout(self._service.limits.read_deadline):
-        async for part in request.stream():
-          size += len(part)
-          if size > limit * _DISCARDED:
-            break
-          if size <= limit:
-            parts.append(part)
-    except TimeoutError as error:
-      raise RequestError(408, "the body took too long to come") from error
-    except ClientDisconnect as error:
-      raise _LeftError from error
-    if size > limit:  # closed while it sends, a client would not read why
-      raise RequestError(
-          413,
-          f"the body has more bytes than are allowed: {limit}",
-          code="body_too_large",
-      )
-    return b"".join(parts)
-
   async def _whole(
-      self, reply: Reply, send: Send, seen: _Seen, leave: Callable[[], None]
+      self, order: Order, send: Send, seen: _Seen, leave: Callable[[], None]
   ) -> None:
     """Sends the answer once it is there; who has it may find room again."""
     pieces: list[Piece] = []
     async with asyncio.timeout(self._service.limits.deadline):
-      async with contextlib.aclosing(reply.job.pieces()) as source:
+      async with contextlib.aclosing(order.job.pieces(seen.client)) as source:
         async for piece in source:
           seen.take(piece, self._service.metrics)
           pieces.append(piece)
-    body = response.dump(reply.completion(pieces))
+    body = response.dump(order.whole(pieces))
     leave()
     await self._open(send, _JSON)
     await self._push(send, body, more=False)
@@ -239,7 +231,7 @@ class Chat:
     try:
       async with asyncio.timeout(self._service.limits.deadline):
         await self._pour(reply, send, seen)
-    except _LeftError:
+    except LeftError:
       raise
     except Exception as error:
       told = self._service.error(error)
@@ -250,7 +242,7 @@ class Chat:
 
   async def _pour(self, reply: Reply, send: Send, seen: _Seen) -> None:
     """Sends piece after piece."""
-    async with contextlib.aclosing(reply.job.pieces()) as source:
+    async with contextlib.aclosing(reply.job.pieces(seen.client)) as source:
       async for piece in source:
         seen.take(piece, self._service.metrics)
         chunk = reply.chunk(piece)
@@ -274,7 +266,47 @@ class Chat:
             {"type": "http.response.body", "body": body, "more_body": more}
         )
     except OSError as error:  # TimeoutError is one
-      raise _LeftError from error
+      raise LeftError from error
+
+
+async def read_body(request: Request, limits: Limits) -> bytes:
+  """Reads a body of JSON, but not for ever and not all of any size.
+
+  Args:
+    request: whose body it is.
+    limits: on its size and time.
+
+  Returns:
+    The body.
+
+  Raises:
+    RequestError: it is too large, too slow or of another type.
+  """
+  kind = request.headers.get("content-type", "")
+  if kind.partition(";")[0].strip().lower() != "application/json":
+    raise RequestError(
+        415, f"content-type: {kind[:80]!r}, allowed: application/json"
+    )
+  limit, size, parts = limits.max_body_bytes, 0, []
+  try:
+    async with asyncio.timeout(limits.read_deadline):
+      async for part in request.stream():
+        size += len(part)
+        if size > limit * _DISCARDED:
+          break
+        if size <= limit:
+          parts.append(part)
+  except TimeoutError as error:
+    raise RequestError(408, "the body took too long to come") from error
+  except ClientDisconnect as error:
+    raise LeftError from error
+  if size > limit:  # closed while it sends, a client would not read why
+    raise RequestError(
+        413,
+        f"the body has more bytes than are allowed: {limit}",
+        code="body_too_large",
+    )
+  return b"".join(parts)
 
 
 async def _while_there(
@@ -290,7 +322,7 @@ async def _while_there(
   try:
     await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
     if not job.done():
-      raise _LeftError
+      raise LeftError
     job.result()
   finally:
     job.cancel()

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mgrpo_jax import rollout
+from mgrpo_jax.agents.actor import Actor
 from mgrpo_jax.agents.context import Environment
 from mgrpo_jax.policy.tokenizer import Tokenizer
+from mgrpo_jax.sampler.spelling import Cutter
 from mgrpo_jax.serving.errors import RequestError, wrong
 from mgrpo_jax.serving.models import Job, Model, Piece, Pieces, any_seed
 from mgrpo_jax.serving.request import ChatRequest
-from mgrpo_jax.serving.text import Cutter
 from mgrpo_jax.types import RolloutGroup, Status, Task, Trajectory
 
 _TASK = "served"  # equal seeds and questions give equal answers
 
 
-def team(name: str, *, environment: Environment, tokenizer: Tokenizer) -> Model:
+def team(
+    name: str,
+    *,
+    environment: Environment,
+    tokenizer: Tokenizer,
+    actors: Callable[[str], Mapping[str, Actor]] | None = None,
+) -> Model:
   """Serves a team: every choice is a rollout of its own.
 
   The last message of the user is the question; those before it are not read,
@@ -28,6 +36,7 @@ def team(name: str, *, environment: Environment, tokenizer: Tokenizer) -> Model:
     name: of the model.
     environment: team, actors, tools and limits.
     tokenizer: that answers are measured with.
+    actors: gives those that work for a client; None: the environment's do.
 
   Returns:
     The model.
@@ -36,6 +45,9 @@ def team(name: str, *, environment: Environment, tokenizer: Tokenizer) -> Model:
   def prepare(request: ChatRequest) -> Job:
     refused = {
         "tools": [one.name for one in request.functions],
+        "top_k": request.top_k,
+        "top_p": request.top_p if request.top_p < 1 else None,
+        "min_p": request.min_p,
         "logprobs": request.logprobs,
         "return_token_ids": request.return_token_ids,
     }
@@ -54,10 +66,16 @@ def team(name: str, *, environment: Environment, tokenizer: Tokenizer) -> Model:
     return Job(
         prompt=(),
         token_text=tokenizer.token_text,
-        pieces=lambda: _pieces(environment, tokenizer, request),
+        pieces=lambda client: _pieces(
+            environment
+            if actors is None
+            else dataclasses.replace(environment, actors=actors(client)),
+            tokenizer,
+            request,
+        ),
     )
 
-  return Model(name=name, prepare=prepare)
+  return Model(name=name, prepare=prepare, continue_tokens=None)
 
 
 async def _pieces(
@@ -81,7 +99,7 @@ async def _pieces(
       task,
       environment=environment,
       num_rollouts=request.n,
-      seed=any_seed(request),
+      seed=any_seed(request.seed),
   )
   for index in range(request.n):
     yield _answer(request, tokenizer, group, index)

@@ -54,6 +54,7 @@ def complete(
   return Completion(
       tokens=np.asarray(kept, np.int32),
       logprobs=logprobs,
+      raw_logprobs=logprobs,
       finish="stop" if stopped else "length",
       version_min=version,
       version_max=version,

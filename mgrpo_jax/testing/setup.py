@@ -32,8 +32,9 @@ from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import Params
 from mgrpo_jax.policy.params import init as init_params
 from mgrpo_jax.policy.policy import Policy
-from mgrpo_jax.sampler.engine import Engine
+from mgrpo_jax.sampler.interface import RolloutEngine
 from mgrpo_jax.sharding import Meshes
+from mgrpo_jax.spares import Spares
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.testing import corpus
 from mgrpo_jax.testing import team as team_lib
@@ -52,12 +53,16 @@ _SAMPLER = Sampler(
         "prefill_tokens": 128,
         "prefill_buckets": (32, 64),
         "decode_steps": 8,
+        "decode_rows": 0,
     },
     temperature=1.0,
     evaluation_temperature=0.0,
     turn_deadline=60.0,
     max_attempts=2,
     max_concurrent=9,
+    watchdog=30.0,
+    deadline=600.0,
+    spares=Spares(count=0, patience=0.0),
 )
 
 
@@ -99,6 +104,7 @@ def small_setup(
     meshes: Mapping[str, Meshes] | None = None,
     adaptations: Mapping[str, Adaptation] | None = None,
     codes: Mapping[str, Callable[[Moment], Action]] | None = None,
+    external: Mapping[str, Callable[[Policy], RolloutEngine]] | None = None,
 ) -> Setup:
   """A run of two tiny policies from scratch.
 
@@ -113,6 +119,7 @@ def small_setup(
     meshes: by policy, where it lives; the default device if None.
     adaptations: by policy, the adapter that is trained in place of it.
     codes: by policy, the plain code that it is; the others have weights.
+    external: by policy, makes the engine of one that a server samples.
 
   Returns:
     The setup.
@@ -150,6 +157,7 @@ def small_setup(
       adaptations=adaptations or {},
       meshes=meshes
       or dict.fromkeys(weighted, Meshes(learner=None, sampler=None)),
+      external=external or {},
       actor=functools.partial(_actor, chat),
       coded=coded,
       tools=team_lib.small_tools(max_chars=40),
@@ -213,7 +221,7 @@ def evenness(task: Task, trajectory: Trajectory) -> float:
   return float(np.mean(ids % 2 == 0)) if len(ids) else 0.0
 
 
-def _actor(chat: Chat, name: str, engine: Engine) -> Actor:
+def _actor(chat: Chat, name: str, engine: RolloutEngine) -> Actor:
   """Samples from an engine; every policy writes alike."""
   del name
   return sampled(

@@ -142,6 +142,7 @@ def _chatml(
       stop_ids=(end,),
       open=opening,
       extend=extension,
+      ask=extension,
       read=read,
       write=write,
   )

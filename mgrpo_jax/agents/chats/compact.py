@@ -56,6 +56,7 @@ def compact(tokenizer: Tokenizer, *, tags: Sequence[str]) -> Chat:
       stop_ids=(end,),
       open=opening,
       extend=extension,
+      ask=extension,
       read=reader(tokenizer, stop=end, tagged=True, words=()),
       write=write,
   )

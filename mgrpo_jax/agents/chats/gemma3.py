@@ -51,6 +51,7 @@ def gemma3(tokenizer: Tokenizer) -> Chat:
       stop_ids=(end,),
       open=opening,
       extend=extension,
+      ask=extension,
       read=reader(tokenizer, stop=end, tagged=False, words=()),
       write=write,
   )

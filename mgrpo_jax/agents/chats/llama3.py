@@ -1,5 +1,6 @@
 """Llama 3 and 3.1 to 3.3."""
 
+import functools
 from collections.abc import Callable
 
 from mgrpo_jax.agents.chat import Chat, Tokenizer, reader, specials, speller
@@ -110,9 +111,9 @@ def _llama3(
     ask = message("user", request.strip())
     return spell((Mark(_BOS), *told, *ask, *head("assistant")))
 
-  def extension(ended: bool, result: Pieces) -> list[int]:
+  def extension(role: str, ended: bool, pieces: Pieces) -> list[int]:
     close = [] if ended else [end]
-    told = message(result_role, trimmed(result))
+    told = message(role, trimmed(pieces))
     return [*close, *spell((*told, *head("assistant")))]
 
   def write(pieces: Pieces) -> list[int]:
@@ -122,7 +123,8 @@ def _llama3(
       name=name,
       stop_ids=(end,),
       open=opening,
-      extend=extension,
+      extend=functools.partial(extension, result_role),
+      ask=functools.partial(extension, "user"),
       read=reader(tokenizer, stop=end, tagged=False, words=()),
       write=write,
   )

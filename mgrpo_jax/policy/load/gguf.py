@@ -18,6 +18,7 @@ import numpy as np
 
 from mgrpo_jax.policy.config import Experts, TransformerConfig
 from mgrpo_jax.policy.load import scalings
+from mgrpo_jax.policy.load.fields import MAX_LAYERS, is_number
 from mgrpo_jax.policy.load.gguf_tokenizer import read_tokenizer
 from mgrpo_jax.policy.load.names import GGUF
 from mgrpo_jax.policy.load.tensors import StoredTensor, assemble
@@ -57,9 +58,8 @@ def load_gguf(path: pathlib.Path, *, mesh: jax.sharding.Mesh | None) -> Policy:
       compute, or tensors are missing, unexpected, misshaped or of another
       type; all findings in one message.
   """
-  reader = _open(path)
-  fields = dict(_DEFAULTS)
-  fields |= {name: field.contents() for name, field in reader.fields.items()}
+  reader, said = _open(path)
+  fields = {**_DEFAULTS, **said}
   tensors = {tensor.name: tensor for tensor in reader.tensors}
   config = _config(fields, set(tensors), str(path))
   is_llama = fields["general.architecture"] == "llama"
@@ -82,13 +82,19 @@ def load_gguf(path: pathlib.Path, *, mesh: jax.sharding.Mesh | None) -> Policy:
   )
 
 
-def _open(path: pathlib.Path) -> Any:
-  """Opens a file; the reader's errors become a ValueError naming it."""
+def _open(path: pathlib.Path) -> tuple[Any, dict[str, Any]]:
+  """Opens a file and reads its metadata; errors become one ValueError."""
   import gguf
 
   try:
-    return gguf.GGUFReader(path)
-  except (ValueError, IndexError, KeyError, OverflowError) as error:
+    reader = gguf.GGUFReader(path)
+    return reader, {
+        name: field.contents() for name, field in reader.fields.items()
+    }
+  except (
+      ValueError, IndexError, KeyError, OSError, OverflowError, RecursionError,
+      TypeError,
+  ) as error:  # fmt: skip
     raise ValueError(
         f"{path}: truncated or not a GGUF file: {error}"
     ) from error
@@ -109,6 +115,7 @@ def _config(
   scaled = ("none", "linear") if family == "gemma3" else ("none",)
   kind = fields.get(f"{family}.rope.scaling.type", "none")
   problems = [f"missing {k}" for k in needed.values() if k not in fields]
+  problems += _wrong(fields, family)
   if kind not in scaled:
     problems.append(f"{family}.rope.scaling.type = {kind!r} is not supported")
   if problems:
@@ -146,8 +153,46 @@ def _config(
     )
   except KeyError as error:
     raise ValueError(f"{source}: missing {family}.{error.args[0]}") from error
+  except ValueError as error:
+    raise ValueError(f"{source}: {error}") from error
 
 
+def _wrong(fields: Mapping[str, Any], family: str) -> list[str]:
+  """Finds what the metadata hold that no model can have."""
+  problems = []
+  for key, largest in _WHOLE.items():
+    value = fields.get(f"{family}.{key}", 1)
+    if not (type(value) is int and 1 <= value <= largest):
+      problems.append(
+          f"{family}.{key} = {value!r}, must be an integer in [1, {largest}]"
+      )
+  for key in _NUMBERS:
+    value = fields.get(f"{family}.{key}", 1)
+    if not (is_number(value) and value > 0):
+      problems.append(f"{family}.{key} = {value!r}, must be a positive number")
+  if not isinstance(fields.get("tokenizer.ggml.tokens", []), list):
+    problems.append("tokenizer.ggml.tokens must be a list")
+  return problems
+
+
+_WHOLE: Mapping[str, int] = {
+    "block_count": MAX_LAYERS,
+    "embedding_length": 2**31 - 1,
+    "feed_forward_length": 2**31 - 1,
+    "attention.head_count": 2**31 - 1,
+    "attention.head_count_kv": 2**31 - 1,
+    "attention.key_length": 2**31 - 1,
+    "attention.sliding_window": 2**31 - 1,
+    "expert_used_count": 2**16,
+    "expert_feed_forward_length": 2**31 - 1,
+    "vocab_size": 2**31 - 1,
+    "rope.scaling.original_context_length": 2**31 - 1,
+}
+_NUMBERS = (
+    "rope.freq_base",
+    "rope.scaling.factor",
+    "attention.layer_norm_rms_epsilon",
+)
 _SIZES: Mapping[str, str] = {
     "num_layers": "block_count",
     "embed_dim": "embedding_length",

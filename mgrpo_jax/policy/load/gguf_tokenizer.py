@@ -49,13 +49,14 @@ def read_tokenizer(fields: Mapping[str, Any], source: str) -> Tokenizer:
       if key.startswith(_PREFIX)
   }
   kind: Any = own.get("model")
-  if kind not in _KINDS:
+  if not isinstance(kind, str) or kind not in _KINDS:
     raise ValueError(
         f"{source}: {_PREFIX}model = {kind!r}, must be one of {list(_KINDS)}"
     )
   build, needed = _KINDS[kind]
   needed = ("tokens", "token_type", "eos_token_id", *needed)
   problems = [f"missing {_PREFIX}{key}" for key in needed if key not in own]
+  problems += _mistyped(own)
   if problems:
     raise ValueError(f"{source}: {'; '.join(problems)}")
   try:
@@ -63,6 +64,39 @@ def read_tokenizer(fields: Mapping[str, Any], source: str) -> Tokenizer:
     return build(own)
   except ValueError as error:
     raise ValueError(f"{source}: {error}") from error
+
+
+def _mistyped(own: Mapping[str, Any]) -> list[str]:
+  """Finds what is not of the type that it must be."""
+  lists: Mapping[str, tuple[type, ...]] = {
+      "tokens": (str,),
+      "merges": (str,),
+      "token_type": (int,),
+      "scores": (int, float),
+  }
+  problems = [
+      f"{_PREFIX}{key} must be a list of {kinds[-1].__name__}"
+      for key, kinds in lists.items()
+      if key in own
+      and not (
+          isinstance(own[key], list)
+          and all(
+              isinstance(one, kinds) and not isinstance(one, bool)
+              for one in own[key]
+          )
+      )
+  ]
+  problems += [
+      f"{_PREFIX}{key} = {own[key]!r}, must be an integer"
+      for key in (f"{name}_token_id" for name in _NAMED.values())
+      if key in own and type(own[key]) is not int
+  ]
+  if not problems and any(m.count(" ") != 1 for m in own.get("merges", [])):
+    problems.append(f"{_PREFIX}merges must be pairs of tokens")
+  pre = own.get("pre", "")
+  if not isinstance(pre, str):
+    problems.append(f"{_PREFIX}pre = {pre!r}, must be text")
+  return problems
 
 
 def _check(own: Mapping[str, Any]) -> None:

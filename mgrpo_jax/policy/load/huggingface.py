@@ -10,6 +10,8 @@ from typing import Any
 
 from mgrpo_jax.policy.config import Experts, TransformerConfig
 from mgrpo_jax.policy.load import scalings
+from mgrpo_jax.policy.load.fields import is_number
+from mgrpo_jax.policy.load.fields import wrong as wrong_fields
 
 Fields = Mapping[str, Any]
 
@@ -80,24 +82,21 @@ def read(fields: Fields, source: str) -> TransformerConfig:
     ValueError: listing every key that is missing or not supported.
   """
   family = fields.get("model_type", "llama")
-  if family not in _FAMILIES:
+  if not isinstance(family, str) or family not in _FAMILIES:
     raise ValueError(
         f"{source}: model_type = {family!r}, must be one of"
         f" {sorted(_FAMILIES)}"
     )
   if family == "gemma3":
-    fields = {"model_type": family} | dict(fields.get("text_config", {}))
+    text = fields.get("text_config", {})
+    if not isinstance(text, dict):
+      raise ValueError(f"{source}: text_config = {text!r}, must be an object")
+    fields = {"model_type": family} | text
   fields = {**_DEFAULTS[family], **fields}
-  rope = fields.get("rope_parameters") or {}
-  ropes = rope if "full_attention" in rope else {"full_attention": rope}
-  whole = {
-      "rope_theta": fields.get("rope_theta"),
-      **(fields.get("rope_scaling") or {}),
-      **ropes["full_attention"],
-  }
   problems = [f"missing {key}" for key in _SIZES if key not in fields]
-  if whole["rope_theta"] is None:
-    problems.append("missing rope_theta")
+  problems += wrong_fields(fields)
+  whole, ropes, wrong = _ropes(fields)
+  problems += wrong
   problems += [
       f"{key} = {fields[key]!r}, must be {value!r}"
       for key, value in _FIXED.items()
@@ -184,6 +183,29 @@ def write(config: TransformerConfig) -> dict[str, Any]:
   if lost:
     raise ValueError(f"config: {family} cannot have {', '.join(lost)}")
   return fields
+
+
+def _ropes(fields: Fields) -> tuple[Fields, dict[str, Any], list[str]]:
+  """Rotations of full attention, those by kind, and what is wrong there."""
+  given = [fields.get(key) for key in ("rope_scaling", "rope_parameters")]
+  stretch, rope = (one if isinstance(one, dict) else {} for one in given)
+  ropes = rope if "full_attention" in rope else {"full_attention": rope}
+  wrong = [
+      f"rope_parameters.{kind} = {one!r}, must be an object"
+      for kind, one in ropes.items()
+      if not isinstance(one, dict) and kind.endswith("_attention")
+  ]
+  if wrong:
+    return {}, {}, wrong
+  theta = {"rope_theta": fields.get("rope_theta")}
+  whole = {**theta, **stretch, **ropes["full_attention"]}
+  if whole["rope_theta"] is None:
+    wrong.append("missing rope_theta")
+  elif not is_number(whole["rope_theta"]) or whole["rope_theta"] <= 0:
+    wrong.append(
+        f"rope_theta = {whole['rope_theta']!r}, must be a positive number"
+    )
+  return whole, ropes, wrong
 
 
 def _comparable(config: TransformerConfig) -> dict[str, Any]:
@@ -323,6 +345,8 @@ def _windows(fields: Fields) -> tuple[int, ...]:
   kinds = fields.get("layer_types")
   if fields.get("use_sliding_window") is False or window is None:
     return ()
+  if kinds is not None and len(kinds) != layers:
+    raise ValueError(f"layer_types has {len(kinds)} entries, not {layers}")
   if kinds is None:
     every = fields.get("sliding_window_pattern")
     first = fields.get("max_window_layers", 0)
@@ -335,6 +359,8 @@ def _windows(fields: Fields) -> tuple[int, ...]:
   unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
   if unknown:
     raise ValueError(f"layer_types of {unknown} are not supported")
+  if not window and "sliding_attention" in kinds:
+    raise ValueError("sliding_window = 0, must be >= 1, or null for none")
   windows = tuple(
       window if kind == "sliding_attention" else 0 for kind in kinds
   )

@@ -6,7 +6,6 @@ A factor A is stored [r, inputs] and B [outputs, r], under the name of the
 module they adapt; experts one by one, as checkpoints name them.
 """
 
-import json
 import math
 import pathlib
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import safetensors.numpy
 
 from mgrpo_jax import atomic
 from mgrpo_jax.policy.config import TransformerConfig
+from mgrpo_jax.policy.load.fields import is_number, read_json
 from mgrpo_jax.policy.load.names import safetensors_names
 from mgrpo_jax.policy.lora import TARGETS, Adapter, LoRA, adapter_specs
 from mgrpo_jax.policy.params import ParamSpec
@@ -38,6 +38,20 @@ _FIXED = {
     "rank_pattern": {},
     "alpha_pattern": {},
 }
+# Likewise, but keys that not every version of PEFT knows.
+_ABSENT = {
+    "alora_invocation_tokens": None,
+    "layer_replication": None,
+    "layers_to_transform": None,
+    "lora_bias": False,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_qalora": False,
+}
+_DTYPES = ("float32", "float16", "bfloat16")
+# Initialisations that leave the base's weights as they are; others change them.
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def save_adapter(
@@ -105,11 +119,14 @@ def load_adapter(
 
   Raises:
     ValueError: a file is missing or cannot be read, the adapter does what is
-      not computed here, or factors are missing, unexpected or misshaped; each
-      lists all its findings.
+      not computed here, or factors are missing, unexpected, misshaped, no
+      floats or not finite; each lists all its findings.
   """
   lora = _read_config(path / CONFIG_FILE, config)
   specs = adapter_specs(config, lora)
+  file = path / WEIGHTS_FILE
+  if file.exists() and not file.is_file():  # a pipe would be waited for
+    raise ValueError(f"{file}: cannot be read: not a regular file")
   try:
     tensors = safetensors.numpy.load_file(path / WEIGHTS_FILE)
   except (OSError, safetensors.SafetensorError) as error:
@@ -124,6 +141,16 @@ def load_adapter(
       f"{name} has shape {tensors[name].shape}, not {shape}"
       for name, shape in wanted.items()
       if name in tensors and tensors[name].shape != shape
+  ]
+  problems += [
+      f"{name} is {value.dtype}, must be one of {_DTYPES}"
+      for name, value in tensors.items()
+      if value.dtype.name not in _DTYPES
+  ]
+  problems = problems or [
+      f"{name} holds NaN or infinity"
+      for name, value in tensors.items()
+      if not np.isfinite(value).all()
   ]
   if problems:
     raise ValueError(f"{path / WEIGHTS_FILE}: {'; '.join(problems)}")
@@ -176,34 +203,39 @@ def _modules(lora: LoRA, config: TransformerConfig) -> dict[str, str]:
 
 def _read_config(file: pathlib.Path, config: TransformerConfig) -> LoRA:
   """Reads what an adapter adapts; refuses what is not computed here."""
-  try:
-    fields = json.loads(file.read_text("utf-8"))
-  except (OSError, ValueError) as error:
-    raise ValueError(f"{file}: cannot be read: {error}") from error
-  if not isinstance(fields, dict):
-    raise ValueError(f"{file}: must be a JSON object")
+  fields = read_json(file)
   problems = [
       f"{key} = {fields[key]!r}, must be {value!r}"
-      for key, value in _FIXED.items()
+      for key, value in (_FIXED | _ABSENT).items()
       if fields.get(key, value) != value and fields.get(key) is not None
   ]
   every = LoRA(rank=1, alpha=1.0, targets=TARGETS)
   known = _modules(every, config)
   modules: Any = fields.get("target_modules")
-  if not isinstance(modules, list) or not set(modules) <= known.keys():
+  if not isinstance(modules, list) or not all(
+      isinstance(name, str) and name in known for name in modules
+  ):
     problems.append(
         f"target_modules = {modules!r}, must be some of {sorted(known)}"
     )
   problems += [
       f"missing {key}" for key in ("r", "lora_alpha") if key not in fields
   ]
+  rank, alpha = fields.get("r", 1), fields.get("lora_alpha", 1)
+  if type(rank) is not int:
+    problems.append(f"r = {rank!r}, must be an integer")
+  if not is_number(alpha):
+    problems.append(f"lora_alpha = {alpha!r}, must be a number")
+  if (start := fields.get("init_lora_weights")) not in _INITS:
+    problems.append(
+        f"init_lora_weights = {start!r}, must be one of {_INITS}; PEFT can save"
+        " the adapter as one of unchanged weights"
+    )
   if problems:
     raise ValueError(f"{file}: {'; '.join(problems)}")
   wanted = {known[name] for name in modules}
   targets = tuple(name for name in TARGETS if name in wanted)
   try:
-    return LoRA(
-        rank=fields["r"], alpha=float(fields["lora_alpha"]), targets=targets
-    )
-  except (ValueError, TypeError) as error:
+    return LoRA(rank=rank, alpha=float(alpha), targets=targets)
+  except ValueError as error:
     raise ValueError(f"{file}: {error}") from error

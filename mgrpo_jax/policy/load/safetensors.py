@@ -27,6 +27,7 @@ from mgrpo_jax import atomic
 from mgrpo_jax.policy import bpe
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.load import huggingface
+from mgrpo_jax.policy.load.fields import read_json
 from mgrpo_jax.policy.load.names import safetensors_names
 from mgrpo_jax.policy.load.tensors import StoredTensor, assemble, disassemble
 from mgrpo_jax.policy.params import Params
@@ -50,6 +51,8 @@ TEMPLATE_FILE = "chat_template.jinja"
 DTYPES = ("F32", "F16", "BF16")
 
 MAX_FILE_BYTES = 4 * 2**30  # of one weights file, unless a tensor is larger
+_COPY, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_ROWS = 4096  # compared at once
 # Where a multimodal Gemma 3 keeps its text model, and what else it holds.
 _TEXT_PREFIXES = {
     "language_model.": "",
@@ -82,7 +85,7 @@ def load_directory(
       the vocabulary, or tensors are missing, unexpected, misshaped or no
       floats; each lists all its findings.
   """
-  fields = _read_json(path / CONFIG_FILE)
+  fields = read_json(path / CONFIG_FILE)
   config = huggingface.read(fields, str(path / CONFIG_FILE))
   tokenizer = load_tokenizer(path)
   chat = _chat(fields, tokenizer, str(path / CONFIG_FILE))
@@ -151,7 +154,7 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer | None:
   try:
     if not definition.is_file():
       return SentencePieceTokenizer(pieces.read_bytes())
-    config = _read_json(directory / bpe.CONFIG_FILE)
+    config = read_json(directory / bpe.CONFIG_FILE)
     return bpe.BPETokenizer(definition.read_text("utf-8"), config)
   except (OSError, ValueError) as error:
     raise ValueError(f"{directory}: {error}") from error
@@ -250,7 +253,7 @@ def _system(path: pathlib.Path, fields: Mapping[str, Any]) -> str:
     raise ValueError(f"{template}: cannot be read: {error}") from error
   if not (path / bpe.CONFIG_FILE).is_file():
     return ""
-  return default_system(_read_json(path / bpe.CONFIG_FILE).get("chat_template"))
+  return default_system(read_json(path / bpe.CONFIG_FILE).get("chat_template"))
 
 
 def _params(
@@ -262,6 +265,8 @@ def _params(
   with contextlib.ExitStack() as stack:
     stored: dict[str, StoredTensor] = {}
     wrong: list[str] = []
+    twice: list[str] = []
+    copies: list[Any] = []
     for file in _weight_files(path):
       handle = stack.enter_context(_open(file))
       for stored_name in handle.keys():
@@ -269,15 +274,44 @@ def _params(
         if name is None:
           continue
         view = handle.get_slice(stored_name)
+        if config.tied_embeddings and name == _COPY:
+          copies.append(view)
+          continue
         if view.get_dtype() not in DTYPES:
           wrong.append(f"{name} is {view.get_dtype()}")
+        if name in stored:
+          twice.append(f"{name} is stored twice")
         stored[name] = StoredTensor(
             tuple(view.get_shape()), functools.partial(_part, view)
         )
     if wrong:
-      raise ValueError(f"{path}: {'; '.join(wrong)}; supported: {DTYPES}")
+      wrong.append(f"supported: {DTYPES}")
+    if wrong or twice:
+      raise ValueError(f"{path}: {'; '.join([*twice, *wrong])}")
+    if copies:
+      _check_copies(copies, stored, str(path))
     names = safetensors_names(config)
     return assemble(stored, config, names, str(path), mesh)
+
+
+def _check_copies(
+    copies: Iterable[Any], stored: Mapping[str, StoredTensor], source: str
+) -> None:
+  """Raises where tied embeddings come with an unembedding of their own."""
+  embedding = stored.get(_EMBEDDING)
+  for view in copies if embedding else ():
+    assert embedding is not None
+    shape = tuple(view.get_shape())
+    same = shape == embedding.shape and len(shape) == 2
+    for start in range(0, shape[0] if same else 0, _ROWS):
+      end = min(start + _ROWS, shape[0])
+      rows = slice(start, end), slice(0, shape[1])
+      same &= np.array_equal(view[rows], embedding.read(*rows))
+    if not same:
+      raise ValueError(
+          f"{source}: tie_word_embeddings = True, but {_COPY} differs from"
+          f" {_EMBEDDING}"
+      )
 
 
 def _part(view: Any, *index: slice) -> np.ndarray:
@@ -288,8 +322,7 @@ def _part(view: Any, *index: slice) -> np.ndarray:
 def _text_name(name: str, config: TransformerConfig) -> str | None:
   """A tensor's name in a text-only model; None for what is not a weight of it.
 
-  Beside weights, files may hold a copy of tied embeddings, or buffers of
-  rotations that are computed here.
+  Beside weights, files may hold buffers of rotations that are computed here.
   """
   if config.post_norms:
     if name.startswith(_OTHER_PREFIXES):
@@ -297,8 +330,7 @@ def _text_name(name: str, config: TransformerConfig) -> str | None:
     for prefix, instead in _TEXT_PREFIXES.items():
       if name.startswith(prefix):
         name = instead + name.removeprefix(prefix)
-  is_copy = config.tied_embeddings and name == "lm_head.weight"
-  return None if is_copy or name.endswith("rotary_emb.inv_freq") else name
+  return None if name.endswith("rotary_emb.inv_freq") else name
 
 
 def _weight_files(path: pathlib.Path) -> list[pathlib.Path]:
@@ -306,35 +338,37 @@ def _weight_files(path: pathlib.Path) -> list[pathlib.Path]:
   index = path / INDEX_FILE
   if not index.is_file():
     return [path / WEIGHTS_FILE]
-  names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-  wrong = [n for n in names if n != pathlib.PurePath(n).name]
-  if wrong or not names:
+  mapped = read_json(index).get("weight_map")
+  held: list[Any] = (
+      list(mapped.values()) if isinstance(mapped, dict) else [mapped]
+  )
+  wrong = [name for name in held if not _is_file_name(name)]
+  if wrong or not held:
     raise ValueError(f"{index}: weight_map must name files, has {wrong}")
+  names = sorted(set(held))
   missing = [name for name in names if not (path / name).is_file()]
   if missing:
     raise ValueError(f"{path}: missing {', '.join(missing)}")
   return [path / name for name in names]
 
 
+def _is_file_name(name: object) -> bool:
+  """Whether a name stays in its directory."""
+  if not isinstance(name, str) or "\0" in name or len(name) > 255:
+    return False
+  return name not in ("", ".", "..") and name == pathlib.PurePath(name).name
+
+
 def _open(file: pathlib.Path) -> Any:
   """Opens a safetensors file; the library's errors become ValueErrors."""
+  if file.exists() and not file.is_file():  # a pipe would be waited for
+    raise ValueError(f"{file}: cannot be read: not a regular file")
   try:
     return safetensors.safe_open(file, framework="numpy")
   except FileNotFoundError as error:
     raise ValueError(f"{file}: missing") from error
   except (safetensors.SafetensorError, OSError) as error:
     raise ValueError(f"{file}: cannot be read: {error}") from error
-
-
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
-  """Reads a JSON object; everything else is a ValueError naming the file."""
-  try:
-    fields = json.loads(file.read_text("utf-8"))
-  except (OSError, ValueError) as error:
-    raise ValueError(f"{file}: cannot be read: {error}") from error
-  if not isinstance(fields, dict):
-    raise ValueError(f"{file}: must be a JSON object")
-  return fields
 
 
 @contextlib.contextmanager

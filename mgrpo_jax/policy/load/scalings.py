@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from mgrpo_jax.policy.load.fields import is_number
 from mgrpo_jax.policy.rotary import LinearScaling, Llama3Scaling, Scaling
 
 
@@ -31,26 +32,34 @@ def read(rope: Mapping[str, Any]) -> tuple[Scaling | None, list[str]]:
           "original_max_position_embeddings",
       ),
   }
-  if kind not in keys:
+  if not isinstance(kind, str) or kind not in keys:
     return None, [f"rope_type = {kind!r}, must be one of {sorted(keys)}"]
   known = {"rope_theta", "rope_type", "type", *keys[kind]}
   wrong = [f"missing {k} of rope {kind}" for k in keys[kind] if k not in rope]
   wrong += [f"unknown {k} of rope {kind}" for k in rope if k not in known]
+  wrong += [
+      f"{k} = {rope[k]!r} of rope {kind}, must be a number"
+      for k in keys[kind]
+      if k in rope and not is_number(rope[k])
+  ]
   if wrong or kind == "default":
     return None, wrong
   values = [rope[key] for key in keys[kind]]
-  if kind == "linear":
-    return LinearScaling(factor=values[0]), []
-  factor, low, high, context = values
-  return (
-      Llama3Scaling(
-          factor=factor,
-          low_frequency=low,
-          high_frequency=high,
-          original_context=context,
-      ),
-      [],
-  )
+  try:
+    if kind == "linear":
+      return LinearScaling(factor=values[0]), []
+    factor, low, high, context = values
+    return (
+        Llama3Scaling(
+            factor=factor,
+            low_frequency=low,
+            high_frequency=high,
+            original_context=context,
+        ),
+        [],
+    )
+  except ValueError as error:
+    return None, [f"rope {kind}: {error}"]
 
 
 def write(scaling: Scaling | None) -> dict[str, Any]:

@@ -94,8 +94,9 @@ def assemble(
     Float32 parameters.
 
   Raises:
-    ValueError: listing every missing, unexpected and misshaped tensor; or a
-      parameter cannot be split over the mesh.
+    ValueError: listing every missing, unexpected and misshaped tensor, or
+      every one that holds NaN or infinity; or a parameter cannot be split over
+      the mesh.
   """
   entries = _entries(config, names)
   wanted = {
@@ -115,7 +116,30 @@ def assemble(
     places = jax.tree.map(lambda _: alone, entries)
   else:
     places = sharding.params_shardings(param_specs(config), mesh)
-  return jax.tree.map(functools.partial(_load, stored), entries, places)
+  broken: dict[str, None] = {}  # names, in order
+  load = functools.partial(_load, _watched(stored, broken))
+  params = jax.tree.map(load, entries, places)
+  if broken:
+    listed = "; ".join(f"{name} holds NaN or infinity" for name in broken)
+    raise ValueError(f"{source}: {listed}")
+  return params
+
+
+def _watched(
+    stored: Mapping[str, StoredTensor], broken: dict[str, None]
+) -> dict[str, StoredTensor]:
+  """The same tensors; names of those that are not finite are noted."""
+
+  def watch(name: str, tensor: StoredTensor) -> StoredTensor:
+    def read(*index: slice) -> np.ndarray:
+      value = tensor.read(*index)
+      if not np.isfinite(value).all():
+        broken[name] = None
+      return value
+
+    return dataclasses.replace(tensor, read=read)
+
+  return {name: watch(name, tensor) for name, tensor in stored.items()}
 
 
 def disassemble(
