@@ -98,15 +98,10 @@ class Engine:
         prefill_buckets=min(prefill_buckets, default=0),
         decode_steps=decode_steps,
     )
-    if not 0 <= decode_rows <= num_slots:
-      raise ValueError(
-          f"decode_rows must be in 0..{num_slots} (num_slots), got"
-          f" {decode_rows!r}"
-      )
     self._config = config
     self._context = context
     self._decode_steps = decode_steps
-    self._decode_rows = decode_rows or num_slots
+    self._decode_rows = _rows(decode_rows, num_slots)
     self._heads: jax.sharding.NamedSharding | None = None
     self._place: Any = jax.local_devices()[0]
     if mesh is not None:
@@ -379,3 +374,13 @@ def _check(**sizes: int) -> None:
   for name, size in sizes.items():
     if size < 1:
       raise ValueError(f"{name} must be >= 1, got {size!r}")
+
+
+def _rows(decode_rows: int, num_slots: int) -> int:
+  """Slots computed together; raises where they are more than there are."""
+  if not 0 <= decode_rows <= num_slots:
+    raise ValueError(
+        f"decode_rows must be in 0..{num_slots} (num_slots), got"
+        f" {decode_rows!r}"
+    )
+  return decode_rows or num_slots
