@@ -8,6 +8,7 @@ group without spread and a group with fewer than two weighted members get 0.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -172,14 +173,16 @@ def per_subtask(
   Returns:
     A, float32; 0 where a sub-task was attempted once.
   """
-  same = subtasks[..., :, None] == subtasks[..., None, :]
-  shared = jnp.where(same, weights[..., None, :], 0.0)
-  spread = jnp.broadcast_to(rewards[..., None, :], shared.shape)
-  scaled = _standardised(spread, shared, (-1,))
-  diagonal = jnp.eye(rewards.shape[-1], dtype=bool)[None, None]
-  return numerics.masked(
-      jnp.sum(jnp.where(diagonal, scaled, 0.0), axis=-1), weights
-  )
+
+  def of_slot(slot: Array) -> Array:
+    asked = jax.lax.dynamic_index_in_dim(subtasks, slot, axis=-1)
+    attempts = jnp.where(subtasks == asked, weights, 0.0)
+    scaled = _standardised(rewards, attempts, (-1,))
+    return jax.lax.dynamic_index_in_dim(scaled, slot, axis=-1, keepdims=False)
+
+  # Slot by slot: all at once would be D × D numbers a rollout.
+  scaled = jax.lax.map(of_slot, jnp.arange(rewards.shape[-1]))
+  return numerics.masked(jnp.moveaxis(scaled, 0, -1), weights)
 
 
 def inherit_parent(
