@@ -81,7 +81,7 @@ class Check:
               error(pair.theirs, pair.plain, pair.scale),
           )
       )
-    most = np.max(np.array(found), axis=0, initial=-1.0)
+    most = np.max(np.reshape(found, (-1, 2)), axis=0, initial=-1.0)
     return float(most[0]), float(most[1])
 
 
