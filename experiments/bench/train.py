@@ -4,8 +4,9 @@ Random weights of SmolLM2's shape, the same on both sides, the same tokens, the
 loss the mean negative log-likelihood of the tokens that count. Two loads:
 `full`, 8 rows of 256 tokens that all count, and `ragged`, trajectories with
 prompts, tool results and answers of mixed length, of which only sampled tokens
-count: the peer pads them to the longest of 8 (sorted by length, which favours
-it), this project packs them and runs its head for sampled tokens only.
+count: the peer pads them to the longest of 8, as they come (which is what TRL
+does) and, as `sorted`, by length; this project packs them and runs its head for
+sampled tokens only.
 
     pip install -e .[bench] torch==2.13.0 transformers
     python -m experiments.bench.train --pairs=5 --out=train.json
@@ -129,6 +130,7 @@ def theirs(
     device: str,
     dtype: str,
     most_rows: int,
+    by_length: bool,
 ) -> Callable[[], float]:
   """Loads the peer with the same weights; returns what to time."""
   import torch
@@ -139,7 +141,9 @@ def theirs(
   )
   model.to(device).train()
   narrow = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
-  ordered = sorted(load, key=lambda one: len(one.tokens))
+  ordered = list(load)
+  if by_length:
+    ordered.sort(key=lambda one: len(one.tokens))
   total = sum(float(np.sum(one.loss_mask)) for one in load)
   rows = max(ROWS, most_rows // ROWS * ROWS)
   batches = [
@@ -251,9 +255,11 @@ def main() -> None:
   )
   weights = jax.jit(params.init, static_argnums=1)(jax.random.key(0), config)
   rng = np.random.default_rng
+  ragged = ragged_load(rng(0), arguments.times)
   loads = {
       "full": (full_load(rng(0), arguments.times), LENGTH),
-      "ragged": (ragged_load(rng(0), arguments.times), RAGGED_TARGETS),
+      "ragged": (ragged, RAGGED_TARGETS),
+      "sorted": (ragged, RAGGED_TARGETS),
   }
   results = {}
   with tempfile.TemporaryDirectory() as folder:
@@ -283,6 +289,7 @@ def main() -> None:
               device=arguments.peer,
               dtype=arguments.dtype,
               most_rows=arguments.most_rows,
+              by_length=name == "sorted",
           ),
           pairs=arguments.pairs,
           tolerance=1e-4 if arguments.dtype == "float32" else 1e-2,
