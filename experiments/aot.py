@@ -73,6 +73,7 @@ class Outcome:
 def main() -> None:
   """Compiles and reports; see the module."""
   with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
+    config = cli.config_of(_CONFIG)
     topology = chips.parse(_TOPOLOGY.value)
     unknown = sorted(set(_PROGRAMS.value) - set(PROGRAMS))
     if unknown:
@@ -88,10 +89,10 @@ def main() -> None:
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     from experiments import pods
 
-    plans = pods.plans(_CONFIG.value, topology)
+    plans = pods.plans(config, topology)
     out = pathlib.Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
-  name = re.sub(r"[^\w.\-]", "_", f"{_CONFIG.value.name}_{topology.name}")
+  name = re.sub(r"[^\w.\-]", "_", f"{config.name}_{topology.name}")
   path = out / f"{name}.json"
   outcomes: dict[str, Outcome] = {}
   for policy, plan in plans.items():

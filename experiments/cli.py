@@ -1,14 +1,21 @@
 """The border of every command: flags in, one line and exit code 2 on misuse."""
 
+from __future__ import annotations
+
 import contextlib
 import importlib.util
 import logging
 import os
+import pathlib
 import signal
 import sys
+import typing
 from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags
+
+if typing.TYPE_CHECKING:
+  import ml_collections
 
 USAGE_ERROR = 2
 BROKEN_PIPE = 128 + signal.SIGPIPE
@@ -64,6 +71,28 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
     yield
   except kinds as error:
     fail(_one_line(error))
+
+
+def secret(file: str, name: str) -> str:
+  """Reads a token, which no list of processes then shows.
+
+  Args:
+    file: that holds it and nothing else but blanks.
+    name: of the setting that named the file.
+
+  Returns:
+    The token.
+
+  Raises:
+    ValueError: the file cannot be read or is empty.
+  """
+  try:
+    token = pathlib.Path(file).read_text("utf-8").strip()
+  except (OSError, ValueError) as error:
+    raise ValueError(f"{name}: cannot be read: {error}") from error
+  if not token:
+    raise ValueError(f"{name}: {file} is empty")
+  return token
 
 
 def need(package: str) -> None:
@@ -129,6 +158,21 @@ def flag_errors() -> Iterator[None]:
     fail(f"cannot read --config: {error}")
   except (OSError, TypeError, ValueError, ImportError) as error:
     fail(f"cannot read --config: {_last_line(error)}")
+
+
+def config_of(holder: typing.Any) -> ml_collections.ConfigDict:
+  """Gives the recipe of a flag; one that cannot be read ends the process.
+
+  Args:
+    holder: what `config_flags.DEFINE_config_file` returned.
+
+  Returns:
+    The config.
+  """
+  with flag_errors():
+    holder.value.get("name")  # a file that is missing raises only here
+    return holder.value
+  raise AssertionError("fail() does not return")
 
 
 def _last_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
 r"""Scores a run's published weights on held-out questions again.
 
     python -m experiments.evaluate --workdir=runs/quickstart [--split=test]
-        [--version=99] [--temperature=1.0]
+        [--version=NUMBER] [--temperature=1.0]
 
 The weights are read from the run's bucket, which keeps the last few versions
 (config.publish.keep), and checked against their digests.

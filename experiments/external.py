@@ -15,7 +15,7 @@ from typing import Any
 
 import ml_collections
 
-from experiments import checks, placing
+from experiments import checks, cli, placing
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.policy.policy import Policy
 from mgrpo_jax.sampler.interface import RolloutEngine
@@ -102,12 +102,7 @@ def _server(one: ml_collections.ConfigDict, name: str) -> Server:
 
   token, key = "", f"policies.{name}.external.token_file"
   if one.token_file:
-    try:
-      token = pathlib.Path(one.token_file).read_text("utf-8").strip()
-    except (OSError, ValueError) as error:
-      raise ValueError(f"config.{key}: cannot be read: {error}") from error
-    if not token:
-      raise ValueError(f"config.{key}: {one.token_file} is empty")
+    token = cli.secret(one.token_file, f"config.{key}")
   known = {"mgrpo": dialects.MGRPO, "vllm": dialects.VLLM}
   return Server(
       address=_address(one, token),

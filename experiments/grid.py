@@ -237,8 +237,7 @@ def _read(arguments: Sequence[str]) -> ml_collections.ConfigDict:
   )
   with cli.flag_errors():
     values(argv)
-    return holder.value
-  raise AssertionError("flag_errors() ends the process")
+  return cli.config_of(holder)
 
 
 def _check_families(config: ml_collections.ConfigDict) -> None:

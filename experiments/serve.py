@@ -214,10 +214,7 @@ def _token() -> str:
     return _TOKEN.value
   if _TOKEN.value:
     raise ValueError("--token and --token_file: allowed: one of them")
-  token = pathlib.Path(_TOKEN_FILE.value).read_text("utf-8").strip()
-  if not token:
-    raise ValueError(f"--token_file: {_TOKEN_FILE.value} is empty")
-  return token
+  return cli.secret(_TOKEN_FILE.value, "--token_file")
 
 
 def _version() -> int | typing.Literal["latest"]:

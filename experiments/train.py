@@ -58,7 +58,7 @@ def main() -> None:
 
       cli.need("matplotlib")  # which only the report imports, at the very end
       compiled = stack.enter_context(metrics.count_compilations())
-      config = _CONFIG.value
+      config = cli.config_of(_CONFIG)
       recipe.check(config)
       values = recipe.plain(config)
       workdir.check(_WORKDIR.value, values)

@@ -14,7 +14,8 @@ def main() -> None:
   """Writes the report and says where it is."""
   with cli.user_errors(ModuleNotFoundError):
     from mgrpo_jax.report import page
-  with cli.user_errors(page.NotARunError, OSError):
+    from mgrpo_jax.workdir import NotARunError
+  with cli.user_errors(NotARunError, OSError):
     report = page.write(flags.FLAGS.workdir)
   for problem in report.problems:
     cli.say(f"skipped: {problem}")

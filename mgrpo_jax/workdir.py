@@ -27,6 +27,10 @@ class ConfigMismatchError(atomic.MismatchError):
   """The directory belongs to a run with another configuration."""
 
 
+class NotARunError(ValueError):
+  """The directory given is not a run's."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Workdir:
   """The paths of a run.
@@ -69,8 +73,16 @@ class Workdir:
       Nested dictionaries of JSON values.
 
     Raises:
-      StorageError: there is none or it cannot be read.
+      NotARunError: the directory does not exist or holds none.
+      StorageError: it cannot be read.
     """
+    if not self.path.is_dir():
+      what = "is no directory" if self.path.exists() else "does not exist"
+      raise NotARunError(f"workdir {self.path}: {what}")
+    if not (self.path / CONFIG_FILE).is_file():
+      raise NotARunError(
+          f"workdir {self.path}: no {CONFIG_FILE}, so not a run's"
+      )
     config = atomic.read_json(self.path / CONFIG_FILE)
     if not isinstance(config, dict):
       raise atomic.CorruptError(f"{self.path / CONFIG_FILE}: not an object")

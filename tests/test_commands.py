@@ -50,7 +50,10 @@ def refused(result):
         ((QUICKSTART, "--workdir=RUN", "--config.sed=1"), "seed"),
         ((QUICKSTART, "--workdir=RUN", "--config.seed=one"), "one"),
         ((QUICKSTART + ":all", "--workdir=RUN"), "main_only"),
-        (("--config=configs/nowhere.py", "--workdir=RUN"), "nowhere.py"),
+        (
+            ("--config=configs/nowhere.py", "--workdir=RUN"),
+            "cannot read --config: [Errno 2]",
+        ),
         ((QUICKSTART, "--workdir=RUN", "--config.loss.ratio=x"), "geometric"),
         ((QUICKSTART, "--workdir=RUN", "--config.tasks.per_step=0"), "least 1"),
         ((QUICKSTART, "--workdir=RUN", "--wrokdir=x"), "wrokdir"),

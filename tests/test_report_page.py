@@ -21,6 +21,7 @@ from test_report import HOSTILE, make_group, make_trajectory, pieces_of, write
 
 from mgrpo_jax import metrics, types
 from mgrpo_jax.report import browse, curves, page, png, text, writer
+from mgrpo_jax.workdir import NotARunError
 
 ROOT = pathlib.Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -475,9 +476,9 @@ def test_view_writes_the_report_and_says_where(tmp_path):
 
 
 def test_what_is_not_a_run_is_refused_before_anything_is_written(tmp_path):
-  with pytest.raises(page.NotARunError, match="nowhere: does not exist"):
+  with pytest.raises(NotARunError, match="nowhere: does not exist"):
     page.write(tmp_path / "nowhere")
-  with pytest.raises(page.NotARunError, match=r"no config\.json"):
+  with pytest.raises(NotARunError, match=r"no config\.json"):
     page.write(tmp_path)
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(OSError, match=r"config\.json is not JSON"):

@@ -16,16 +16,13 @@ from mgrpo_jax import atomic
 from mgrpo_jax.report import browse, curves, png, summary, svg, text, writer
 from mgrpo_jax.report.progress import duration
 from mgrpo_jax.report.text import escape
+from mgrpo_jax.workdir import Workdir
 
 MAX_STEPS = 7
 MAX_ROLLOUT_BYTES = 3_500_000
 MAX_PROBLEMS = 8  # named on the page; the others are counted
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
 _SCRIPT = re.compile(r"<script>(.*)</script>", re.DOTALL)
-
-
-class NotARunError(ValueError):
-  """The directory given is not a run's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,16 +54,11 @@ def write(workdir: str | os.PathLike[str]) -> Report:
     What was written.
 
   Raises:
-    NotARunError: `workdir` is not a run directory.
+    workdir.NotARunError: `workdir` is not a run directory.
     OSError: it cannot be read, or the report cannot be written.
   """
   workdir = pathlib.Path(workdir)
-  if not workdir.is_dir():
-    what = "is no directory" if workdir.exists() else "does not exist"
-    raise NotARunError(f"workdir {workdir}: {what}")
-  if not (workdir / "config.json").is_file():
-    raise NotARunError(f"workdir {workdir}: no config.json, so not a run's")
-  config = atomic.read_json(workdir / "config.json")
+  config = Workdir(workdir).read_config()
   outcome, problems = summary.read(workdir / "summary.json")
   rows, torn = _metrics(workdir / writer.METRICS_FILE)
   selection = browse.select(

@@ -56,8 +56,9 @@ def load(
   if path.suffix == ".gguf" and path.is_file():
     _check_packages(*_GGUF_PACKAGES)
     return load_gguf(path, mesh=mesh)
+  missing = "" if path.exists() else "does not exist; "
   raise ValueError(
-      f"source {str(source)!r}: must be a directory, a .gguf file or"
+      f"source {str(source)!r}: {missing}must be a directory, a .gguf file or"
       f" {SMOLLM2!r}"
   )
 
