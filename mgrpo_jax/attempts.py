@@ -30,10 +30,12 @@ CONTEXT: dict[str, Any] = {  # a handful of quick retries, the rest is ours
 }
 _ATTEMPT = 30.0  # seconds until an attempt without an answer is given up
 _PAUSE = 0.2, 5.0  # seconds between attempts, at first and at most
-_TRANSIENT = re.compile("ABORTED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE")
+# An array's metadata may be there already: the answer that said so was lost.
+_TRANSIENT = re.compile(
+    "ABORTED|ALREADY_EXISTS|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE"
+)
 _OUTSIDE = re.compile(  # failures that say nothing about what was stored
-    f"{_TRANSIENT.pattern}|CANCELLED|PERMISSION_DENIED|RESOURCE_EXHAUSTED|"
-    "UNAUTHENTICATED"
+    "CANCELLED|PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAUTHENTICATED"
 )
 
 
@@ -68,7 +70,7 @@ def wait(
   """
   begun = time.monotonic()
   more = nbytes / SLOWEST
-  tries, pause = 0, _PAUSE[0]
+  tries, pause, problem = 0, _PAUSE[0], ""
   while True:
     tries += 1
     future = start() if started is None else started
@@ -78,7 +80,7 @@ def wait(
       return future.result(timeout=max(0.0, min(left, _ATTEMPT + more)))
     except TimeoutError:
       future.cancel()
-      problem = "no answer"
+      problem = problem or "no answer"
     except (ValueError, OSError, RuntimeError) as error:
       problem = atomic.reason(error)
       if isinstance(error, OSError) or not _TRANSIENT.match(str(error)):
