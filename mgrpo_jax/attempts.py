@@ -9,6 +9,7 @@ An attempt that was given up may still reach the server later. So a pointer is
 written by compare-and-swap where there is one (`Store.replace`).
 """
 
+import functools
 import re
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from mgrpo_jax import atomic
 
 PATIENCE = 120.0  # seconds that a small operation may take, retries included
 SLOWEST = 1 << 20  # bytes/s; what moves slower than that counts as stuck
-CONTEXT: dict[str, Any] = {  # a handful of quick retries, the rest is ours
+_RETRIES: dict[str, Any] = {  # a handful of quick retries, the rest is ours
     f"{driver}_request_retries": {
         "max_retries": 4,
         "initial_delay": "100ms",
@@ -30,17 +31,20 @@ CONTEXT: dict[str, Any] = {  # a handful of quick retries, the rest is ours
 }
 _ATTEMPT = 30.0  # seconds until an attempt without an answer is given up
 _PAUSE = 0.2, 5.0  # seconds between attempts, at first and at most
-# An array's metadata may be there already: the answer that said so was lost.
-_TRANSIENT = re.compile(
-    "ABORTED|ALREADY_EXISTS|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE"
-)
+_TRANSIENT = re.compile("ABORTED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE")
 _OUTSIDE = re.compile(  # failures that say nothing about what was stored
-    "CANCELLED|PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAUTHENTICATED"
+    f"{_TRANSIENT.pattern}|CANCELLED|PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAUTHENTICATED"
 )
 
 
 class UndecodedError(atomic.StorageError):
   """The store answered, but not with what was written."""
+
+
+@functools.cache
+def context() -> ts.Context:
+  """Returns this process's context, where buckets in memory live."""
+  return ts.Context(_RETRIES)
 
 
 def wait(

@@ -57,3 +57,13 @@ def _remove_empty(root: pathlib.Path, folders: Iterable[str]) -> None:
       except OSError:
         break  # something is there, or somebody writes there again
       path = path.parent
+
+
+def below(keys: Iterable[str], folders: Iterable[str]) -> list[str]:
+  """Returns the keys that lie in one of some folders, however deep."""
+  wanted = set(folders)
+  return [
+      key
+      for key in keys
+      if not wanted.isdisjoint(map(str, pathlib.PurePosixPath(key).parents))
+  ]

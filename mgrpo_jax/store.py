@@ -125,7 +125,7 @@ class Store:
     self._wait("write", key, lambda: self._kvstore.write(key, value))
 
   def delete(self, key: str) -> None:
-    """Removes a key; one that does not exist is left so."""
+    """Removes a key, if there is such a key."""
     check_key(key)
     self._wait("delete", key, lambda: self._kvstore.write(key, None))
 
@@ -245,6 +245,8 @@ class Store:
       ValueError: a name is not a relative path.
     """
     keys = {name: check_key(f"{prefix}/{name}") for name in arrays}
+    self._removal.begin(removal.below(self.list(prefix), keys.values()))
+    self.settle()
     creating = {
         n: functools.partial(zarr.create, self._bulk, keys[n], arrays[n])
         for n in keys
@@ -276,7 +278,7 @@ class Store:
     """
     keys = {name: check_key(f"{prefix}/{name}") for name in names}
     opening = {
-        n: functools.partial(zarr.open, self._bulk, k) for n, k in keys.items()
+        n: functools.partial(zarr.open, self._bulk, keys[n]) for n in keys
     }
     try:
       opened = self._all("read", keys, opening)
@@ -371,7 +373,7 @@ def open(url: str, *, patience: float = attempts.PATIENCE) -> Store:
     ValueError: the URL is not one of these.
   """
   spec = bucket.spec(url)
-  context = _context()
+  context = attempts.context()
   # Arrays are not flushed one by one: readers check their digests, and sixty
   # flushes take half a second on a busy disk.
   quick = ts.Context({"file_io_sync": False}, context)
@@ -392,9 +394,3 @@ def open(url: str, *, patience: float = attempts.PATIENCE) -> Store:
 def open_folder(path: str | os.PathLike[str]) -> Store:
   """Opens a folder of the local disk."""
   return open(pathlib.Path(path).absolute().as_uri())
-
-
-@functools.cache
-def _context() -> ts.Context:
-  """Returns this process's context, where buckets in memory live."""
-  return ts.Context(attempts.CONTEXT)

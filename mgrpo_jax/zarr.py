@@ -9,15 +9,20 @@ MAX_CHUNK_BYTES = 64 << 20
 
 
 def create(kvstore: ts.KvStore, key: str, array: np.ndarray) -> ts.Future:
-  """Starts making the place for an array; an earlier one is removed."""
+  """Starts making the place for an array, or opens it where it is made.
+
+  An array of another shape or dtype must be removed before. `delete_existing`
+  would have TensorStore remove whatever the server lists, which with servers
+  that ignore the bounds of a listing is everything.
+  """
   return ts.open(
       {"driver": "zarr3", "metadata": {"codecs": ["bytes"]}},
       kvstore=kvstore / f"{key}/",
       dtype=array.dtype,
       shape=array.shape,
       chunk_layout=ts.ChunkLayout(chunk_shape=_chunk_shape(array)),
+      open=True,
       create=True,
-      delete_existing=True,
   )
 
 

@@ -102,8 +102,12 @@ def _on_emulated_gcs(endpoint: str) -> None:
   assert one.list() == ["ab"]
   assert two.list() == ["a/b", "ab"]
   array = np.arange(7, dtype=np.float32)
-  one.write_arrays("v", {"w": array})
-  np.testing.assert_array_equal(one.read_arrays("v", ["w"])["w"], array)
+  one.put("vw", b"3")
+  for name in ("w", "x", "w"):
+    one.write_arrays("v", {name: array})
+  for name in ("w", "x"):
+    np.testing.assert_array_equal(one.read_arrays("v", [name])[name], array)
+  assert (one.get("vw"), two.get("ab")) == (b"3", b"2")
   assert not one.can_swap  # it ignores conditions
   with pytest.raises(atomic.StorageError, match="no compare-and-swap"):
     one.swap(one.read("k"), b"1")
