@@ -48,7 +48,7 @@ def until(value: bytes) -> float:
   """Returns when a lease ends, seconds since 1970; NaN if it does not say."""
   try:
     return float(json.loads(value)["until"])
-  except (ValueError, KeyError, TypeError, RecursionError):
+  except (ArithmeticError, KeyError, RecursionError, TypeError, ValueError):
     return math.nan
 
 

@@ -1,6 +1,7 @@
 """Stage 7: versions of a policy's weights, written and read.
 
     policies/<policy>/v<N>/<parameter>/…       one zarr3 array each
+    policies/<policy>/v<N>/published.json      when, by the publisher's clock
     policies/<policy>/v<N>/manifest.json       shapes, dtypes, digests
     policies/<policy>/LATEST                   one pointer, written last
     policies/<policy>/leases/v<N>/<holder>     keeps a version from deletion
@@ -9,8 +10,7 @@ A version is visible whole or not at all: its manifest is written after its
 arrays, and the pointer after the manifest. Readers check every digest and
 never mix versions; where the newest is corrupt they fall back to the previous
 good one and say so. Each policy has one publisher at a time, the job that
-trains it; of two, the second to finish is told. The format is described in
-docs/bucket.md.
+trains it; of two, the second to finish is told. docs/bucket.md has the format.
 """
 
 import collections
@@ -19,15 +19,16 @@ import dataclasses
 import json
 import logging
 import re
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from mgrpo_jax import atomic, leases, leaves
+from mgrpo_jax import manifest as manifests
 from mgrpo_jax.keys import check_name
 from mgrpo_jax.store import Store
 from mgrpo_jax.types import PolicyVersion
 
-FORMAT = 1
 _ATTEMPTS = 5  # reads overtaken by the publisher's retention
 _READINGS = 2  # of a version, before what was damaged counts as stored so
 _NO_NUMBER = -1  # stands for LATEST itself among what was skipped
@@ -82,6 +83,7 @@ def publish(
     *,
     keep: int,
     meta: Mapping[str, Any],
+    short: bool = False,
 ) -> Published:
   """Writes a version of a policy's weights and points LATEST at it.
 
@@ -96,6 +98,8 @@ def publish(
     params: pytree of arrays.
     keep: how many versions stay, ≥ 1; leased ones stay besides.
     meta: JSON kept beside the weights (step, stage, …).
+    short: whether float32 is rounded to bfloat16, half the bytes; what is read
+      is float32 again.
 
   Returns:
     The version, and what was found damaged.
@@ -109,18 +113,9 @@ def publish(
   if keep < 1:
     raise ValueError(f"keep: {keep} must be at least 1")
   arrays = leaves.to_host(params)
-  if any(name.split("/")[-1] == "manifest.json" for name in arrays):
-    raise ValueError("params: a leaf may not be named 'manifest.json'")
-  manifest = leaves.seal(
-      {
-          "format": FORMAT,
-          "policy": policy,
-          "number": number,
-          "meta": dict(meta),
-          "arrays": {name: leaves.describe(a) for name, a in arrays.items()},
-      }
-  )
-  path = _path(policy, number)
+  arrays, rounded = manifests.round_off(arrays) if short else (arrays, {})
+  manifest = manifests.make(policy, number, arrays, rounded=rounded, meta=meta)
+  path = manifests.path(policy, number)
   version = PolicyVersion(
       policy=policy, number=number, path=path, digest=manifest["digest"]
   )
@@ -131,6 +126,8 @@ def publish(
     store.settle()
     try:
       store.write_arrays(path, arrays)
+      when = json.dumps({"time": time.time()}).encode()
+      store.put(f"{path}/published.json", when)
       store.put(f"{path}/manifest.json", json.dumps(manifest).encode())
     except atomic.StorageError:
       with contextlib.suppress(atomic.StorageError):
@@ -246,7 +243,7 @@ def lease(
   _check(policy, number)
   root = f"policies/{policy}"
   leases.write(store, root, number, holder=holder, seconds=seconds)
-  if store.get(f"{_path(policy, number)}/manifest.json") is None:
+  if store.get(f"{manifests.path(policy, number)}/manifest.json") is None:
     release(store, policy, number, holder=holder)
     raise NoVersionError(f"{policy} has no version {number} in {store.url}")
 
@@ -259,7 +256,7 @@ def release(store: Store, policy: str, number: int, *, holder: str) -> None:
 
 def _read_number(store: Store, policy: str, number: int, like: Any) -> Weights:
   """Reads one version; what changed while being read is read again."""
-  path = _path(policy, number)
+  path = manifests.path(policy, number)
   error: atomic.CorruptError | None = None
   seen = collections.Counter[bytes]()
   for _ in range(_ATTEMPTS):
@@ -270,7 +267,7 @@ def _read_number(store: Store, policy: str, number: int, like: Any) -> Weights:
       break  # it did not change while we read it: it is corrupt
     seen[found] += 1
     try:
-      manifest = _parse(found, policy, number)
+      manifest = manifests.parse(found, policy, number)
       described = manifest["arrays"]
       arrays = store.read_arrays(path, described)
       leaves.verify(arrays, described)
@@ -279,7 +276,9 @@ def _read_number(store: Store, policy: str, number: int, like: Any) -> Weights:
       continue
     what = f"{store.url}/{path}"
     return Weights(
-        params=leaves.from_host(arrays, like, what=what),
+        params=leaves.from_host(
+            manifests.widened(arrays, manifest), like, what=what
+        ),
         version=PolicyVersion(
             policy=policy,
             number=number,
@@ -294,19 +293,6 @@ def _read_number(store: Store, policy: str, number: int, like: Any) -> Weights:
   ) from error
 
 
-def _parse(data: bytes, policy: str, number: int) -> dict[str, Any]:
-  """Returns a manifest that is what was written for this version."""
-  try:
-    manifest = leaves.check_seal(json.loads(data))
-  except (ValueError, RecursionError) as error:
-    raise atomic.CorruptError("the manifest is not JSON") from error
-  if (manifest["policy"], manifest["number"]) != (policy, number):
-    raise atomic.CorruptError("the manifest is another version's")
-  if manifest["format"] != FORMAT:
-    raise atomic.MismatchError(f"format {manifest['format']}, not {FORMAT}")
-  return manifest
-
-
 def _pointed(store: Store, policy: str, pointer: bytes) -> int:
   """Returns the number a pointer holds."""
   try:
@@ -314,7 +300,11 @@ def _pointed(store: Store, policy: str, pointer: bytes) -> int:
     number, path = found["number"], found["path"]
   except (ValueError, KeyError, TypeError, RecursionError):
     number, path = None, ""
-  if type(number) is not int or number < 0 or path != _path(policy, number):
+  if (
+      type(number) is not int
+      or number < 0
+      or path != manifests.path(policy, number)
+  ):
     raise atomic.CorruptError(
         f"pointer {store.url}/{_pointer_key(policy)} is corrupt"
     )
@@ -345,7 +335,7 @@ def _is_whole(store: Store, version: PolicyVersion) -> bool:
   if found is None:
     return False
   try:
-    described = _parse(found, version.policy, version.number)["arrays"]
+    described = manifests.parse(found, version.policy, version.number)["arrays"]
     if json.loads(found)["digest"] != version.digest:
       return False
     leaves.verify(store.read_arrays(version.path, described), described)
@@ -362,13 +352,13 @@ def _retain(store: Store, policy: str, number: int, keep: int) -> list[str]:
   past = sorted(n for n in present if n <= number)
   leased, damaged = leases.held(store, root)
   for old in sorted(present - {number, *past[-keep:], *leased}):
-    manifest = store.get(f"{_path(policy, old)}/manifest.json")
+    manifest = store.get(f"{manifests.path(policy, old)}/manifest.json")
     if manifest is not None:
-      store.delete(f"{_path(policy, old)}/manifest.json")
+      store.delete(f"{manifests.path(policy, old)}/manifest.json")
       if old in leases.held(store, root, old)[0]:  # taken in between
-        store.put(f"{_path(policy, old)}/manifest.json", manifest)
+        store.put(f"{manifests.path(policy, old)}/manifest.json", manifest)
         continue
-    store.discard(_path(policy, old))  # gone by the next publication
+    store.discard(manifests.path(policy, old))  # gone by the next publication
   return damaged
 
 
@@ -384,11 +374,6 @@ def _check(policy: str, number: int) -> None:
   check_name(policy, "policy")
   if isinstance(number, bool) or not isinstance(number, int) or number < 0:
     raise ValueError(f"number: {number!r} must be an integer of at least 0")
-
-
-def _path(policy: str, number: int) -> str:
-  """Returns where a version lies."""
-  return f"policies/{policy}/v{number}"
 
 
 def _pointer_key(policy: str) -> str:

@@ -66,6 +66,47 @@ def test_what_is_published_is_what_is_read(bucket):
   assert all(isinstance(w, jax.Array) for w in jax.tree.leaves(weights.params))
 
 
+def test_short_weights_are_half_the_bytes_and_come_back_rounded(
+    bucket, tmp_path
+):
+  weights = params(0) | {"count": np.arange(3, dtype=np.int32)}
+  published = publish.publish(
+      bucket, "main", 0, weights, keep=1, meta={}, short=True
+  )
+  like = LIKE | {"count": jax.ShapeDtypeStruct((3,), np.int32)}
+  found = publish.read(bucket, "main", 0, like=like).params
+  assert found["embed"].dtype == np.float32
+  rounded = weights["embed"].astype(jax.numpy.bfloat16).astype(np.float32)
+  assert not np.array_equal(rounded, weights["embed"])
+  np.testing.assert_array_equal(found["embed"], rounded)
+  np.testing.assert_array_equal(found["count"], weights["count"])
+  chunk = tmp_path / published.version.path / "embed/c/0/0"
+  assert chunk.stat().st_size == weights["embed"].nbytes // 2
+  again = publish.publish(
+      bucket, "main", 0, weights, keep=1, meta={}, short=True
+  )
+  assert again == published
+
+
+def test_what_one_mesh_published_is_read_into_another(bucket):
+  def sharded(shape, names, parts):
+    mesh = jax.make_mesh(shape, names)
+    where = jax.sharding.PartitionSpec(*parts)
+    return jax.sharding.NamedSharding(mesh, where)
+
+  one = sharded((4, 2), ("fsdp", "tensor"), ("fsdp", "tensor"))
+  other = sharded((2, 4), ("data", "tensor"), (None, "tensor"))
+  weights = params(0)
+  spread = jax.tree.map(lambda a: jax.device_put(a, one), weights)
+  publish.publish(bucket, "main", 0, spread, keep=1, meta={})
+  like = jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=other), weights
+  )
+  found = publish.read(bucket, "main", 0, like=like).params
+  assert same(found, weights)
+  assert found["embed"].sharding == other
+
+
 def test_latest_moves_and_numbers_stay_readable(bucket):
   for number in range(3):
     put(bucket, number)
@@ -122,7 +163,8 @@ def test_retention_keeps_the_newest_and_the_leased(bucket, tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b'{"until": "soon"}', b'{"until": NaN}', b"\xff", b"{}"],
+    [b"", b"{", b"[]", b'{"until": "soon"}', b'{"until": NaN}', b"\xff", b"{}"]
+    + [b"[" * 100_000, b'{"until": 1' + b"0" * 400 + b"}"],
 )
 def test_a_lease_that_cannot_be_read_is_named_and_kept(bucket, content):
   put(bucket, 0, keep=1)
