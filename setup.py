@@ -15,7 +15,11 @@ SERVE = ["starlette>=0.40", "uvicorn>=0.30"]
 EXTERNAL = ["httpx2>=2.12"]
 NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
 TEST = [
+    "flask>=3.0",
+    "flask-cors>=5.0",
+    "gcp-storage-emulator>=2026.7",
     "hypothesis>=6.120",
+    "moto[s3]>=5.2",
     "mypy>=1.15",
     "nbstripout>=0.8",
     "openai>=1.60",
@@ -55,7 +59,7 @@ setuptools.setup(
         "scipy>=1.13",
         "sentencepiece>=0.2",
         "tensorboardX>=2.6.2",
-        "tensorstore>=0.1.75",
+        "tensorstore>=0.1.80",
     ],
     extras_require={
         "test": TEST + SERVE + EXTERNAL + SMOLLM2 + NOTEBOOKS,

@@ -1,16 +1,24 @@
-"""Writes the report of a run: WORKDIR/report/index.html and its curves.
+"""Writes the report of a run, or says what lies in a bucket.
 
-Command: python -m experiments.view --workdir=runs/quickstart
+Commands:
+  python -m experiments.view --workdir=runs/quickstart
+  python -m experiments.view --bucket=gs://bucket/run
+
+The first writes WORKDIR/report/index.html and its curves. The second prints
+versions, members and leases; it only reads, also while a run is under way.
 """
+
+import time
 
 from absl import flags
 
 from experiments import cli
 
 flags.DEFINE_string("workdir", "", "a run's directory")
+flags.DEFINE_string("bucket", "", "URL of a bucket, or the path of a folder")
 
 
-def main() -> None:
+def _report() -> None:
   """Writes the report and says where it is."""
   with cli.user_errors(ModuleNotFoundError):
     from mgrpo_jax.report import page
@@ -24,5 +32,27 @@ def main() -> None:
   cli.say(f"{report.page} ({report.shown_rollouts} rollouts)")
 
 
+def _inspect() -> None:
+  """Prints what lies in the bucket."""
+  from mgrpo_jax import store
+  from mgrpo_jax.report import bucket
+
+  url = flags.FLAGS.bucket
+  with cli.user_errors(ValueError, OSError):
+    opened = store.open(url) if "://" in url else store.open_folder(url)
+    found = bucket.look(opened, now=time.time())
+  cli.say(bucket.text(found))
+
+
+def main() -> None:
+  """Does what was asked for."""
+  if bool(flags.FLAGS.workdir) == bool(flags.FLAGS.bucket):
+    cli.fail("--workdir is required, or --bucket in its place")
+  if flags.FLAGS.bucket:
+    _inspect()
+  else:
+    _report()
+
+
 if __name__ == "__main__":
-  cli.run(main, required=("workdir",))
+  cli.run(main)

@@ -11,8 +11,13 @@ Emulators on localhost are reached by naming their endpoint:
     s3://bucket/folder?endpoint=http://localhost:9000&region=us-east-1
 
 TensorStore reads the GCS endpoint from the environment once, so one process
-talks to one GCS endpoint. S3 credentials are looked for where AWS's own tools
-look; an emulator gets those of the environment, or none.
+talks to one GCS endpoint, which it sends no Google credentials where it is
+plain http. S3 credentials are looked for where AWS's own tools look; an
+emulator gets those of the environment, or none.
+
+TensorStore waits for ever for a server that has gone quiet, unless the
+environment says otherwise before its first request; so it does, for at most
+`QUIET` seconds, where TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS is not set.
 """
 
 import os
@@ -26,7 +31,10 @@ OPTIONS: dict[str, set[str]] = {  # what a URL of each scheme may say
     "gs": {"endpoint"},
     "s3": {"endpoint", "region"},
 }
+QUIET = 20  # seconds without a byte until a connection counts as dead
 _GCS_ENDPOINT = "TENSORSTORE_GCS_HTTP_URL"
+_GCS_TOKEN = "GOOGLE_AUTH_TOKEN_FOR_TESTING"
+_CURL = "TENSORSTORE_CURL_"
 
 
 def spec(url: str) -> dict[str, Any]:
@@ -51,6 +59,10 @@ def spec(url: str) -> dict[str, Any]:
   unknown = sorted(options.keys() - OPTIONS[parts.scheme])
   if unknown:
     raise ValueError(f"url: unknown option {unknown[0]!r} in {url!r}")
+  if parts.scheme in ("gs", "s3"):
+    os.environ.setdefault(f"{_CURL}LOW_SPEED_TIME_SECONDS", str(QUIET))
+    os.environ.setdefault(f"{_CURL}LOW_SPEED_LIMIT_BYTES", "1")
+    os.environ.setdefault(f"{_CURL}CONNECT_TIMEOUT_SECONDS", str(QUIET))
   build = {"file": _file, "memory": _memory, "gs": _gcs, "s3": _s3}
   return build[parts.scheme](parts, options)
 
@@ -80,6 +92,8 @@ def _gcs(parts: Any, options: Mapping[str, str]) -> dict[str, Any]:
           f"url: this process already uses the GCS endpoint {before}, not "
           f"{endpoint}"
       )
+    if endpoint.startswith("http://"):
+      os.environ.setdefault(_GCS_TOKEN, "none")
   path = _folder(parts.path)
   return {"driver": "gcs", "bucket": parts.netloc, "path": path}
 
@@ -87,7 +101,12 @@ def _gcs(parts: Any, options: Mapping[str, str]) -> dict[str, Any]:
 def _s3(parts: Any, options: Mapping[str, str]) -> dict[str, Any]:
   """Returns the spec of a bucket on S3."""
   path = _folder(parts.path)
-  spec: dict[str, Any] = {"driver": "s3", "bucket": parts.netloc, "path": path}
+  spec: dict[str, Any] = {
+      "driver": "s3",
+      "bucket": parts.netloc,
+      "path": path,
+      "use_conditional_write": True,  # else TensorStore looks before it writes
+  }
   if "endpoint" in options:
     known = "AWS_ACCESS_KEY_ID" in os.environ
     spec |= {

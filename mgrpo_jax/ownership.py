@@ -25,8 +25,9 @@ class TakenError(ValueError):
 def claim(store: Store, run_id: str, config: Mapping[str, Any]) -> None:
   """Makes a bucket this run's, or sees that it is already.
 
-  On S3, which has no compare-and-swap, two runs that begin in the same moment
-  may both pass.
+  Where the store has no compare-and-swap, of two runs that begin in the same
+  moment the last to write is the owner, and `check` tells the other; at worst
+  when it is next asked.
 
   Args:
     store: the bucket.
@@ -48,10 +49,7 @@ def claim(store: Store, run_id: str, config: Mapping[str, Any]) -> None:
   value = json.dumps(record).encode()
   found = store.read(KEY)
   if found.value is None:
-    if not store.can_swap:
-      store.put(KEY, value)
-    elif store.swap(found, value):
-      return
+    store.replace(found, value)  # `check` says whether we came first
   check(store, run_id)
 
 

@@ -1,6 +1,7 @@
 """Stage 7: versions of a policy's weights, written and read.
 
     policies/<policy>/v<N>/<parameter>/…       one zarr3 array each
+    policies/<policy>/v<N>/published.json      when, by the publisher's clock
     policies/<policy>/v<N>/manifest.json       shapes, dtypes, digests
     policies/<policy>/LATEST                   one pointer, written last
     policies/<policy>/leases/v<N>/<holder>     keeps a version from deletion
@@ -9,29 +10,34 @@ A version is visible whole or not at all: its manifest is written after its
 arrays, and the pointer after the manifest. Readers check every digest and
 never mix versions; where the newest is corrupt they fall back to the previous
 good one and say so. Each policy has one publisher at a time, the job that
-trains it.
+trains it; of two, the second to finish is told. docs/bucket.md has the format.
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
 import logging
-import math
 import re
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from mgrpo_jax import atomic, leaves
+from mgrpo_jax import atomic, leases, leaves
+from mgrpo_jax import manifest as manifests
 from mgrpo_jax.keys import check_name
 from mgrpo_jax.store import Store
 from mgrpo_jax.types import PolicyVersion
 
-FORMAT = 1
 _ATTEMPTS = 5  # reads overtaken by the publisher's retention
+_READINGS = 2  # of a version, before what was damaged counts as stored so
 _NO_NUMBER = -1  # stands for LATEST itself among what was skipped
 _LOG = logging.getLogger(__name__)
 _VERSION = re.compile(r"v(\d+)/")
+
+
+class OvertakenError(atomic.StorageError):
+  """Two processes publish the same policy; the text says which and where."""
 
 
 class NoVersionError(LookupError):
@@ -77,6 +83,7 @@ def publish(
     *,
     keep: int,
     meta: Mapping[str, Any],
+    short: bool = False,
 ) -> Published:
   """Writes a version of a policy's weights and points LATEST at it.
 
@@ -91,11 +98,14 @@ def publish(
     params: pytree of arrays.
     keep: how many versions stay, ≥ 1; leased ones stay besides.
     meta: JSON kept beside the weights (step, stage, …).
+    short: whether float32 is rounded to bfloat16, half the bytes; what is read
+      is float32 again.
 
   Returns:
     The version, and what was found damaged.
 
   Raises:
+    OvertakenError: another process published this policy meanwhile.
     StorageError: the store cannot be written; LATEST is then as before.
     ValueError: a name, number or count is out of range.
   """
@@ -103,34 +113,32 @@ def publish(
   if keep < 1:
     raise ValueError(f"keep: {keep} must be at least 1")
   arrays = leaves.to_host(params)
-  if any(name.split("/")[-1] == "manifest.json" for name in arrays):
-    raise ValueError("params: a leaf may not be named 'manifest.json'")
-  manifest = leaves.seal(
-      {
-          "format": FORMAT,
-          "policy": policy,
-          "number": number,
-          "meta": dict(meta),
-          "arrays": {name: leaves.describe(a) for name, a in arrays.items()},
-      }
-  )
-  path = _path(policy, number)
+  arrays, rounded = manifests.round_off(arrays) if short else (arrays, {})
+  manifest = manifests.make(policy, number, arrays, rounded=rounded, meta=meta)
+  path = manifests.path(policy, number)
   version = PolicyVersion(
       policy=policy, number=number, path=path, digest=manifest["digest"]
   )
   store.settle()
+  before = store.read(_pointer_key(policy))
   if not _is_whole(store, version):
     _remove(store, path)
     store.settle()
     try:
       store.write_arrays(path, arrays)
+      when = json.dumps({"time": time.time()}).encode()
+      store.put(f"{path}/published.json", when)
       store.put(f"{path}/manifest.json", json.dumps(manifest).encode())
     except atomic.StorageError:
       with contextlib.suppress(atomic.StorageError):
         _remove(store, path)  # on a full disk, what was written only harms
       raise
   pointer = {"number": number, "path": path, "digest": version.digest}
-  store.put(_pointer_key(policy), json.dumps(pointer).encode())
+  if not store.replace(before, json.dumps(pointer).encode()):
+    raise OvertakenError(
+        f"{before.key} in {store.url} was changed while version {number} was"
+        " written: another process publishes this policy"
+    )
   damaged = _retain(store, policy, number, keep)
   return Published(version=version, damaged=tuple(damaged))
 
@@ -218,6 +226,8 @@ def lease(
 ) -> None:
   """Keeps a version from being deleted, for a time; call again to prolong.
 
+  Clocks may differ by `leases.SKEW` seconds; so may a lease be longer.
+
   Args:
     store: the bucket.
     policy: the policy's name.
@@ -231,9 +241,9 @@ def lease(
     ValueError: a name or number is out of range.
   """
   _check(policy, number)
-  until = json.dumps({"until": time.time() + seconds}).encode()
-  store.put(_lease_key(policy, number, holder), until)
-  if store.get(f"{_path(policy, number)}/manifest.json") is None:
+  root = f"policies/{policy}"
+  leases.write(store, root, number, holder=holder, seconds=seconds)
+  if store.get(f"{manifests.path(policy, number)}/manifest.json") is None:
     release(store, policy, number, holder=holder)
     raise NoVersionError(f"{policy} has no version {number} in {store.url}")
 
@@ -241,23 +251,23 @@ def lease(
 def release(store: Store, policy: str, number: int, *, holder: str) -> None:
   """Gives a lease back; one that does not exist is left so."""
   _check(policy, number)
-  store.delete(_lease_key(policy, number, holder))
+  leases.remove(store, f"policies/{policy}", number, holder=holder)
 
 
 def _read_number(store: Store, policy: str, number: int, like: Any) -> Weights:
   """Reads one version; what changed while being read is read again."""
-  path = _path(policy, number)
+  path = manifests.path(policy, number)
   error: atomic.CorruptError | None = None
-  before: bytes | None = None
+  seen = collections.Counter[bytes]()
   for _ in range(_ATTEMPTS):
     found = store.get(f"{path}/manifest.json")
     if found is None:
       raise NoVersionError(f"{policy} has no version {number} in {store.url}")
-    if found == before and error:
+    if seen[found] == _READINGS:
       break  # it did not change while we read it: it is corrupt
-    before = found
+    seen[found] += 1
     try:
-      manifest = _parse(found, policy, number)
+      manifest = manifests.parse(found, policy, number)
       described = manifest["arrays"]
       arrays = store.read_arrays(path, described)
       leaves.verify(arrays, described)
@@ -266,7 +276,9 @@ def _read_number(store: Store, policy: str, number: int, like: Any) -> Weights:
       continue
     what = f"{store.url}/{path}"
     return Weights(
-        params=leaves.from_host(arrays, like, what=what),
+        params=leaves.from_host(
+            manifests.widened(arrays, manifest), like, what=what
+        ),
         version=PolicyVersion(
             policy=policy,
             number=number,
@@ -281,26 +293,18 @@ def _read_number(store: Store, policy: str, number: int, like: Any) -> Weights:
   ) from error
 
 
-def _parse(data: bytes, policy: str, number: int) -> dict[str, Any]:
-  """Returns a manifest that is what was written for this version."""
-  try:
-    manifest = leaves.check_seal(json.loads(data))
-  except (ValueError, RecursionError) as error:
-    raise atomic.CorruptError("the manifest is not JSON") from error
-  if (manifest["policy"], manifest["number"]) != (policy, number):
-    raise atomic.CorruptError("the manifest is another version's")
-  if manifest["format"] != FORMAT:
-    raise atomic.MismatchError(f"format {manifest['format']}, not {FORMAT}")
-  return manifest
-
-
 def _pointed(store: Store, policy: str, pointer: bytes) -> int:
   """Returns the number a pointer holds."""
   try:
-    number = json.loads(pointer)["number"]
+    found = json.loads(pointer)
+    number, path = found["number"], found["path"]
   except (ValueError, KeyError, TypeError, RecursionError):
-    number = None
-  if type(number) is not int or number < 0:
+    number, path = None, ""
+  if (
+      type(number) is not int
+      or number < 0
+      or path != manifests.path(policy, number)
+  ):
     raise atomic.CorruptError(
         f"pointer {store.url}/{_pointer_key(policy)} is corrupt"
     )
@@ -331,7 +335,7 @@ def _is_whole(store: Store, version: PolicyVersion) -> bool:
   if found is None:
     return False
   try:
-    described = _parse(found, version.policy, version.number)["arrays"]
+    described = manifests.parse(found, version.policy, version.number)["arrays"]
     if json.loads(found)["digest"] != version.digest:
       return False
     leaves.verify(store.read_arrays(version.path, described), described)
@@ -341,14 +345,20 @@ def _is_whole(store: Store, version: PolicyVersion) -> bool:
 
 
 def _retain(store: Store, policy: str, number: int, keep: int) -> list[str]:
-  """Deletes what is neither new, nor leased, nor pointed to; see `_leased`."""
+  """Deletes what is neither new, nor leased, nor pointed to."""
   root = f"policies/{policy}"
   keys = [key.removeprefix(f"{root}/") for key in store.list(root)]
   present = {int(m[1]) for m in map(_VERSION.match, keys) if m}
   past = sorted(n for n in present if n <= number)
-  leased, damaged = _leased(store, root, keys)
+  leased, damaged = leases.held(store, root)
   for old in sorted(present - {number, *past[-keep:], *leased}):
-    _remove(store, _path(policy, old))  # gone by the next publication
+    manifest = store.get(f"{manifests.path(policy, old)}/manifest.json")
+    if manifest is not None:
+      store.delete(f"{manifests.path(policy, old)}/manifest.json")
+      if old in leases.held(store, root, old)[0]:  # taken in between
+        store.put(f"{manifests.path(policy, old)}/manifest.json", manifest)
+        continue
+    store.discard(manifests.path(policy, old))  # gone by the next publication
   return damaged
 
 
@@ -359,28 +369,6 @@ def _remove(store: Store, path: str) -> None:
   store.discard(path)
 
 
-def _leased(
-    store: Store, root: str, keys: list[str]
-) -> tuple[set[int], list[str]]:
-  """Returns the versions under a lease, and what is wrong with leases."""
-  leased, damaged = set[int](), list[str]()
-  for key in (key for key in keys if key.startswith("leases/")):
-    if (value := store.get(f"{root}/{key}")) is None:
-      continue
-    found = _VERSION.match(key.removeprefix("leases/"))
-    try:
-      until = float(json.loads(value)["until"]) if found else math.nan
-    except (ValueError, KeyError, TypeError):
-      until = math.nan
-    if math.isnan(until):
-      damaged.append(f"lease {store.url}/{root}/{key}: it cannot be read")
-    if found and not until <= time.time():
-      leased.add(int(found[1]))
-    elif found:
-      store.delete(f"{root}/{key}")
-  return leased, damaged
-
-
 def _check(policy: str, number: int) -> None:
   """Raises ValueError unless a version can be called this."""
   check_name(policy, "policy")
@@ -388,16 +376,6 @@ def _check(policy: str, number: int) -> None:
     raise ValueError(f"number: {number!r} must be an integer of at least 0")
 
 
-def _path(policy: str, number: int) -> str:
-  """Returns where a version lies."""
-  return f"policies/{policy}/v{number}"
-
-
 def _pointer_key(policy: str) -> str:
   """Returns where the pointer lies."""
   return f"policies/{policy}/LATEST"
-
-
-def _lease_key(policy: str, number: int, holder: str) -> str:
-  """Returns where a lease lies."""
-  return f"policies/{policy}/leases/v{number}/{check_name(holder, 'holder')}"

@@ -1,31 +1,29 @@
 """One bucket: small keys that change atomically, and zarr3 arrays.
 
-`open(url)` works on `file://`, `memory://`, `gs://` and `s3://` through
-TensorStore. A key is a relative path; its value is written whole or not at
-all. `swap` is compare-and-swap, for whoever shares a bucket with other writers;
-no part of a run needs it yet. S3 promises none, so there it is refused rather
-than imitated.
+`open(url)` takes `file://`, `memory://`, `gs://` and `s3://` (TensorStore). A
+key is a relative path; its value is written whole or not at all. `swap` is
+compare-and-swap, for whoever shares a bucket with other writers: a file's lock,
+a generation on GCS, a conditional PUT on S3. Servers that ignore conditions
+(some emulators) are found out by asking; there it is refused, not imitated.
+
+Operations end: failures of a server are retried for as long as `open` is told
+(`attempts`), then named. Several threads may use a store at a time.
 """
 
 import dataclasses
 import functools
 import os
 import pathlib
-import re
-from collections.abc import Iterable, Mapping
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
-from mgrpo_jax import atomic, bucket
+from mgrpo_jax import atomic, attempts, bucket, removal, zarr
 from mgrpo_jax.keys import check_key
-
-MAX_CHUNK_BYTES = 64 << 20
-_OUTSIDE = re.compile(  # failures that say nothing about what was stored
-    "PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|"
-    "RESOURCE_EXHAUSTED|ABORTED|CANCELLED"
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,23 +46,47 @@ class Store:
 
   Attributes:
     url: where it is, without a trailing slash.
-    can_swap: whether compare-and-swap is available (not on S3).
   """
 
   def __init__(
       self,
       kvstore: ts.KvStore,
       bulk: ts.KvStore,
-      *,
+      whole: ts.KvStore | None,
       url: str,
-      can_swap: bool,
+      patience: float,
   ) -> None:
-    """Wraps open key-value stores, one for small keys and one for arrays."""
+    """Wraps open key-value stores.
+
+    Args:
+      kvstore: for small keys.
+      bulk: for arrays.
+      whole: all of the bucket that `kvstore` is a folder of, where it is a
+        server's; None for a disk or memory.
+      url: where it is.
+      patience: seconds that an operation may take.
+    """
     self._kvstore = kvstore
     self._bulk = bulk
+    self._whole = whole
     self.url = url
-    self.can_swap = can_swap
-    self._discarded: list[tuple[str, ts.Future]] = []
+    self._patience = patience
+    local = pathlib.Path(kvstore.path) if url.startswith("file://") else None
+    self._removal = removal.Removal(bulk, local)
+    self._asking = threading.Lock()
+    self._can_swap: bool | None = whole is None or None  # None: not asked yet
+
+  @property
+  def can_swap(self) -> bool:
+    """Whether compare-and-swap is available; a server is asked once.
+
+    Raises:
+      StorageError: the store cannot be written.
+    """
+    with self._asking:
+      if self._can_swap is None:
+        self._can_swap = self._keeps_conditions()
+    return self._can_swap
 
   def read(self, key: str) -> Record:
     """Reads a key and the generation it is at.
@@ -80,7 +102,7 @@ class Store:
       ValueError: the key is not a relative path.
     """
     check_key(key)
-    found = self._wait("read", key, self._kvstore.read(key))
+    found = self._wait("read", key, lambda: self._kvstore.read(key))
     value = bytes(found.value) if found.state == "value" else None
     return Record(key=key, value=value, generation=found.stamp.generation)
 
@@ -100,28 +122,26 @@ class Store:
       ValueError: the key is not a relative path.
     """
     check_key(key)
-    self._wait("write", key, self._kvstore.write(key, value))
+    self._wait("write", key, lambda: self._kvstore.write(key, value))
 
   def delete(self, key: str) -> None:
-    """Removes a key; one that does not exist is left so."""
+    """Removes a key, if there is such a key."""
     check_key(key)
-    self._wait("delete", key, self._kvstore.write(key, None))
+    self._wait("delete", key, lambda: self._kvstore.write(key, None))
 
   def discard(self, prefix: str) -> None:
-    """Starts removing every key below a folder and returns at once.
+    """Starts removing every key below a folder; `settle` waits for it.
 
-    Removing the sixty files of a small policy can take a quarter of a second;
-    `settle` waits for it and says whether it worked.
+    Removing the sixty files of a small policy can take a quarter of a second.
 
     Args:
       prefix: folder without trailing slash.
 
     Raises:
+      StorageError: the store cannot be read.
       ValueError: the prefix is not a relative path.
     """
-    check_key(prefix)
-    below = ts.KvStore.KeyRange(f"{prefix}/", f"{prefix}0")  # '0' follows '/'
-    self._discarded.append((prefix, self._bulk.delete_range(below)))
+    self._removal.begin(self.list(check_key(prefix)))
 
   def settle(self) -> None:
     """Waits until everything discarded is gone.
@@ -129,11 +149,7 @@ class Store:
     Raises:
       StorageError: something cannot be removed.
     """
-    while self._discarded:
-      prefix, removal = self._discarded.pop(0)
-      self._wait("delete", prefix, removal)
-      if self.url.startswith("file://"):
-        _remove_folders(pathlib.Path(self._kvstore.path) / prefix)
+    self._removal.settle(self._wait)
 
   def list(self, prefix: str = "") -> list[str]:
     """Returns the keys below a folder.
@@ -148,20 +164,31 @@ class Store:
       StorageError: the store cannot be read.
       ValueError: the prefix is not a relative path.
     """
-    everything = ts.KvStore.KeyRange()
-    below = everything
-    if prefix:
-      check_key(prefix)
-      below = ts.KvStore.KeyRange(f"{prefix}/", f"{prefix}0")
-    found = self._wait("list", prefix, self._kvstore.list(below))
-    return sorted(key.decode("utf-8") for key in found)
+    folder = f"{check_key(prefix)}/" if prefix else ""
+    # TensorStore strips its own folder from whatever a server lists, and some
+    # servers list more than they were asked for: so whole keys are asked for.
+    where, root = self._kvstore, ""
+    if self._whole is not None:
+      where, root = self._whole, self._kvstore.path
+    start = f"{root}{folder}"
+    below = ts.KvStore.KeyRange()
+    if start:  # ending with '/', which '0' follows
+      below = ts.KvStore.KeyRange(start, f"{start[:-1]}0")
+    found = self._wait("list", prefix, lambda: where.list(below))
+    keys = (key.decode("utf-8") for key in found)
+    return sorted(k.removeprefix(root) for k in keys if k.startswith(start))
 
   def swap(self, record: Record, value: bytes | None) -> Record | None:
     """Changes a key only if it is still as it was read (compare-and-swap).
 
+    A server's answer can be lost after it did what it was asked, and the
+    retry then finds the key changed. So on a server, a key that holds `value`
+    counts as changed by us: writers that compete must write different values.
+
     Args:
       record: what `read` returned.
-      value: new contents; None removes the key.
+      value: new contents; None removes the key, which S3 does not do
+        conditionally.
 
     Returns:
       The new record, or None where somebody else was faster.
@@ -169,15 +196,39 @@ class Store:
     Raises:
       StorageError: the store cannot be written, or has no compare-and-swap.
     """
-    if not self.can_swap:
+    if not self.can_swap or (value is None and self.url.startswith("s3://")):
       raise atomic.StorageError(
-          f"cannot swap {self._where(record.key)}: S3 has no compare-and-swap"
+          f"cannot swap {self._where(record.key)}: there is no"
+          " compare-and-swap here"
       )
-    write = self._kvstore.write(record.key, value, if_equal=record.generation)
-    stamp = self._wait("write", record.key, write)
-    if not stamp.generation:
+    stamp = self._write_if(record, value)
+    if stamp.generation:
+      return Record(key=record.key, value=value, generation=stamp.generation)
+    if self._whole is None or value == record.value:
       return None
-    return Record(key=record.key, value=value, generation=stamp.generation)
+    found = self.read(record.key)
+    return found if found.value == value else None
+
+  def replace(self, record: Record, value: bytes) -> bool:
+    """Writes a key that nobody else should have changed since it was read.
+
+    Where there is compare-and-swap, neither does a write that was given up
+    and arrives late undo a later one. Elsewhere this is `put`.
+
+    Args:
+      record: what `read` returned.
+      value: new contents.
+
+    Returns:
+      Whether it was still as it was read, as far as can be told.
+
+    Raises:
+      StorageError: the store cannot be written.
+    """
+    if self.can_swap:
+      return value == record.value or self.swap(record, value) is not None
+    self.put(record.key, value)
+    return True
 
   def write_arrays(self, prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes named arrays as zarr3, all at the same time.
@@ -194,15 +245,19 @@ class Store:
       ValueError: a name is not a relative path.
     """
     keys = {name: check_key(f"{prefix}/{name}") for name in arrays}
-    opened = {n: self._create(keys[n], array) for n, array in arrays.items()}
-    writes = {
-        name: self._wait("write", keys[name], target).write(
-            arrays[name], can_reference_source_data_indefinitely=True
-        )
-        for name, target in opened.items()
+    self._removal.begin(removal.below(self.list(prefix), keys.values()))
+    self.settle()
+    creating = {
+        n: functools.partial(zarr.create, self._bulk, keys[n], arrays[n])
+        for n in keys
     }
-    for name, write in writes.items():
-      self._wait("write", keys[name], write.commit)
+    opened = self._all("write", keys, creating)
+    self._all(
+        "write",
+        keys,
+        {n: functools.partial(zarr.write, opened[n], arrays[n]) for n in keys},
+        {n: array.nbytes for n, array in arrays.items()},
+    )
 
   def read_arrays(
       self, prefix: str, names: Iterable[str]
@@ -222,64 +277,93 @@ class Store:
       ValueError: a name is not a relative path.
     """
     keys = {name: check_key(f"{prefix}/{name}") for name in names}
-    opened = {name: self._open_array(key) for name, key in keys.items()}
-    reads = {
-        name: self._decode(keys[name], future).read(order="C")
-        for name, future in opened.items()
+    opening = {
+        n: functools.partial(zarr.open, self._bulk, keys[n]) for n in keys
     }
+    try:
+      opened = self._all("read", keys, opening)
+      found = self._all(
+          "read",
+          keys,
+          {n: functools.partial(a.read, order="C") for n, a in opened.items()},
+          {name: zarr.nbytes(array) for name, array in opened.items()},
+      )
+    except attempts.UndecodedError as error:
+      raise atomic.CorruptError(str(error)) from error
+    return {name: np.asarray(array) for name, array in found.items()}
+
+  def _all(
+      self,
+      verb: str,
+      keys: Mapping[str, str],
+      starts: Mapping[str, Callable[[], ts.Future]],
+      sizes: Mapping[str, int] | None = None,
+  ) -> dict[str, Any]:
+    """Does something to many arrays at the same time, and waits for all."""
+    begun = {name: start() for name, start in starts.items()}
     return {
-        name: np.asarray(self._decode(keys[name], future))
-        for name, future in reads.items()
+        name: self._wait(
+            verb,
+            keys[name],
+            start,
+            started=begun[name],
+            nbytes=(sizes or {}).get(name, 0),
+        )
+        for name, start in starts.items()
     }
 
-  def _create(self, key: str, array: np.ndarray) -> Any:
-    """Starts making a zarr3 array."""
-    return ts.open(
-        {"driver": "zarr3", "metadata": {"codecs": ["bytes"]}},
-        kvstore=self._bulk / f"{key}/",
-        dtype=array.dtype,
-        shape=array.shape,
-        chunk_layout=ts.ChunkLayout(chunk_shape=_chunk_shape(array)),
-        create=True,
-        delete_existing=True,
+  def _keeps_conditions(self) -> bool:
+    """Asks the server whether it minds a condition that does not hold."""
+    key = f"conditions/{uuid.uuid4().hex}"
+    self.put(key, b"1")
+    absent = self.read(f"{key}.not").generation
+    other = Record(key=key, value=None, generation=absent)
+    try:
+      return not self._write_if(other, b"2").generation
+    finally:
+      self.delete(key)
+
+  def _write_if(self, record: Record, value: bytes | None) -> Any:
+    """Writes on the condition that a key is as it was read."""
+    return self._wait(
+        "write",
+        record.key,
+        lambda: self._kvstore.write(
+            record.key, value, if_equal=record.generation
+        ),
     )
 
-  def _open_array(self, key: str) -> Any:
-    """Starts opening a zarr3 array."""
-    spec = {"driver": "zarr3", "recheck_cached_data": "open"}
-    return ts.open(spec, kvstore=self._bulk / f"{key}/", open=True)
-
-  def _decode(self, key: str, future: ts.Future) -> Any:
-    """Waits for a read of an array; what does not decode is corrupt."""
-    try:
-      return future.result()
-    except (OSError, ValueError, RuntimeError) as error:
-      outside = isinstance(error, OSError) or _OUTSIDE.match(str(error))
-      kind = atomic.StorageError if outside else atomic.CorruptError
-      raise kind(
-          f"cannot read {self._where(key)}: {atomic.reason(error)}"
-      ) from error
-
-  def _wait(self, verb: str, key: str, future: ts.Future) -> Any:
+  def _wait(
+      self,
+      verb: str,
+      key: str,
+      start: Callable[[], ts.Future],
+      *,
+      started: ts.Future | None = None,
+      nbytes: int = 0,
+  ) -> Any:
     """Waits for an operation, and says what failed where."""
-    try:
-      return future.result()
-    except (OSError, ValueError, RuntimeError) as error:
-      raise atomic.StorageError(
-          f"cannot {verb} {self._where(key)}: {atomic.reason(error)}"
-      ) from error
+    return attempts.wait(
+        start,
+        what=f"{verb} {self._where(key)}",
+        patience=self._patience,
+        nbytes=nbytes,
+        started=started,
+    )
 
   def _where(self, key: str) -> str:
     """Returns the full address of a key."""
     return f"{self.url}/{key}"
 
 
-def open(url: str) -> Store:
+def open(url: str, *, patience: float = attempts.PATIENCE) -> Store:
   """Opens a bucket, or a folder of one.
 
   Args:
     url: `file:///absolute/folder`, `memory://name`, `gs://bucket/folder` or
       `s3://bucket/folder`; see `mgrpo_jax.bucket` for emulators.
+    patience: seconds that an operation of a server may take, retries included
+      (and a second more for every MiB of an array).
 
   Returns:
     The store. Folders are made when something is written.
@@ -289,45 +373,24 @@ def open(url: str) -> Store:
     ValueError: the URL is not one of these.
   """
   spec = bucket.spec(url)
-  context = _context()
+  context = attempts.context()
   # Arrays are not flushed one by one: readers check their digests, and sixty
   # flushes take half a second on a busy disk.
   quick = ts.Context({"file_io_sync": False}, context)
   try:
     kvstore = ts.KvStore.open(spec, context=context).result()
     bulk = ts.KvStore.open(spec, context=quick).result()
+    whole = None
+    if spec["driver"] in ("gcs", "s3"):
+      whole = ts.KvStore.open(spec | {"path": ""}, context=context).result()
   except (OSError, ValueError, RuntimeError) as error:
     raise atomic.StorageError(
         f"cannot open {url}: {atomic.reason(error)}"
     ) from error
   plain = url.split("?", 1)[0].rstrip("/")
-  return Store(kvstore, bulk, url=plain, can_swap=spec["driver"] != "s3")
+  return Store(kvstore, bulk, whole, plain, patience)
 
 
 def open_folder(path: str | os.PathLike[str]) -> Store:
-  """Opens a folder of the local disk, absolute or relative."""
+  """Opens a folder of the local disk."""
   return open(pathlib.Path(path).absolute().as_uri())
-
-
-@functools.cache
-def _context() -> ts.Context:
-  """Returns this process's context, where buckets in memory live."""
-  return ts.Context()
-
-
-def _chunk_shape(array: np.ndarray) -> list[int]:
-  """Cuts the first dimension so that a chunk stays below its limit."""
-  shape = [max(1, size) for size in array.shape]
-  if array.nbytes > MAX_CHUNK_BYTES:
-    row = max(1, array.nbytes // shape[0])
-    shape[0] = max(1, MAX_CHUNK_BYTES // row)
-  return shape
-
-
-def _remove_folders(path: pathlib.Path) -> None:
-  """Removes folders that deleting their files left empty."""
-  for folder, _, _ in os.walk(path, topdown=False):
-    try:
-      os.rmdir(folder)
-    except OSError:
-      continue  # somebody writes there again

@@ -10,6 +10,8 @@ from hypothesis import settings
 
 # Read by XLA when its backend starts, which importing jax does not do yet.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Read by TensorStore at its first request: what hangs shall not for long.
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "1")
 DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}"
 
@@ -25,6 +27,16 @@ def pytest_configure():
   cache = pathlib.Path(tempfile.gettempdir()) / "mgrpo_jax_test_cache"
   jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint():
+  """An emulator of S3, a process of its own; it holds `my-bucket`."""
+  pytest.importorskip("moto", reason="moto is missing: pip install -e .[test]")
+  from mgrpo_jax.testing import object_servers
+
+  with object_servers.s3() as endpoint:
+    yield endpoint
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,7 +1,6 @@
-"""Just enough of S3 and of GCS, on localhost, to run a store against."""
+"""Just enough of GCS, with generations, to run a store against."""
 
 import contextlib
-import hashlib
 import http.server
 import json
 import re
@@ -9,11 +8,10 @@ import threading
 import urllib.parse
 from collections.abc import Iterator
 from typing import Any
-from xml.sax import saxutils
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-  """Objects in a dictionary; subclasses speak a protocol."""
+class GCS(http.server.BaseHTTPRequestHandler):
+  """The JSON API: get, upload, delete, list, on a dictionary."""
 
   protocol_version = "HTTP/1.1"
   objects: dict[str, tuple[int, bytes]]
@@ -48,50 +46,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       new = max([0, *(g for g, _ in self.objects.values())]) + 1
       self.objects[key] = (new, data)
       return new
-
-
-class S3(_Handler):
-  """Path-style S3: get, put, delete, list."""
-
-  def do_GET(self) -> None:
-    path, query = self.split()
-    bucket, _, key = path[1:].partition("/")
-    if key:
-      found = self.objects.get(f"{bucket}/{key}")
-      if found is None:
-        self.reply(404, b"<Error><Code>NoSuchKey</Code></Error>")
-      else:
-        self.reply(200, found[1], ETag=_etag(found[1]))
-      return
-    prefix = f"{bucket}/{query.get('prefix', '')}"
-    keys = sorted(k for k in self.objects if k.startswith(prefix))
-    rows = "".join(
-        f"<Contents><Key>{saxutils.escape(k.partition('/')[2])}</Key>"
-        f"<Size>{len(self.objects[k][1])}</Size></Contents>"
-        for k in keys
-    )
-    text = (
-        '<?xml version="1.0" encoding="UTF-8"?><ListBucketResult '
-        'xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
-        f"<KeyCount>{len(keys)}</KeyCount><IsTruncated>false</IsTruncated>"
-        f"{rows}</ListBucketResult>"
-    )
-    self.reply(200, text.encode(), Content_Type="application/xml")
-
-  do_HEAD = do_GET
-
-  def do_PUT(self) -> None:
-    data = self.body()
-    self.put(self.split()[0][1:], data, None)
-    self.reply(200, ETag=_etag(data))
-
-  def do_DELETE(self) -> None:
-    self.objects.pop(self.split()[0][1:], None)
-    self.reply(204)
-
-
-class GCS(_Handler):
-  """The JSON API: get, upload, delete, list, with generations."""
 
   def do_GET(self) -> None:
     path, query = self.split()
@@ -140,11 +94,9 @@ class GCS(_Handler):
 
 
 @contextlib.contextmanager
-def serve(kind: type[_Handler]) -> Iterator[str]:
+def serve() -> Iterator[str]:
   """Runs an emulator; yields its endpoint."""
-  handler = type(
-      kind.__name__, (kind,), {"objects": {}, "lock": threading.Lock()}
-  )
+  handler = type("GCS", (GCS,), {"objects": {}, "lock": threading.Lock()})
   server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
   thread = threading.Thread(target=server.serve_forever, daemon=True)
   thread.start()
@@ -153,7 +105,3 @@ def serve(kind: type[_Handler]) -> Iterator[str]:
   finally:
     server.shutdown()
     server.server_close()
-
-
-def _etag(data: bytes) -> str:
-  return f'"{hashlib.md5(data).hexdigest()}"'

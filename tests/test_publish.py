@@ -11,13 +11,12 @@ import threading
 import time
 import uuid
 
-import emulators
 import jax
 import killed
 import numpy as np
 import pytest
 
-from mgrpo_jax import atomic, publish, store
+from mgrpo_jax import atomic, leases, publish, store
 
 
 def params(seed: int) -> dict:
@@ -67,6 +66,47 @@ def test_what_is_published_is_what_is_read(bucket):
   assert all(isinstance(w, jax.Array) for w in jax.tree.leaves(weights.params))
 
 
+def test_short_weights_are_half_the_bytes_and_come_back_rounded(
+    bucket, tmp_path
+):
+  weights = params(0) | {"count": np.arange(3, dtype=np.int32)}
+  published = publish.publish(
+      bucket, "main", 0, weights, keep=1, meta={}, short=True
+  )
+  like = LIKE | {"count": jax.ShapeDtypeStruct((3,), np.int32)}
+  found = publish.read(bucket, "main", 0, like=like).params
+  assert found["embed"].dtype == np.float32
+  rounded = weights["embed"].astype(jax.numpy.bfloat16).astype(np.float32)
+  assert not np.array_equal(rounded, weights["embed"])
+  np.testing.assert_array_equal(found["embed"], rounded)
+  np.testing.assert_array_equal(found["count"], weights["count"])
+  chunk = tmp_path / published.version.path / "embed/c/0/0"
+  assert chunk.stat().st_size == weights["embed"].nbytes // 2
+  again = publish.publish(
+      bucket, "main", 0, weights, keep=1, meta={}, short=True
+  )
+  assert again == published
+
+
+def test_what_one_mesh_published_is_read_into_another(bucket):
+  def sharded(shape, names, parts):
+    mesh = jax.make_mesh(shape, names)
+    where = jax.sharding.PartitionSpec(*parts)
+    return jax.sharding.NamedSharding(mesh, where)
+
+  one = sharded((4, 2), ("fsdp", "tensor"), ("fsdp", "tensor"))
+  other = sharded((2, 4), ("data", "tensor"), (None, "tensor"))
+  weights = params(0)
+  spread = jax.tree.map(lambda a: jax.device_put(a, one), weights)
+  publish.publish(bucket, "main", 0, spread, keep=1, meta={})
+  like = jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=other), weights
+  )
+  found = publish.read(bucket, "main", 0, like=like).params
+  assert same(found, weights)
+  assert found["embed"].sharding == other
+
+
 def test_latest_moves_and_numbers_stay_readable(bucket):
   for number in range(3):
     put(bucket, number)
@@ -107,7 +147,9 @@ def test_retention_keeps_the_newest_and_the_leased(bucket, tmp_path):
   put(bucket, 0, keep=2)
   publish.lease(bucket, "main", 0, holder="baseline", seconds=math.inf)
   put(bucket, 1, keep=2)
-  publish.lease(bucket, "main", 1, holder="reader", seconds=-1)  # ran out
+  publish.lease(
+      bucket, "main", 1, holder="reader", seconds=-leases.SKEW
+  )  # over
   for number in (2, 3):
     put(bucket, number, keep=2)
   assert publish.versions(bucket, "main") == [0, 2, 3]
@@ -121,7 +163,8 @@ def test_retention_keeps_the_newest_and_the_leased(bucket, tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b'{"until": "soon"}', b'{"until": NaN}', b"\xff", b"{}"],
+    [b"", b"{", b"[]", b'{"until": "soon"}', b'{"until": NaN}', b"\xff", b"{}"]
+    + [b"[" * 100_000, b'{"until": 1' + b"0" * 400 + b"}"],
 )
 def test_a_lease_that_cannot_be_read_is_named_and_kept(bucket, content):
   put(bucket, 0, keep=1)
@@ -285,15 +328,78 @@ def test_what_cannot_be_written_leaves_the_pointer(tmp_path, monkeypatch):
   assert not (tmp_path / "policies/main/v1").exists()
 
 
-def test_object_stores_hold_versions_too():
-  with emulators.serve(emulators.S3) as endpoint:
-    name = uuid.uuid4().hex
-    bucket = store.open(f"s3://my-bucket/{name}?endpoint={endpoint}")
-    for number in range(3):
-      put(bucket, number, keep=2)
-    bucket.settle()
-    assert publish.versions(bucket, "main") == [1, 2]
-    assert same(read(bucket).params, params(2))
+def test_s3_holds_versions_too(s3_endpoint):
+  name = uuid.uuid4().hex
+  bucket = store.open(f"s3://my-bucket/{name}?endpoint={s3_endpoint}")
+  for number in range(3):
+    put(bucket, number, keep=2)
+  bucket.settle()
+  assert publish.versions(bucket, "main") == [1, 2]
+  assert same(read(bucket).params, params(2))
+
+
+@pytest.mark.parametrize("behind", [-300, 300])
+def test_a_lease_survives_clocks_minutes_apart(bucket, monkeypatch, behind):
+  put(bucket, 0, keep=1)
+  now = time.time()
+  monkeypatch.setattr(time, "time", lambda: now - behind)  # the holder's
+  publish.lease(bucket, "main", 0, holder="reader", seconds=60)
+  monkeypatch.setattr(time, "time", lambda: now + 59)  # the publisher's
+  put(bucket, 1, keep=1)
+  assert publish.versions(bucket, "main") == [0, 1]
+  monkeypatch.setattr(time, "time", lambda: now + 60 + 300 + leases.SKEW)
+  put(bucket, 2, keep=1)
+  assert publish.versions(bucket, "main") == [2]
+
+
+def test_a_lease_taken_while_its_version_is_removed_saves_it(
+    bucket, monkeypatch
+):
+  put(bucket, 0, keep=1)
+  straight = bucket.delete
+
+  def overtaken(key):
+    if key.endswith("v0/manifest.json"):
+      monkeypatch.undo()
+      publish.lease(bucket, "main", 0, holder="reader", seconds=60)
+    straight(key)
+
+  monkeypatch.setattr(bucket, "delete", overtaken)
+  put(bucket, 1, keep=1)
+  assert publish.versions(bucket, "main") == [0, 1]
+  assert same(read(bucket, 0).params, params(0))
+
+
+def test_of_two_publishers_the_second_is_told(bucket, monkeypatch):
+  put(bucket, 0)
+  straight = bucket.write_arrays
+
+  def overtaken(prefix, arrays):
+    monkeypatch.undo()
+    straight(prefix, arrays)
+    put(store.open(bucket.url), 1, seed=100)
+
+  monkeypatch.setattr(bucket, "write_arrays", overtaken)
+  with pytest.raises(publish.OvertakenError, match="another process publishes"):
+    put(bucket, 2)
+  assert read(bucket).version.number == 1
+  assert same(read(bucket).params, params(100))
+
+
+def test_what_was_damaged_on_its_way_is_read_again(bucket, monkeypatch):
+  for number in range(2):
+    put(bucket, number)
+  straight = bucket.read_arrays
+
+  def damaged(prefix, names):
+    monkeypatch.undo()
+    found = straight(prefix, names)
+    return found | {"embed": found["embed"] + 1}
+
+  monkeypatch.setattr(bucket, "read_arrays", damaged)
+  weights = read(bucket)
+  assert weights.version.number == 1
+  assert weights.skipped == ()
 
 
 def test_a_reader_beside_the_publisher_never_sees_a_mixture(tmp_path):

@@ -1,7 +1,7 @@
 """The bucket: keys, compare-and-swap and arrays, on all four back ends."""
 
-import contextlib
 import multiprocessing
+import os
 import pathlib
 import uuid
 from collections.abc import Iterator
@@ -12,35 +12,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mgrpo_jax import atomic, store
+from mgrpo_jax import atomic, store, zarr
 from mgrpo_jax.keys import check_key, check_name
-
-
-@contextlib.contextmanager
-def opened(kind: str, folder: pathlib.Path) -> Iterator[store.Store]:
-  name = f"run-{uuid.uuid4().hex}"
-  if kind == "file":
-    yield store.open_folder(folder / "a bucket")
-  elif kind == "memory":
-    yield store.open(f"memory://{name}")
-  elif kind == "s3":
-    with emulators.serve(emulators.S3) as endpoint:
-      yield store.open(f"s3://my-bucket/{name}?endpoint={endpoint}")
+from mgrpo_jax.testing import object_servers
 
 
 @pytest.fixture(params=["file", "memory", "s3", "gs"])
-def bucket(request, tmp_path, gcs_endpoint) -> Iterator[store.Store]:
-  if request.param == "gs":
-    name = f"run-{uuid.uuid4().hex}"
-    yield store.open(f"gs://my-bucket/{name}?endpoint={gcs_endpoint}")
-    return
-  with opened(request.param, tmp_path) as found:
-    yield found
+def bucket(request, tmp_path) -> store.Store:
+  name = f"run-{uuid.uuid4().hex}"
+  if request.param == "file":
+    return store.open_folder(tmp_path / "a bucket")
+  if request.param == "memory":
+    return store.open(f"memory://{name}")
+  kind = {"s3": "s3_endpoint", "gs": "gcs_endpoint"}[request.param]
+  endpoint = request.getfixturevalue(kind)
+  return store.open(f"{request.param}://my-bucket/{name}?endpoint={endpoint}")
 
 
 @pytest.fixture(scope="session")
 def gcs_endpoint() -> Iterator[str]:
-  with emulators.serve(emulators.GCS) as endpoint:
+  with emulators.serve() as endpoint:
     yield endpoint
 
 
@@ -64,19 +55,77 @@ def test_keys_are_written_read_listed_and_deleted(bucket):
 
 
 def test_swap_lets_one_of_two_win(bucket):
-  if not bucket.can_swap:
-    with pytest.raises(atomic.StorageError, match="no compare-and-swap"):
-      bucket.swap(bucket.read("k"), b"1")
-    return
+  assert bucket.can_swap
   absent = bucket.read("k")
   first = bucket.swap(absent, b"1")
   assert first is not None
   assert bucket.swap(absent, b"2") is None
   assert bucket.get("k") == b"1"
-  assert bucket.swap(bucket.read("k"), b"3") is not None
+  second = bucket.swap(bucket.read("k"), b"3")
+  assert second is not None
+  assert bucket.swap(first, b"4") is None
+  assert bucket.replace(second, b"5")
+  assert not bucket.replace(second, b"6")
+  assert bucket.list() == ["k"]
+  if bucket.url.startswith("s3"):
+    with pytest.raises(atomic.StorageError, match="no compare-and-swap"):
+      bucket.swap(bucket.read("k"), None)
+    return
   assert bucket.swap(first, None) is None
   assert bucket.swap(bucket.read("k"), None) is not None
   assert bucket.get("k") is None
+
+
+def test_neighbours_in_a_bucket_are_left_alone(s3_endpoint):
+  address = f"s3://my-bucket/{{}}?endpoint={s3_endpoint}"
+  one, two = (store.open(address.format(n)) for n in ("near", "nearby"))
+  for each in (one, two):
+    each.put("a/b", b"1")
+  one.discard("a")
+  one.settle()
+  assert one.list() == []
+  assert two.list("a") == ["a/b"]
+
+
+def _on_emulated_gcs(endpoint: str) -> None:
+  """A process of its own, for one process has one GCS endpoint."""
+  os.environ.pop("TENSORSTORE_GCS_HTTP_URL", None)  # its parent's
+  address = f"gs://my-bucket/{{}}?endpoint={endpoint}"
+  one, two = (store.open(address.format(n)) for n in ("one", "two"))
+  for each in (one, two):
+    each.put("a/b", b"1")
+    each.put("ab", b"2")
+  assert one.list() == ["a/b", "ab"]
+  assert one.list("a") == ["a/b"]
+  one.discard("a")
+  one.settle()
+  assert one.list() == ["ab"]
+  assert two.list() == ["a/b", "ab"]
+  array = np.arange(7, dtype=np.float32)
+  one.put("vw", b"3")
+  for name in ("w", "x", "w"):
+    one.write_arrays("v", {name: array})
+  for name in ("w", "x"):
+    np.testing.assert_array_equal(one.read_arrays("v", [name])[name], array)
+  assert (one.get("vw"), two.get("ab")) == (b"3", b"2")
+  assert not one.can_swap  # it ignores conditions
+  with pytest.raises(atomic.StorageError, match="no compare-and-swap"):
+    one.swap(one.read("k"), b"1")
+  assert one.replace(one.read("k"), b"1")
+
+
+def test_an_emulator_that_ignores_bounds_and_conditions_costs_nothing():
+  pytest.importorskip(
+      "gcp_storage_emulator",
+      reason="gcp-storage-emulator is missing: pip install -e .[test]",
+  )
+  with object_servers.gcs() as endpoint:
+    process = multiprocessing.get_context("spawn").Process(
+        target=_on_emulated_gcs, args=(endpoint,)
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
 
 
 def test_arrays_come_back_bit_for_bit(bucket):
@@ -104,7 +153,7 @@ def test_arrays_come_back_bit_for_bit(bucket):
 
 
 def test_large_arrays_are_cut_into_chunks(tmp_path, monkeypatch):
-  monkeypatch.setattr(store, "MAX_CHUNK_BYTES", 1000)
+  monkeypatch.setattr(zarr, "MAX_CHUNK_BYTES", 1000)
   bucket = store.open_folder(tmp_path)
   array = np.arange(1001 * 3, dtype=np.float32).reshape(1001, 3)
   bucket.write_arrays("v", {"w": array})

@@ -1,0 +1,105 @@
+"""How long an operation of the store may take, and what is tried again.
+
+TensorStore retries what a server answers with 500 or 503, and connections that
+break, a few times each. Whatever is left of that, and answers that never come,
+is tried again here until the operation's patience ends. A disk's errors are
+final: it would say the same again.
+
+An attempt that was given up may still reach the server later. So a pointer is
+written by compare-and-swap where there is one (`Store.replace`).
+"""
+
+import functools
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import tensorstore as ts
+
+from mgrpo_jax import atomic
+
+PATIENCE = 120.0  # seconds that a small operation may take, retries included
+SLOWEST = 1 << 20  # bytes/s; what moves slower than that counts as stuck
+_RETRIES: dict[str, Any] = {  # a handful of quick retries, the rest is ours
+    f"{driver}_request_retries": {
+        "max_retries": 4,
+        "initial_delay": "100ms",
+        "max_delay": "2s",
+    }
+    for driver in ("gcs", "s3")
+}
+_ATTEMPT = 30.0  # seconds until an attempt without an answer is given up
+_PAUSE = 0.2, 5.0  # seconds between attempts, at first and at most
+_TRANSIENT = re.compile("ABORTED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE")
+_OUTSIDE = re.compile(  # failures that say nothing about what was stored
+    f"{_TRANSIENT.pattern}|CANCELLED|PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAUTHENTICATED"
+)
+
+
+class UndecodedError(atomic.StorageError):
+  """The store answered, but not with what was written."""
+
+
+@functools.cache
+def context() -> ts.Context:
+  """Returns this process's context, where buckets in memory live."""
+  return ts.Context(_RETRIES)
+
+
+def wait(
+    start: Callable[[], ts.Future],
+    *,
+    what: str,
+    patience: float,
+    nbytes: int = 0,
+    started: ts.Future | None = None,
+) -> Any:
+  """Waits for an operation, beginning it again where a server failed.
+
+  Args:
+    start: begins an attempt; doing it twice must do no harm.
+    what: what is attempted, for the error (`write gs://b/k`).
+    patience: seconds in all that an operation without data may take.
+    nbytes: of data that it moves, for which more is allowed.
+    started: the first attempt, where it is under way already.
+
+  Returns:
+    The result of the attempt that worked.
+
+  Raises:
+    StorageError: none worked; the text says why and, where it was tried
+      again, after how many attempts in how many seconds.
+    UndecodedError: what is stored is not what was written.
+  """
+  begun = time.monotonic()
+  more = nbytes / SLOWEST
+  tries, pause, problem = 0, _PAUSE[0], ""
+  while True:
+    tries += 1
+    future = start() if started is None else started
+    started = None
+    left = begun + patience + more - time.monotonic()
+    try:
+      return future.result(timeout=max(0.0, min(left, _ATTEMPT + more)))
+    except TimeoutError:
+      future.cancel()
+      problem = problem or "no answer"
+    except (ValueError, OSError, RuntimeError) as error:
+      problem = atomic.reason(error)
+      if isinstance(error, OSError) or not _TRANSIENT.match(str(error)):
+        raise _kind(error)(f"cannot {what}: {problem}") from error
+    took = time.monotonic() - begun
+    if took + pause >= patience + more:
+      attempts = f"{tries} attempt{'s' * (tries > 1)}"
+      raise atomic.StorageError(
+          f"cannot {what}: {problem} ({attempts} in {took:.0f} s)"
+      )
+    time.sleep(pause)
+    pause = min(2 * pause, _PAUSE[1])
+
+
+def _kind(error: BaseException) -> type[atomic.StorageError]:
+  """Returns which error TensorStore's is."""
+  outside = isinstance(error, OSError) or _OUTSIDE.match(str(error))
+  return atomic.StorageError if outside else UndecodedError

@@ -1,0 +1,82 @@
+"""Emulators of S3 and of GCS, each a process on localhost.
+
+They install from PyPI (extra `test`): moto and gcp-storage-emulator. The second
+one ignores conditions, so it has no compare-and-swap, ignores the bounds of a
+listing, and fails on empty values.
+"""
+
+import contextlib
+import http.client
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+BUCKET = "my-bucket"
+_START = 30.0  # seconds that an emulator may take to answer
+
+
+@contextlib.contextmanager
+def s3() -> Iterator[str]:
+  """Runs moto with an empty bucket; yields its `http://host:port`.
+
+  It lets nobody read without credentials, so this process gets some.
+  """
+  os.environ.setdefault("AWS_ACCESS_KEY_ID", "emulator")
+  os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "emulator")
+  port = _free_port()
+  command = ["moto.server", "-H", "127.0.0.1", "-p", str(port)]
+  with _running(command, port):
+    _ask(port, "PUT", f"/{BUCKET}")
+    yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def gcs() -> Iterator[str]:
+  """Runs gcp-storage-emulator with an empty bucket; yields its address."""
+  port = _free_port()
+  command = ["gcp_storage_emulator", "start", "--host", "127.0.0.1"]
+  command += ["--port", str(port), "-M", "--default-bucket", BUCKET]
+  with _running(command, port):
+    yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def _running(command: Sequence[str], port: int) -> Iterator[None]:
+  """Runs a module as a process while it lasts, once it answers."""
+  quiet = subprocess.DEVNULL
+  with subprocess.Popen(
+      [sys.executable, "-m", *command], stdout=quiet, stderr=quiet
+  ) as process:
+    try:
+      limit = time.monotonic() + _START
+      while not _ask(port, "GET", "/"):
+        if process.poll() is not None:
+          raise RuntimeError(f"{command[0]} ended with {process.returncode}")
+        if time.monotonic() > limit:
+          raise RuntimeError(f"{command[0]} does not answer in {_START:.0f} s")
+        time.sleep(0.05)
+      yield
+    finally:
+      process.kill()
+
+
+def _ask(port: int, method: str, path: str) -> bool:
+  """Returns whether a server answers, whatever it says."""
+  server = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+  with contextlib.closing(server):
+    try:
+      server.request(method, path)
+      server.getresponse().read()
+    except OSError:
+      return False
+  return True
+
+
+def _free_port() -> int:
+  """Returns a port that nobody listens on."""
+  with socket.socket() as found:
+    found.bind(("127.0.0.1", 0))
+    return found.getsockname()[1]

@@ -1,0 +1,111 @@
+"""What the inspector says of a bucket, whole or damaged."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+
+import killed
+import pytest
+
+from mgrpo_jax import ownership, publish, store
+from mgrpo_jax.report import bucket
+
+NOW = 1_800_000_000.0
+
+
+@pytest.fixture
+def full(tmp_path, monkeypatch) -> store.Store:
+  """Two policies, a lease, two members, three steps."""
+  made = store.open_folder(tmp_path)
+  monkeypatch.setattr(time, "time", lambda: NOW - 300)
+  ownership.claim(made, "the-run", {"seed": 0})
+  for policy, newest in (("main", 3), ("researcher", 0)):
+    for number in range(newest + 1):
+      publish.publish(
+          made, policy, number, killed.tree(number), keep=9, meta={}
+      )
+  publish.lease(made, "main", 1, holder="baseline", seconds=math.inf)
+  publish.lease(made, "main", 2, holder="replica", seconds=60)
+  for policy, told in (
+      ("main", {"ready": 2, "beat": 9}),
+      ("researcher", {"version": 0}),
+  ):
+    record = told | {"address": "http://127.0.0.1:1", "time": NOW - 5}
+    made.put(f"members/{policy}/0.json", json.dumps(record).encode())
+  for step in range(3):
+    made.put(f"steps/{step}.json", b"{}")
+  return made
+
+
+def test_versions_members_and_leases_are_told(full):
+  found = bucket.look(full, now=NOW)
+  assert found.run["run"] == "the-run"
+  assert found.damaged == ()
+  rows = found.versions["main"]
+  assert [row["number"] for row in rows] == [0, 1, 2, 3]
+  assert [row["latest"] for row in rows] == [False, False, False, True]
+  size = sum(array.nbytes for array in killed.tree(0).values())
+  assert {row["bytes"] for row in rows} == {f"{size:,}"}
+  assert {(row["age"], row["arrays"]) for row in rows} == {("5 min", 4)}
+  by_policy = {member["policy"]: member for member in found.members}
+  assert by_policy["main"]["heartbeat"] == "5 s ago"
+  assert by_policy["main"]["lag"] == "1 steps"
+  assert by_policy["researcher"]["lag"] == "0 versions"
+  baseline, replica = found.leases
+  assert (baseline["left"], baseline["lag"]) == ("for good", "2 versions")
+  assert (replica["left"], replica["lag"]) == ("over (4 min ago)", "1 versions")
+  assert found.records["steps"] == 3
+
+
+def test_looking_changes_nothing(full, tmp_path):
+  def state():
+    return {
+        path: (path.stat().st_mtime_ns, path.read_bytes())
+        for path in tmp_path.rglob("*")
+        if path.is_file()
+    }
+
+  before = state()
+  bucket.look(full, now=NOW)
+  assert state() == before
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"[]", b"\xff", b"[" * 100_000, b'"\x1b[31m"']
+)
+def test_what_is_damaged_is_named(full, damage):
+  keys = [key for key in full.list() if "/c/" not in key]
+  damaged = [key for key in keys if not key.endswith("zarr.json")]
+  for key in damaged:
+    full.put(key, damage)
+  found = bucket.look(full, now=NOW)
+  named = {line.split(" ", 1)[0] for line in found.damaged}
+  assert named == {k for k in damaged if not k.startswith("steps/")}
+  assert "\x1b" not in bucket.text(found)
+
+
+def test_a_member_cannot_write_to_the_terminal(full):
+  record = {"address": "\x1b[2J\nx", "time": NOW, "ready": 10**400}
+  full.put("members/main/0.json", json.dumps(record).encode())
+  text = bucket.text(bucket.look(full, now=NOW))
+  assert "\x1b" not in text
+  assert "\\x1b[2J\\nx" in text
+
+
+def test_an_empty_bucket_is_no_error(tmp_path):
+  text = bucket.text(bucket.look(store.open_folder(tmp_path), now=NOW))
+  assert "nobody's yet" in text and "keys: none" in text
+
+
+def test_the_command_prints_it(full):
+  command = [sys.executable, "-m", "experiments.view", f"--bucket={full.url}"]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+  assert done.returncode == 0, done.stderr
+  assert "run the-run" in done.stdout
+  assert "http://127.0.0.1:1" in done.stdout
+  command[-1] = "--bucket=ftp://x"
+  done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+  assert done.returncode == 2
+  assert done.stderr.count("\n") == 1 and "must start with" in done.stderr
