@@ -2,8 +2,8 @@
 
 It plans a visit itself as soon as the last one is over, so that the device does
 not wait for the event loop, which at that moment may be with thousands of other
-callers. Those who were just answered get a moment to ask again: what they ask
-then goes with the next visit, into the slots that they had.
+callers. While there are slots for all of them, those who were just answered get
+a moment to ask again, so that the next visit samples for them, too.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from mgrpo_jax.sampler.resident import Resident
 from mgrpo_jax.sampler.schedule import News, Schedule, Visit
 
 # Of the time that the last visit took, what callers get at most to ask again
-# before the next: while others wait for slots, and while slots are free.
-_PATIENCE_CROWDED = 0.02
+# before the next, as long as slots are free for them.
 _PATIENCE = 0.25
 
 
@@ -145,11 +144,11 @@ class Worker:
   def _next(self) -> _Work | None:
     """Waits for something to do; None when it is to end."""
     with self.guard:
-      crowded = self._schedule.crowded
-      self.guard.wait_for(
-          lambda: self._closing or self._settled == self._told,
-          self._took * (_PATIENCE_CROWDED if crowded else _PATIENCE),
-      )
+      if not self._schedule.crowded:
+        self.guard.wait_for(
+            lambda: self._closing or self._settled == self._told,
+            _PATIENCE * self._took,
+        )
       while not self._closing:
         if (work := self._planned()) is not None:
           return work
