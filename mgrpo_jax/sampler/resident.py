@@ -61,7 +61,11 @@ class Resident:
     self.params = self.placed(params)
     self._cache: KVCache = jax.device_put(
         device.init_cache(
-            config=config, num_slots=num_slots, length=context, block=block
+            config=config,
+            num_slots=num_slots,
+            length=context,
+            block=block,
+            num_rows=decode_rows,
         ),
         self._heads or self._place,
     )
