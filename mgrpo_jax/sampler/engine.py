@@ -132,7 +132,8 @@ class Engine:
       loop.call_soon_threadsafe(self._deliver, news, number)
 
     def end(failure: Exception | None) -> None:
-      loop.call_soon_threadsafe(self._end, ended, failure)
+      if not loop.is_closed():  # as it may be once a hung device comes back
+        loop.call_soon_threadsafe(self._end, ended, failure)
 
     self._worker.start(tell, end)
     return self
