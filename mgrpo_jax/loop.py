@@ -18,8 +18,11 @@ from mgrpo_jax.journal import Entry, Journal
 from mgrpo_jax.metrics import Accuracy
 from mgrpo_jax.plan import Setup
 from mgrpo_jax.run import Run, open_run
+from mgrpo_jax.sampler import warming
 from mgrpo_jax.store import Store
 from mgrpo_jax.tasks import curriculum
+
+_COMPILING = 3600.0  # seconds that what samples may take to be compiled
 
 
 async def train(
@@ -42,6 +45,7 @@ async def train(
     NoVersionError: no good version of a policy is left in the store.
     StorageError: something could not be written.
     StuckError: rollouts took longer than `Sampler.deadline`.
+    TimeoutError: compiling what samples did.
     ValueError: a size, name or budget of the recipe is impossible.
   """
   async with (
@@ -52,6 +56,11 @@ async def train(
           tell=journal.progress.note,
       ),
   ):
+    await warming.warm_up(
+        run.resources.own_engines(),
+        deadline=_COMPILING,
+        tell=journal.progress.note,
+    )
     steps, before = await _begin(run, journal)
     while not run.over(steps):
       await _step(run, journal, steps, before=before)

@@ -109,6 +109,10 @@ class Resources:
     """Of every policy."""
     return {name: learner.state for name, learner in self.learners.items()}
 
+  def own_engines(self) -> dict[str, Engine]:
+    """By policy, without those that another program samples."""
+    return {n: e for n, e in self.engines.items() if isinstance(e, Engine)}
+
   def sampled(self) -> int:
     """Tokens that this process has sampled so far."""
     return sum(engine.stats()["generated"] for engine in self.engines.values())

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import functools
+import logging
 from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -21,6 +22,8 @@ from mgrpo_jax.types import (
 )
 
 T = TypeVar("T")
+
+_LOG = logging.getLogger(__name__)
 
 
 async def run_group(
@@ -121,7 +124,18 @@ async def run_groups(
           spares=spares,
       )
 
-  return await _all(run(position) for position in range(len(tasks)))
+  counters = environment.counters
+  before = counters["late_turns"]
+  try:
+    return await _all(run(position) for position in range(len(tasks)))
+  finally:
+    if late := counters["late_turns"] - before:
+      _LOG.warning(
+          "%d turns took longer than rollout.turn_deadline (%g s), and their"
+          " calls failed",
+          late,
+          environment.turn_deadline,
+      )
 
 
 def group_of(

@@ -41,9 +41,11 @@ def weights(config):
   )
 
 
-def empty(config, fill=0.0):
+def empty(config, fill=0.0, rows=SLOTS):
   shapes = jax.eval_shape(
-      lambda: caching.init(config, num_slots=SLOTS, length=LENGTH, block=BLOCK)
+      lambda: caching.init(
+          config, num_slots=SLOTS, length=LENGTH, block=BLOCK, num_rows=rows
+      )
   )
   return jax.tree.map(lambda x: np.full(x.shape, fill, x.dtype), shapes)
 
@@ -88,6 +90,9 @@ def fill(config, cache, streams, width=16, rows=4):
 
 
 def run(config, cache, slots, steps=STEPS, rows=4):
+  if cache.tile is None or len(cache.tile.keys[0][0]) != rows:
+    tile = empty(config, fill=1e3, rows=rows).tile  # whatever stood there
+    cache = dataclasses.replace(cache, tile=tile)
   cache, drawn = DECODE(
       weights(config), cache, slots, config=config, num_steps=steps,
       num_rows=rows,
@@ -219,7 +224,9 @@ def without_first_block(cache):
         (np.full_like(first, np.nan), *rest) for first, *rest in layers
     )
 
-  return caching.KVCache(keys=poison(cache.keys), values=poison(cache.values))
+  return dataclasses.replace(
+      cache, keys=poison(cache.keys), values=poison(cache.values)
+  )
 
 
 def test_blocks_before_every_window_are_not_read():
@@ -315,7 +322,13 @@ def test_copied_slots_go_on_alike():
 @jax.debug_nans(False)  # which would keep every donated argument
 def test_a_donated_cache_is_updated_in_place(program):
   cache = jax.eval_shape(
-      lambda: caching.init(PLAIN, num_slots=64, length=512, block=128)
+      lambda: caching.init(
+          PLAIN,
+          num_slots=64,
+          length=512,
+          block=128,
+          num_rows=24 if program == "tiles" else 64,
+      )
   )
   weight = params.abstract(PLAIN)
   ints = functools.partial(jax.ShapeDtypeStruct, dtype=np.int32)
@@ -347,8 +360,16 @@ def test_a_donated_cache_is_updated_in_place(program):
   assert not re.findall(r"= f32\[64,2,128,8\]\S* copy\(", text)
 
 
-@pytest.mark.parametrize("name", ["num_slots", "length", "block"])
+@pytest.mark.parametrize("name", ["num_slots", "length", "block", "num_rows"])
 def test_sizes_of_the_cache_are_positive(name):
-  sizes = {"num_slots": 1, "length": 1, "block": 1}
+  sizes = {"num_slots": 1, "length": 1, "block": 1, "num_rows": 1}
   with pytest.raises(ValueError, match=name):
     caching.init(PLAIN, **sizes | {name: 0})
+
+
+def test_a_tile_has_a_place_of_its_size():
+  with pytest.raises(ValueError, match="num_rows=4"):
+    decode.decode(
+        weights(PLAIN), empty(PLAIN, rows=3), describe({0: [1, 2]}),
+        config=PLAIN, num_steps=1, num_rows=4,
+    )  # fmt: skip

@@ -13,6 +13,7 @@ import pytest
 from mgrpo_jax.policy import logprobs, params
 from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.sampler import device
+from mgrpo_jax.sampler import engine as engine_module
 from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.sampler.interface import EngineError
 from mgrpo_jax.testing.sizes import tiny_config
@@ -328,6 +329,83 @@ def test_a_caller_may_name_the_last_token(decode_steps):
     assert told(on) == told(same)
 
   asyncio.run(run())
+
+
+def test_a_caller_may_name_the_last_token_late():
+  """The device has drawn more, or all that was asked for, by then."""
+
+  async def run(seconds):
+    async with make(decode_steps=2) as engine:
+      heard = []
+
+      def until(token):
+        heard.append(token)
+        time.sleep(seconds)
+        return len(heard) == 5
+
+      cut = await engine.generate(
+          prompt(2, 9), draw(12, stop_ids=()), 0, session="a", until=until
+      )
+      assert len(heard) == 5
+      stream = prompt(2, 9) + cut.tokens.tolist() + [5, 6]
+      on = await engine.generate(stream, draw(stop_ids=()), 1, session="a")
+      assert engine.stats()["mismatches"] == 0
+      drawn = engine.stats()["generated"]
+      await settled_but_for(engine, "a")
+    return told(cut), cut.version_max, told(on), drawn
+
+  prompt_told, late_told = asyncio.run(run(0.0)), asyncio.run(run(0.05))
+  assert late_told[:3] == prompt_told[:3]
+  assert late_told[3] > 5 + len(late_told[2][0]) + 1  # it went on meanwhile
+
+
+async def settled_but_for(engine, session):
+  engine.release(session)
+  await settled(engine)
+
+
+def test_the_device_does_not_wait_for_callers():
+  async def run():
+    visits = []
+
+    def dawdle(tokens, logprobs):
+      if not visits:
+        before = engine.stats()["visits"]
+        time.sleep(0.5)  # the whole event loop
+        visits.append(engine.stats()["visits"] - before)
+
+    async with make() as engine:
+      await engine.generate(prompt(1, 5), draw(), 0)  # compiled
+      await engine.generate(
+          prompt(1, 5), draw(50, stop_ids=()), 0, on_tokens=dawdle
+      )
+      assert visits[0] > 5
+      await settled(engine)
+
+  asyncio.run(run())
+
+
+def test_a_device_that_never_comes_back_is_left(monkeypatch):
+  forever = threading.Event()
+
+  async def run():
+    engine = make()
+    with pytest.raises(EngineError, match="not come back .* within 0.1 s"):
+      async with engine:
+        await engine.generate(prompt(1, 5), draw(), 0)
+        monkeypatch.setattr(device, "decode", lambda *_, **__: forever.wait())
+        waiting = asyncio.create_task(engine.generate(prompt(1, 5), draw(), 0))
+        await asyncio.sleep(0.05)
+    with pytest.raises(EngineError, match="not come back"):
+      await waiting
+    with pytest.raises(EngineError, match="not come back"):
+      await engine.generate(prompt(1, 5), draw(), 0)
+
+  monkeypatch.setattr(engine_module, "_CLOSING", 0.1)
+  try:
+    asyncio.run(run())
+  finally:
+    forever.set()
 
 
 def test_completions_say_why_they_ended():

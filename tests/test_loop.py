@@ -22,6 +22,7 @@ from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.report import records
 from mgrpo_jax.report.writer import read_metrics
 from mgrpo_jax.run import open_run
+from mgrpo_jax.sampler import device
 from mgrpo_jax.testing.setup import small_setup
 from mgrpo_jax.work import Budget, Work
 
@@ -391,6 +392,29 @@ def test_a_run_that_stands_still_says_why_and_ends(tmp_path):
         stream=told,
     )
   assert re.search(rf"nothing new for 0\.2 s: .*{waits}", told.getvalue())
+
+
+def test_what_samples_is_compiled_before_anything_is_asked(tmp_path):
+  setup, told, counted = small(steps=1), io.StringIO(), []
+
+  def actor(name, engine):
+    made = setup.actor(name, engine)
+
+    async def speak(moment):
+      counted.append((dict(device.compilations()), told.getvalue()))
+      return await made.speak(moment)
+
+    return dataclasses.replace(made, speak=speak)
+
+  tiny_run.train(
+      tmp_path / "run",
+      dataclasses.replace(setup, actor=actor),
+      config={"seed": setup.seed},
+      stream=told,
+  )
+  assert counted[0][0] == device.compilations()  # no turn compiled anything
+  for name in setup.policies:
+    assert f"warm-up: {name}, 1 of " in counted[0][1]
 
 
 def broken_ratio(logprobs, old_logprobs, mask):

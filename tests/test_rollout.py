@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -351,3 +352,29 @@ def test_wrong_numbers_are_refused(fields, message):
   numbers = {"num_rollouts": 1, "max_concurrent": 1, "seed": 0} | fields
   with pytest.raises(ValueError, match=message):
     run(run_groups([TASK], environment=lively(), **numbers))
+
+
+def test_turns_that_come_too_late_are_told_of_once(caplog):
+  async def stuck(tokens, sampling, seed, *, session):
+    await asyncio.sleep(60)
+
+  setting = environment(
+      {"main": stuck, "researcher": stuck},
+      team=small_team(),
+      protocol=COMPACT,
+      turn_deadline=0.02,
+  )
+  with caplog.at_level(logging.WARNING):
+    groups = run(
+        run_groups(
+            [TASK, TASK], environment=setting, num_rollouts=3, seed=0,
+            max_concurrent=2,
+        )
+    )  # fmt: skip
+  assert all(t.status == Status.FAILED for g in groups for t in g.trajectories)
+  attempts = 2 * 3 * setting.max_attempts
+  assert setting.counters["late_turns"] == attempts
+  (line,) = [record.getMessage() for record in caplog.records]
+  assert line.startswith(
+      f"{attempts} turns took longer than rollout.turn_deadline (0.02 s)"
+  )

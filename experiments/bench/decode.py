@@ -252,8 +252,7 @@ async def measure(
     A list of figures for each row of the table.
   """
   run_prefill = prefill(benches[0])
-  cache = [empty(benches[0])]
-  decoders = [decode(bench, cache) for bench in benches]
+  decoders = [decode(bench, [empty(bench)]) for bench in benches]
   figures: dict[str, list[float]] = {}
   async with contextlib.AsyncExitStack() as stack:
     engines = [
@@ -351,6 +350,7 @@ def empty(bench: Bench) -> KVCache:
       num_slots=bench.num_slots,
       length=bench.context,
       block=bench.block,
+      num_rows=bench.decode_rows or bench.num_slots,
   )
 
 

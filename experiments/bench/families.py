@@ -318,7 +318,9 @@ def _decode_error(policy: Any, prompt: np.ndarray) -> float:
 
   steps, config = 7, policy.config
   known = len(prompt) - 1
-  empty = cache.init(config, num_slots=1, length=known + steps + 1, block=8)
+  empty = cache.init(
+      config, num_slots=1, length=known + steps + 1, block=8, num_rows=1
+  )
   one = functools.partial(jnp.full, (1,), dtype=jnp.int32)
   filled = jax.jit(functools.partial(decode.prefill, config=config))(
       policy.params,

@@ -42,11 +42,11 @@ def arms(bench: Bench) -> dict[str, tuple[Callable[[], float], int]]:
     slots that it samples.
   """
   made = {}
-  caches: dict[int, list[KVCache]] = {}
+  caches: dict[tuple[int, int], list[KVCache]] = {}
 
   def add(name: str, used: int, **changes: Any) -> None:
     one = dataclasses.replace(bench, **changes)
-    cache = caches.setdefault(one.context, [])
+    cache = caches.setdefault((one.context, one.decode_rows), [])
     if not cache:
       cache.append(decode.empty(one))
     lengths = [used] * bench.num_slots

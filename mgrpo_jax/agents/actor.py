@@ -10,9 +10,8 @@ from mgrpo_jax.agents.chat import Chat
 from mgrpo_jax.agents.protocol import Action, Protocol
 from mgrpo_jax.agents.team import Role
 from mgrpo_jax.policy.sampling import Sampling
+from mgrpo_jax.sampler.interface import Generate
 from mgrpo_jax.types import Completion, Turn
-
-Generate = Callable[..., Coroutine[Any, Any, Completion]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

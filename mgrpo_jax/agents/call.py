@@ -17,7 +17,7 @@ import numpy as np
 
 from mgrpo_jax.agents.actor import Moment
 from mgrpo_jax.agents.context import CallContext
-from mgrpo_jax.agents.errors import InfrastructureError
+from mgrpo_jax.agents.errors import InfrastructureError, LateTurnError
 from mgrpo_jax.agents.protocol import Action, Malformed, Utterance
 from mgrpo_jax.agents.team import Role
 from mgrpo_jax.agents.tools import ERROR, Memory, Observation, run_tool
@@ -49,6 +49,8 @@ async def call_agent(
   call = _Call(role, request, context, position)
   try:
     status = await call.run()
+  except LateTurnError:  # `rollout.run_groups` tells of all of them at once
+    status = Status.FAILED
   except (InfrastructureError, OSError) as error:  # TimeoutError is an OSError
     reason = str(error) or type(error).__name__  # a deadline says nothing
     _LOG.warning("%s failed: %s", call.session, reason)
@@ -238,11 +240,22 @@ class _Call:
         session=self.session,
     )
     with self._waiting(f"policy {self.role.policy!r}"):
-      async with asyncio.timeout(self.environment.turn_deadline):
-        completion = await self.actor.speak(moment)
+      completion = await self._spoken(moment)
     self.stream.add_sampled(completion)
     self.environment.counters["turns"] += 1
     return completion
+
+  async def _spoken(self, moment: Moment) -> Completion:
+    """The turn, unless it comes too late."""
+    limit = asyncio.timeout(self.environment.turn_deadline)
+    try:
+      async with limit:
+        return await self.actor.speak(moment)
+    except TimeoutError as error:
+      if not limit.expired():
+        raise
+      self.environment.counters["late_turns"] += 1
+      raise LateTurnError from error
 
   def _verdict(
       self, action: Action | Malformed, utterance: Utterance

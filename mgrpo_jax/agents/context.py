@@ -26,8 +26,8 @@ class Environment:
     max_attempts: how often a FAILED call is made in all.
     counters: events since the start (`calls`, `turns`, `retries`, `failed`,
       `malformed_turns`, `cut_turns`, `refused_calls`, `tool_errors`,
-      `tool_timeouts`, `cut_results`, `long_requests`); kept up to date in
-      place.
+      `tool_timeouts`, `cut_results`, `long_requests`, `late_turns`); kept up
+      to date in place.
     activity: what the calls under way wait for; likewise.
   """
 

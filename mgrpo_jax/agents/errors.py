@@ -1,4 +1,4 @@
-"""The two ways in which a tool can go wrong."""
+"""The ways in which a tool or a machine can go wrong."""
 
 
 class ToolError(Exception):
@@ -7,3 +7,7 @@ class ToolError(Exception):
 
 class InfrastructureError(Exception):
   """A machine, server or tool broke; the call is FAILED and tried again."""
+
+
+class LateTurnError(InfrastructureError):
+  """A turn was not sampled before its deadline."""

@@ -302,6 +302,7 @@ def _sampler(plan: Plan) -> tuple[Mesh, Any, Any]:
       "num_slots": plan.engine["num_slots"],
       "length": plan.engine["context"],
       "block": plan.engine["block"],
+      "num_rows": plan.engine["decode_rows"] or plan.engine["num_slots"],
   }
   cache = jax.eval_shape(functools.partial(caching.init, config, **sizes))
   heads = device.split_heads(mesh)

@@ -8,6 +8,8 @@ not change a bit of the result.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import flax.struct
@@ -27,6 +29,9 @@ class KVCache:
 
   keys: tuple[Blocks, ...]  # L × blocks of [S, Hkv, C, D]
   values: tuple[Blocks, ...]  # L × blocks of [S, Hkv, C, D]
+  # Where R of the slots are copied to, see `take`; None where none ever are.
+  # Kept, not made anew, because new memory costs by its size, used or not.
+  tile: KVCache | None = None
 
 
 @flax.struct.dataclass
@@ -39,7 +44,12 @@ class Partial:
 
 
 def init(
-    config: TransformerConfig, *, num_slots: int, length: int, block: int
+    config: TransformerConfig,
+    *,
+    num_slots: int,
+    length: int,
+    block: int,
+    num_rows: int,
 ) -> KVCache:
   """Makes an empty cache.
 
@@ -48,6 +58,8 @@ def init(
     num_slots: S.
     length: tokens a slot can hold, rounded up to whole blocks.
     block: C, tokens in a block, the unit in which unused cache is skipped.
+    num_rows: R, slots that `decode` computes together; fewer than S need a
+      tile.
 
   Returns:
     Zeros.
@@ -55,24 +67,26 @@ def init(
   Raises:
     ValueError: if a size is not positive.
   """
-  for name, size in [
-      ("num_slots", num_slots),
-      ("length", length),
-      ("block", block),
-  ]:
+  sizes = {"num_slots": num_slots, "length": length, "block": block}
+  for name, size in (sizes | {"num_rows": num_rows}).items():
     if size < 1:
       raise ValueError(f"{name} must be >= 1, got {size!r}")
-  shape = (num_slots, config.num_kv_heads, block, config.head_dim)
 
-  def layers() -> tuple[Blocks, ...]:
-    return tuple(
-        tuple(
-            jnp.zeros(shape, config.dtype) for _ in range(-(-length // block))
-        )
-        for _ in range(config.num_layers)
-    )
+  def slots(number: int, tile: KVCache | None) -> KVCache:
+    shape = (number, config.num_kv_heads, block, config.head_dim)
 
-  return KVCache(keys=layers(), values=layers())
+    def layers() -> tuple[Blocks, ...]:
+      return tuple(
+          tuple(
+              jnp.zeros(shape, config.dtype) for _ in range(-(-length // block))
+          )
+          for _ in range(config.num_layers)
+      )
+
+    return KVCache(keys=layers(), values=layers(), tile=tile)
+
+  tile = slots(num_rows, None) if num_rows < num_slots else None
+  return slots(num_slots, tile)
 
 
 def copy_slots(
@@ -91,15 +105,16 @@ def copy_slots(
 
   def copy(index: Array, cache: KVCache) -> KVCache:
     source, target = sources[index], targets[index]
-    return jax.tree.map(
+    keys, values = jax.tree.map(
         lambda block: jax.lax.dynamic_update_index_in_dim(
             block,
             jax.lax.dynamic_index_in_dim(block, source, keepdims=False),
             target,
             axis=0,
         ),
-        cache,
+        (cache.keys, cache.values),
     )
+    return dataclasses.replace(cache, keys=keys, values=values)
 
   return jax.lax.fori_loop(0, len(sources), copy, cache)
 
@@ -107,35 +122,43 @@ def copy_slots(
 def take(
     cache: KVCache, rows: Int[Array, " R"], lengths: Int[Array, " R"]
 ) -> KVCache:
-  """Copies some slots, as far as the longest of them is filled.
+  """Copies some slots into the tile, as far as the longest of them is filled.
 
   Gathering once what many steps read costs less than gathering at each step.
 
   Args:
-    cache: of S slots.
+    cache: of S slots, with a tile of R.
     rows: [R] int32 slots; beyond the last one, any.
     lengths: [R] int32, tokens in use.
 
   Returns:
-    A cache of R slots; blocks that none of them fills are zeros.
+    The tile, in place where the cache is donated; blocks that none of the
+    slots fills are left as they were.
+
+  Raises:
+    ValueError: the cache has no tile of R slots.
   """
+  held = cache.tile
+  if held is None or len(held.keys[0][0]) != len(rows):
+    raise ValueError(f"the cache must be made with num_rows={len(rows)}")
   longest = jnp.max(lengths)
-
-  def take_block(index: int, block: Array) -> Array:
-    return jax.lax.cond(
-        longest > index * block.shape[2],
-        lambda block: block.at[rows].get(mode="clip"),
-        lambda block: jnp.zeros((len(rows), *block.shape[1:]), block.dtype),
-        block,
+  size = held.keys[0][0].shape[2]
+  layers = [*cache.keys, *cache.values]
+  taken = []
+  for index in range(len(layers[0])):
+    blocks = [layer[index] for layer in layers]
+    taken.append(
+        jax.lax.fori_loop(  # as a condition, but in place
+            0,
+            (longest > index * size).astype(jnp.int32),
+            lambda _, old, blocks=blocks: [
+                block.at[rows].get(mode="clip") for block in blocks
+            ],
+            [layer[index] for layer in (*held.keys, *held.values)],
+        )
     )
-
-  def take_side(layers: tuple[Blocks, ...]) -> tuple[Blocks, ...]:
-    return tuple(
-        tuple(take_block(index, block) for index, block in enumerate(blocks))
-        for blocks in layers
-    )
-
-  return KVCache(keys=take_side(cache.keys), values=take_side(cache.values))
+  sides = tuple(zip(*taken, strict=True))
+  return KVCache(keys=sides[: len(cache.keys)], values=sides[len(cache.keys) :])
 
 
 def heads_first(x: Float[Array, "P T Hkv D"]) -> Float[Array, "P Hkv T D"]:
@@ -186,7 +209,9 @@ def attend_cached(
   earliest = jnp.min(
       jnp.where(lengths > 0, jnp.min(first, axis=1), jnp.max(first))
   )
-  for index, (key, value) in enumerate(zip(keys, values, strict=True)):
+
+  def attend_block(index: int, part: Partial) -> Partial:
+    key, value = keys[index], values[index]
     size = key.shape[2]
     columns = index * size + jnp.arange(size, dtype=jnp.int32)
     mask = jnp.broadcast_to(
@@ -194,7 +219,7 @@ def attend_cached(
         & (columns[None, None] >= first[:, :, None]),
         (batch, width, size),
     )
-    part = jax.lax.cond(
+    return jax.lax.cond(
         (longest > index * size) & (earliest < (index + 1) * size),
         lambda part, query, key, value, mask: attend(
             part, query, rows(key), rows(value), mask
@@ -202,7 +227,23 @@ def attend_cached(
         lambda part, *_: part,
         *(part, query, key, value, mask),
     )
-  return part
+
+  def attend_from(index: int, part: Partial) -> Partial:
+    """As many blocks as there are before this one, and those behind them."""
+    end = min(2 * max(index, 1), len(keys))
+    for number in range(index, end):
+      part = attend_block(number, part)
+    if end == len(keys):
+      return part
+    # One question for all that is unused, not one a block.
+    return jax.lax.cond(
+        longest > end * keys[0].shape[2],
+        functools.partial(attend_from, end),
+        lambda part: part,
+        part,
+    )
+
+  return attend_from(0, part)
 
 
 def seen_from(
@@ -330,7 +371,9 @@ def write(
 
   written = zip(*(write_block(index) for index in range(number)), strict=True)
   sides = tuple(written)
-  return KVCache(keys=sides[: len(keys)], values=sides[len(keys) :])
+  return dataclasses.replace(
+      cache, keys=sides[: len(keys)], values=sides[len(keys) :]
+  )
 
 
 def _put(

@@ -143,7 +143,8 @@ def decode(
 
   Args:
     params: weights.
-    cache: `slots.length` tokens in each slot.
+    cache: `slots.length` tokens in each slot; with a tile of R slots where R
+      is less than S.
     slots: what to sample.
     config: sizes.
     num_steps: N; fewer are computed once every slot has stopped.
@@ -173,6 +174,7 @@ def decode(
         slots,
     )
     held = caching.take(cache, rows, _lengths(tile))
+    cache = dataclasses.replace(cache, tile=held)
     visit = _run_steps(params, held, tile, config, num_steps)
     return _written(cache, visit, rows, tile), jax.tree.map(
         lambda every, some: every.at[:, rows].set(some, mode="drop"),

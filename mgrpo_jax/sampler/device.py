@@ -51,14 +51,26 @@ def split_heads(mesh: Mesh) -> NamedSharding:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "num_slots", "length", "block")
+    jax.jit,
+    static_argnames=("config", "num_slots", "length", "block", "num_rows"),
 )
 def init_cache(
-    *, config: TransformerConfig, num_slots: int, length: int, block: int
+    *,
+    config: TransformerConfig,
+    num_slots: int,
+    length: int,
+    block: int,
+    num_rows: int,
 ) -> KVCache:
   """Runs `policy.cache.init`."""
   _TRACED["init_cache"] += 1
-  return caching.init(config, num_slots=num_slots, length=length, block=block)
+  return caching.init(
+      config,
+      num_slots=num_slots,
+      length=length,
+      block=block,
+      num_rows=num_rows,
+  )
 
 
 @functools.partial(

@@ -1,10 +1,10 @@
 """Continuous batching: many requests at once on one policy's fixed slots.
 
-The engine alternates between the event loop, where requests come, go and are
-cancelled, and one worker thread, where the device works. A round trip is a
-*visit*: new requests are given slots, their new tokens are prefilled, and up to
-`decode_steps` tokens are sampled for every busy slot. Tools run on meanwhile.
-What a visit does is decided in `schedule`.
+Requests come, go and are cancelled in the event loop; one thread, `worker`,
+*visits* the device: new requests are given slots, their new tokens are
+prefilled, and up to `decode_steps` tokens are sampled for every busy slot. What
+a visit does is decided in `schedule`, what it brought is told by `delivery`.
+Tools run on meanwhile, and the device does not wait for their callers.
 
 What a request yields depends on the weights, its tokens, its seed and, if it
 belongs to a session, the session's earlier requests; on the CPU bit for bit.
@@ -18,31 +18,26 @@ live at a time avoid it.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from mgrpo_jax import sharding
 from mgrpo_jax.policy import sampling as drawing
-from mgrpo_jax.policy.cache import KVCache
 from mgrpo_jax.policy.config import TransformerConfig
-from mgrpo_jax.policy.decode import Drawn
-from mgrpo_jax.policy.params import Params, param_specs
+from mgrpo_jax.policy.params import Params
 from mgrpo_jax.policy.sampling import Sampling
-from mgrpo_jax.sampler import device
+from mgrpo_jax.sampler import delivery, device
 from mgrpo_jax.sampler.interface import EngineError, OnTokens, Until
-from mgrpo_jax.sampler.schedule import Schedule, Visit, completion
+from mgrpo_jax.sampler.resident import Resident
+from mgrpo_jax.sampler.schedule import News, Schedule
 from mgrpo_jax.sampler.slots import Request
 from mgrpo_jax.sampler.stream import checked
+from mgrpo_jax.sampler.worker import Worker
 from mgrpo_jax.types import Completion
 
-_COPIES = 8  # slots copied by one call
 _YIELDS = 5  # turns of the event loop in which finished callers may ask again
+_CLOSING = 600.0  # seconds; the visit under way may have to be compiled first
 
 
 class Engine:
@@ -100,19 +95,15 @@ class Engine:
     )
     self._config = config
     self._context = context
-    self._decode_steps = decode_steps
-    self._decode_rows = _rows(decode_rows, num_slots)
-    self._heads: jax.sharding.NamedSharding | None = None
-    self._place: Any = jax.local_devices()[0]
-    if mesh is not None:
-      self._heads = device.split_heads(mesh)
-      self._place = sharding.params_shardings(param_specs(config), mesh)
-    self._params = self._placed(params)
-    self._cache: KVCache = jax.device_put(
-        device.init_cache(
-            config=config, num_slots=num_slots, length=context, block=block
-        ),
-        self._heads or self._place,
+    self._resident = Resident(
+        config,
+        params,
+        num_slots=num_slots,
+        context=context,
+        block=block,
+        decode_steps=decode_steps,
+        decode_rows=_rows(decode_rows, num_slots),
+        mesh=mesh,
     )
     self._schedule = Schedule(
         version,
@@ -122,32 +113,49 @@ class Engine:
         prefill_buckets=prefill_buckets,
         decode_steps=decode_steps,
     )
-    self._sessions: set[str] = set()  # with a request queued or being sampled
-    self._wake = asyncio.Event()
-    self._seconds = {"busy": 0.0, "idle": 0.0}
-    self._ready = 0.0  # when there was something to do, the device being free
+    self._worker = Worker(self._schedule, self._resident)
+    # by session: its request that is queued or being sampled
+    self._sessions: dict[str, Request] = {}
+    self._ended: asyncio.Future[None] | None = None  # None: is not running
     self._closing = False
-    self._worker: concurrent.futures.ThreadPoolExecutor | None = None
-    self._task: asyncio.Task[None] | None = None
     self._failure: Exception | None = None
 
   async def __aenter__(self) -> Self:
     """Starts serving on the running event loop."""
-    if self._task is not None:
+    if self._ended is not None:
       raise RuntimeError("the engine is already running")
-    self._wake = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    self._ended = ended = loop.create_future()
     self._closing = False
-    self._worker = concurrent.futures.ThreadPoolExecutor(1, "sampler")
-    self._task = asyncio.create_task(self._serve(self._worker))
+
+    def tell(news: Sequence[News], number: int) -> None:
+      loop.call_soon_threadsafe(self._deliver, news, number)
+
+    def end(failure: Exception | None) -> None:
+      if not loop.is_closed():  # as it may be once a hung device comes back
+        loop.call_soon_threadsafe(self._end, ended, failure)
+
+    self._worker.start(tell, end)
     return self
 
   async def __aexit__(self, *exception: object) -> None:
-    """Ends after the visit under way; requests still waiting get an error."""
+    """Ends after the visit under way; requests still waiting get an error.
+
+    Raises:
+      EngineError: the device does not come back from that visit.
+    """
     self._closing = True
-    self._wake.set()
-    task, self._task = self._task, None
-    if task is not None:
-      await task
+    self._worker.close()
+    ended, self._ended = self._ended, None
+    if ended is None:
+      return
+    done, _ = await asyncio.wait({ended}, timeout=_CLOSING)
+    if not done:
+      self._failure = EngineError(
+          f"the device has not come back from a visit within {_CLOSING:g} s"
+      )
+      self._abandon(self._failure)
+      raise self._failure
 
   async def warm_up(self, tell: Callable[[int, int], None]) -> None:
     """Compiles every program that requests can need; they find nothing changed.
@@ -161,14 +169,11 @@ class Engine:
       EngineError: if the device failed, or the engine is not running.
     """
     self._check_running()
-    loop, visits = asyncio.get_running_loop(), self._schedule.rehearsals()
+    visits = self._schedule.rehearsals()
     for done, visit in enumerate(visits, 1):
       try:
-        await loop.run_in_executor(
-            self._worker, self._visit, self._params, visit
-        )
-      except Exception as error:  # the cache may be gone
-        self._failure = error
+        await asyncio.wrap_future(self._worker.rehearse(visit))
+      except Exception as error:
         raise EngineError(f"the warm-up failed: {error}") from error
       tell(done, len(visits))
 
@@ -233,18 +238,21 @@ class Engine:
     )
     if limit == len(stream):
       request.versions.append(self._schedule.version)
-      return completion(request, self._context)
-    self._schedule.add(request)
-    if not self._wake.is_set():
-      self._ready = time.perf_counter()
-      self._wake.set()
-    if session is None:
-      return await request.future
-    self._sessions.add(session)
+      return delivery.completion(request, False, self._context)
+    with self._worker.guard:
+      self._schedule.add(request)
+      self._worker.wake()
+    if session is not None:
+      self._sessions[session] = request
     try:
       return await request.future
     finally:
-      self._sessions.discard(session)
+      if session is not None:
+        del self._sessions[session]
+      if request.future.cancelled():
+        with self._worker.guard:
+          self._schedule.drop(request)
+          self._worker.wake()
 
   def release(self, session: str) -> None:
     """Ends a session and frees its slot.
@@ -252,7 +260,10 @@ class Engine:
     Args:
       session: unknown ones are ignored.
     """
-    self._schedule.release(session)
+    with self._worker.guard:
+      if session in self._sessions:
+        self._sessions[session].session = None
+      self._schedule.release(session)
 
   def update(self, params: Params, version: int) -> None:
     """Swaps the weights before the next visit.
@@ -264,13 +275,10 @@ class Engine:
       params: weights; see `__init__`.
       version: their number.
     """
-    self._params = self._placed(params)
-    self._schedule.renew(version)
-
-  def _placed(self, params: Params) -> Params:
-    """Weights where they are sampled from, in the dtype they are used in."""
-    used = jax.tree.map(lambda w: jnp.asarray(w, self._config.dtype), params)
-    return jax.device_put(used, self._place)
+    placed = self._resident.placed(params)
+    with self._worker.guard:
+      self._resident.params = placed
+      self._schedule.renew(version)
 
   def stats(self) -> dict[str, Any]:
     """Counts what was done so far.
@@ -283,90 +291,54 @@ class Engine:
       instead of prefilled; `cancelled` requests; `evictions` of idle sessions,
       and `mismatches`, sessions whose tokens did not extend their cache.
     """
-    return {
-        **self._schedule.stats(),
-        "seconds": dict(self._seconds),
-        "compilations": device.compilations(),
-    }
+    with self._worker.guard:
+      return {
+          **self._schedule.stats(),
+          "seconds": dict(self._worker.seconds),
+          "compilations": device.compilations(),
+      }
 
   def _check_running(self) -> None:
     """Raises `EngineError` unless requests can be served."""
     if self._failure is not None:
       raise EngineError(f"the engine has failed: {self._failure}")
-    if self._task is None or self._closing:
+    if self._ended is None or self._closing:
       raise EngineError("the engine is not running; use `async with engine:`")
 
-  async def _serve(self, worker: concurrent.futures.Executor) -> None:
-    """Visits the device while there is work; tells everyone when it ends."""
-    loop = asyncio.get_running_loop()
-    failure: Exception = EngineError("the engine was closed")
-    with worker:
-      try:
-        while not self._closing:
-          visit = self._schedule.plan()
-          if visit is None:
-            self._wake.clear()
-            await self._wake.wait()
-            continue
-          began, ended, drawn = await loop.run_in_executor(
-              worker, self._visit, self._params, visit
-          )
-          self._seconds["idle"] += began - self._ready
-          self._seconds["busy"] += ended - began
-          self._ready = ended
-          self._schedule.absorb(visit, drawn)
-          for _ in range(_YIELDS):
-            await asyncio.sleep(0)
-      except Exception as error:  # whatever it is, nobody may wait for ever
-        self._failure = failure = error
-      finally:
-        self._abandon(failure)
+  def _deliver(self, news: Sequence[News], number: int) -> None:
+    """Tells callers of a visit, and soon the worker that they know."""
+    guard = self._worker.guard
+    delivery.deliver(news, self._schedule, guard, context=self._context)
+    asyncio.get_running_loop().call_soon(self._settle, number, _YIELDS)
+
+  def _settle(self, number: int, turns: int) -> None:
+    """Lets the callers have some turns of the event loop."""
+    if turns:
+      loop = asyncio.get_running_loop()
+      loop.call_soon(self._settle, number, turns - 1)
+      return
+    with self._worker.guard:
+      self._worker.settle(number)
+
+  def _end(
+      self, ended: asyncio.Future[None], failure: Exception | None
+  ) -> None:
+    """Learns that the worker has ended; None if it was to."""
+    if failure is not None:
+      self._failure = failure
+    self._abandon(failure or EngineError("the engine was closed"))
+    if not ended.done():
+      ended.set_result(None)
 
   def _abandon(self, failure: Exception) -> None:
     """Fails every request and empties the slots."""
-    for request in self._schedule.clear():
+    with self._worker.guard:
+      requests = self._schedule.clear()
+    for request in requests:
       if not request.future.done():
         error = EngineError(f"the engine stopped: {failure}")
         error.__cause__ = failure
         request.future.set_exception(error)
-
-  def _visit(self, params: Params, visit: Visit) -> tuple[float, float, Drawn]:
-    """Works on the device; the only code that runs in the worker thread.
-
-    One visit at a time, so each finds the cache that the last one left.
-
-    Returns:
-      When it began and ended; what was drawn.
-    """
-    began = time.perf_counter()
-    cache = self._cache
-    for call in visit.prefills:
-      cache = device.prefill(
-          params,
-          cache,
-          call.tokens,
-          call.lengths,
-          call.slots,
-          call.starts,
-          config=self._config,
-          heads=self._heads,
-      )
-    for first in range(0, len(visit.copies), _COPIES):
-      pairs = visit.copies[first : first + _COPIES]
-      pairs = pairs + pairs[-1:] * (_COPIES - len(pairs))
-      sources, targets = np.asarray(pairs, np.int32).T
-      cache = device.copy_slots(cache, sources, targets, heads=self._heads)
-    self._cache, drawn = device.decode(
-        params,
-        cache,
-        visit.slots,
-        config=self._config,
-        num_steps=self._decode_steps,
-        num_rows=self._decode_rows,
-        heads=self._heads,
-    )
-    told = jax.tree.map(np.asarray, drawn)
-    return began, time.perf_counter(), told
 
 
 def _check(**sizes: int) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from mgrpo_jax.policy.sampling import Sampling
+from mgrpo_jax.sampler import stream
 from mgrpo_jax.types import Completion
 
 # What would bend the distribution, or end a completion early, if a server had
@@ -165,17 +166,16 @@ def completion(
   """
   nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
   tokens, logprobs = (answer.tokens, answer.logprobs) if answer else nothing
-  finish: Literal["stop", "length", "context"] = "length"
-  if answer is not None and answer.stopped:
-    finish = "stop"
-  elif length + len(tokens) == context:
-    finish = "context"
   oldest, newest = (answer and answer.versions) or versions
   return Completion(
       tokens=tokens,
       logprobs=logprobs,
       raw_logprobs=None,
-      finish=finish,
+      finish=stream.finish(
+          length + len(tokens),
+          stopped=answer is not None and answer.stopped,
+          context=context,
+      ),
       version_min=oldest,
       version_max=newest,
   )

@@ -6,13 +6,14 @@ to. Who uses them knows neither.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol, Self
 
 from mgrpo_jax.policy.params import Params
 from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.types import Completion
 
+Generate = Callable[..., Coroutine[Any, Any, Completion]]  # `RolloutEngine`'s
 Until = Callable[[int], bool]
 OnTokens = Callable[[Sequence[int], Sequence[float]], None]
 

@@ -1,17 +1,18 @@
-"""What the device does on each visit, and who is answered after it.
+"""What the device does on each visit, and whose request ends with it.
 
 Decisions on the host: which request gets which slot, which tokens are prefilled
-or copied, how many are sampled, who is done. Nothing here waits or touches the
-device; `engine` does both.
+or copied, how many are sampled, who is done. Nothing here waits, touches the
+device or calls anybody; `worker` visits the device, `delivery` tells callers.
+What a plan costs grows with the slots and with what came and went since the
+last one, not with how many requests wait.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +22,6 @@ from mgrpo_jax.policy.decode import Drawn, Slots
 from mgrpo_jax.sampler import batching
 from mgrpo_jax.sampler.batching import Call, Piece
 from mgrpo_jax.sampler.slots import Request, Slot, SlotTable
-from mgrpo_jax.types import Completion
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,31 @@ class Visit:
   busy: list[tuple[Slot, Request]]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class News:
+  """What a visit brought to one request.
+
+  Attributes:
+    request: whose it is.
+    slot: where it was sampled.
+    end: tokens that the request has sampled with it.
+    count: how many of them are new.
+    visits: of the request, this one included.
+    last: whether the device samples nothing more for it.
+    stopped: whether that is because of a stop token.
+  """
+
+  request: Request
+  slot: Slot
+  end: int
+  count: int
+  visits: int
+  last: bool
+  stopped: bool
+
+
 class Schedule:
-  """The requests of an engine, waiting and in slots."""
+  """The requests of an engine, waiting and in slots; not for two threads."""
 
   def __init__(
       self,
@@ -73,12 +96,31 @@ class Schedule:
     self._decode_steps = decode_steps
     self._table = SlotTable(num_slots)
     self._inputs = _idle_slots(num_slots)
-    self._queue: collections.deque[Request] = collections.deque()
+    self._new: list[Request] = []  # since the last plan
+    # those that wait for a slot, in order; a set that forgets in O(1)
+    self._queue: collections.OrderedDict[Request, None] = (
+        collections.OrderedDict()
+    )
     self._counts: collections.Counter[str] = collections.Counter()
+
+  @property
+  def crowded(self) -> bool:
+    """Whether there were more requests than slots in the last plan."""
+    return bool(self._queue)
 
   def add(self, request: Request) -> None:
     """Lets a request wait for a slot."""
-    self._queue.append(request)
+    self._new.append(request)
+
+  def drop(self, request: Request) -> None:
+    """Lets a request wait no more; one in a slot leaves with the next plan.
+
+    Args:
+      request: whose future is done.
+    """
+    if request in self._queue:
+      del self._queue[request]
+      self._counts["cancelled"] += 1
 
   def release(self, session: str) -> None:
     """Ends a session: frees its slot now, or once its request has finished.
@@ -86,9 +128,6 @@ class Schedule:
     Args:
       session: unknown ones are ignored.
     """
-    for request in self._queue:
-      if request.session == session:
-        request.session = None
     self._table.release(session)
 
   def renew(self, version: int) -> None:
@@ -102,8 +141,9 @@ class Schedule:
 
   def clear(self) -> list[Request]:
     """Frees every slot; returns the requests that nobody serves any more."""
-    waiting = list(self._queue)
+    waiting = [*self._queue, *self._new]
     self._queue.clear()
+    self._new.clear()
     for slot, request in self._table.busy():
       waiting.append(request)
       self._table.free(slot)
@@ -116,7 +156,7 @@ class Schedule:
     names = ("prefilled", "generated", "visits", "copied", "cancelled")
     return {name: self._counts[name] for name in names} | {
         "slots": self._table.counts(),
-        "requests": len(self._queue),
+        "requests": len(self._queue) + len(self._new),
         "evictions": self._table.evictions,
         "mismatches": self._table.mismatches,
     }
@@ -147,7 +187,7 @@ class Schedule:
         self._inputs.budget[slot.index] = 0
         self._table.free(slot)
     prefills, copies = self._fill(self._admit())
-    busy = self._table.busy()
+    busy = [pair for pair in self._table.busy() if not pair[1].drawn]
     if not busy:
       return None
     for slot, request in busy:
@@ -162,12 +202,18 @@ class Schedule:
         busy=busy,
     )
 
-  def absorb(self, visit: Visit, drawn: Drawn) -> None:
-    """Takes a visit's tokens in and answers the requests that are done.
+  def absorb(self, visit: Visit, drawn: Drawn) -> list[News]:
+    """Takes a visit's tokens in, and frees the slots of requests that are done.
+
+    A request whose caller names the last token keeps its slot until that was
+    asked, see `end`; so does one that was cancelled, until the next plan.
 
     Args:
       visit: what was planned.
       drawn: by `decode_steps` steps in `num_slots` slots, on the host.
+
+    Returns:
+      What callers are to be told, in the order of slots.
 
     Raises:
       FloatingPointError: a log-probability is not finite.
@@ -178,41 +224,83 @@ class Schedule:
             f"log-probabilities under version {visit.version} are not finite"
         )
     counts = np.sum(drawn.tokens != drawing.NO_TOKEN, axis=0)
-    self._inputs.length[:] += counts.astype(np.int32)
     self._counts["visits"] += 1
     self._counts["generated"] += int(counts.sum())
+    news = []
     for slot, request in visit.busy:
-      index = slot.index
-      slot.cached += _take(request, drawn, index, int(counts[index]))
+      if slot.request is not request or request.future.done():
+        continue  # it ended while the device went on
+      index, count = slot.index, int(counts[slot.index])
+      _add(request, drawn, index, count)
       request.versions.append(visit.version)
+      slot.cached += count
+      self._inputs.length[index] = slot.cached
       self._inputs.token[index] = request.sampled[-1]
-      if request.future.done() or not (
-          request.ended or slot.cached + 1 == request.limit
-      ):
-        continue
-      slot.stream = np.append(
-          request.tokens, np.asarray(request.sampled, np.int32)
-      )
-      self._inputs.budget[index] = 0
-      self._table.finish(slot)
-      request.future.set_result(completion(request, self._context))
+      stopped = request.sampled[-1] in request.sampling.stop_ids
+      request.drawn = stopped or slot.cached + 1 == request.limit
+      if request.drawn or request.until or request.on_tokens:
+        news.append(
+            News(
+                request=request,
+                slot=slot,
+                end=len(request.sampled),
+                count=count,
+                visits=len(request.versions),
+                last=request.drawn,
+                stopped=stopped,
+            )
+        )
+      if request.drawn:
+        self._inputs.budget[index] = 0
+        if request.until is None:
+          self._finish(slot, request)
+    return news
+
+  def end(self, news: News, kept: int) -> None:
+    """Ends a request that waited for its caller to name the last token.
+
+    Args:
+      news: in which the last token is; whatever was drawn later is dropped.
+      kept: tokens of the request in all, 1 to `news.end`.
+    """
+    slot, request = news.slot, news.request
+    if slot.request is not request:
+      return  # the engine was cleared
+    dropped = len(request.sampled) - kept
+    for record in (request.sampled, request.logprobs, request.raw_logprobs):
+      del record[kept:]
+    del request.versions[news.visits :]
+    slot.cached -= dropped
+    self._inputs.budget[slot.index] = 0
+    self._finish(slot, request)
+
+  def _finish(self, slot: Slot, request: Request) -> None:
+    """Leaves a slot to the request's session, or to others."""
+    slot.stream = np.append(
+        request.tokens, np.asarray(request.sampled, np.int32)
+    )
+    self._table.finish(slot)
 
   def _admit(self) -> list[tuple[Slot, Request]]:
     """Gives slots to waiting requests: sessions' own first, then in order."""
-    placed = []
-    for place in (self._table.resume, self._table.place):
-      waiting: collections.deque[Request] = collections.deque()
-      while self._queue:
-        request = self._queue.popleft()
-        if request.future.done():
-          self._counts["cancelled"] += 1
-          continue
-        slot = place(request)
-        if slot is None:
-          waiting.append(request)
-        else:
-          placed.append((slot, request))
-      self._queue = waiting
+    placed: list[tuple[Slot, Request]] = []
+    for request in self._new:
+      if request.future.done():
+        self._counts["cancelled"] += 1
+      elif slot := self._table.resume(request):
+        placed.append((slot, request))
+      else:  # what its session does not have now, it will not have later
+        self._queue[request] = None
+    self._new.clear()
+    while self._queue:
+      request = next(iter(self._queue))
+      if request.future.done():
+        self._counts["cancelled"] += 1
+      elif slot := self._table.place(request):
+        placed.append((slot, request))
+      else:
+        break
+      self._queue.popitem(last=False)
     return placed
 
   def _fill(
@@ -252,70 +340,11 @@ class Schedule:
     inputs.stop_ids[index, : len(stops)] = stops
 
 
-def completion(request: Request, context: int) -> Completion:
-  """Says what a finished request yielded, and why it ended.
-
-  Args:
-    request: with what was sampled, and under which versions.
-    context: tokens that a stream can have.
-
-  Returns:
-    The completion.
-  """
-  tokens = request.sampled
-  finish: Literal["stop", "length", "context"]
-  if request.ended:
-    finish = "stop"
-  elif len(request.tokens) + len(tokens) == context:
-    finish = "context"
-  else:
-    finish = "length"
-  return Completion(
-      tokens=np.asarray(tokens, np.int32),
-      logprobs=np.asarray(request.logprobs, np.float32),
-      raw_logprobs=np.asarray(request.raw_logprobs, np.float32),
-      finish=finish,
-      version_min=request.versions[0],
-      version_max=request.versions[-1],
-  )
-
-
-def _take(request: Request, drawn: Drawn, index: int, count: int) -> int:
-  """Adds what a slot has drawn to its request; returns how much it keeps."""
-  tokens = drawn.tokens[:count, index].tolist()
-  with _failing_alone(request):
-    tokens = _until(request, tokens)
-  kept = len(tokens)
-  logprobs = drawn.logprobs[:kept, index].tolist()
-  request.sampled += tokens
-  request.logprobs += logprobs
-  request.raw_logprobs += drawn.raw_logprobs[:kept, index].tolist()
-  request.ended |= tokens[-1] in request.sampling.stop_ids
-  if request.on_tokens is not None and not request.future.done():
-    with _failing_alone(request):
-      request.on_tokens(tokens, logprobs)
-  return kept
-
-
-def _until(request: Request, tokens: list[int]) -> list[int]:
-  """The tokens up to the one that ends the request, all if none does."""
-  if request.until is None or request.future.done():
-    return tokens
-  for number, token in enumerate(tokens):
-    if request.until(token):
-      request.ended = True
-      return tokens[: number + 1]
-  return tokens
-
-
-@contextlib.contextmanager
-def _failing_alone(request: Request) -> Iterator[None]:
-  """Fails a request with what its caller's function raises; others go on."""
-  try:
-    yield
-  except Exception as error:
-    if not request.future.done():
-      request.future.set_exception(error)
+def _add(request: Request, drawn: Drawn, index: int, count: int) -> None:
+  """Adds what a slot has drawn to its request."""
+  request.sampled += drawn.tokens[:count, index].tolist()
+  request.logprobs += drawn.logprobs[:count, index].tolist()
+  request.raw_logprobs += drawn.raw_logprobs[:count, index].tolist()
 
 
 def _idle_slots(num_slots: int) -> Slots:

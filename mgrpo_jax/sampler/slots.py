@@ -31,7 +31,8 @@ class Request:
     tokens: [n] int32, the stream so far.
     sampling: how to go on.
     seed: the two words of the seed.
-    session: whose cache to go on from and to leave; None for neither.
+    session: whose cache to go on from and to leave; None for neither, or once
+      it was released.
     tenant: among whose requests caches may be copied.
     limit: length at which the stream must stop.
     future: gets the completion; done early means cancelled.
@@ -41,7 +42,7 @@ class Request:
     logprobs: their log-probabilities, nats, under what they were drawn from.
     raw_logprobs: the same under the softmax of the logits.
     versions: of the weights, in each visit that drew some.
-    ended: whether the last token drawn is the last of all.
+    drawn: whether the device samples nothing more.
   """
 
   tokens: np.ndarray
@@ -57,7 +58,7 @@ class Request:
   logprobs: list[float] = dataclasses.field(default_factory=list)
   raw_logprobs: list[float] = dataclasses.field(default_factory=list)
   versions: list[int] = dataclasses.field(default_factory=list)
-  ended: bool = False
+  drawn: bool = False
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)

@@ -1,8 +1,9 @@
-"""A stream of tokens as a caller hands it in, checked."""
+"""A stream of tokens: as a caller hands it in, checked, and how it ends."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -35,3 +36,21 @@ def checked(
         f" {stream.min()}..{stream.max()}"
     )
   return stream.astype(np.int32)
+
+
+def finish(
+    length: int, *, stopped: bool, context: int
+) -> Literal["stop", "length", "context"]:
+  """Says why a completion ended.
+
+  Args:
+    length: tokens of the whole stream, the completion's included.
+    stopped: whether a stop token or the caller ended it.
+    context: tokens that a stream can have.
+
+  Returns:
+    As `types.Completion` has it.
+  """
+  if stopped:
+    return "stop"
+  return "context" if length == context else "length"

@@ -14,13 +14,14 @@ from mgrpo_jax.agents.chat import Chat
 from mgrpo_jax.agents.protocol import Action, Protocol
 from mgrpo_jax.policy.sampling import MAX_STOP_IDS, Sampling
 from mgrpo_jax.policy.tokenizer import Tokenizer
+from mgrpo_jax.sampler.interface import Generate
 from mgrpo_jax.sampler.spelling import Decode
 from mgrpo_jax.serving import prompt as prompting
 from mgrpo_jax.serving.conversation import ToolCall
 from mgrpo_jax.serving.errors import RequestError, wrong
 from mgrpo_jax.serving.models import Job, Model, Piece, Pieces, any_seed
 from mgrpo_jax.serving.request import ChatRequest
-from mgrpo_jax.serving.sessions import Generate, Sessions
+from mgrpo_jax.serving.sessions import Sessions
 from mgrpo_jax.serving.text import Spelling
 from mgrpo_jax.serving.token_request import TokenRequest
 from mgrpo_jax.types import Completion

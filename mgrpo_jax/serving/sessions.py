@@ -16,16 +16,15 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from mgrpo_jax.policy.sampling import Sampling
+from mgrpo_jax.sampler.interface import Generate
 from mgrpo_jax.sampler.slots import common_length
 from mgrpo_jax.types import Completion
-
-Generate = Callable[..., Coroutine[Any, Any, Completion]]
 
 _NAMES = itertools.count()
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Callable, Mapping
 
-from mgrpo_jax.sampler import device
+from mgrpo_jax.sampler import warming
 from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.serving.limits import Gate
 
@@ -20,8 +18,6 @@ async def warm_up(
 ) -> None:
   """Compiles what requests can need, then lets them in.
 
-  One policy after the other: those of the same sizes share their programs.
-
   Args:
     gate: to the models; warming until all is there.
     engines: by policy, running.
@@ -33,24 +29,5 @@ async def warm_up(
     TimeoutError: it took longer.
   """
   gate.warming = True
-  began, before = time.monotonic(), sum(device.compilations().values())
-  reached = "nothing"
-  try:
-    async with asyncio.timeout(deadline):
-      for name, engine in engines.items():
-
-        def progress(done: int, total: int, name: str = name) -> None:
-          nonlocal reached
-          reached = f"{name}, {done} of {total} programs"
-          seconds = time.monotonic() - began
-          tell(f"warm-up: {reached}, {seconds:.1f} s")
-
-        await engine.warm_up(progress)
-  except TimeoutError as error:
-    raise TimeoutError(
-        f"the warm-up took longer than {deadline:g} s and got to: {reached}"
-    ) from error
-  compiled = sum(device.compilations().values()) - before
-  seconds = time.monotonic() - began
-  tell(f"warm-up: {compiled} programs compiled in {seconds:.1f} s")
+  await warming.warm_up(engines, deadline=deadline, tell=tell)
   gate.warming = False

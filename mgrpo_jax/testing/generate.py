@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mgrpo_jax.agents.actor import Generate
 from mgrpo_jax.policy.sampling import Sampling
+from mgrpo_jax.sampler.interface import Generate
 from mgrpo_jax.types import Completion
 
 

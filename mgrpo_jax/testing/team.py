@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mgrpo_jax.agents.actor import Actor, Generate, sampled
+from mgrpo_jax.agents.actor import Actor, sampled
 from mgrpo_jax.agents.chat import Chat
 from mgrpo_jax.agents.chats.chatml import chatml
 from mgrpo_jax.agents.chats.compact import compact
@@ -14,12 +14,13 @@ from mgrpo_jax.agents.hermes import HERMES
 from mgrpo_jax.agents.protocol import Protocol
 from mgrpo_jax.agents.team import Role, Team
 from mgrpo_jax.agents.tools import (
-    SearchIndex,
-    Tool,
-    calculate,
-    search,
-    visit,
+  SearchIndex,
+  Tool,
+  calculate,
+  search,
+  visit,
 )
+from mgrpo_jax.sampler.interface import Generate
 from mgrpo_jax.testing import corpus
 from mgrpo_jax.testing.tokens import ByteTokenizer
 

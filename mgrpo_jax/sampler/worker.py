@@ -1,0 +1,196 @@
+"""The thread that visits the device, one visit after the other.
+
+It plans a visit itself as soon as the last one is over, so that the device does
+not wait for the event loop, which at that moment may be with thousands of other
+callers. While there are slots for all of them, those who were just answered get
+a moment to ask again, so that the next visit samples for them, too.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import NamedTuple
+
+from mgrpo_jax.policy.params import Params
+from mgrpo_jax.sampler.interface import EngineError
+from mgrpo_jax.sampler.resident import Resident
+from mgrpo_jax.sampler.schedule import News, Schedule, Visit
+
+# Of the time that the last visit took, what callers get at most to ask again
+# before the next, as long as slots are free for them.
+_PATIENCE = 0.25
+
+
+class _Work(NamedTuple):
+  """A visit to make; `future` waits for it if it is a rehearsal."""
+
+  visit: Visit
+  params: Params
+  future: Future[None] | None
+
+
+class Worker:
+  """Visits a device for a schedule.
+
+  Attributes:
+    guard: held by whoever uses the schedule, in whatever thread; and by whoever
+      calls `wake` or `settle`.
+    seconds: that the thread was `busy` with visits, and `idle` though there
+      was something to do.
+  """
+
+  def __init__(self, schedule: Schedule, resident: Resident) -> None:
+    """Starts no thread yet.
+
+    Args:
+      schedule: says what to do.
+      resident: does it.
+    """
+    self.guard = threading.Condition()
+    self.seconds = {"busy": 0.0, "idle": 0.0}
+    self._schedule, self._resident = schedule, resident
+    self._rehearsals: collections.deque[tuple[Visit, Future[None]]] = (
+        collections.deque()
+    )
+    self._closing = False
+    self._waiting = False  # for something to do
+    self._ready = 0.0  # when there was something to do, the device being free
+    self._took = 0.0  # seconds, the last visit
+    self._told = self._settled = 0  # news, and those that callers acted on
+
+  def start(
+      self,
+      tell: Callable[[Sequence[News], int], None],
+      ended: Callable[[Exception | None], None],
+  ) -> None:
+    """Starts the thread.
+
+    Args:
+      tell: takes the news of a visit, and their number for `settle`; called in
+        the thread, `guard` held.
+      ended: takes what the thread failed with, None if it was closed; called in
+        the thread, once.
+    """
+    self._closing = self._waiting = False
+    self._settled = self._told
+    threading.Thread(
+        target=self._work, args=(tell, ended), name="sampler", daemon=True
+    ).start()
+
+  def close(self) -> None:
+    """Lets the thread end after the visit under way."""
+    with self.guard:
+      self._closing = True
+      self.guard.notify_all()
+
+  def wake(self) -> None:
+    """Says that there may be something to do."""
+    if self._waiting:
+      self._waiting, self._ready = False, time.perf_counter()
+    self.guard.notify_all()
+
+  def settle(self, number: int) -> None:
+    """Says that who heard some news has had the time to act.
+
+    Args:
+      number: of the news; those before it are settled, too.
+    """
+    self._settled = number
+    self.wake()
+
+  def rehearse(self, visit: Visit) -> Future[None]:
+    """Makes a visit of which nobody is told.
+
+    Args:
+      visit: that changes nothing.
+
+    Returns:
+      Done when the visit is, with the error if it failed; may be cancelled
+      until the visit begins.
+    """
+    future: Future[None] = Future()
+    with self.guard:
+      if self._closing:
+        _fail(future)
+        return future
+      self._rehearsals.append((visit, future))
+      self.wake()
+    return future
+
+  def _work(
+      self,
+      tell: Callable[[Sequence[News], int], None],
+      ended: Callable[[Exception | None], None],
+  ) -> None:
+    """Makes visits until it is closed or one fails; the thread's function."""
+    failure: Exception | None = None
+    try:
+      while (work := self._next()) is not None:
+        self._make(work, tell)
+    except Exception as error:  # whatever it is, nobody may wait for ever
+      failure = error
+    with self.guard:
+      self._closing = True
+      rehearsals = list(self._rehearsals)
+      self._rehearsals.clear()
+    for _, future in rehearsals:
+      _fail(future)
+    ended(failure)
+
+  def _next(self) -> _Work | None:
+    """Waits for something to do; None when it is to end."""
+    with self.guard:
+      if not self._schedule.crowded:
+        self.guard.wait_for(
+            lambda: self._closing or self._settled == self._told,
+            _PATIENCE * self._took,
+        )
+      while not self._closing:
+        if (work := self._planned()) is not None:
+          return work
+        self._waiting = True
+        self.guard.wait()
+    return None
+
+  def _planned(self) -> _Work | None:
+    """The next rehearsal, else the next visit."""
+    while self._rehearsals:
+      visit, future = self._rehearsals.popleft()
+      if future.set_running_or_notify_cancel():
+        return _Work(visit, self._resident.params, future)
+    planned = self._schedule.plan()
+    if planned is None:
+      return None
+    return _Work(planned, self._resident.params, None)
+
+  def _make(
+      self, work: _Work, tell: Callable[[Sequence[News], int], None]
+  ) -> None:
+    """Makes one visit and tells of it."""
+    began = time.perf_counter()
+    try:
+      drawn = self._resident.visit(work.params, work.visit)
+    except Exception as error:  # raised here, told to who waits there
+      if work.future is not None:
+        work.future.set_exception(error)
+      raise
+    ended = time.perf_counter()
+    with self.guard:
+      self.seconds["idle"] += began - self._ready
+      self.seconds["busy"] += ended - began
+      self._ready, self._took = ended, ended - began
+      if work.future is not None:
+        work.future.set_result(None)
+      elif news := self._schedule.absorb(work.visit, drawn):
+        self._told += 1
+        tell(news, self._told)
+
+
+def _fail(future: Future[None]) -> None:
+  """Tells who waits for a rehearsal that there will be none."""
+  if future.set_running_or_notify_cancel():
+    future.set_exception(EngineError("the engine has ended"))
