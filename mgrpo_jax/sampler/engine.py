@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgrpo_jax import sharding
+from mgrpo_jax.policy import products
 from mgrpo_jax.policy import sampling as drawing
 from mgrpo_jax.policy.cache import KVCache
 from mgrpo_jax.policy.config import TransformerConfig
@@ -87,8 +88,9 @@ class Engine:
       mesh: of `sharding.sampler_mesh`, None for the default device.
 
     Raises:
-      ValueError: if a size is out of range, naming it, or if the mesh does not
-        divide the parameters, naming one.
+      ValueError: if a size is out of range, naming it, if the mesh does not
+        divide the parameters, naming one, or if kernels were to be turned on
+        it.
     """
     _check(
         num_slots=num_slots,
@@ -98,6 +100,8 @@ class Engine:
         prefill_buckets=min(prefill_buckets, default=0),
         decode_steps=decode_steps,
     )
+    if mesh is not None and config.execution.outputs_first:
+      raise ValueError("execution.outputs_first is for samplers without a mesh")
     self._config = config
     self._context = context
     self._decode_steps = decode_steps
@@ -270,6 +274,8 @@ class Engine:
   def _placed(self, params: Params) -> Params:
     """Weights where they are sampled from, in the dtype they are used in."""
     used = jax.tree.map(lambda w: jnp.asarray(w, self._config.dtype), params)
+    if self._config.execution.outputs_first:
+      used = products.turn(used, config=self._config)
     return jax.device_put(used, self._place)
 
   def stats(self) -> dict[str, Any]:
