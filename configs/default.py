@@ -91,6 +91,9 @@ def _add_devices(config: ml_collections.ConfigDict) -> None:
   config.execution.remat = "none"
   config.execution.scan_layers = False  # one loop: compiles faster, fuses less
   config.execution.logit_columns = 64  # tokens a row with logits at once, >= 1
+  # Whether the sampler keeps kernels outputs first: faster on CPUs, where few
+  # tokens meet large kernels (not the quickstart's); rounds otherwise.
+  config.execution.outputs_first = False
 
 
 def _add_external(config: ml_collections.ConfigDict) -> None:

@@ -101,6 +101,8 @@ def fill_gpu(config: ml_collections.ConfigDict) -> None:
 def shorten(config: ml_collections.ConfigDict, stage: str) -> None:
   """Cuts the recipe to three optimizer steps of one stage, for a CPU."""
   config.curriculum = (stage,)
+  for policy in config.policies.values():
+    policy.execution.outputs_first = True
   config.stages[stage].steps = 3
   config.tasks.per_step = 2
   config.rollout.per_task = 4

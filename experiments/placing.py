@@ -193,6 +193,7 @@ def execution(config: ml_collections.ConfigDict, name: str) -> Execution:
         remat=checks.pick(REMATS, one.remat, f"{key}.remat"),
         scan_layers=one.scan_layers,
         logit_columns=one.logit_columns,
+        outputs_first=one.outputs_first,
     )
 
 

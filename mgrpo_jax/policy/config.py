@@ -64,6 +64,8 @@ class Execution:
     scan_layers: whether equal layers run as one loop, which compiles in the
       time of one layer; loops cannot fuse across layers.
     logit_columns: tokens of each row whose logits exist at once, >= 1.
+    outputs_first: whether samplers keep kernels turned, see `products`; faster
+      on CPUs where few tokens meet large kernels, and rounds otherwise.
 
   Raises:
     ValueError: if logit_columns is out of range.
@@ -73,6 +75,7 @@ class Execution:
   remat: Callable[..., Any] | None = None
   scan_layers: bool = False
   logit_columns: int = 64
+  outputs_first: bool = False
 
   def __post_init__(self) -> None:
     """Checks the number."""

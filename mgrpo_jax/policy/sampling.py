@@ -156,8 +156,9 @@ def sample(
 
       token = min {v : Σ_{u ≤ v} p(u) > uniform},   p ∝ filtered e^(logits / τ)
 
-  Rows are filtered, and the second log-probability computed, only where some
-  row needs it; a row's numbers do not depend on that.
+  Rows are filtered, the likeliest token looked for, and the second
+  log-probability computed, only where some row needs it; a row's numbers do not
+  depend on that.
 
   Args:
     logits: float32.
@@ -183,7 +184,12 @@ def sample(
   bound = jnp.where(filtered, bound, 0.0)[:, None]
   weights = jnp.where(weights >= bound, weights, 0.0)
   drawn = inverse_cdf(weights, uniform)
-  token = jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn)
+  token = jax.lax.cond(
+      jnp.any(greedy),
+      lambda logits, drawn: jnp.where(greedy, jnp.argmax(logits, -1), drawn),
+      lambda logits, drawn: drawn,
+      *(logits, drawn),
+  )
   chosen = jnp.take_along_axis(scaled, token[:, None], axis=-1) - peak
   logprob = chosen[:, 0] - jnp.log(jnp.sum(weights, axis=-1))
   changed = filtered | ~(greedy | (drawing.temperature == 1))

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mgrpo_jax import sharding
-from mgrpo_jax.policy import experts, rotary
+from mgrpo_jax.policy import experts, products, rotary
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import Layer, Params
+from mgrpo_jax.policy.products import Turned
 from mgrpo_jax.policy.rotary import Rotation
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
@@ -199,9 +200,9 @@ def project(
   )
   key = _weight(layer.key, "hidden", "kv_heads", "head_dim", config=config)
   value = _weight(layer.value, "hidden", "kv_heads", "head_dim", config=config)
-  q = _multiply(normed, query, *grouped)
-  k = _multiply(normed, key, *heads)
-  v = _multiply(normed, value, *heads)
+  q = products.multiply(normed, query, *grouped)
+  k = products.multiply(normed, key, *heads)
+  v = products.multiply(normed, value, *heads)
   if layer.query_bias is not None:
     q = q + _bias(layer.query_bias, config=config)
     k = k + _bias(layer.key_bias, config=config)
@@ -234,7 +235,7 @@ def finish(
   output = _weight(
       layer.output, "kv_heads", "group", "head_dim", "hidden", config=config
   )
-  added = _multiply(attended, output, "batch", "length", "hidden")
+  added = products.multiply(attended, output, "batch", "length", "hidden")
   if layer.attention_post_norm is not None:
     added = rms_norm(added, layer.attention_post_norm, config=config)
   x = x + added
@@ -261,10 +262,10 @@ def _feed_forward(
   gate = _weight(layer.gate, "hidden", "mlp", config=config)
   up = _weight(layer.up, "hidden", "mlp", config=config)
   down = _weight(layer.down, "mlp", "hidden", config=config)
-  gated = activation(_multiply(normed, gate, *inner)) * _multiply(
-      normed, up, *inner
-  )
-  return _multiply(gated, down, "batch", "length", "hidden")
+  gated = activation(
+      products.multiply(normed, gate, *inner)
+  ) * products.multiply(normed, up, *inner)
+  return products.multiply(gated, down, "batch", "length", "hidden")
 
 
 def unembed(
@@ -352,24 +353,6 @@ def rms_norm(
   return scaled.astype(x.dtype)
 
 
-def _multiply(
-    x: Float[Array, "N T *inputs"], weight: Float[Array, "*shape"], *axes: str
-) -> Float[Array, "N T *outputs"]:
-  """Multiplies tokens with a weight [*inputs, *outputs].
-
-  Rows are laid end to end for it: compilers for CPUs bring products over two
-  dimensions of tokens, such as a weight's gradient, into that form by copying.
-  """
-  product = jnp.tensordot(
-      x.reshape(-1, *x.shape[2:]),
-      weight,
-      axes=x.ndim - 2,
-      out_sharding=sharding.out("batch", *axes[2:]),
-  )
-  shape = (*x.shape[:2], *product.shape[1:])
-  return jnp.reshape(product, shape, out_sharding=sharding.out(*axes))
-
-
 def _for_compute(
     value: Float[Array, "*shape"], x: Float[Array, "N T E"]
 ) -> Float[Array, "*shape"]:
@@ -379,9 +362,13 @@ def _for_compute(
 
 
 def _weight(
-    value: Float[Array, "*shape"], *axes: str, config: TransformerConfig
-) -> Float[Array, "*shape"]:
+    value: Float[Array, "*shape"] | Turned,
+    *axes: str,
+    config: TransformerConfig,
+) -> Float[Array, "*shape"] | Turned:
   """Casts a parameter for compute, then gathers its fully sharded axis."""
+  if isinstance(value, Turned):  # by the sampler, which has cast it
+    return value
   return sharding.gather(jnp.asarray(value, config.dtype), *axes)
 
 

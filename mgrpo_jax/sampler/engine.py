@@ -82,8 +82,9 @@ class Engine:
       mesh: of `sharding.sampler_mesh`, None for the default device.
 
     Raises:
-      ValueError: if a size is out of range, naming it, or if the mesh does not
-        divide the parameters, naming one.
+      ValueError: if a size is out of range, naming it, if the mesh does not
+        divide the parameters, naming one, or if kernels were to be turned on
+        it.
     """
     _check(
         num_slots=num_slots,
@@ -93,6 +94,8 @@ class Engine:
         prefill_buckets=min(prefill_buckets, default=0),
         decode_steps=decode_steps,
     )
+    if mesh is not None and config.execution.outputs_first:
+      raise ValueError("execution.outputs_first is for samplers without a mesh")
     self._config = config
     self._context = context
     self._resident = Resident(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgrpo_jax import sharding
+from mgrpo_jax.policy import products
 from mgrpo_jax.policy.cache import KVCache
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.decode import Drawn
@@ -80,6 +81,8 @@ class Resident:
       The same weights.
     """
     used = jax.tree.map(lambda w: jnp.asarray(w, self._config.dtype), params)
+    if self._config.execution.outputs_first:
+      used = products.turn(used, config=self._config)
     return jax.device_put(used, self._place)
 
   def visit(self, params: Params, visit: Visit) -> Drawn:

@@ -1,0 +1,95 @@
+"""Kernels kept outputs first: the same numbers, in another order of storage."""
+
+import asyncio
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import tiny_llama
+
+from mgrpo_jax.policy import params, products, transformer
+from mgrpo_jax.policy.config import Execution
+from mgrpo_jax.policy.sampling import Sampling
+from mgrpo_jax.sampler.engine import Engine
+
+FAMILIES = sorted(tiny_llama.FAMILIES)
+
+
+def configs(family):
+  """A family as it is trained, and as a sampler on a CPU may run it."""
+  kept = tiny_llama.config(**tiny_llama.FAMILIES[family])
+  turned = dataclasses.replace(kept, execution=Execution(outputs_first=True))
+  return kept, turned
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_turned_kernel_holds_the_same_numbers(family):
+  _, config = configs(family)
+  weights = tiny_llama.weights(config)
+  turned = products.turn(weights, config=config)
+  for one, specs, layer in zip(
+      turned.layers,
+      params.param_specs(config).layers,
+      weights.layers,
+      strict=True,
+  ):
+    names = ("query", "key", "value", "output", "gate", "up", "down")
+    for name in names[: None if layer.router is None else 4]:
+      kernel, inputs = getattr(layer, name), getattr(specs, name).inputs
+      found = getattr(one, name)
+      assert found.outputs == kernel.shape[inputs:]
+      back = np.asarray(found.matrix).T.reshape(kernel.shape)
+      np.testing.assert_array_equal(back, kernel)
+    if layer.router is not None:
+      assert one.gate is layer.gate
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_turned_layers_compute_the_same_logits(family):
+  kept, config = configs(family)
+  weights = tiny_llama.weights(kept)
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, kept.vocab_size, (3, 7)).astype(np.int32)
+  positions = np.tile(np.arange(7, dtype=np.int32), (3, 1))
+  segments = np.ones((3, 7), np.int32)
+  apply = jax.jit(transformer.apply, static_argnames="config")
+  plain = apply(weights, tokens, positions, segments, config=kept)
+  turned = products.turn(weights, config=config)
+  found = apply(turned, tokens, positions, segments, config=config)
+  # Sums of at most 24 terms of size 1, associated otherwise, in a few layers.
+  np.testing.assert_allclose(found, plain, rtol=1e-4, atol=1e-4)
+
+
+def sampled(config, mesh=None):
+  """What an engine says to two prompts."""
+  engine = Engine(
+      config, tiny_llama.weights(config), 0, num_slots=4, context=32, block=8,
+      prefill_tokens=16, prefill_buckets=(8,), decode_steps=4, decode_rows=0,
+      mesh=mesh,
+  )  # fmt: skip
+  sampling = Sampling(temperature=1.0, max_new_tokens=9, stop_ids=())
+
+  async def ask():
+    async with engine:
+      asked = (engine.generate(p, sampling, 7) for p in ([1, 2], [3, 4, 5, 6]))
+      first = await asyncio.gather(*asked)
+      engine.update(tiny_llama.weights(config, 1), 1)
+      return [*first, await engine.generate([1, 2], sampling, 7)]
+
+  return asyncio.run(ask())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe"])
+def test_an_engine_that_turns_kernels_samples_the_same(family):
+  kept, config = configs(family)
+  for one, other in zip(sampled(kept), sampled(config), strict=True):
+    np.testing.assert_array_equal(one.tokens, other.tokens)
+    np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+    assert one.version_max == other.version_max
+
+
+def test_a_mesh_is_not_turned():
+  mesh = jax.make_mesh((2,), ("tensor",))
+  with pytest.raises(ValueError, match="outputs_first is for samplers without"):
+    sampled(configs("llama")[1], mesh)
