@@ -245,6 +245,8 @@ class Desk:
     file.seek(0)
     whole = 0
     for line in file:
+      if not line.endswith(b"\n"):
+        break  # cut; another would be written behind it
       try:
         record = leaves.check_seal(json.loads(line))
         seed, task, rollout, role, ordinal, attempt = record["identity"]

@@ -13,10 +13,9 @@ import json
 import threading
 import time
 import types
+import urllib.parse
 import uuid
 from typing import Any, Self
-
-import httpx2
 
 from mgrpo_jax import atomic, leaves
 from mgrpo_jax.keys import check_name
@@ -93,8 +92,8 @@ def read(store: Store, policy: str, process: int = 0) -> Member | None:
 
 def _check(member: Member, policy: str) -> None:
   """Raises ValueError unless a record is one of the policy's."""
-  url = httpx2.URL(member.address)
-  if member.policy != policy or url.scheme != "http" or not url.host:
+  url = urllib.parse.urlsplit(member.address)
+  if member.policy != policy or url.scheme != "http" or not url.hostname:
     raise ValueError("is not a record of that policy with an http address")
   if type(member.ready) is not int or type(member.beat) is not int:
     raise ValueError("ready and beat must be whole numbers")

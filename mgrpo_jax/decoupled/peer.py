@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 
 from mgrpo_jax.atomic import StorageError
 from mgrpo_jax.decoupled import members
+from mgrpo_jax.decoupled.errors import AbsentError
 from mgrpo_jax.decoupled.members import Member
 from mgrpo_jax.sampler.connection import Address, Connection, UnreachableError
 from mgrpo_jax.store import Store
@@ -26,10 +27,6 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5  # seconds between two looks
 _LOOK = 0.5  # seconds between looks at the record while a call is under way
 _SILENT = 10.0  # seconds without a sign of life before that is told
 _LONG = 60.0  # seconds of a wait before it is told, the job being alive
-
-
-class AbsentError(RuntimeError):
-  """Another job gave no sign of life for too long; says which."""
 
 
 class Peer:

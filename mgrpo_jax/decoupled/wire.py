@@ -124,8 +124,9 @@ def read_call(body: bytes) -> Call:
     raise wrong("request", "…", f"at most {LONGEST_TEXT} characters")
   earlier = reading.mapping(fields, "earlier")
   for role in earlier:
-    if reading.whole(earlier, role, 0, _MOST) is None:
-      raise wrong(f"earlier.{role[:32]}", None, "whole numbers")
+    path = f"earlier.{role[:32]}"
+    if reading.whole(earlier, path, 0, _MOST) is None:
+      raise wrong(path, earlier[role], "whole numbers")
   return Call(**values, earlier=earlier)
 
 
