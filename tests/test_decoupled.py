@@ -17,8 +17,8 @@ from mgrpo_jax.report import records
 from mgrpo_jax.report.writer import read_metrics
 
 PROGRAM = pathlib.Path(__file__).parent / "tiny_job.py"
-SEED, STEPS = 3, 8
-TOTAL = STEPS + 1  # a step of imitation comes first
+SEED, STEPS = 3, 7
+TOTAL = STEPS + 2  # two steps of imitation come first
 JOBS = ("main", "researcher")
 DEADLINE = 200  # seconds; a start takes 5 to 20
 

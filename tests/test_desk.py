@@ -117,6 +117,24 @@ def test_what_was_told_outlives_the_process(tmp_path, voice):
   assert kept.loss_mask.sum() > 0 and kept.sampler_logprobs.min() == -0.5
 
 
+def test_a_call_asked_twice_at_a_time_is_told_as_it_was_kept(tmp_path, voice):
+  at = desk(tmp_path, voice)
+
+  async def both():
+    return await asyncio.gather(at.answer(call()), at.answer(call()))
+
+  first, second = asyncio.run(both())
+  assert voice.asked == 2 and first == second
+  kept = at.own(identity(11, "t", 0, "researcher", 0, 0))
+  assert kept.result_text == first["text"]
+  assert (
+      desk(tmp_path, voice)
+      .own(identity(11, "t", 0, "researcher", 0, 0))
+      .result_text
+      == first["text"]
+  )
+
+
 @pytest.mark.parametrize("lost", [1, 40])
 def test_a_line_that_was_cut_was_never_told(tmp_path, voice, lost):
   at = desk(tmp_path, voice)

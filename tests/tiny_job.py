@@ -71,7 +71,7 @@ def main():
   jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   directory, bucket, policy, seed, steps = sys.argv[1:]
-  setup = delegating_setup(seed=int(seed), imitation_steps=1, steps=int(steps))
+  setup = delegating_setup(seed=int(seed), imitation_steps=2, steps=int(steps))
   print(
       json.dumps(
           train(

@@ -181,6 +181,9 @@ class Desk:
     made = await call_with_retries(role, call.request, context)
     if done != self._done:
       raise RequestError(409, "the step is over")
+    known = self._answers.get(call.identity)
+    if known is not None and known.request == call.request:
+      return known  # asked twice at a time: what was kept first is told
     calls = ledger.trajectories()
     told = [self._told(call, one) for one in calls]
     answer = _Answer(

@@ -39,7 +39,6 @@ class Follower(Part):
       self, stage: Stage, tasks: Sequence[Task], step: int, seed: int
   ) -> tuple[list[RolloutGroup], int]:
     """Answers calls until the leader has made the step a fact."""
-    self._step = step
     if (found := self._spool.read(step)) is None:
       self._open(step)
       told = await self._leader.wait(

@@ -34,7 +34,6 @@ class Leader(Part):
       self, stage: Stage, tasks: Sequence[Task], step: int, seed: int
   ) -> tuple[list[RolloutGroup], int]:
     """Executes the team, unless the step was made before."""
-    self._step = step
     found = self._spool.read(step)
     if found is None:
       if self._board.has_step(step):
@@ -61,7 +60,6 @@ class Leader(Part):
       step: int,
   ) -> Credits:
     """Arrows 4 and 5; before, the step is made a fact for the others."""
-    self._step = step
     if stage.objective == "reinforce" and not self._board.has_step(step):
       written = self._board.announce(step, groups, scores)
       self._count(written, groups)

@@ -19,6 +19,7 @@ from mgrpo_jax.decoupled.remote import Traffic
 from mgrpo_jax.decoupled.spool import Spool
 from mgrpo_jax.learner import Step
 from mgrpo_jax.resources import Resources
+from mgrpo_jax.rewards import Scores
 from mgrpo_jax.run import Run
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.types import RolloutGroup, TrainState, Trajectory
@@ -88,6 +89,17 @@ class Part(Run):
         tasks=tasks,
         method=setup.method,
     )
+
+  def assign(
+      self,
+      stage: Stage,
+      groups: Sequence[RolloutGroup],
+      scores: Sequence[Scores],
+      step: int,
+  ) -> Credits:
+    """Arrows 4 and 5."""
+    self._step = step
+    return super().assign(stage, groups, scores, step)
 
   def update(
       self,

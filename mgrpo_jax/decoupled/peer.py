@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5  # seconds between two looks
 _LOOK = 0.5  # seconds between looks at the record while a call is under way
-_SILENT = 10.0  # seconds without a sign of life before that is told
+_SILENT = 15.0  # seconds without a sign of life before that is told
 _LONG = 60.0  # seconds of a wait before it is told, the job being alive
 
 
