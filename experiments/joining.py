@@ -116,6 +116,29 @@ def placed(
     )
 
 
+def check(config: ml_collections.ConfigDict) -> None:
+  """Checks that a recipe asks for nothing that jobs cannot do yet.
+
+  Args:
+    config: the whole recipe, checked.
+
+  Raises:
+    ValueError: it does; names the key and what is allowed.
+  """
+  for key, value in {
+      "budget.trained_tokens": config.budget.trained_tokens,
+      "budget.generated_tokens": config.budget.generated_tokens,
+      "rollout.max_staleness": config.rollout.max_staleness,
+      "rollout.spare": config.rollout.spare,
+      "tasks.resample": config.tasks.resample,
+      "symbolic": len(config.symbolic),
+  }.items():
+    if value:
+      raise ValueError(
+          f"config.{key}: {value}, allowed: 0 where every policy has a job"
+      )
+
+
 def naming(
     store: Store, directory: Workdir, values: Mapping[str, Any], place: Place
 ) -> Callable[[], str] | None:

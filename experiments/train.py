@@ -86,7 +86,7 @@ def main() -> None:
       store = recipe.open_store(config, directory)
       place = stack.enter_context(_placed(config))
       naming = joining.naming(store, directory, values, place)
-      setup = joining.restrict(recipe.build(config), place)
+      setup = joining.restrict(recipe.build(config, only=place.policy), place)
     with (
         cli.user_errors(*_failures()),  # closing may fail as well
         workdir.hold(directory.path, values, name=naming),
@@ -149,6 +149,8 @@ def _placed(
   from experiments import joining, recipe
 
   policy = _POLICY.value
+  if policy or _LAUNCH.value:
+    joining.check(config)
   if _LAUNCH.value:  # this is the job that leads
     team = recipe.build_team(config)
     policy = team[team.root].policy

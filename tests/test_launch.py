@@ -114,6 +114,7 @@ def test_all_jobs_of_a_run_have_one_name_and_one_config(tmp_path):
         (("--policy=main",), "needs --bucket"),
         (("--policy=main", "--launch=local"), "allowed: one of them"),
         (("--policy=nobody", "--bucket=BUCKET"), "'nobody', allowed: main"),
+        (("--launch=local", "--config.rollout.spare=1"), "rollout.spare: 1"),
     ],
 )
 def test_wrong_flags_end_with_one_line(tmp_path, arguments, told):

@@ -5,8 +5,8 @@ r"""A run in one process against a job per policy, in turn, on this machine.
 
 Prints the wall time of both, the time of their steps, how long the leader
 waited for the other jobs to be ready, and what crossed besides text. The first
-run of each warms the compilation cache in DIR and is dropped. Parameters must be
-equal bit for bit, else the command fails.
+run of each warms the compilation cache in DIR and is dropped. Parameters must
+be equal bit for bit, else the command fails.
 """
 
 from __future__ import annotations
