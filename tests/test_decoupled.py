@@ -67,6 +67,11 @@ class Team:
     for job in jobs:
       self.running.pop(job).communicate()
 
+  def stop(self, job, *, seconds):
+    self.running[job].send_signal(signal.SIGSTOP)
+    time.sleep(seconds)
+    self.running[job].send_signal(signal.SIGCONT)
+
   def finish(self):
     """The summaries."""
     found = {}
@@ -113,6 +118,9 @@ def teams(tmp_path_factory):
   broken.wait_for("researcher/calls/step_000005.jsonl")
   broken.kill("main")
   broken.start("main")
+  # Stopped and let go on: nothing is asked twice of who is only slow.
+  broken.wait_for("researcher/calls/step_000006.jsonl")
+  broken.stop("researcher", seconds=2.0)
   # The leader right after its word, before its update and checkpoint.
   broken.wait_for("bucket/steps/6.json")
   broken.kill("main")

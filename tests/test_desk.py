@@ -195,6 +195,21 @@ def test_a_call_that_failed_is_told_and_made_again_when_asked(tmp_path, voice):
   assert told.status == Status.COMPLETED and told.result_text == "3"
 
 
+def test_what_breaks_a_call_ends_the_job(tmp_path, voice, monkeypatch):
+  at = desk(tmp_path, voice)
+  at.check()
+
+  async def broken(*_):
+    raise RuntimeError("the sampler stopped")
+
+  monkeypatch.setattr("mgrpo_jax.decoupled.desk.call_with_retries", broken)
+  with pytest.raises(RequestError) as caught:
+    ask(at, call())
+  assert caught.value.status == 503
+  with pytest.raises(RuntimeError, match="the sampler stopped"):
+    at.check()
+
+
 def test_the_next_step_forgets_the_last_one(tmp_path, voice):
   at = desk(tmp_path, voice)
   ask(at, call())

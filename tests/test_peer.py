@@ -29,7 +29,11 @@ def quick(monkeypatch):
 
 def heart(bucket, port=1, every=0.05):
   return Heart(
-      bucket, policy="sub", address=f"http://127.0.0.1:{port}", every=every
+      bucket,
+      policy="sub",
+      address=f"http://127.0.0.1:{port}",
+      every=every,
+      tell=print,
   )
 
 

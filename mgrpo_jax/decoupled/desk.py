@@ -45,7 +45,6 @@ class Desk:
 
   Attributes:
     text_bytes: of requests and reports of training so far.
-    answered: calls of training that were answered so far, from disk as well.
   """
 
   def __init__(
@@ -65,7 +64,7 @@ class Desk:
       method: how calls are graded.
     """
     self.text_bytes = 0
-    self.answered = 0
+    self._failure: Exception | None = None
     self._folder = folder
     self._environments = environments
     self._tasks = tasks
@@ -124,16 +123,25 @@ class Desk:
 
     Raises:
       RequestError: 425 where this job is not there yet, 409 where it is past
-        that step, 400 where there is no such task or role.
-      StorageError: it cannot be kept.
+        that step, 400 where there is no such task or role, 503 where something
+        broke that ends this job, see `check`.
     """
     self._check(call)
     known = self._answers.get(call.identity)
     if known is None or known.request != call.request:
-      known = await self._made(call)
-    if call.purpose == "training":
-      self.answered += 1
+      try:
+        known = await self._made(call)
+      except RequestError:
+        raise
+      except Exception as error:
+        self._failure = error
+        raise RequestError(503, "this job ends: a call broke it") from error
     return known.report
+
+  def check(self) -> None:
+    """Raises what broke a call, if anything did: the run cannot go on."""
+    if self._failure is not None:
+      raise self._failure
 
   def _check(self, call: Call) -> None:
     """Raises RequestError for a call that cannot be answered now, or ever."""

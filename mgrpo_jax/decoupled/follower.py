@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from mgrpo_jax import rollout
 from mgrpo_jax.agents.call import turn_seed
@@ -10,11 +11,12 @@ from mgrpo_jax.agents.team import Role
 from mgrpo_jax.atomic import CorruptError
 from mgrpo_jax.decoupled.board import Told
 from mgrpo_jax.decoupled.part import Part
-from mgrpo_jax.decoupled.peer import Peer
 from mgrpo_jax.evaluate import Evaluation
 from mgrpo_jax.rewards import Scores
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.types import RolloutGroup, Task
+
+T = TypeVar("T")
 
 
 class Follower(Part):
@@ -29,11 +31,15 @@ class Follower(Part):
     team = self.setup.team
     return [r for r in team.roles if r.policy in self.resources.learners]
 
-  @property
-  def _leader(self) -> Peer:
-    """The job of the root's policy."""
+  async def _answered(self, probe: Callable[[], T | None], what: str) -> T:
+    """Answers calls until the leader has brought something about."""
     team = self.setup.team
-    return self._peers[team[team.root].policy]
+
+    def look() -> T | None:
+      self.desk.check()
+      return probe()
+
+    return await self._peers[team[team.root].policy].wait(look, what)
 
   async def _rolled_out(
       self, stage: Stage, tasks: Sequence[Task], step: int, seed: int
@@ -41,7 +47,7 @@ class Follower(Part):
     """Answers calls until the leader has made the step a fact."""
     if (found := self._spool.read(step)) is None:
       self._open(step)
-      told = await self._leader.wait(
+      told = await self._answered(
           lambda: self._board.step(step), f"to complete step {step}"
       )
       groups = [self._group(one, seed) for one in told]
@@ -72,7 +78,7 @@ class Follower(Part):
     found = self._board.evaluation(split, done)
     if found is None:
       self._open(done)
-      found = await self._leader.wait(
+      found = await self._answered(
           lambda: self._board.evaluation(split, done),
           f"to evaluate {split} after {done} steps",
       )

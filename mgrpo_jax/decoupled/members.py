@@ -15,6 +15,7 @@ import time
 import types
 import urllib.parse
 import uuid
+from collections.abc import Callable
 from typing import Any, Self
 
 from mgrpo_jax import atomic, leaves
@@ -107,7 +108,13 @@ class Heart:
   """
 
   def __init__(
-      self, store: Store, *, policy: str, address: str, every: float
+      self,
+      store: Store,
+      *,
+      policy: str,
+      address: str,
+      every: float,
+      tell: Callable[[str], None],
   ) -> None:
     """Writes nothing yet.
 
@@ -116,9 +123,11 @@ class Heart:
       policy: of this job.
       address: http://host:port, as others reach it.
       every: seconds between beats, > 0.
+      tell: takes a line about a beat that could not be written.
     """
     self._store = store
     self._every = every
+    self._tell = tell
     self._member = Member(
         policy=policy,
         process=0,
@@ -131,7 +140,6 @@ class Heart:
     self._lock = threading.Lock()
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._run, daemon=True)
-    self.failures = 0  # beats that could not be written
 
   def __enter__(self) -> Self:
     """Writes the first record; raises StorageError where it cannot."""
@@ -167,8 +175,8 @@ class Heart:
     while not self._stop.wait(self._every):
       try:
         self._beat()
-      except atomic.StorageError:
-        self.failures += 1
+      except atomic.StorageError as error:
+        self._tell(f"heartbeat: {error}")
 
   def _beat(self, **changes: Any) -> None:
     """Writes the record, one beat on."""

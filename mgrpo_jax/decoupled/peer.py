@@ -23,7 +23,11 @@ from mgrpo_jax.store import Store
 
 T = TypeVar("T")
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5  # seconds between two looks
+_FIRST_PAUSE = 0.02  # seconds
+_LONGEST_PAUSE = (
+    0.1  # seconds between looks at the bucket: a step waits so long
+)
+_LONGEST_REST = 1.0  # seconds until a job that is not ready is asked again
 _LOOK = 0.5  # seconds between looks at the record while a call is under way
 _SILENT = 15.0  # seconds without a sign of life before that is told
 _LONG = 60.0  # seconds of a wait before it is told, the job being alive
@@ -171,7 +175,7 @@ class Peer:
             return await self._once(member, path, body)
         self._check(what)
         await asyncio.sleep(pause)
-        pause = min(pause * 1.5, _LONGEST_PAUSE)
+        pause = min(pause * 1.5, _LONGEST_REST)
     finally:
       self._asking -= 1
 

@@ -75,6 +75,7 @@ async def open_job(
             policy=job.policy,
             address=job.address,
             every=job.heartbeat,
+            tell=job.tell,
         )
     )
     team = setup.team
