@@ -65,6 +65,7 @@ setuptools.setup(
         "test": TEST + SERVE + EXTERNAL + SMOLLM2 + NOTEBOOKS,
         "serve": SERVE,
         "external": EXTERNAL,
+        "decoupled": SERVE + EXTERNAL,
         "smollm2": SMOLLM2,
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "notebooks": NOTEBOOKS,

@@ -71,6 +71,8 @@ _POSITIVE = (  # as float32, which is what they are computed with
     "optimizer.eps",
     "reward.overlong_share",
     "optimizer.clip_norm",
+    "jobs.heartbeat",
+    "jobs.patience",
 )
 _COLDEST = 1e-3  # temperature; below, logits are divided beyond float32
 _SIZES = (

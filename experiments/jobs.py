@@ -57,7 +57,7 @@ class Ended:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Running:
+class Running:
   """A job's process, in a session of its own."""
 
   job: Job
@@ -92,13 +92,13 @@ def run(
     OSError: a command cannot be started.
   """
   waiting = collections.deque(jobs)
-  running: dict[int, _Running] = {}
+  running: dict[int, Running] = {}
   places = shares(_cores(), parallel)
   try:
     while waiting or running:
       for place, cores in enumerate(places):
         if place not in running and waiting:
-          running[place] = _start(waiting.popleft(), cores, environment)
+          running[place] = start(waiting.popleft(), cores, environment)
       time.sleep(_POLL)
       now = time.monotonic()
       for place, one in list(running.items()):
@@ -108,7 +108,7 @@ def run(
           yield Ended(job=one.job, code=code, seconds=now - one.started)
       watch([now - one.started for one in running.values()])
   finally:
-    _stop([one.process for one in running.values()])
+    stop([one.process for one in running.values()])
 
 
 def shares(cores: Sequence[int], parallel: int) -> list[tuple[int, ...]]:
@@ -159,10 +159,23 @@ def _cores() -> list[int]:
   return list(range(os.cpu_count() or 1))
 
 
-def _start(
+def start(
     job: Job, cores: tuple[int, ...], environment: Mapping[str, str]
-) -> _Running:
-  """Starts a job on its cores; its log goes on where an earlier one ended."""
+) -> Running:
+  """Starts a job; its log goes on where an earlier one ended.
+
+  Args:
+    job: the command.
+    cores: that it is kept on; empty for all.
+    environment: of the command.
+
+  Returns:
+    Its process. `stop` ends it; it is told to end when this one is killed.
+
+  Raises:
+    StorageError: its log cannot be written.
+    OSError: it cannot be started.
+  """
   limits = dict.fromkeys(_THREADS, str(len(cores))) if cores else {}
   with _log(job) as log:
     process = subprocess.Popen(
@@ -176,7 +189,7 @@ def _start(
   if cores and hasattr(os, "sched_setaffinity"):
     with contextlib.suppress(ProcessLookupError):  # ended already
       os.sched_setaffinity(process.pid, cores)
-  return _Running(job=job, process=process, started=time.monotonic())
+  return Running(job=job, process=process, started=time.monotonic())
 
 
 @contextlib.contextmanager
@@ -204,8 +217,12 @@ def _tied() -> tuple[str, ...]:
   return ("setpriv", "--pdeathsig", "TERM", "--")
 
 
-def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-  """Tells processes to end, and kills those that do not."""
+def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+  """Tells processes to end, and kills those that do not within a minute.
+
+  Args:
+    processes: that `start` started; some may have ended.
+  """
   try:
     for grace in _GRACES:
       for process in processes:

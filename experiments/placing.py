@@ -102,6 +102,8 @@ def meshes(
     config: ml_collections.ConfigDict,
     team: Team,
     devices: Sequence[jax.Device],
+    *,
+    only: str = "",
 ) -> dict[str, Meshes]:
   """Gives every policy its devices; see `sharding.assign`.
 
@@ -109,15 +111,17 @@ def meshes(
     config: the whole recipe, checked.
     team: names the policies.
     devices: that there are.
+    only: the policy whose job this is; others then take none of them.
 
   Returns:
     Meshes by policy; None where a policy has the first device for itself, or
     shares it.
   """
-  names = weighted(config, team)
+  names = (only,) if only else weighted(config, team)
   sizes = {name: config.policies[name].mesh.to_dict() for name in names}
   heads = {name: config.policies[name].sampler_tensor for name in names}
-  made = {}
+  nowhere = Meshes(learner=None, sampler=None)
+  made = dict.fromkeys(weighted(config, team), nowhere)
   # A machine's CPU devices are the same cores; accelerators are not.
   apart = devices[0].platform != "cpu"
   groups = sharding.assign(needs(config, names), devices, apart=apart)

@@ -107,11 +107,13 @@ def open_store(
   return store.open_folder(directory.bucket)
 
 
-def build(config: ml_collections.ConfigDict) -> Setup:
+def build(config: ml_collections.ConfigDict, *, only: str = "") -> Setup:
   """Builds everything that a run needs, checked.
 
   Args:
     config: of a recipe.
+    only: the policy whose job this is, which has all devices; empty where they
+      are shared out.
 
   Returns:
     The setup.
@@ -124,7 +126,10 @@ def build(config: ml_collections.ConfigDict) -> Setup:
   stages = build_stages(config)
   book = factbook.load(config.tasks.seed)
   tools = world.tools(book, config.tools)
-  meshes = placing.meshes(config, team, jax.devices())
+  names = placing.weighted(config, team)
+  if only and only not in names:
+    raise ValueError(f"--policy: {only!r}, allowed: {', '.join(names)}")
+  meshes = placing.meshes(config, team, jax.devices(), only=only)
   policies = sources.policies(config, team, book, meshes)
   protocol = checks.pick(world.PROTOCOLS, config.team.protocol, "team.protocol")
   chats = world.chats(team, policies, config.team.protocol)

@@ -5,6 +5,10 @@ r"""Trains a team, or continues where its run directory stands.
 
 Any key of configs/default.py can be set. A run that was interrupted goes on
 when the same command is given again.
+
+With --policy=NAME this process is the job of one policy; the jobs of the others
+are started with the same config and bucket and a --workdir of their own, here
+or elsewhere. --launch=local starts them all on this machine.
 """
 
 from __future__ import annotations
@@ -26,6 +30,9 @@ with cli.user_errors(ModuleNotFoundError):
   from ml_collections import config_flags
 
 if typing.TYPE_CHECKING:
+  import ml_collections
+
+  from experiments.joining import Opened, Place
   from mgrpo_jax.journal import Journal
   from mgrpo_jax.plan import Setup
   from mgrpo_jax.store import Store
@@ -36,6 +43,28 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", "", "directory of the run; made, or resumed"
 )
+_POLICY = flags.DEFINE_string(
+    "policy", "", "that this process is the job of; empty for all in one"
+)
+_BUCKET = flags.DEFINE_string(
+    "bucket", "", "URL that all jobs share, for config.publish.bucket"
+)
+_LAUNCH = flags.DEFINE_enum(
+    "launch", "", ["", "local"], "local: a job for each policy, all here"
+)
+_LISTEN = flags.DEFINE_string(
+    "listen",
+    "127.0.0.1",
+    "where the job is called; others than this machine's"
+    " addresses need a token",
+)
+_PORT = flags.DEFINE_integer("port", 0, "where it is called; 0 for any")
+_REACHED_AS = flags.DEFINE_string(
+    "reached_as", "", "host by which other jobs reach it; empty for --listen"
+)
+_TOKEN_FILE = flags.DEFINE_string(
+    "token_file", "", "that holds what jobs show each other, 16 characters up"
+)
 
 
 def main() -> None:
@@ -43,64 +72,131 @@ def main() -> None:
   started = time.monotonic()
   with contextlib.ExitStack() as stack:
     with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
-      from experiments import recipe
-      from mgrpo_jax import (
-          atomic,
-          journal,
-          metrics,
-          ownership,
-          publish,
-          workdir,
-      )
-      from mgrpo_jax.agents.watchdog import StuckError
-      from mgrpo_jax.sampler.interface import EngineError
+      from experiments import joining, recipe
+      from mgrpo_jax import journal, metrics, ownership, workdir
       from mgrpo_jax.tasks import curriculum
 
       cli.need("matplotlib")  # which only the report imports, at the very end
       compiled = stack.enter_context(metrics.count_compilations())
-      config = cli.config_of(_CONFIG)
+      config = _config()
       recipe.check(config)
       values = recipe.plain(config)
       workdir.check(_WORKDIR.value, values)
       directory = workdir.Workdir(pathlib.Path(_WORKDIR.value))
       store = recipe.open_store(config, directory)
-      ownership.check(store, directory.read_id())
-      setup = recipe.build(config)
-    failures = (
-        OSError,
-        atomic.MismatchError,
-        journal.NonFiniteError,
-        ownership.TakenError,
-        publish.NoVersionError,
-        EngineError,
-        StuckError,
-    )
+      place = stack.enter_context(_placed(config))
+      naming = joining.naming(store, directory, values, place)
+      setup = joining.restrict(recipe.build(config, only=place.policy), place)
     with (
-        cli.user_errors(*failures),  # closing may fail as well
-        workdir.hold(directory.path, values),
+        cli.user_errors(*_failures()),  # closing may fail as well
+        workdir.hold(directory.path, values, name=naming),
     ):
       ownership.claim(store, directory.read_id(), values)
-      with journal.Journal(
-          directory,
-          total_steps=curriculum.num_steps(setup.stages),
-          limits=setup.budget.limits(),
-          keep_checkpoints=setup.keep_checkpoints,
-          stream=sys.stderr,
-          started=started,
-          compiled=compiled,
-      ) as kept:
-        _train(setup, store, kept, values)
+      with (
+          journal.Journal(
+              directory,
+              total_steps=curriculum.num_steps(setup.stages),
+              limits=setup.budget.limits(),
+              keep_checkpoints=setup.keep_checkpoints,
+              stream=sys.stderr,
+              started=started,
+              compiled=compiled,
+          ) as kept,
+          _others(setup, config, place, kept),
+      ):
+        opened = joining.opened(place, config, kept)
+        _train(setup, store, kept, values, opened)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+  """What ends a run in one line: the world's doing, or the recipe's."""
+  from mgrpo_jax import atomic, journal, ownership, publish
+  from mgrpo_jax.agents.watchdog import StuckError
+  from mgrpo_jax.decoupled.errors import AbsentError
+  from mgrpo_jax.sampler.interface import EngineError
+
+  return (
+      OSError,
+      AbsentError,
+      atomic.MismatchError,
+      journal.NonFiniteError,
+      ownership.TakenError,
+      publish.NoVersionError,
+      EngineError,
+      StuckError,
+  )
+
+
+def _config() -> ml_collections.ConfigDict:
+  """The recipe, with the bucket that the jobs share."""
+  config, url = cli.config_of(_CONFIG), _BUCKET.value
+  if _LAUNCH.value and _POLICY.value:
+    raise ValueError("--launch and --policy: allowed: one of them")
+  if _LAUNCH.value and not url and not config.publish.bucket:
+    folder = pathlib.Path(_WORKDIR.value).absolute() / "bucket"
+    url = folder.as_uri()
+  if url:
+    config.publish.bucket = url
+  if _POLICY.value and not config.publish.bucket:
+    raise ValueError("--policy: needs --bucket, which all jobs share")
+  return config
+
+
+def _placed(
+    config: ml_collections.ConfigDict,
+) -> contextlib.AbstractContextManager[Place]:
+  """Where this job is called; nowhere in a run in one process."""
+  from experiments import joining, recipe
+
+  policy = _POLICY.value
+  if policy or _LAUNCH.value:
+    joining.check(config)
+  if _LAUNCH.value:  # this is the job that leads
+    team = recipe.build_team(config)
+    policy = team[team.root].policy
+  return joining.placed(
+      policy,
+      host=_LISTEN.value,
+      port=_PORT.value,
+      reached_as=_REACHED_AS.value,
+      token=joining.token(_TOKEN_FILE.value, new=bool(_LAUNCH.value)),
+  )
+
+
+def _others(
+    setup: Setup,
+    config: ml_collections.ConfigDict,
+    place: Place,
+    journal: Journal,
+) -> contextlib.AbstractContextManager[None]:
+  """Runs the other jobs, if this process is to."""
+  from experiments import launch
+
+  if not _LAUNCH.value:
+    return contextlib.nullcontext()
+  return launch.others(
+      sorted(setup.elsewhere),
+      workdir=journal.workdir.path,
+      bucket=config.publish.bucket,
+      token=place.token,
+      arguments=launch.recipe_arguments(sys.argv[1:]),
+      tell=journal.progress.note,
+  )
 
 
 def _train(
-    setup: Setup, store: Store, journal: Journal, values: Mapping[str, Any]
+    setup: Setup,
+    store: Store,
+    journal: Journal,
+    values: Mapping[str, Any],
+    opened: Opened,
 ) -> None:
   """Runs the loop, writes the report and says what came out."""
   from mgrpo_jax import loop
   from mgrpo_jax.report import page
   from mgrpo_jax.report.progress import comparison
 
-  outcome, table = asyncio.run(loop.train(setup, store, journal))
+  outcome, table = asyncio.run(loop.train(setup, store, journal, opened=opened))
   journal.progress.close()
   summary = journal.summarise({"config": values} | outcome)
   report = page.write(journal.workdir.path)

@@ -25,6 +25,16 @@ class Evaluation:
   by_family: Mapping[str, Accuracy]
   groups: tuple[RolloutGroup, ...]
 
+  def metrics(self, split: str) -> dict[str, float]:
+    """The accuracy on a split and its interval, by metric."""
+    low, high = self.overall.interval
+    return {
+        f"accuracy/{split}": self.overall.share,
+        f"accuracy_low/{split}": low,
+        f"accuracy_high/{split}": high,
+        f"questions/{split}": float(self.overall.n),
+    }
+
 
 async def evaluate(
     tasks: Sequence[Task],

@@ -8,7 +8,8 @@ What each arrow does stands in `run.Run`; what is written down, in
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from mgrpo_jax.agents import watchdog
@@ -26,7 +27,13 @@ _COMPILING = 3600.0  # seconds that what samples may take to be compiled
 
 
 async def train(
-    setup: Setup, store: Store, journal: Journal
+    setup: Setup,
+    store: Store,
+    journal: Journal,
+    *,
+    opened: Callable[
+        [Setup, Store], AbstractAsyncContextManager[Run]
+    ] = open_run,
 ) -> tuple[dict[str, Any], dict[str, tuple[Accuracy, Accuracy]]]:
   """Trains a team from where its run directory stands to the end.
 
@@ -34,6 +41,8 @@ async def train(
     setup: the recipe.
     store: where weights are published.
     journal: of the run directory, entered.
+    opened: what does the arrows: all in this process, or this job's part of
+      them, see `decoupled.run`.
 
   Returns:
     What `summary.json` says of tokens and accuracy, and the table before and
@@ -49,7 +58,7 @@ async def train(
     ValueError: a size, name or budget of the recipe is impossible.
   """
   async with (
-      open_run(setup, store) as run,
+      opened(setup, store) as run,
       watchdog.watch(
           run.resources.activity,
           seconds=setup.sampler.watchdog,
@@ -76,11 +85,7 @@ async def train(
             "before": _overall(before).summary(),
             "after": _overall(after).summary(),
         },
-        "tokens": {
-            "generated": run.meter.work.generated_tokens,
-            "trained": run.meter.work.trained_tokens,
-            "evaluated": run.meter.work.evaluation_tokens,
-        },
+        "tokens": await run.tokens(),
     }
     return summary, _table(before, after)
 

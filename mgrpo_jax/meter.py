@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
+from mgrpo_jax import statistics
 from mgrpo_jax.resources import Resources
+from mgrpo_jax.types import RolloutGroup
 from mgrpo_jax.work import Work
 
 
@@ -46,6 +48,36 @@ class Meter:
       name = f"seconds/{phase}"
       spent = time.monotonic() - started
       self.values[name] = self.values.get(name, 0.0) + spent
+
+  def count_events(
+      self, now: Mapping[str, int], before: Mapping[str, int]
+  ) -> None:
+    """Adds what happened in agent calls to the step's metrics.
+
+    Args:
+      now: counts since the process began, by event.
+      before: those of a while ago.
+    """
+    for name, count in now.items():
+      seen = self.values.get(f"events/{name}", 0.0)
+      new = count - before.get(name, 0)
+      self.values[f"events/{name}"] = seen + float(new)
+    if "events/refused_calls" in self.values:
+      refused = self.values["events/refused_calls"]
+      made = self.values["events/calls"]
+      self.values["refused"] = refused / max(refused + made, 1.0)
+
+  def count_spares(self, groups: Sequence[RolloutGroup]) -> None:
+    """Says how far spares changed the groups of the step so far.
+
+    Args:
+      groups: just added to `work.rollouts`.
+    """
+    total = self.work.rollouts - self.before.rollouts
+    new = sum(group.num_rollouts for group in groups)
+    for name, count in statistics.of_seatings(groups).items():
+      earlier = self.values.get(name, 0.0) * (total - new)
+      self.values[name] = (earlier + count) / total
 
   def totals(self, seconds: float) -> dict[str, float]:
     """The metrics of the step, with what has been done so far.

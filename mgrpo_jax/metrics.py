@@ -150,6 +150,12 @@ METRICS: Mapping[str, Metric] = dict((
             "sessions whose tokens did not extend their cache in the step"),
     _metric("nonfinite", "policy", "updates", "lower",
             "updates whose loss or gradient was not finite"),
+    # Between jobs, see docs/decoupled.md.
+    _metric("crossed_text", "", "bytes", "",
+            "of requests and reports that crossed between jobs, per call"),
+    _metric("crossed_besides", "", "bytes", "lower",
+            "of HTTP and JSON around them per call, and of the step's records"
+            " in the bucket per trajectory"),
     # Work and its cost.
     _metric("generated_tokens", "", "tokens", "",
             "sampled in training rollouts so far"),

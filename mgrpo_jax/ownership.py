@@ -8,6 +8,7 @@ creates the record; who finds another's stops before any work.
 """
 
 import json
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,6 +54,37 @@ def claim(store: Store, run_id: str, config: Mapping[str, Any]) -> None:
   check(store, run_id)
 
 
+def join(store: Store, config: Mapping[str, Any]) -> str:
+  """Claims a bucket for a run of several jobs, or joins the run it is of.
+
+  Args:
+    store: the bucket.
+    config: nested dictionaries of JSON values, the same for all jobs.
+
+  Returns:
+    The id of the run, which the run directories of all its jobs have.
+
+  Raises:
+    CorruptError: the bucket's record cannot be read.
+    StorageError: the bucket cannot be read or written.
+    TakenError: it is another run's, or of one with another config.
+  """
+  if store.get(KEY) is None:
+    try:
+      claim(store, uuid.uuid4().hex, config)
+    except TakenError:  # another job came first
+      pass
+  record = _read(store)
+  if record is None:
+    raise atomic.StorageError(f"{store.url}/{KEY} cannot be read back")
+  if record["config"] != leaves.seal(config)["digest"]:
+    raise TakenError(
+        f"bucket {store.url} belongs to a run with another config; all jobs of"
+        " a run are given the same one"
+    )
+  return str(record["run"])
+
+
 def check(store: Store, run_id: str) -> None:
   """Raises unless a bucket is this run's, or nobody's yet.
 
@@ -65,9 +97,22 @@ def check(store: Store, run_id: str) -> None:
     StorageError: the bucket cannot be read.
     TakenError: it is another run's.
   """
+  record = _read(store)
+  if record is None:
+    return
+  if record["run"] != run_id:
+    raise TakenError(
+        f"bucket {store.url} belongs to another run (its id in {KEY} is"
+        f" {record['run']}, here it is {run_id or 'none'}); give another"
+        " config.publish.bucket, or that run's --workdir"
+    )
+
+
+def _read(store: Store) -> dict[str, Any] | None:
+  """The bucket's record; None where it is nobody's yet."""
   value = store.get(KEY)
   if value is None:
-    return
+    return None
   where = f"{store.url}/{KEY}"
   try:
     record = leaves.check_seal(json.loads(value))
@@ -77,9 +122,4 @@ def check(store: Store, run_id: str) -> None:
     ) from error
   if record["format"] != FORMAT:
     raise TakenError(f"{where}: format {record['format']} is not {FORMAT}")
-  if record["run"] != run_id:
-    raise TakenError(
-        f"bucket {store.url} belongs to another run (its id in {KEY} is"
-        f" {record['run']}, here it is {run_id or 'none'}); give another"
-        " config.publish.bucket, or that run's --workdir"
-    )
+  return record

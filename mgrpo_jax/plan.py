@@ -138,6 +138,8 @@ class Setup:
     keep_checkpoints: how many stay on disk.
     publish_every: steps between published versions.
     keep_versions: how many stay in the store.
+    elsewhere: policies that other jobs sample and train; of these, `policies`
+      has the tokenizer and sizes, and no weights.
   """
 
   seed: int
@@ -167,3 +169,9 @@ class Setup:
   keep_checkpoints: int
   publish_every: int
   keep_versions: int
+  elsewhere: frozenset[str] = frozenset()
+
+  @property
+  def own(self) -> tuple[str, ...]:
+    """The policies that are sampled and trained here."""
+    return tuple(n for n in self.policies if n not in self.elsewhere)

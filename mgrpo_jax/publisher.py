@@ -20,7 +20,7 @@ class Publisher:
     Args:
       resources: of the run.
     """
-    self.versions = dict.fromkeys(resources.setup.policies, 0)
+    self.versions = dict.fromkeys(resources.setup.own, 0)
     self._resources = resources
     self._unpublished: set[str] = set()  # newer than what the store has
     self._told: set[str] = set()  # problems of the store

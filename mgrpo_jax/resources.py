@@ -14,7 +14,7 @@ import numpy as np
 from mgrpo_jax import atomic, publish, sharding
 from mgrpo_jax.agents.activity import Activity
 from mgrpo_jax.agents.actor import Actor
-from mgrpo_jax.agents.context import Environment
+from mgrpo_jax.agents.context import Elsewhere, Environment
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.learner import Learner
 from mgrpo_jax.plan import Setup
@@ -27,6 +27,19 @@ from mgrpo_jax.sampler.interface import RolloutEngine
 from mgrpo_jax.store import Store
 from mgrpo_jax.tasks.pipeline import TaskQueue
 from mgrpo_jax.types import TrainState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reach:
+  """How this job makes calls of other jobs' policies, by policy.
+
+  Attributes:
+    training: in rollouts.
+    testing: in evaluations.
+  """
+
+  training: Mapping[str, Elsewhere]
+  testing: Mapping[str, Elsewhere]
 
 
 class Resources:
@@ -44,12 +57,15 @@ class Resources:
     activity: what calls wait for, in both.
   """
 
-  def __init__(self, setup: Setup, store: Store) -> None:
-    """Puts every policy on the device and opens the task streams.
+  def __init__(
+      self, setup: Setup, store: Store, reach: Reach | None = None
+  ) -> None:
+    """Puts every policy of this job on the device; opens the task streams.
 
     Args:
       setup: the recipe.
       store: where weights are published.
+      reach: makes calls of `setup.elsewhere`; None where that is empty.
 
     Raises:
       ValueError: a size, name or budget of the recipe is impossible.
@@ -63,8 +79,8 @@ class Resources:
     if unknown := sorted(setup.external.keys() - setup.policies.keys()):
       raise ValueError(f"external engines of unknown policies {unknown}")
     self.fingerprints = {
-        name: fingerprint.fingerprint(policy, loras.get(name))
-        for name, policy in setup.policies.items()
+        name: fingerprint.fingerprint(setup.policies[name], loras.get(name))
+        for name in setup.own
     }
     # Equal policies get different adapters.
     seeds = np.random.SeedSequence(setup.seed).generate_state(
@@ -85,6 +101,7 @@ class Resources:
         for seed, (name, policy) in zip(
             seeds, setup.policies.items(), strict=True
         )
+        if name not in setup.elsewhere
     }
     self.engines = {name: self._engine(name) for name in self.learners}
     self.queues = {
@@ -99,9 +116,15 @@ class Resources:
     actors |= setup.coded
     team, sampler = setup.team, setup.sampler
     self.activity = Activity()
-    self.training = self._environment(team, actors, sampler.temperature)
+    reach = reach or Reach(training={}, testing={})
+    self.training = self._environment(
+        team, actors, sampler.temperature, reach.training
+    )
     self.testing = self._environment(
-        team.without_attempts(), actors, sampler.evaluation_temperature
+        team.without_attempts(),
+        actors,
+        sampler.evaluation_temperature,
+        reach.testing,
     )
 
   @property
@@ -203,8 +226,8 @@ class Resources:
       StorageError: it cannot be replaced.
     """
     with atomic.replacing(directory) as made:
-      for name, policy in self.setup.policies.items():
-        learner = self.learners[name]
+      for name, learner in self.learners.items():
+        policy = self.setup.policies[name]
         trained = dataclasses.replace(policy, params=learner.weights)
         save_directory(made / name, trained.without_critic())
         if adaptation := self.setup.adaptations.get(name):
@@ -231,7 +254,11 @@ class Resources:
     )
 
   def _environment(
-      self, team: Team, actors: Mapping[str, Actor], temperature: float
+      self,
+      team: Team,
+      actors: Mapping[str, Actor],
+      temperature: float,
+      elsewhere: Mapping[str, Elsewhere],
   ) -> Environment:
     """What agent calls share, at one temperature."""
     sampler = self.setup.sampler
@@ -243,18 +270,20 @@ class Resources:
         turn_deadline=sampler.turn_deadline,
         max_attempts=sampler.max_attempts,
         activity=self.activity,
+        elsewhere=elsewhere,
     )
 
 
 @contextlib.asynccontextmanager
 async def open_resources(
-    setup: Setup, store: Store
+    setup: Setup, store: Store, reach: Reach | None = None
 ) -> AsyncIterator[Resources]:
   """Starts the engines that a recipe takes, and stops them.
 
   Args:
     setup: the recipe.
     store: where weights are published.
+    reach: see `Resources`.
 
   Yields:
     The resources.
@@ -262,7 +291,7 @@ async def open_resources(
   Raises:
     ValueError: a size, name or budget of the recipe is impossible.
   """
-  resources = Resources(setup, store)
+  resources = Resources(setup, store, reach)
   async with contextlib.AsyncExitStack() as stack:
     for engine in resources.engines.values():
       await stack.enter_async_context(engine)

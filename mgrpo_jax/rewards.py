@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from mgrpo_jax import fields, grades
 from mgrpo_jax.types import (
     NO_PARENT,
+    Account,
     RolloutGroup,
     Status,
     Task,
@@ -190,6 +191,35 @@ def score(
   )
 
 
+def appraise(
+    task: Task,
+    trajectory: Trajectory,
+    *,
+    weights: RewardWeights,
+    rules: Rules,
+) -> Account:
+  """Says of a call all that another job needs to reward it.
+
+  Args:
+    task: that the call belongs to.
+    trajectory: the call, made here.
+    weights: of its role.
+    rules: the functions that grade.
+
+  Returns:
+    The account; `score` treats a call with one as the call itself.
+  """
+  valid, expert, overlong = _parts(task, trajectory, weights, rules)
+  return Account(
+      sampled=trajectory.sampled,
+      turns=trajectory.num_turns,
+      format=valid,
+      correct=_own_correct(task, trajectory, rules),
+      expert=expert,
+      overlong=overlong,
+  )
+
+
 def by_role(
     groups: Sequence[RolloutGroup],
     scores: Sequence[Scores],
@@ -263,8 +293,7 @@ def _grade(
     rules: Rules,
 ) -> tuple[float, float, float, float, float] | None:
   """Computes the components and the total; None if the expert failed."""
-  valid = rules.format(trajectory)
-  expert = rules.expert(task, trajectory) if weights.expert > 0 else 0.0
+  valid, expert, deep = _parts(task, trajectory, weights, rules)
   if expert is None:
     return None
   total = (
@@ -272,11 +301,22 @@ def _grade(
       + weights.correct * correct
       + weights.expert * expert
   )
+  earned = (total if valid else 0.0) - weights.overlong * deep
+  return float(valid), correct, expert, deep, earned
+
+
+def _parts(
+    task: Task, trajectory: Trajectory, weights: RewardWeights, rules: Rules
+) -> tuple[bool, float | None, float]:
+  """Format, expert and overlong of a call, whoever made it."""
+  if (told := trajectory.account) is not None:
+    return told.format, told.expert, told.overlong
+  valid = rules.format(trajectory)
+  expert = rules.expert(task, trajectory) if weights.expert > 0 else 0.0
   deep = 0.0
   if rules.overlong is not None and weights.overlong > 0:
     deep = rules.overlong(trajectory)
-  earned = (total if valid else 0.0) - weights.overlong * deep
-  return float(valid), correct, expert, deep, earned
+  return valid, expert, deep
 
 
 # Of a role, for each rollout: where calls that count stand, and what number the
@@ -340,6 +380,8 @@ def _own_correct(
     task: Task, trajectory: Trajectory, rules: Rules
 ) -> float | None:
   """Grades a root against the task, a call against its evidence."""
+  if trajectory.account is not None:
+    return trajectory.account.correct
   if trajectory.status != Status.COMPLETED:
     return 0.0
   accepted = [task.answers]

@@ -15,6 +15,7 @@ from mgrpo_jax import (
     credit,
     dynamic,
     evaluate,
+    minibatches,
     objectives,
     optim,
     packing,
@@ -24,12 +25,12 @@ from mgrpo_jax import (
 )
 from mgrpo_jax.agents import watchdog
 from mgrpo_jax.agents.call import turn_seed
+from mgrpo_jax.agents.team import Role
 from mgrpo_jax.atomic import MismatchError
 from mgrpo_jax.credit import Credits
 from mgrpo_jax.evaluate import Evaluation
 from mgrpo_jax.learner import Step
 from mgrpo_jax.meter import Meter
-from mgrpo_jax.packing import Credit
 from mgrpo_jax.plan import Setup
 from mgrpo_jax.policy import fingerprint
 from mgrpo_jax.publisher import Publisher
@@ -73,11 +74,9 @@ class Run:
       self, stage: Stage, tasks: Sequence[Task], step: int
   ) -> list[RolloutGroup]:
     """Arrow 2: K rollouts a task, or a demonstration each."""
-    meter = self.meter
-    seed = turn_seed(self.setup.seed, "step", step)
+    meter, seed = self.meter, turn_seed(self.setup.seed, "step", step)
     counters = self.resources.training.counters
     events = dict(counters)
-    before = self.resources.sampled()
     with meter.timed("rollout"):
       if stage.objective == "imitate":
         demonstrate = self.setup.demonstrate[stage.name]
@@ -85,27 +84,20 @@ class Run:
         groups = [group for group in played if group is not None]
         meter.work.lost += len(played) - len(groups)
       else:
-        groups = await self._roll_out(tasks, seed)
-    meter.work.generated_tokens += self.resources.sampled() - before
+        groups, sampled = await self._rolled_out(stage, tasks, step, seed)
+        meter.work.generated_tokens += sampled
     meter.work.rollouts += sum(group.num_rollouts for group in groups)
-    self._count_spares(groups)
+    meter.count_spares(groups)
     sampled = meter.work.generated_tokens - meter.before.generated_tokens
     spent = max(meter.values["seconds/rollout"], 1e-9)
     meter.values["tokens_per_second/rollout"] = sampled / spent
-    for name, count in counters.items():
-      seen = meter.values.get(f"events/{name}", 0.0)
-      new = count - events.get(name, 0)
-      meter.values[f"events/{name}"] = seen + float(new)
-    if "events/refused_calls" in meter.values:
-      refused = meter.values["events/refused_calls"]
-      made = meter.values["events/calls"]
-      meter.values["refused"] = refused / max(refused + made, 1.0)
+    meter.count_events(counters, events)
     return groups
 
   def grade(self, stage: Stage, groups: Sequence[RolloutGroup]) -> list[Scores]:
     """Arrow 3: rewards; tasks that a machine failed on are asked again."""
     scores = self._graded(stage, groups)
-    for role in self.setup.team.roles:
+    for role in self._reported():
       self.meter.values |= statistics.of_role(groups, scores, role.name)
     return scores
 
@@ -136,6 +128,10 @@ class Run:
       )
       self.meter.values["replaced"] = float(replaced)
     return [group for group, _ in graded], [score for _, score in graded]
+
+  def _reported(self) -> Sequence[Role]:
+    """The roles whose calls can be told of here."""
+    return self.setup.team.roles
 
   def _graded(
       self, stage: Stage, groups: Sequence[RolloutGroup]
@@ -171,7 +167,11 @@ class Run:
     roles = credit.learning(team, stage.trained)
     age = statistics.age(
         group,
-        policies={name: team[name].policy for name in roles},
+        policies={
+            name: team[name].policy
+            for name in roles
+            if team[name].policy not in self.setup.elsewhere
+        },
         versions=self._publisher.versions,
     )
     return age > self.setup.max_staleness
@@ -211,7 +211,6 @@ class Run:
         decay_steps=max(stage.steps * parts - warmup, 0),
         final_fraction=stage.final_fraction,
     )
-    part_of = {group.task.id: b % parts for b, group in enumerate(groups)}
     method = self.setup.method
     objective: objectives.Objective = (
         method.imitation_loss
@@ -219,17 +218,19 @@ class Run:
         else method.policy_loss
     )
     dispatched = {}
-    for policy in sorted(stage.trained & credits.by_policy.keys()):
-      split: list[list[Credit]] = [[] for _ in range(parts)]
-      for one in credits.by_policy[policy]:
-        split[part_of[one.trajectory.task_id]].append(one)
+    trained = stage.trained & self.resources.learners.keys()
+    for policy in sorted(trained & credits.by_policy.keys()):
       learner = self.resources.learners[policy]
       batches = [
           (
-              learner.pack(_with_gradient(part, objective), objective),
+              learner.pack(
+                  minibatches.with_gradient(part, objective), objective
+              ),
               packing.count(part),
           )
-          for part in split
+          for part in minibatches.split(
+              credits.by_policy[policy], groups, parts
+          )
       ]
       dispatched[policy] = learner.step(
           batches,
@@ -264,27 +265,15 @@ class Run:
 
   async def evaluate(self, tasks: Sequence[Task], split: str) -> Evaluation:
     """Asks the team held-out questions, greedily unless configured."""
-    before = self.resources.sampled()
     with self.meter.timed("evaluate"):
-      work = evaluate.evaluate(
-          tasks,
-          environment=self.resources.testing,
-          rules=self.setup.method.rules,
-          seed=self.setup.seed,
-          max_concurrent=self.setup.sampler.max_concurrent,
-      )
-      result = await watchdog.all_within(
-          self.setup.sampler.deadline, work, activity=self.resources.activity
-      )
-    self.meter.work.evaluation_tokens += self.resources.sampled() - before
-    low, high = result.overall.interval
-    self.meter.values |= {
-        f"accuracy/{split}": result.overall.share,
-        f"accuracy_low/{split}": low,
-        f"accuracy_high/{split}": high,
-        f"questions/{split}": float(result.overall.n),
-    }
+      result, sampled = await self._examined(tasks, split)
+    self.meter.work.evaluation_tokens += sampled
+    self.meter.values |= result.metrics(split)
     return result
+
+  async def tokens(self) -> dict[str, int]:
+    """What the team has spent so far, as `summary.json` says it."""
+    return self.meter.work.tokens()
 
   def host_state(self) -> dict[str, Any]:
     """What a checkpoint keeps beside the arrays, as JSON."""
@@ -325,6 +314,33 @@ class Run:
       problems += self.publish((name,), host["versions"][name])
     return problems
 
+  async def _rolled_out(
+      self, stage: Stage, tasks: Sequence[Task], step: int, seed: int
+  ) -> tuple[list[RolloutGroup], int]:
+    """The rollouts of a step, and the tokens that were sampled for them."""
+    del stage, step
+    before = self.resources.sampled()
+    groups = await self._roll_out(tasks, seed)
+    return groups, self.resources.sampled() - before
+
+  async def _examined(
+      self, tasks: Sequence[Task], split: str
+  ) -> tuple[Evaluation, int]:
+    """An evaluation, and the tokens that were sampled for it."""
+    del split
+    before = self.resources.sampled()
+    work = evaluate.evaluate(
+        tasks,
+        environment=self.resources.testing,
+        rules=self.setup.method.rules,
+        seed=self.setup.seed,
+        max_concurrent=self.setup.sampler.max_concurrent,
+    )
+    result = await watchdog.all_within(
+        self.setup.sampler.deadline, work, activity=self.resources.activity
+    )
+    return result, self.resources.sampled() - before
+
   async def _roll_out(
       self, tasks: Sequence[Task], seed: int
   ) -> list[RolloutGroup]:
@@ -343,15 +359,6 @@ class Run:
         sampler.deadline, work, activity=self.resources.activity
     )
 
-  def _count_spares(self, groups: Sequence[RolloutGroup]) -> None:
-    """Says how far spares changed the groups of the step so far."""
-    values, work = self.meter.values, self.meter.work
-    total = work.rollouts - self.meter.before.rollouts
-    new = sum(group.num_rollouts for group in groups)
-    for name, count in statistics.of_seatings(groups).items():
-      earlier = values.get(name, 0.0) * (total - new)
-      values[name] = (earlier + count) / total
-
   def _compared(
       self,
       stage: Stage,
@@ -365,7 +372,7 @@ class Run:
         groups,
         scores,
         team=team,
-        trained=stage.trained,
+        trained=stage.trained & self.resources.learners.keys(),
         align=method.align,
         comparison=method.comparison,
         num_slots=method.num_slots,
@@ -389,12 +396,3 @@ async def open_run(setup: Setup, store: Store) -> AsyncIterator[Run]:
   """
   async with open_resources(setup, store) as resources:
     yield Run(resources)
-
-
-def _with_gradient(
-    credits: Sequence[Credit], objective: objectives.Objective
-) -> list[Credit]:
-  """Leaves out what cannot move the policy; denominators still count it."""
-  if isinstance(objective, objectives.PolicyLoss) and objective.only_advantage:
-    return [one for one in credits if one.advantage != 0]
-  return list(credits)

@@ -42,8 +42,8 @@ def of_role(
   done = [t for t in calls if t.status != Status.FAILED]
   if not done:
     return values
-  values[f"turns/{role}"] = float(np.mean([len(t.turns) for t in done]))
-  values[f"sampled/{role}"] = float(np.mean([t.loss_mask.sum() for t in done]))
+  values[f"turns/{role}"] = float(np.mean([t.num_turns for t in done]))
+  values[f"sampled/{role}"] = float(np.mean([t.sampled for t in done]))
   echoes = [overlap(t.result_text, t.request) >= _ECHO for t in done]
   values[f"echoed/{role}"] = float(np.mean(echoes))
   for name, status in _ENDINGS.items():

@@ -113,6 +113,27 @@ class Completion:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Account:
+  """What another job tells of a call whose tokens it keeps.
+
+  Attributes:
+    sampled: tokens.
+    turns: of the call.
+    format: whether its format is valid.
+    correct: its own correctness, 0 or 1; None if the judge failed.
+    expert: grade of the call itself, 0..1; None if the judge failed.
+    overlong: how deep it went into the end of its context, 0..1.
+  """
+
+  sampled: int
+  turns: int
+  format: bool
+  correct: float | None
+  expert: float | None
+  overlong: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Trajectory:
   """The token stream of one agent call, T tokens.
 
@@ -137,6 +158,8 @@ class Trajectory:
     seconds: wall time from call to return.
     attempt: which of several attempts at the same sub-task, from 0; the caller
       saw the first.
+    account: None for a call made here; of one that another job made, what that
+      job tells of it: its tokens and turns are not here.
   """
 
   task_id: str
@@ -155,6 +178,19 @@ class Trajectory:
   result_text: str
   seconds: float
   attempt: int = 0
+  account: Account | None = None
+
+  @property
+  def sampled(self) -> int:
+    """Tokens that were sampled, here or elsewhere."""
+    if self.account is not None:
+      return self.account.sampled
+    return int(self.loss_mask.sum())
+
+  @property
+  def num_turns(self) -> int:
+    """Turns that were taken, here or elsewhere."""
+    return len(self.turns) if self.account is None else self.account.turns
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

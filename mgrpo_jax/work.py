@@ -28,6 +28,14 @@ class Work:
   abandoned: int = 0
   lost: int = 0
 
+  def tokens(self) -> dict[str, int]:
+    """The tokens, as `summary.json` says them."""
+    return {
+        "generated": self.generated_tokens,
+        "trained": self.trained_tokens,
+        "evaluated": self.evaluation_tokens,
+    }
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:

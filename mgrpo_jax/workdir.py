@@ -10,7 +10,7 @@ import os
 import pathlib
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mgrpo_jax import atomic
@@ -125,7 +125,10 @@ def check(path: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def hold(
-    path: str | os.PathLike[str], config: Mapping[str, Any]
+    path: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    *,
+    name: Callable[[], str] | None = None,
 ) -> Iterator[Workdir]:
   """Takes a directory for a run, new or resumed.
 
@@ -133,6 +136,8 @@ def hold(
     path: made where it is missing.
     config: nested dictionaries of JSON values; written into a new directory,
       compared with what an old one holds.
+    name: gives the id of the run that a new directory belongs to; None for
+      a new one.
 
   Yields:
     The directory, locked against other processes.
@@ -150,7 +155,7 @@ def hold(
     else:
       atomic.write_json(directory.path / CONFIG_FILE, dict(config))
     if not directory.read_id():
-      run = {"run": uuid.uuid4().hex}
+      run = {"run": name() if name else uuid.uuid4().hex}
       atomic.write_json(directory.path / _ID_FILE, run)
     yield directory
 

@@ -2,7 +2,8 @@
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
 
 from mgrpo_jax.agents.activity import Activity
 from mgrpo_jax.agents.actor import Actor
@@ -10,6 +11,11 @@ from mgrpo_jax.agents.protocol import Function, Pieces, delegation
 from mgrpo_jax.agents.team import Role, Team
 from mgrpo_jax.agents.tools import Tool
 from mgrpo_jax.types import Trajectory
+
+# Makes a call in another job: role, request, context.
+Elsewhere = Callable[
+    [Role, str, "CallContext"], Coroutine[Any, Any, Trajectory]
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +35,8 @@ class Environment:
       `tool_timeouts`, `cut_results`, `long_requests`, `late_turns`); kept up
       to date in place.
     activity: what the calls under way wait for; likewise.
+    elsewhere: by policy that another job samples, makes the call there; it has
+      no actor here.
   """
 
   team: Team
@@ -41,10 +49,11 @@ class Environment:
       default_factory=collections.Counter
   )
   activity: Activity = dataclasses.field(default_factory=Activity)
+  elsewhere: Mapping[str, Elsewhere] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self) -> None:
     """Checks that all names are known and every prompt fits."""
-    lost = sorted(set(self.team.policies) - set(self.actors))
+    lost = sorted({*self.team.policies} - {*self.actors, *self.elsewhere})
     if lost:
       raise ValueError(f"actors: none for the policies {lost}")
     for role in self.team.roles:
@@ -54,7 +63,8 @@ class Environment:
             f"role {role.name!r}: tools names unknown tools {unknown}; there "
             f"are {sorted(self.tools)}"
         )
-      self._check_prompt(role)
+      if role.policy not in self.elsewhere:
+        self._check_prompt(role)
     if self.turn_deadline <= 0:
       raise ValueError(f"turn_deadline: is {self.turn_deadline}, must be > 0")
     if self.max_attempts < 1:
@@ -91,8 +101,14 @@ class Ledger:
   depend on what else is running.
   """
 
-  def __init__(self) -> None:
-    """Starts empty."""
+  def __init__(self, earlier: Mapping[str, int] | None = None) -> None:
+    """Starts empty.
+
+    Args:
+      earlier: calls of the rollout that stand in another job's ledger, by
+        role; ordinals count on from there.
+    """
+    self._earlier = dict(earlier or {})
     self._roles: list[str] = []
     self._done: dict[int, Trajectory] = {}
     self.exhausted = False  # a call failed as often as it may
@@ -104,7 +120,15 @@ class Ledger:
 
   def ordinal(self, position: int) -> int:
     """How many earlier calls of the rollout went to the same role."""
-    return self._roles[:position].count(self._roles[position])
+    role = self._roles[position]
+    before = self._roles[:position].count(role)
+    return self._earlier.get(role, 0) + before
+
+  def counts(self) -> dict[str, int]:
+    """How many calls of the rollout were begun so far, by role."""
+    begun = collections.Counter(self._earlier)
+    begun.update(self._roles)
+    return dict(begun)
 
   def finish(self, position: int, trajectory: Trajectory) -> None:
     """Fills a place."""

@@ -14,7 +14,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import httpx2
@@ -29,6 +29,7 @@ _CONNECT = 10.0  # seconds until there is a connection
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 _LONGEST_BODY = 64 * 2**20  # bytes of an answer
 _SHOWN = 300  # characters of an error
+_LINE = 32  # bytes of the first line of a message and the empty one, about
 _NO_JSON = object()
 _TOKEN = re.compile(r"[!-~]*")
 
@@ -87,6 +88,8 @@ class Connection:
     opened: connections made so far; who restarts loses those it had.
     waiting: requests for which there is no connection yet.
     retries: requests that were made again.
+    sent: bytes of requests, headers included.
+    received: bytes of answers, likewise.
   """
 
   def __init__(self, address: Address) -> None:
@@ -99,6 +102,8 @@ class Connection:
     self.opened = 0
     self.waiting = 0
     self.retries = 0
+    self.sent = 0
+    self.received = 0
     self._room = asyncio.Semaphore(address.max_concurrent)
     limits = httpx2.Limits(
         max_connections=address.max_concurrent,
@@ -188,7 +193,11 @@ class Connection:
         async with self._client.stream(
             method, url, json=body, extensions={"trace": self._trace}
         ) as response:
-          return await _whole(response, url)
+          self.sent += _size(response.request.headers.raw, body)
+          whole = await _whole(response, url)
+          self.received += _size(response.headers.raw, None)
+          self.received += len(whole.content)
+          return whole
     finally:
       self._room.release()
 
@@ -196,6 +205,18 @@ class Connection:
     """Counts new connections."""
     del info
     self.opened += event == "connection.connect_tcp.complete"
+
+
+def _size(
+    headers: Sequence[tuple[bytes, bytes]], body: Mapping[str, Any] | None
+) -> int:
+  """Bytes of a message: a line, its headers and what it announces."""
+  size = _LINE + sum(len(name) + len(value) + 4 for name, value in headers)
+  if body is not None:
+    size += sum(
+        int(value) for name, value in headers if name == b"Content-Length"
+    )
+  return size
 
 
 async def _whole(response: httpx2.Response, url: str) -> httpx2.Response:

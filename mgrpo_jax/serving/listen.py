@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from mgrpo_jax.serving import app
 from mgrpo_jax.serving.limits import Gate
@@ -52,6 +53,32 @@ def bind(host: str, port: int) -> socket.socket:
   return socket.create_server((host, port), family=family, backlog=_BACKLOG)
 
 
+def settings(built: ASGIApp, max_connections: int) -> uvicorn.Config:
+  """How every server here behaves.
+
+  Args:
+    built: the application.
+    max_connections: more get 503.
+
+  Returns:
+    The settings.
+  """
+  return uvicorn.Config(
+      built,
+      lifespan="off",
+      http="h11",
+      ws="none",
+      log_config=None,
+      log_level="warning",
+      access_log=False,
+      proxy_headers=False,
+      server_header=False,
+      limit_concurrency=max_connections,
+      timeout_keep_alive=_KEEP_ALIVE,
+      timeout_graceful_shutdown=_LAST_WORDS,
+  )
+
+
 async def listen(
     service: Service,
     where: socket.socket,
@@ -79,23 +106,7 @@ async def listen(
     event = hurry if stopping.is_set() else stopping
     loop.call_soon_threadsafe(event.set)
 
-  server = _Server(
-      uvicorn.Config(
-          app.build(service),
-          lifespan="off",
-          http="h11",
-          ws="none",
-          log_config=None,
-          log_level="warning",
-          access_log=False,
-          proxy_headers=False,
-          server_header=False,
-          limit_concurrency=max_connections,
-          timeout_keep_alive=_KEEP_ALIVE,
-          timeout_graceful_shutdown=_LAST_WORDS,
-      ),
-      stop,
-  )
+  server = _Server(settings(app.build(service), max_connections), stop)
   serving = asyncio.create_task(server.serve(sockets=[where]))
   told = asyncio.create_task(stopping.wait())
   try:

@@ -205,7 +205,7 @@ class Endpoint:
           if order.stream is None
           else self._stream(order.stream, send, seen, place.close)
       )
-      await _while_there(work, request.receive)
+      await while_there(work, request.receive)
 
   async def _whole(
       self, order: Order, send: Send, seen: _Seen, leave: Callable[[], None]
@@ -309,10 +309,18 @@ async def read_body(request: Request, limits: Limits) -> bytes:
   return b"".join(parts)
 
 
-async def _while_there(
+async def while_there(
     work: Coroutine[Any, Any, None], receive: Receive
 ) -> None:
-  """Works until done, or until the client has left; then work is cancelled."""
+  """Works until done, or until the client has left; then work is cancelled.
+
+  Args:
+    work: what the client waits for.
+    receive: of its request.
+
+  Raises:
+    LeftError: it has left.
+  """
 
   async def leave() -> None:
     while (await receive())["type"] != "http.disconnect":

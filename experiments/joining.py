@@ -1,0 +1,225 @@
+"""From flags to one job of a run in which every policy has its own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import ipaddress
+import os
+import pathlib
+import secrets
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import ml_collections
+
+from mgrpo_jax import ownership
+from mgrpo_jax.journal import Journal
+from mgrpo_jax.plan import Setup
+from mgrpo_jax.run import Run, open_run
+from mgrpo_jax.store import Store
+from mgrpo_jax.workdir import Workdir
+
+Opened = Callable[[Setup, Store], contextlib.AbstractAsyncContextManager[Run]]
+TOKEN = "MGRPO_JOBS_TOKEN"  # of the environment
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+  """Where a job listens, and how others get there.
+
+  Attributes:
+    policy: of the job; empty for a run in one process.
+    where: socket, listening; None for a run in one process.
+    address: http://host:port, as other jobs reach it.
+    token: that jobs show each other; empty for none.
+  """
+
+  policy: str
+  where: socket.socket | None
+  address: str
+  token: str = dataclasses.field(repr=False)
+
+
+def token(file: str, *, new: bool) -> str:
+  """What jobs show each other.
+
+  Args:
+    file: that holds it; empty for the environment's MGRPO_JOBS_TOKEN.
+    new: whether this process starts the other jobs and may make one up.
+
+  Returns:
+    The token; empty where there is none.
+
+  Raises:
+    OSError: the file cannot be read.
+    ValueError: it is empty.
+  """
+  if file:
+    found = pathlib.Path(file).read_text("utf-8").strip()
+    if not found:
+      raise ValueError(f"--token_file: {file} is empty")
+    return found
+  return secrets.token_hex(16) if new else os.environ.get(TOKEN, "")
+
+
+@contextlib.contextmanager
+def placed(
+    policy: str, *, host: str, port: int, reached_as: str, token: str
+) -> Iterator[Place]:
+  """Takes a job's port.
+
+  Args:
+    policy: of the job; empty for a run in one process, which takes none.
+    host: name or address to listen at.
+    port: 0 for any.
+    reached_as: host under which others reach it; empty for the same.
+    token: that jobs show each other; empty for none.
+
+  Yields:
+    The place.
+
+  Raises:
+    ModuleNotFoundError: a package of the extra is not installed.
+    OSError: the port cannot be had.
+    ValueError: others can reach the port and there is no token.
+  """
+  if not policy:
+    yield Place(policy="", where=None, address="", token="")
+    return
+  for package in ("httpx2", "starlette", "uvicorn"):
+    if importlib.util.find_spec(package) is None:
+      raise ValueError(
+          f"the package {package!r} is missing: pip install -e .[decoupled]"
+      )
+  from mgrpo_jax.serving import limits, listen
+
+  limits.check_exposure(host, token)
+  name = reached_as or host
+  if _is_anywhere(name):
+    raise ValueError(
+        f"--listen={host}: is every address of this machine; --reached_as must"
+        " name the one that other jobs use"
+    )
+  if not 0 <= port < 2**16:
+    raise ValueError(f"--port={port}: allowed: 0 to 65535")
+  with listen.bind(host, port) as where:
+    shown = f"[{name}]" if ":" in name else name
+    yield Place(
+        policy=policy,
+        where=where,
+        address=f"http://{shown}:{where.getsockname()[1]}",
+        token=token,
+    )
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Checks that a recipe asks for nothing that jobs cannot do yet.
+
+  Args:
+    config: the whole recipe, checked.
+
+  Raises:
+    ValueError: it does; names the key and what is allowed.
+  """
+  for key, value in {
+      "budget.trained_tokens": config.budget.trained_tokens,
+      "budget.generated_tokens": config.budget.generated_tokens,
+      "rollout.max_staleness": config.rollout.max_staleness,
+      "rollout.spare": config.rollout.spare,
+      "tasks.resample": config.tasks.resample,
+      "symbolic": len(config.symbolic),
+  }.items():
+    if value:
+      raise ValueError(
+          f"config.{key}: {value}, allowed: 0 where every policy has a job"
+      )
+
+
+def naming(
+    store: Store, directory: Workdir, values: Mapping[str, Any], place: Place
+) -> Callable[[], str] | None:
+  """Sees that a bucket is this run's, or may become it.
+
+  Args:
+    store: the bucket.
+    directory: of the run, or of this job.
+    values: of the config.
+    place: of this job.
+
+  Returns:
+    What names the run of a new directory: all its jobs have one name, that
+    of the bucket. None for a run in one process.
+
+  Raises:
+    StorageError: the bucket or the directory cannot be read.
+    TakenError: the bucket is another run's.
+  """
+  run_id = directory.read_id()
+  if run_id or place.where is None:
+    ownership.check(store, run_id)
+  if place.where is None:
+    return None
+  return functools.partial(ownership.join, store, values)
+
+
+def restrict(setup: Setup, place: Place) -> Setup:
+  """The part of a recipe that this process carries out.
+
+  Args:
+    setup: of the whole team.
+    place: of this job.
+
+  Returns:
+    The setup.
+
+  Raises:
+    ValueError: there is no such policy, or the recipe has what jobs cannot do.
+  """
+  if place.where is None:
+    return setup
+  from mgrpo_jax.decoupled.run import restricted
+
+  return restricted(setup, place.policy)
+
+
+def opened(
+    place: Place, config: ml_collections.ConfigDict, journal: Journal
+) -> Opened:
+  """What opens this process's part of a run for `loop.train`.
+
+  Args:
+    place: of this job.
+    config: the whole recipe.
+    journal: of this job's run directory.
+
+  Returns:
+    `run.open_run`, or its counterpart of a job.
+  """
+  if place.where is None:
+    return open_run
+  from mgrpo_jax.decoupled.part import Job
+  from mgrpo_jax.decoupled.run import open_job
+
+  job = Job(
+      policy=place.policy,
+      workdir=journal.workdir,
+      where=place.where,
+      address=place.address,
+      token=place.token,
+      patience=config.jobs.patience,
+      heartbeat=config.jobs.heartbeat,
+      tell=journal.progress.note,
+  )
+  return functools.partial(open_job, job=job)
+
+
+def _is_anywhere(host: str) -> bool:
+  """Whether a host stands for every address of this machine."""
+  try:
+    return ipaddress.ip_address(host).is_unspecified
+  except ValueError:
+    return False

@@ -1,0 +1,264 @@
+"""The records of a run in its bucket, which the leader's word makes facts.
+
+    rewards/<task>/<rollout>.json      a rollout's calls and what they earned
+    steps/<step>.json                  the tasks of a step: it is complete
+    evaluations/<split>/<steps>.json   what a look at held-out questions found
+    stats/<role>/<step>.json           a role's rewards, calls and work
+
+Numbers and names; every record carries its digest. A rollout's record is
+replaced when its task is asked again, in a later step: followers have copied it
+by then. Where a task stands twice in a step, the second one's rollouts are
+numbered on.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mgrpo_jax import atomic, leaves
+from mgrpo_jax.decoupled import spool, wire
+from mgrpo_jax.evaluate import Evaluation
+from mgrpo_jax.metrics import Accuracy
+from mgrpo_jax.rewards import Scores
+from mgrpo_jax.store import Store
+from mgrpo_jax.types import NO_PARENT, Account, RolloutGroup, Status, Trajectory
+
+_WRITERS = 16  # records written or read at the same time
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Told:
+  """A group as the leader tells it.
+
+  Attributes:
+    task: its id.
+    repetition: how often the task stands before it in the step.
+    rollouts: the calls of each rollout, callers first, without tokens.
+    scores: of the calls.
+  """
+
+  task: str
+  repetition: int
+  rollouts: tuple[tuple[Trajectory, ...], ...]
+  scores: Scores
+
+
+class Board:
+  """Reads and writes the records."""
+
+  def __init__(self, store: Store, *, rollouts_per_task: int) -> None:
+    """Reads nothing yet.
+
+    Args:
+      store: the bucket.
+      rollouts_per_task: K.
+    """
+    self._store = store
+    self._num = rollouts_per_task
+
+  def has_step(self, step: int) -> bool:
+    """Whether a step is complete."""
+    return self._store.get(_step(step)) is not None
+
+  def announce(
+      self,
+      step: int,
+      groups: Sequence[RolloutGroup],
+      scores: Sequence[Scores],
+  ) -> int:
+    """Writes a step's records, then the one that makes it complete.
+
+    Args:
+      step: its number.
+      groups: of the step, K rollouts each.
+      scores: of the groups.
+
+    Returns:
+      Bytes that were written.
+
+    Raises:
+      StorageError: they cannot be written.
+    """
+    records: dict[str, bytes] = {}
+    tasks: list[str] = []
+    for group, graded in zip(groups, scores, strict=True):
+      first = tasks.count(group.task.id) * self._num
+      tasks.append(group.task.id)
+      for k in range(group.num_rollouts):
+        records[_reward(group.task.id, first + k)] = _sealed(
+            _rollout(step, group, graded, k)
+        )
+    last = _sealed({"step": step, "tasks": tasks})
+    with concurrent.futures.ThreadPoolExecutor(_WRITERS) as pool:
+      list(pool.map(self._store.put, records, records.values()))
+    self._store.put(_step(step), last)
+    return len(last) + sum(map(len, records.values()))
+
+  def step(self, step: int) -> list[Told] | None:
+    """Reads a step.
+
+    Args:
+      step: its number.
+
+    Returns:
+      Its groups; None while it is not complete.
+
+    Raises:
+      CorruptError: a record is damaged, naming it.
+      StorageError: one cannot be read.
+    """
+    if (found := self._read(_step(step))) is None:
+      return None
+    tasks: list[str] = found["tasks"]
+    places = [
+        (task, tasks[:b].count(task) * self._num + k)
+        for b, task in enumerate(tasks)
+        for k in range(self._num)
+    ]
+    with concurrent.futures.ThreadPoolExecutor(_WRITERS) as pool:
+      records = list(pool.map(lambda p: self._read(_reward(*p)), places))
+    if any(record is None or record["step"] != step for record in records):
+      return None  # a leader that was started again is writing them anew
+    return [
+        _told(
+            task, tasks[:b].count(task), records[b * self._num :][: self._num]
+        )
+        for b, task in enumerate(tasks)
+    ]
+
+  def write_evaluation(
+      self, split: str, done: int, found: Evaluation, tokens: Mapping[str, int]
+  ) -> None:
+    """Writes what a look at held-out questions found.
+
+    Args:
+      split: of the questions.
+      done: steps that the team had behind it.
+      found: the outcome.
+      tokens: that were sampled, by policy.
+    """
+    families = {n: dataclasses.asdict(a) for n, a in found.by_family.items()}
+    record = {"families": families, "tokens": dict(tokens)}
+    self._store.put(f"evaluations/{split}/{done}.json", _sealed(record))
+
+  def evaluation(
+      self, split: str, done: int
+  ) -> tuple[Evaluation, dict[str, int]] | None:
+    """Reads what `write_evaluation` wrote; None where it has not yet."""
+    record = self._read(f"evaluations/{split}/{done}.json")
+    if record is None:
+      return None
+    parts = {n: Accuracy(**part) for n, part in record["families"].items()}
+    counts: collections.Counter[str] = collections.Counter()
+    for part in record["families"].values():
+      counts.update(part)
+    names = [field.name for field in dataclasses.fields(Accuracy)]
+    overall = Accuracy(**{name: counts[name] for name in names})
+    found = Evaluation(overall=overall, by_family=parts, groups=())
+    return found, record["tokens"]
+
+  def write_stats(
+      self, role: str, step: int, values: Mapping[str, float]
+  ) -> None:
+    """Writes a role's numbers of a step."""
+    self._store.put(f"stats/{role}/{step}.json", _sealed(dict(values)))
+
+  def stats(self, role: str, step: int) -> dict[str, Any] | None:
+    """Reads a role's numbers of a step; None where there are none."""
+    return self._read(f"stats/{role}/{step}.json")
+
+  def _read(self, key: str) -> dict[str, Any] | None:
+    """Reads a record; raises CorruptError where it is damaged."""
+    value = self._store.get(key)
+    if value is None:
+      return None
+    try:
+      return leaves.check_seal(json.loads(value))
+    except (ValueError, RecursionError, atomic.CorruptError) as error:
+      raise atomic.CorruptError(
+          f"{self._store.url}/{key} is damaged: {error}"
+      ) from error
+
+
+def _step(step: int) -> str:
+  """Where a step's record lies."""
+  return f"steps/{step}.json"
+
+
+def _reward(task: str, place: int) -> str:
+  """Where a rollout's record lies."""
+  return f"rewards/{task}/{place}.json"
+
+
+def _sealed(record: Mapping[str, Any]) -> bytes:
+  """A record with its digest."""
+  return wire.dump(leaves.seal(record))
+
+
+def _rollout(
+    step: int, group: RolloutGroup, scores: Scores, k: int
+) -> dict[str, Any]:
+  """The record of one rollout: a row a call, the scores last."""
+  rows = spool.write_scores(scores)
+  calls = [
+      (m, one) for m, one in enumerate(group.trajectories) if one.rollout == k
+  ]
+  return {
+      "step": step,
+      "calls": [
+          [
+              one.role,
+              one.call,
+              one.parent,
+              one.attempt,
+              int(one.status),
+              one.version_min,
+              one.version_max,
+              *rows[m],
+          ]
+          for m, one in calls
+      ],
+  }
+
+
+def _told(task: str, repetition: int, records: Sequence[Any]) -> Told:
+  """A group from the records of its rollouts."""
+  rollouts, rows = [], []
+  for k, record in enumerate(records):
+    calls = []
+    for role, call, parent, attempt, status, oldest, newest, *row in record[
+        "calls"
+    ]:
+      fields = {
+          "task_id": task,
+          "rollout": k,
+          "role": role,
+          "call": call,
+          "parent": parent,
+          "attempt": attempt,
+          "status": Status(status),
+          "version_min": oldest,
+          "version_max": newest,
+          "seconds": 0.0,
+      }
+      calls.append(wire.stub(fields, _NOTHING))
+      rows.append(row)
+    if not calls or calls[0].parent != NO_PARENT:
+      raise atomic.CorruptError(f"rollout {k} of task {task} has no root")
+    rollouts.append(tuple(calls))
+  return Told(
+      task=task,
+      repetition=repetition,
+      rollouts=tuple(rollouts),
+      scores=spool.read_scores(rows),
+  )
+
+
+_NOTHING = Account(  # the leader has graded; a follower need not know
+    sampled=0, turns=0, format=False, correct=None, expert=None, overlong=0.0
+)

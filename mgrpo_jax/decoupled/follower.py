@@ -1,0 +1,98 @@
+"""A job that follows: it trains on its own calls of the leader's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from mgrpo_jax import rollout
+from mgrpo_jax.agents.call import turn_seed
+from mgrpo_jax.agents.team import Role
+from mgrpo_jax.atomic import CorruptError
+from mgrpo_jax.decoupled.board import Told
+from mgrpo_jax.decoupled.part import Part
+from mgrpo_jax.evaluate import Evaluation
+from mgrpo_jax.rewards import Scores
+from mgrpo_jax.tasks.curriculum import Stage
+from mgrpo_jax.types import RolloutGroup, Task
+
+T = TypeVar("T")
+
+
+class Follower(Part):
+  """The job of any other policy."""
+
+  def take(self, stage: Stage) -> tuple[Task, ...]:
+    """Arrow 1: only demonstrations are this job's own."""
+    return super().take(stage) if stage.objective == "imitate" else ()
+
+  def _reported(self) -> Sequence[Role]:
+    """The roles whose calls are this job's."""
+    team = self.setup.team
+    return [r for r in team.roles if r.policy in self.resources.learners]
+
+  async def _answered(self, probe: Callable[[], T | None], what: str) -> T:
+    """Answers calls until the leader has brought something about."""
+    team = self.setup.team
+
+    def look() -> T | None:
+      self.desk.check()
+      return probe()
+
+    return await self._peers[team[team.root].policy].wait(look, what)
+
+  async def _rolled_out(
+      self, stage: Stage, tasks: Sequence[Task], step: int, seed: int
+  ) -> tuple[list[RolloutGroup], int]:
+    """Answers calls until the leader has made the step a fact."""
+    if (found := self._spool.read(step)) is None:
+      self._open(step)
+      told = await self._answered(
+          lambda: self._board.step(step), f"to complete step {step}"
+      )
+      groups = [self._group(one, seed) for one in told]
+      scores: list[Scores] | None = [one.scores for one in told]
+      self._spool.write(step, groups, scores)
+      self.desk.close()
+    else:
+      groups, scores = found
+    if scores is None:
+      raise CorruptError(f"the spool of step {step} holds no scores")
+    self._scores = scores
+    own = (t for g in groups for t in g.trajectories if t.account is None)
+    return groups, sum(t.sampled for t in own)
+
+  def _graded(
+      self, stage: Stage, groups: Sequence[RolloutGroup]
+  ) -> list[Scores]:
+    """The leader's rewards."""
+    if stage.objective == "imitate":
+      return super()._graded(stage, groups)
+    return self._scores
+
+  async def _examined(
+      self, tasks: Sequence[Task], split: str
+  ) -> tuple[Evaluation, int]:
+    """Answers calls until the leader has what it asked."""
+    done = self.done
+    found = self._board.evaluation(split, done)
+    if found is None:
+      self._open(done)
+      found = await self._answered(
+          lambda: self._board.evaluation(split, done),
+          f"to evaluate {split} after {done} steps",
+      )
+      self.desk.close()
+    own = self.resources.learners.keys()
+    return found[0], sum(n for p, n in found[1].items() if p in own)
+
+  def _group(self, told: Told, seed: int) -> RolloutGroup:
+    """A group as the leader tells it, this job's own calls in their places."""
+    seed = turn_seed(seed, told.repetition) if told.repetition else seed
+    rollouts = [
+        [t if self._is_elsewhere(t) else self._kept(seed, t) for t in calls]
+        for calls in told.rollouts
+    ]
+    return rollout.group_of(
+        self._tasks[told.task], rollouts, environment=self.resources.training
+    )

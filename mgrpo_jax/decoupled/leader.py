@@ -1,0 +1,122 @@
+"""The job that leads: its word makes a step a fact for the others."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from mgrpo_jax.agents.call import turn_seed
+from mgrpo_jax.atomic import MismatchError
+from mgrpo_jax.credit import Credits
+from mgrpo_jax.decoupled.part import Part
+from mgrpo_jax.evaluate import Evaluation
+from mgrpo_jax.rewards import Scores
+from mgrpo_jax.tasks.curriculum import Stage
+from mgrpo_jax.types import RolloutGroup, Task
+
+
+class Leader(Part):
+  """The job of the root's policy: drives rollouts, grades, decides."""
+
+  _begun = (0, 0, 0)  # what had crossed when the step's calls began
+
+  async def tokens(self) -> dict[str, int]:
+    """What the whole team has spent so far."""
+    spent = await super().tokens()
+    for policy in self._peers:
+      role = next(r for r in self.setup.team.roles if r.policy == policy)
+      stats = self._board.stats(role.name, self.done - 1)
+      if stats is not None:  # there is none where no step was made
+        spent["trained"] += int(stats["trained_tokens"])
+    return spent
+
+  async def _rolled_out(
+      self, stage: Stage, tasks: Sequence[Task], step: int, seed: int
+  ) -> tuple[list[RolloutGroup], int]:
+    """Executes the team, unless the step was made before."""
+    found = self._spool.read(step)
+    if found is None:
+      if self._board.has_step(step):
+        raise MismatchError(
+            f"step {step} stands in the bucket, but not in this run directory:"
+            " give that which the run began with, or another bucket"
+        )
+      await self._ready(step)
+      groups = await self._roll_out(tasks, seed)
+      groups = [
+          self._filled(group, seed, groups[:b])
+          for b, group in enumerate(groups)
+      ]
+      self._spool.write(step, groups, None)
+    else:
+      groups, _ = found
+    return groups, sum(t.sampled for g in groups for t in g.trajectories)
+
+  def assign(
+      self,
+      stage: Stage,
+      groups: Sequence[RolloutGroup],
+      scores: Sequence[Scores],
+      step: int,
+  ) -> Credits:
+    """Arrows 4 and 5; before, the step is made a fact for the others."""
+    if stage.objective == "reinforce" and not self._board.has_step(step):
+      written = self._board.announce(step, groups, scores)
+      self._count(written, groups)
+    return super().assign(stage, groups, scores, step)
+
+  async def _examined(
+      self, tasks: Sequence[Task], split: str
+  ) -> tuple[Evaluation, int]:
+    """Asks held-out questions, unless that was done before."""
+    found = self._board.evaluation(split, self.done)
+    if found is not None:
+      return found[0], sum(found[1].values())
+    await self._ready(self.done)
+    result, _ = await super()._examined(tasks, split)
+    team = self.setup.team
+    tokens = dict.fromkeys(team.policies, 0)
+    for group in result.groups:
+      for one in group.trajectories:
+        tokens[team[one.role].policy] += one.sampled
+    self._board.write_evaluation(split, self.done, result, tokens)
+    return result, sum(tokens.values())
+
+  async def _ready(self, done: int) -> None:
+    """Waits until all jobs answer calls of a team so many steps old."""
+    self._open(done)
+    with self.meter.timed("jobs"):
+      for peer in self._peers.values():
+        await peer.ready(done)
+    self._begun = self._crossed()
+
+  def _crossed(self) -> tuple[int, int, int]:
+    """Calls in other jobs, bytes of their text, all bytes; so far."""
+    total = sum(peer.sent + peer.received for peer in self._peers.values())
+    return self._traffic.calls, self._traffic.text_bytes, total
+
+  def _count(self, written: int, groups: Sequence[RolloutGroup]) -> None:
+    """Says what crossed between jobs in the step, by trajectory."""
+    calls, text, total = (
+        now - before
+        for now, before in zip(self._crossed(), self._begun, strict=True)
+    )
+    if not calls:
+      return
+    trajectories = sum(len(group.trajectories) for group in groups)
+    self.meter.values |= {
+        "crossed_text": text / calls,
+        "crossed_besides": (total - text) / calls + written / trajectories,
+    }
+
+  def _filled(
+      self, group: RolloutGroup, seed: int, before: Sequence[RolloutGroup]
+  ) -> RolloutGroup:
+    """Puts in the calls that others made of this job."""
+    repetition = [one.task.id for one in before].count(group.task.id)
+    seed = turn_seed(seed, repetition) if repetition else seed
+    calls = tuple(
+        t if t.account is None or self._is_elsewhere(t) else self._kept(seed, t)
+        for t in group.trajectories
+    )
+    return dataclasses.replace(group, trajectories=calls)

@@ -1,0 +1,134 @@
+"""Opens a job's part of a run: what `loop.train` is given in place of all."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import typing
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from mgrpo_jax.decoupled import server
+from mgrpo_jax.decoupled.follower import Follower
+from mgrpo_jax.decoupled.leader import Leader
+from mgrpo_jax.decoupled.members import Heart
+from mgrpo_jax.decoupled.part import Job, Part
+from mgrpo_jax.decoupled.peer import Peer
+from mgrpo_jax.decoupled.remote import Remote, Traffic
+from mgrpo_jax.plan import Setup
+from mgrpo_jax.policy.params import Params
+from mgrpo_jax.resources import Reach, open_resources
+from mgrpo_jax.run import Run
+from mgrpo_jax.store import Store
+
+
+@contextlib.asynccontextmanager
+async def open_job(
+    setup: Setup, store: Store, *, job: Job
+) -> AsyncIterator[Run]:
+  """Starts a job's part of a run, and stops it.
+
+  Args:
+    setup: the recipe, restricted to the job's policy by `restricted`.
+    store: the bucket that all jobs share.
+    job: who this is.
+
+  Yields:
+    The run, to be handed to `loop.train`.
+  """
+  traffic = Traffic()
+  part: list[Part] = []
+  async with contextlib.AsyncExitStack() as stack:
+    peers = {
+        policy: await stack.enter_async_context(
+            Peer(
+                store,
+                policy,
+                token=job.token,
+                patience=job.patience,
+                timeout=setup.sampler.deadline,
+                max_concurrent=2 * setup.sampler.max_concurrent,
+                tell=job.tell,
+            )
+        )
+        for policy in sorted(setup.elsewhere)
+    }
+
+    def reach(purpose: str) -> dict[str, Remote]:
+      return {
+          policy: Remote(
+              peer, purpose, done=lambda: part[0].done, traffic=traffic
+          )
+          for policy, peer in peers.items()
+      }
+
+    resources = await stack.enter_async_context(
+        open_resources(
+            setup,
+            store,
+            Reach(training=reach("training"), testing=reach("testing")),
+        )
+    )
+    heart = stack.enter_context(
+        Heart(
+            store,
+            policy=job.policy,
+            address=job.address,
+            every=job.heartbeat,
+            tell=job.tell,
+        )
+    )
+    team = setup.team
+    leads = team[team.root].policy == job.policy
+    run = (Leader if leads else Follower)(
+        resources, job=job, peers=peers, heart=heart, traffic=traffic
+    )
+    part.append(run)
+    await stack.enter_async_context(
+        server.serving(run.desk, job.where, job.token)
+    )
+    yield run
+
+
+def restricted(setup: Setup, policy: str) -> Setup:
+  """The part of a recipe that one job carries out.
+
+  Args:
+    setup: of the whole team.
+    policy: of the job.
+
+  Returns:
+    The recipe, other policies without their weights.
+
+  Raises:
+    ValueError: there is no such policy, or the recipe has what jobs cannot do.
+  """
+  if policy not in setup.policies:
+    raise ValueError(
+        f"policy: {policy!r}, allowed: {', '.join(setup.policies)}"
+    )
+  refused = {
+      "resample": setup.resample,
+      "spares": setup.sampler.spares.count,
+      "budget": bool(setup.budget.limits()),
+      "max_staleness": setup.max_staleness,
+      "coded": bool(setup.coded),
+  }
+  if found := [name for name, value in refused.items() if value]:
+    raise ValueError(f"jobs of one policy each do without {', '.join(found)}")
+
+  def only(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    return {n: one for n, one in mapping.items() if n == policy}
+
+  return dataclasses.replace(
+      setup,
+      policies={
+          name: one
+          if name == policy
+          else dataclasses.replace(one, params=typing.cast(Params, None))
+          for name, one in setup.policies.items()
+      },
+      adaptations=only(setup.adaptations),
+      external=only(setup.external),
+      elsewhere=frozenset(setup.policies) - {policy},
+  )

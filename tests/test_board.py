@@ -1,0 +1,151 @@
+"""Records of a run in its bucket: read back whole, or not at all."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from trajectories import group, task, trajectory
+
+from mgrpo_jax import rewards, store
+from mgrpo_jax.atomic import CorruptError
+from mgrpo_jax.decoupled.board import Board
+from mgrpo_jax.decoupled.spool import Spool, read_scores, write_scores
+from mgrpo_jax.evaluate import Evaluation
+from mgrpo_jax.metrics import Accuracy
+from mgrpo_jax.testing.team import environment, small_team
+from mgrpo_jax.types import Account, Status
+
+TEAM = small_team()
+
+
+def played(seed):
+  """Two rollouts, in one of which the researcher was called."""
+  rng = np.random.default_rng(seed)
+  calls = [
+      trajectory(rollout=0),
+      trajectory(rollout=0, role="researcher", parent=0, version_min=3),
+      trajectory(rollout=1, status=Status.TRUNCATED),
+  ]
+  made = group(task(), calls, num_rollouts=2)
+  columns = [field.name for field in dataclasses.fields(rewards.Scores)]
+  scores = rewards.Scores(
+      **{name: rng.random(3).astype(np.float32) for name in columns}
+  )
+  return made, scores
+
+
+def same(one, other):
+  return all(
+      getattr(one, f.name).tobytes() == getattr(other, f.name).tobytes()
+      for f in dataclasses.fields(rewards.Scores)
+  )
+
+
+@pytest.fixture
+def bucket(tmp_path):
+  return store.open_folder(tmp_path / "bucket")
+
+
+@pytest.fixture
+def board(bucket):
+  return Board(bucket, rollouts_per_task=2)
+
+
+def test_a_step_comes_back_bit_for_bit(board):
+  one, two = played(0), played(1)  # of the same task
+  assert board.step(5) is None and not board.has_step(5)
+  board.announce(5, [one[0], two[0]], [one[1], two[1]])
+  told = board.step(5)
+  assert board.has_step(5)
+  assert [(t.task, t.repetition) for t in told] == [("t", 0), ("t", 1)]
+  for (made, scores), found in zip((one, two), told, strict=True):
+    assert same(found.scores, scores)
+    calls = [call for calls in found.rollouts for call in calls]
+    for before, after in zip(made.trajectories, calls, strict=True):
+      for name in ("role", "call", "rollout", "status", "version_min"):
+        assert getattr(before, name) == getattr(after, name)
+      assert not after.tokens.size and not after.result_text
+  assert told[0].rollouts[0][1].parent == 0
+
+
+def test_a_step_whose_records_are_another_steps_is_waited_for(board):
+  made, scores = played(0)
+  board.announce(5, [made], [scores])
+  board.announce(6, [made], [scores])
+  assert board.step(5) is None and board.step(6) is not None
+
+
+@pytest.mark.parametrize("key", ["steps/5.json", "rewards/t/1.json"])
+def test_a_damaged_record_is_named(board, bucket, key):
+  made, scores = played(0)
+  board.announce(5, [made], [scores])
+  value = bytearray(bucket.get(key))
+  value[len(value) // 2] ^= 1
+  bucket.put(key, bytes(value))
+  with pytest.raises(CorruptError, match=key):
+    board.step(5)
+
+
+def test_evaluations_and_stats_come_back(board):
+  parts = {
+      "place": Accuracy(correct=2, n=5, failed=1),
+      "link": Accuracy(correct=1, n=3, failed=0),
+  }
+  overall = Accuracy(correct=3, n=8, failed=1)
+  found = Evaluation(overall=overall, by_family=parts, groups=())
+  assert board.evaluation("dev", 3) is None
+  board.write_evaluation("dev", 3, found, {"main": 7})
+  assert board.evaluation("dev", 3) == (found, {"main": 7})
+  assert board.evaluation("test", 3) is None
+  board.write_stats("main", 2, {"reward": 0.1, "trained_tokens": 5.0})
+  assert board.stats("main", 2) == {"reward": 0.1, "trained_tokens": 5.0}
+  assert board.stats("main", 3) is None
+
+
+def test_scores_survive_their_shortest_writing():
+  rng = np.random.default_rng(0)
+  columns = [field.name for field in dataclasses.fields(rewards.Scores)]
+  scores = rewards.Scores(
+      **{n: rng.normal(size=1000).astype(np.float32) for n in columns}
+  )
+  assert same(read_scores(write_scores(scores)), scores)
+
+
+def spool(folder):
+  async def nothing(tokens, sampling, seed, *, session):
+    raise AssertionError("nothing is sampled")
+
+  shared = environment({"main": nothing, "researcher": nothing}, team=TEAM)
+  made, _ = played(0)
+  return Spool(folder, tasks={"t": made.task}, environment=shared)
+
+
+def test_a_spooled_step_comes_back_and_goes_when_it_is_not_needed(tmp_path):
+  made, scores = played(0)
+  account = Account(
+      sampled=3, turns=1, format=True, correct=1.0, expert=None, overlong=0.0
+  )
+  calls = list(made.trajectories)
+  calls[1] = dataclasses.replace(calls[1], account=account)
+  made = group(task(), calls, num_rollouts=2)
+  kept = spool(tmp_path)
+  kept.write(4, [made], None)
+  kept.write(5, [made], [scores])
+  (back,), none = kept.read(4)
+  assert none is None and back.trajectories[1].account == account
+  for name in ("rollout", "parent", "role", "call"):
+    assert np.array_equal(getattr(back, name), getattr(made, name))
+  _, (found,) = kept.read(5)
+  assert same(found, scores)
+  kept.trim(5)
+  assert kept.read(4) is None and kept.read(5) is not None
+
+
+def test_a_damaged_spool_is_named(tmp_path):
+  made, scores = played(0)
+  kept = spool(tmp_path)
+  kept.write(5, [made], [scores])
+  (file,) = tmp_path.iterdir()
+  file.write_bytes(file.read_bytes()[:-9])
+  with pytest.raises(CorruptError, match=file.name):
+    kept.read(5)

@@ -1,0 +1,158 @@
+"""Jobs of a team as a user starts them, and what is refused."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments import joining, launch
+from mgrpo_jax import ownership, store
+from mgrpo_jax.testing.setup import small_setup
+from mgrpo_jax.work import Budget
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMOKE = "--config=configs/decoupled_quickstart.py:smoke"
+
+
+def train(*arguments, timeout=120):
+  return subprocess.run(
+      [sys.executable, "-m", "experiments.train", *arguments],
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+      timeout=timeout,
+      env=os.environ | {"PYTHONPATH": str(ROOT)},
+      check=False,
+  )
+
+
+def test_arguments_of_the_recipe_are_handed_on():
+  given = [
+      "--config=configs/a.py:smoke",
+      "--workdir=x",
+      "--config.seed=3",
+      "--config.loss.clip_low",
+      "0.1",
+      "--launch=local",
+      "-config.name=other",
+  ]
+  assert launch.recipe_arguments(given) == [
+      "--config=configs/a.py:smoke",
+      "--config.seed=3",
+      "--config.loss.clip_low",
+      "0.1",
+      "-config.name=other",
+  ]
+
+
+def test_a_token_is_read_made_or_found_in_the_environment(
+    tmp_path, monkeypatch
+):
+  monkeypatch.delenv(joining.TOKEN, raising=False)
+  assert joining.token("", new=False) == ""
+  made = {joining.token("", new=True) for _ in range(2)}
+  assert len(made) == 2 and all(len(one) == 32 for one in made)
+  monkeypatch.setenv(joining.TOKEN, "from outside")
+  assert joining.token("", new=False) == "from outside"
+  file = tmp_path / "token"
+  file.write_text(" 0123456789abcdef\n")
+  assert joining.token(str(file), new=False) == "0123456789abcdef"
+  file.write_text("\n")
+  with pytest.raises(ValueError, match="is empty"):
+    joining.token(str(file), new=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"host": "0.0.0.0"}, "needs a token"),
+        ({"host": "0.0.0.0", "token": "0123456789abcdef"}, "--reached_as"),
+        ({"token": "short"}, "at least 16"),
+        ({"port": 70_000}, "allowed: 0 to 65535"),
+    ],
+)
+def test_a_place_that_is_open_or_cannot_be_reached_is_refused(changes, told):
+  place = {"host": "127.0.0.1", "port": 0, "reached_as": "", "token": ""}
+  with pytest.raises(ValueError, match=told):
+    with joining.placed("main", **{**place, **changes}):
+      pass
+
+
+def test_what_jobs_cannot_do_is_refused_by_name():
+  from dataclasses import replace
+
+  from mgrpo_jax.decoupled.run import restricted
+
+  setup = small_setup(seed=0, imitation_steps=0, steps=1)
+  with pytest.raises(ValueError, match="'nobody', allowed: main, researcher"):
+    restricted(setup, "nobody")
+  budget = Budget(trained_tokens=5, generated_tokens=0)
+  with pytest.raises(ValueError, match="without budget"):
+    restricted(replace(setup, budget=budget), "main")
+  with pytest.raises(ValueError, match="without resample, max_staleness"):
+    restricted(replace(setup, resample=1, max_staleness=2), "main")
+  own = restricted(setup, "researcher")
+  assert own.own == ("researcher",) and own.elsewhere == {"main"}
+  assert own.policies["main"].params is None
+
+
+def test_all_jobs_of_a_run_have_one_name_and_one_config(tmp_path):
+  bucket = store.open_folder(tmp_path)
+  name = ownership.join(bucket, {"seed": 0})
+  assert ownership.join(bucket, {"seed": 0}) == name
+  with pytest.raises(ownership.TakenError, match="another config"):
+    ownership.join(bucket, {"seed": 1})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--policy=main",), "needs --bucket"),
+        (("--policy=main", "--launch=local"), "allowed: one of them"),
+        (("--policy=nobody", "--bucket=BUCKET"), "'nobody', allowed: main"),
+        (("--launch=local", "--config.rollout.spare=1"), "rollout.spare: 1"),
+    ],
+)
+def test_wrong_flags_end_with_one_line(tmp_path, arguments, told):
+  named = [a.replace("BUCKET", (tmp_path / "b").as_uri()) for a in arguments]
+  result = train(SMOKE, f"--workdir={tmp_path / 'run'}", *named)
+  assert result.returncode == 2, result.stderr
+  (line,) = result.stderr.strip().splitlines()
+  assert told in line
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  """The quickstart's smoke in jobs, and in one process."""
+  root = tmp_path_factory.mktemp("smoke")
+  taken = {}
+  for name, extra in (("jobs", ["--launch=local"]), ("one", [])):
+    began = time.monotonic()
+    result = train(SMOKE, f"--workdir={root / name}", *extra, timeout=280)
+    assert result.returncode == 0, result.stderr
+    taken[name] = time.monotonic() - began
+  print(taken)
+  return root
+
+
+def test_jobs_end_with_the_summary_of_one_process(runs):
+  one, led = (
+      json.loads((runs / name / "summary.json").read_text())
+      for name in ("one", "jobs")
+  )
+  for name in ("seed", "steps", "eval", "tokens"):
+    assert led[name] == one[name]
+
+
+@pytest.mark.parametrize(
+    ("policy", "folder"),
+    [("main", "jobs"), ("researcher", "jobs/jobs/researcher")],
+)
+def test_jobs_end_with_the_parameters_of_one_process(runs, policy, folder):
+  file = f"policies/{policy}/model.safetensors"
+  expected = (runs / "one" / file).read_bytes()
+  assert (runs / folder / file).read_bytes() == expected

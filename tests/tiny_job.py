@@ -1,0 +1,85 @@
+"""One job of a whole run in miniature, as a process that can be killed.
+
+python tiny_job.py DIRECTORY BUCKET POLICY SEED STEPS
+
+POLICY may be `all`: then the run is in one process.
+"""
+
+import asyncio
+import functools
+import json
+import pathlib
+import sys
+import tempfile
+import time
+
+import jax
+from delegating import delegating_setup
+
+from mgrpo_jax import loop, metrics, store, workdir
+from mgrpo_jax.decoupled.part import Job
+from mgrpo_jax.decoupled.run import open_job, restricted
+from mgrpo_jax.journal import Journal
+from mgrpo_jax.run import open_run
+from mgrpo_jax.serving.listen import bind
+from mgrpo_jax.tasks import curriculum
+
+TOKEN = "0123456789abcdef"
+HEARTBEAT = 0.5
+
+
+def train(directory, bucket, policy, setup, *, stream, patience=60.0):
+  """Trains one job's part, or all; returns the summary."""
+  opened = open_run
+  with (
+      metrics.count_compilations() as compiled,
+      workdir.hold(directory, {"seed": setup.seed}) as held,
+      Journal(
+          held,
+          total_steps=curriculum.num_steps(setup.stages),
+          limits={},
+          keep_checkpoints=2,
+          stream=stream,
+          started=time.monotonic(),
+          compiled=compiled,
+      ) as journal,
+      bind("127.0.0.1", 0) as where,
+  ):
+    if policy != "all":
+      setup = restricted(setup, policy)
+      host, port = where.getsockname()[:2]
+      opened = functools.partial(
+          open_job,
+          job=Job(
+              policy=policy,
+              workdir=held,
+              where=where,
+              address=f"http://{host}:{port}",
+              token=TOKEN,
+              patience=patience,
+              heartbeat=HEARTBEAT,
+              tell=journal.progress.note,
+          ),
+      )
+    work = loop.train(setup, store.open(bucket), journal, opened=opened)
+    summary, _ = asyncio.run(work)
+    return journal.summarise({"config": {}} | summary)
+
+
+def main():
+  cache = pathlib.Path(tempfile.gettempdir()) / "mgrpo_jax_tiny_cache"
+  jax.config.update("jax_compilation_cache_dir", str(cache))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  directory, bucket, policy, seed, steps = sys.argv[1:]
+  setup = delegating_setup(seed=int(seed), imitation_steps=2, steps=int(steps))
+  print(
+      json.dumps(
+          train(
+              pathlib.Path(directory), bucket, policy, setup, stream=sys.stderr
+          )
+      )
+  )
+
+
+if __name__ == "__main__":
+  main()
