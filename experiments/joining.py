@@ -8,7 +8,6 @@ import functools
 import importlib.util
 import ipaddress
 import os
-import pathlib
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 import ml_collections
 
+from experiments import cli
 from mgrpo_jax import ownership
 from mgrpo_jax.journal import Journal
 from mgrpo_jax.plan import Setup
@@ -55,14 +55,10 @@ def token(file: str, *, new: bool) -> str:
     The token; empty where there is none.
 
   Raises:
-    OSError: the file cannot be read.
-    ValueError: it is empty.
+    ValueError: the file cannot be read or is empty.
   """
   if file:
-    found = pathlib.Path(file).read_text("utf-8").strip()
-    if not found:
-      raise ValueError(f"--token_file: {file} is empty")
-    return found
+    return cli.secret(file, "--token_file")
   return secrets.token_hex(16) if new else os.environ.get(TOKEN, "")
 
 
