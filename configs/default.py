@@ -290,3 +290,4 @@ def _add_bookkeeping(config: ml_collections.ConfigDict) -> None:
   config.publish.bucket = ""  # URL of the store; empty: WORKDIR/bucket
   config.publish.every = 1  # steps, >= 1
   config.publish.keep = 3  # versions in the store, >= 1
+  config.publish.dtype = "float32"  # bfloat16: half the bytes, rounded weights

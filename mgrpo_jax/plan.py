@@ -138,6 +138,7 @@ class Setup:
     keep_checkpoints: how many stay on disk.
     publish_every: steps between published versions.
     keep_versions: how many stay in the store.
+    publish_short: whether they are rounded to bfloat16.
   """
 
   seed: int
@@ -167,3 +168,4 @@ class Setup:
   keep_checkpoints: int
   publish_every: int
   keep_versions: int
+  publish_short: bool
