@@ -293,6 +293,7 @@ def _add_bookkeeping(config: ml_collections.ConfigDict) -> None:
   config.publish.bucket = ""  # URL of the store; empty: WORKDIR/bucket
   config.publish.every = 1  # steps, >= 1
   config.publish.keep = 3  # versions in the store, >= 1
+  config.publish.dtype = "float32"  # bfloat16: half the bytes, rounded weights
 
   config.jobs = ml_collections.ConfigDict()  # of one policy each; --policy
   config.jobs.heartbeat = 5.0  # seconds between signs of life, > 0

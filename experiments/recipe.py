@@ -92,6 +92,7 @@ def check(
   checks.pick(world.PROTOCOLS, config.team.protocol, "team.protocol")
   for name in config.policies:
     placing.execution(config, name)
+  _published_short(config)
   if config.publish.bucket:
     with checks.inside("publish.bucket"):
       if bucket.spec(config.publish.bucket)["driver"] == "memory":
@@ -185,7 +186,14 @@ def build(config: ml_collections.ConfigDict, *, only: str = "") -> Setup:
       keep_checkpoints=config.checkpoint.keep,
       publish_every=config.publish.every,
       keep_versions=config.publish.keep,
+      publish_short=_published_short(config),
   )
+
+
+def _published_short(config: ml_collections.ConfigDict) -> bool:
+  """Returns whether published weights are rounded to bfloat16."""
+  choices = {"float32": False, "bfloat16": True}
+  return checks.pick(choices, config.publish.dtype, "publish.dtype")
 
 
 def build_team(config: ml_collections.ConfigDict) -> Team:

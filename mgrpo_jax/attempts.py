@@ -13,7 +13,7 @@ import functools
 import re
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import tensorstore as ts
 
@@ -37,6 +37,16 @@ _OUTSIDE = re.compile(  # failures that say nothing about what was stored
 )
 
 
+class Pending(Protocol):
+  """An attempt under way; TensorStore's futures are."""
+
+  def result(self, timeout: float) -> Any:
+    """Waits so many seconds; raises TimeoutError when they are over."""
+
+  def cancel(self) -> Any:
+    """Gives it up."""
+
+
 class UndecodedError(atomic.StorageError):
   """The store answered, but not with what was written."""
 
@@ -48,12 +58,12 @@ def context() -> ts.Context:
 
 
 def wait(
-    start: Callable[[], ts.Future],
+    start: Callable[[], Pending],
     *,
     what: str,
     patience: float,
     nbytes: int = 0,
-    started: ts.Future | None = None,
+    started: Pending | None = None,
 ) -> Any:
   """Waits for an operation, beginning it again where a server failed.
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -131,6 +131,48 @@ def describe_all(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     return dict(zip(arrays, found, strict=True))
 
 
+class Checker:
+  """Compares arrays with their descriptions, in threads; a context manager.
+
+  Leaving it waits for them, and raises CorruptError where an array is missing,
+  unexpected or different.
+  """
+
+  def __init__(self, described: Mapping) -> None:
+    """Begins with nothing.
+
+    Args:
+      described: what `describe` said of the arrays when they were written.
+    """
+    self._described = described
+    self._found: dict[str, concurrent.futures.Future] = {}
+    self._threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+
+  def __enter__(self) -> Self:
+    """Returns itself."""
+    return self
+
+  def add(self, name: str, array: np.ndarray) -> None:
+    """Starts comparing an array, which must not change meanwhile."""
+    self._found[name] = self._threads.submit(describe, array)
+
+  def __exit__(self, kind: object, *_: object) -> None:
+    """Waits, and says what differs unless something else went wrong."""
+    self._threads.shutdown(cancel_futures=kind is not None)
+    if kind is not None:
+      return
+    if self._found.keys() != self._described.keys():
+      names = sorted(self._found.keys() ^ self._described.keys())
+      raise CorruptError(f"arrays missing or unexpected: {_some(names)}")
+    bad = [
+        name
+        for name, found in self._found.items()
+        if found.result() != self._described[name]
+    ]
+    if bad:
+      raise CorruptError(f"digests differ: {_some(bad)}")
+
+
 def verify(arrays: Mapping[str, np.ndarray], described: Mapping) -> None:
   """Checks arrays against their descriptions.
 
@@ -141,13 +183,9 @@ def verify(arrays: Mapping[str, np.ndarray], described: Mapping) -> None:
   Raises:
     CorruptError: an array is missing, unexpected or different.
   """
-  if arrays.keys() != described.keys():
-    names = sorted(arrays.keys() ^ described.keys())
-    raise CorruptError(f"arrays missing or unexpected: {_some(names)}")
-  found = describe_all(arrays)
-  bad = [name for name in arrays if found[name] != described[name]]
-  if bad:
-    raise CorruptError(f"digests differ: {_some(bad)}")
+  with Checker(described) as checker:
+    for name, array in arrays.items():
+      checker.add(name, array)
 
 
 def seal(body: Mapping[str, Any]) -> dict[str, Any]:

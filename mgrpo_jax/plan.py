@@ -138,6 +138,7 @@ class Setup:
     keep_checkpoints: how many stay on disk.
     publish_every: steps between published versions.
     keep_versions: how many stay in the store.
+    publish_short: whether they are rounded to bfloat16.
     elsewhere: policies that other jobs sample and train; of these, `policies`
       has the tokenizer and sizes, and no weights.
   """
@@ -169,6 +170,7 @@ class Setup:
   keep_checkpoints: int
   publish_every: int
   keep_versions: int
+  publish_short: bool
   elsewhere: frozenset[str] = frozenset()
 
   @property

@@ -269,8 +269,8 @@ def _read_number(store: Store, policy: str, number: int, like: Any) -> Weights:
     try:
       manifest = manifests.parse(found, policy, number)
       described = manifest["arrays"]
-      arrays = store.read_arrays(path, described)
-      leaves.verify(arrays, described)
+      with leaves.Checker(described) as checker:
+        arrays = store.read_arrays(path, described, checker.add)
     except atomic.CorruptError as caught:
       error = caught
       continue
@@ -338,7 +338,8 @@ def _is_whole(store: Store, version: PolicyVersion) -> bool:
     described = manifests.parse(found, version.policy, version.number)["arrays"]
     if json.loads(found)["digest"] != version.digest:
       return False
-    leaves.verify(store.read_arrays(version.path, described), described)
+    with leaves.Checker(described) as checker:
+      store.read_arrays(version.path, described, checker.add)
   except atomic.CorruptError:
     return False
   return True

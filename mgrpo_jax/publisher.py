@@ -3,12 +3,14 @@
 import dataclasses
 from collections.abc import Sequence
 
-from mgrpo_jax import publish
 from mgrpo_jax.resources import Resources
 
 
 class Publisher:
   """Hands new weights to the samplers and, when due, to the store.
+
+  The store is written to while training goes on (`resources.writer`). A version
+  that is due waits for the one before, and the last one is waited for.
 
   Attributes:
     versions: that are sampled from, by policy.
@@ -37,6 +39,9 @@ class Publisher:
 
     Returns:
       What was found damaged in the store and not told before, a line each.
+
+    Raises:
+      StorageError: this version or the one before cannot be written.
     """
     setup, resources = self._resources.setup, self._resources
     for policy in policies:
@@ -46,27 +51,21 @@ class Publisher:
       self._unpublished.add(policy)
     if not last and version % setup.publish_every:
       return []
-    problems: list[str] = []
+    found = resources.writer.settle()
     for policy in sorted(self._unpublished):
-      found = [p for p in self._store(policy) if p not in self._told]
-      self._told.update(found)
-      problems += found
+      self._store(policy)
     self._unpublished.clear()
+    if last:
+      found += resources.writer.settle()
+    problems = [p for p in dict.fromkeys(found) if p not in self._told]
+    self._told.update(problems)
     return problems
 
-  def _store(self, policy: str) -> list[str]:
-    """Writes a policy's version to the store; says what is damaged there."""
+  def _store(self, policy: str) -> None:
+    """Has a policy's version written to the store."""
     resources, version = self._resources, self.versions[policy]
     learner = resources.learners[policy]
     meta = {"step": version - 1, "fingerprint": resources.fingerprints[policy]}
     if learner.lora is not None:  # what else it takes to merge it
       meta["adapter"] = dataclasses.asdict(learner.lora)
-    published = publish.publish(
-        resources.store,
-        policy,
-        version,
-        learner.state.params,
-        keep=resources.setup.keep_versions,
-        meta=meta,
-    )
-    return list(published.damaged)
+    resources.writer.write(policy, version, learner.state.params, meta=meta)

@@ -27,6 +27,7 @@ from mgrpo_jax.sampler.interface import RolloutEngine
 from mgrpo_jax.store import Store
 from mgrpo_jax.tasks.pipeline import TaskQueue
 from mgrpo_jax.types import TrainState
+from mgrpo_jax.writer import Writer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class Resources:
   Attributes:
     setup: the recipe.
     store: where weights are published.
+    writer: takes them there while other work goes on.
     fingerprints: of the weights and tokenizers to begin with, by policy.
     learners: by policy.
     engines: by policy.
@@ -72,6 +74,9 @@ class Resources:
     """
     self.setup = setup
     self.store = store
+    self.writer = Writer(
+        store, keep=setup.keep_versions, short=setup.publish_short
+    )
     method = setup.method
     loras = {name: one.lora for name, one in setup.adaptations.items()}
     if unknown := sorted(loras.keys() - setup.policies.keys()):
@@ -165,7 +170,9 @@ class Resources:
       MismatchError: the run that published began with another policy.
       NoVersionError: the store does not keep such a version of any policy, or
         none as old of one of them.
+      StorageError: the store cannot be read, or not be written before.
     """
+    problems = self.writer.settle()
     kept = {name: publish.versions(self.store, name) for name in self.engines}
     if version != "latest" and not any(
         version in numbers for numbers in kept.values()
@@ -174,7 +181,6 @@ class Resources:
           f"there is no version {version} in {self.store.url}, which keeps"
           f" {sorted(set().union(*kept.values()))}"
       )
-    problems: list[str] = []
     for name, engine in self.engines.items():
       learner, meshes = self.learners[name], self.setup.meshes[name]
       merges = learner.lora is not None  # which its base's mesh does
@@ -289,10 +295,13 @@ async def open_resources(
     The resources.
 
   Raises:
+    StorageError: weights cannot be written to the store.
     ValueError: a size, name or budget of the recipe is impossible.
   """
   resources = Resources(setup, store, reach)
   async with contextlib.AsyncExitStack() as stack:
+    stack.callback(resources.writer.close)
     for engine in resources.engines.values():
       await stack.enter_async_context(engine)
     yield resources
+    resources.writer.settle()

@@ -260,13 +260,17 @@ class Store:
     )
 
   def read_arrays(
-      self, prefix: str, names: Iterable[str]
+      self,
+      prefix: str,
+      names: Iterable[str],
+      seen: Callable[[str, np.ndarray], object] = lambda *_: None,
   ) -> dict[str, np.ndarray]:
     """Reads named zarr3 arrays, all at the same time.
 
     Args:
       prefix: folder without trailing slash.
       names: as given to `write_arrays`.
+      seen: is told of each array while others are being read.
 
     Returns:
       Arrays by name.
@@ -282,35 +286,34 @@ class Store:
     }
     try:
       opened = self._all("read", keys, opening)
-      found = self._all(
+      return self._all(
           "read",
           keys,
-          {n: functools.partial(a.read, order="C") for n, a in opened.items()},
-          {name: zarr.nbytes(array) for name, array in opened.items()},
+          {n: functools.partial(zarr.Reading, opened[n]) for n in keys},
+          {n: zarr.nbytes(opened[n]) for n in keys},
+          seen,
       )
     except attempts.UndecodedError as error:
       raise atomic.CorruptError(str(error)) from error
-    return {name: np.asarray(array) for name, array in found.items()}
 
   def _all(
       self,
       verb: str,
       keys: Mapping[str, str],
-      starts: Mapping[str, Callable[[], ts.Future]],
+      starts: Mapping[str, Callable[[], attempts.Pending]],
       sizes: Mapping[str, int] | None = None,
+      done: Callable[[str, Any], object] = lambda *_: None,
   ) -> dict[str, Any]:
     """Does something to many arrays at the same time, and waits for all."""
     begun = {name: start() for name, start in starts.items()}
-    return {
-        name: self._wait(
-            verb,
-            keys[name],
-            start,
-            started=begun[name],
-            nbytes=(sizes or {}).get(name, 0),
-        )
-        for name, start in starts.items()
-    }
+    found = {}
+    for name, start in starts.items():
+      size = (sizes or {}).get(name, 0)
+      found[name] = self._wait(
+          verb, keys[name], start, started=begun[name], nbytes=size
+      )
+      done(name, found[name])
+    return found
 
   def _keeps_conditions(self) -> bool:
     """Asks the server whether it minds a condition that does not hold."""
@@ -337,9 +340,9 @@ class Store:
       self,
       verb: str,
       key: str,
-      start: Callable[[], ts.Future],
+      start: Callable[[], attempts.Pending],
       *,
-      started: ts.Future | None = None,
+      started: attempts.Pending | None = None,
       nbytes: int = 0,
   ) -> Any:
     """Waits for an operation, and says what failed where."""

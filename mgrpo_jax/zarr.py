@@ -6,6 +6,7 @@ import numpy as np
 import tensorstore as ts
 
 MAX_CHUNK_BYTES = 64 << 20
+_ALIGNED = 64  # bytes
 
 
 def create(kvstore: ts.KvStore, key: str, array: np.ndarray) -> ts.Future:
@@ -37,9 +38,34 @@ def write(target: Any, array: np.ndarray) -> ts.Future:
   return target.write(array, can_reference_source_data_indefinitely=True).commit
 
 
-def nbytes(target: Any) -> int:
+def nbytes(source: Any) -> int:
   """Returns the size in bytes of an open array."""
-  return target.size * target.dtype.numpy_dtype.itemsize
+  return source.size * source.dtype.numpy_dtype.itemsize
+
+
+class Reading:
+  """A read of all of an array, as a future.
+
+  Each has memory of its own, for one that was given up may write there later;
+  so aligned that jax need not copy it.
+  """
+
+  def __init__(self, source: Any) -> None:
+    """Starts reading an open array."""
+    room = np.empty(nbytes(source) + _ALIGNED, np.uint8)
+    start = -room.ctypes.data % _ALIGNED
+    part = room[start : start + nbytes(source)]
+    self._into = part.view(source.dtype.numpy_dtype).reshape(source.shape)
+    self._future = ts.array(self._into).write(source).commit
+
+  def result(self, timeout: float) -> np.ndarray:
+    """Waits so many seconds for the array."""
+    self._future.result(timeout=timeout)
+    return self._into
+
+  def cancel(self) -> None:
+    """Gives it up."""
+    self._future.cancel()
 
 
 def _chunk_shape(array: np.ndarray) -> list[int]:

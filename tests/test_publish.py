@@ -391,10 +391,13 @@ def test_what_was_damaged_on_its_way_is_read_again(bucket, monkeypatch):
     put(bucket, number)
   straight = bucket.read_arrays
 
-  def damaged(prefix, names):
+  def damaged(prefix, names, seen):
     monkeypatch.undo()
     found = straight(prefix, names)
-    return found | {"embed": found["embed"] + 1}
+    found["embed"] += 1
+    for name, array in found.items():
+      seen(name, array)
+    return found
 
   monkeypatch.setattr(bucket, "read_arrays", damaged)
   weights = read(bucket)
@@ -435,11 +438,11 @@ def test_an_overtaken_reader_takes_the_newer_version(bucket, monkeypatch):
   put(bucket, 0, keep=1)
   straight = bucket.read_arrays
 
-  def overtaken(prefix, names):
+  def overtaken(prefix, names, seen):
     monkeypatch.undo()
     put(bucket, 1, keep=1)
     bucket.settle()
-    return straight(prefix, names)
+    return straight(prefix, names, seen)
 
   monkeypatch.setattr(bucket, "read_arrays", overtaken)
   weights = read(bucket)

@@ -169,6 +169,7 @@ def small_setup(
       keep_checkpoints=2,
       publish_every=1,
       keep_versions=2,
+      publish_short=False,
   )
 
 

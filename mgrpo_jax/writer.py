@@ -1,0 +1,74 @@
+"""Versions of weights on their way to the store while training goes on."""
+
+import concurrent.futures
+from collections.abc import Mapping
+from typing import Any
+
+from mgrpo_jax import publish
+from mgrpo_jax.store import Store
+
+
+class Writer:
+  """Publishes in a thread of its own, one version after the other.
+
+  Weights are read where they are, so nothing is copied first: they must not be
+  donated (`trainer` does not). They are held until they are written; whoever
+  hands over faster than the store takes waits in `settle`.
+  """
+
+  def __init__(self, store: Store, *, keep: int, short: bool) -> None:
+    """Starts with nothing to write.
+
+    Args:
+      store: where to.
+      keep: how many versions of a policy stay.
+      short: whether float32 is rounded to bfloat16.
+    """
+    self._store = store
+    self._keep = keep
+    self._short = short
+    self._thread = concurrent.futures.ThreadPoolExecutor(
+        1, thread_name_prefix="publish"
+    )
+    self._pending: list[concurrent.futures.Future] = []
+
+  def write(
+      self, policy: str, number: int, params: Any, *, meta: Mapping[str, Any]
+  ) -> None:
+    """Hands a version over and returns at once; see `publish.publish`.
+
+    Args:
+      policy: the policy's name.
+      number: of the version.
+      params: pytree of arrays that do not change.
+      meta: JSON kept beside them.
+    """
+    self._pending.append(
+        self._thread.submit(
+            publish.publish,
+            self._store,
+            policy,
+            number,
+            params,
+            keep=self._keep,
+            short=self._short,
+            meta=meta,
+        )
+    )
+
+  def settle(self) -> list[str]:
+    """Waits until everything handed over is in the store.
+
+    Returns:
+      What was found damaged in the store, a line each.
+
+    Raises:
+      StorageError: a version cannot be written; those after it are.
+    """
+    pending, self._pending = self._pending, []
+    concurrent.futures.wait(pending)
+    return [line for one in pending for line in one.result().damaged]
+
+  def close(self) -> None:
+    """Waits for what is under way, and says nothing of how it went."""
+    self._thread.shutdown()
