@@ -400,6 +400,8 @@ def test_a_device_that_never_comes_back_is_left(monkeypatch):
       await waiting
     with pytest.raises(EngineError, match="not come back"):
       await engine.generate(prompt(1, 5), draw(), 0)
+    with pytest.raises(EngineError, match="not come back"):
+      await engine.__aenter__()
 
   monkeypatch.setattr(engine_module, "_CLOSING", 0.1)
   try:

@@ -261,7 +261,8 @@ def test_models_are_listed(tiny):
   status, _, body = served.ask("GET", "/v1/models")
   assert status == 200
   assert [one["id"] for one in json.loads(body)["data"]] == ["tiny"]
-  assert json.loads(served.ask("GET", "/v1/models/tiny")[2])["id"] == "tiny"
+  one = json.loads(served.ask("GET", "/v1/models/tiny")[2])
+  assert (one["id"], one["max_model_len"]) == ("tiny", CONTEXT)
   assert served.ask("GET", "/v1/models/other")[0] == 404
   assert served.complete(404, model="other")["error"]["code"] == (
       "model_not_found"

@@ -74,12 +74,11 @@ def init(
 
   def slots(number: int, tile: KVCache | None) -> KVCache:
     shape = (number, config.num_kv_heads, block, config.head_dim)
+    blocks = range(-(-length // block))
 
     def layers() -> tuple[Blocks, ...]:
       return tuple(
-          tuple(
-              jnp.zeros(shape, config.dtype) for _ in range(-(-length // block))
-          )
+          tuple(jnp.zeros(shape, config.dtype) for _ in blocks)
           for _ in range(config.num_layers)
       )
 
@@ -106,12 +105,7 @@ def copy_slots(
   def copy(index: Array, cache: KVCache) -> KVCache:
     source, target = sources[index], targets[index]
     keys, values = jax.tree.map(
-        lambda block: jax.lax.dynamic_update_index_in_dim(
-            block,
-            jax.lax.dynamic_index_in_dim(block, source, keepdims=False),
-            target,
-            axis=0,
-        ),
+        lambda block: _with_slot(block, target, block, source),
         (cache.keys, cache.values),
     )
     return dataclasses.replace(cache, keys=keys, values=values)
@@ -143,22 +137,29 @@ def take(
     raise ValueError(f"the cache must be made with num_rows={len(rows)}")
   longest = jnp.max(lengths)
   size = held.keys[0][0].shape[2]
-  layers = [*cache.keys, *cache.values]
-  taken = []
-  for index in range(len(layers[0])):
-    blocks = [layer[index] for layer in layers]
-    taken.append(
-        jax.lax.fori_loop(  # as a condition, but in place
-            0,
-            (longest > index * size).astype(jnp.int32),
-            lambda _, old, blocks=blocks: [
-                block.at[rows].get(mode="clip") for block in blocks
-            ],
-            [layer[index] for layer in (*held.keys, *held.values)],
-        )
-    )
-  sides = tuple(zip(*taken, strict=True))
+  sources, places = [*cache.keys, *cache.values], [*held.keys, *held.values]
+
+  def take_block(index: int) -> list[Array]:
+    def put(place: Array, taken: list[Array]) -> list[Array]:
+      return [
+          _with_slot(old, place, layer[index], rows[place])
+          for old, layer in zip(taken, sources, strict=True)
+      ]
+
+    # One gather would be hoisted out, and done for unused blocks, too.
+    count = jnp.where(longest > index * size, len(rows), 0)
+    return jax.lax.fori_loop(0, count, put, [one[index] for one in places])
+
+  sides = tuple(zip(*map(take_block, range(len(sources[0]))), strict=True))
   return KVCache(keys=sides[: len(cache.keys)], values=sides[len(cache.keys) :])
+
+
+def _with_slot(
+    block: Array, index: Array, other: Array, source: Array
+) -> Array:
+  """A block with a slot of another one in place of one of its own."""
+  slot = jax.lax.dynamic_index_in_dim(other, source, keepdims=False)
+  return jax.lax.dynamic_update_index_in_dim(block, slot, index, axis=0)
 
 
 def heads_first(x: Float[Array, "P T Hkv D"]) -> Float[Array, "P Hkv T D"]:
@@ -369,8 +370,7 @@ def write(
     blocks = [layer[index] for layer in layers]
     return jax.lax.fori_loop(0, counts[index], put, blocks)
 
-  written = zip(*(write_block(index) for index in range(number)), strict=True)
-  sides = tuple(written)
+  sides = tuple(zip(*map(write_block, range(number)), strict=True))
   return dataclasses.replace(
       cache, keys=sides[: len(keys)], values=sides[len(keys) :]
   )

@@ -124,7 +124,13 @@ class Engine:
     self._failure: Exception | None = None
 
   async def __aenter__(self) -> Self:
-    """Starts serving on the running event loop."""
+    """Starts serving on the running event loop.
+
+    Raises:
+      EngineError: it failed before; its device may still be at work.
+    """
+    if self._failure is not None:
+      raise EngineError(f"the engine has failed: {self._failure}")
     if self._ended is not None:
       raise RuntimeError("the engine is already running")
     loop = asyncio.get_running_loop()

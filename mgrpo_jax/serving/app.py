@@ -48,12 +48,12 @@ def build(service: Service) -> Starlette:
 
   async def models(request: Request) -> Response:
     service.admit(request)
-    return _json(response.models(list(service.models), service.created))
+    return _json(response.models(service.models.values(), service.created))
 
   async def model(request: Request) -> Response:
     service.admit(request)
     found = service.model(request.path_params["name"])
-    return _json(response.model(found.name, service.created))
+    return _json(response.model(found, service.created))
 
   return Starlette(
       routes=[

@@ -67,11 +67,13 @@ class Model:
     name: of the model.
     prepare: checks a request and makes it a job; raises `RequestError`.
     continue_tokens: the same for token ids; None where it has none of its own.
+    context: tokens that a stream of it can have; None where it has many.
   """
 
   name: str
   prepare: Callable[[ChatRequest], Job]
   continue_tokens: Callable[[TokenRequest], Job] | None
+  context: int | None
 
 
 def any_seed(seed: int | None) -> int:

@@ -88,6 +88,7 @@ def policy(speaker: Speaker) -> Model:
       name=speaker.name,
       prepare=prepare,
       continue_tokens=lambda asked: token_job(speaker, asked),
+      context=speaker.context,
   )
 
 

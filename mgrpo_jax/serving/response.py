@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mgrpo_jax.serving.conversation import ToolCall
-from mgrpo_jax.serving.models import Job, Piece
+from mgrpo_jax.serving.models import Job, Model, Piece
 from mgrpo_jax.serving.request import ChatRequest
 
 DONE = b"data: [DONE]\n\n"
@@ -183,27 +183,27 @@ class Reply:
     return told | (self._prompt() if kind == "chat.completion" else {})
 
 
-def models(names: Sequence[str], created: int) -> dict[str, Any]:
+def models(found: Iterable[Model], created: int) -> dict[str, Any]:
   """The list of models.
 
   Args:
-    names: of the models.
+    found: the models.
     created: seconds since 1970.
 
   Returns:
-    OpenAI's list object.
+    OpenAI's list object; policies have vLLM's `max_model_len` in it, tokens.
   """
-  return {"object": "list", "data": [model(name, created) for name in names]}
+  return {"object": "list", "data": [model(one, created) for one in found]}
 
 
-def model(name: str, created: int) -> dict[str, Any]:
+def model(one: Model, created: int) -> dict[str, Any]:
   """One model of the list; see `models`."""
   return {
-      "id": name,
+      "id": one.name,
       "object": "model",
       "created": created,
       "owned_by": "mgrpo_jax",
-  }
+  } | ({} if one.context is None else {"max_model_len": one.context})
 
 
 def dump(value: Any) -> bytes:

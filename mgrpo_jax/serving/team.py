@@ -75,7 +75,7 @@ def team(
         ),
     )
 
-  return Model(name=name, prepare=prepare, continue_tokens=None)
+  return Model(name=name, prepare=prepare, continue_tokens=None, context=None)
 
 
 async def _pieces(
