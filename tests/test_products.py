@@ -61,6 +61,20 @@ def test_turned_layers_compute_the_same_logits(family):
   np.testing.assert_allclose(found, plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("number", [1, products.FEW, products.FEW + 1])
+def test_few_and_many_tokens_are_multiplied_alike(number):
+  rng = np.random.default_rng(0)
+  kernel = rng.normal(size=(2, 3, 4, 5)).astype(np.float32)
+  x = rng.normal(size=(1, number, 2, 3)).astype(np.float32)
+  turned = products.Turned(
+      matrix=kernel.reshape(6, 20).T.copy(), outputs=(4, 5)
+  )
+  found = jax.jit(products.multiply)(x, turned)
+  expected = np.tensordot(x.astype(np.float64), kernel, axes=2)
+  # Six terms of size 1 in float32.
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def sampled(config, mesh=None):
   """What an engine says to two prompts."""
   engine = Engine(

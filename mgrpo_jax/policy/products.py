@@ -22,6 +22,8 @@ from mgrpo_jax import sharding
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import Layer, Params, ParamSpec, param_specs
 
+FEW = 128  # tokens, at most, that are multiplied as columns
+
 
 @flax.struct.dataclass
 class Turned:
@@ -88,10 +90,8 @@ def multiply(
   """
   if isinstance(weight, Turned):
     rows = x.reshape(x.shape[0] * x.shape[1], -1)
-    # Else the compiler undoes the transpositions, and packs as it would have.
-    columns = jax.lax.optimization_barrier(rows.T)
-    product = jax.lax.optimization_barrier(weight.matrix @ columns).T
-    return product.reshape(*x.shape[:2], *weight.outputs)
+    by = _tokens_last if len(rows) <= FEW else _tokens_first
+    return by(weight.matrix, rows).reshape(*x.shape[:2], *weight.outputs)
   product = jnp.tensordot(
       x.reshape(-1, *x.shape[2:]),
       weight,
@@ -100,3 +100,19 @@ def multiply(
   )
   shape = (*x.shape[:2], *product.shape[1:])
   return jnp.reshape(product, shape, out_sharding=sharding.out(*axes))
+
+
+def _tokens_last(
+    matrix: Float[Array, "outputs inputs"], rows: Float[Array, "N inputs"]
+) -> Float[Array, "N outputs"]:
+  """Multiplies with tokens as columns, for few of them."""
+  # Else the compiler undoes the transpositions, and packs as it would have.
+  columns = jax.lax.optimization_barrier(rows.T)
+  return jax.lax.optimization_barrier(matrix @ columns).T
+
+
+def _tokens_first(
+    matrix: Float[Array, "outputs inputs"], rows: Float[Array, "N inputs"]
+) -> Float[Array, "N outputs"]:
+  """Multiplies with tokens as rows: transposing many costs more."""
+  return jnp.einsum("ni,oi->no", rows, matrix)

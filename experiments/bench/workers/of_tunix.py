@@ -35,6 +35,7 @@ def main() -> None:
   tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
   prompts, new = settings["prompts"], settings["new"]
   lengths = [len(tokenizer(one).input_ids) for one in prompts]
+  longest = max(lengths) + 1  # its sampler puts a BOS before a prompt
   mesh = jax.sharding.Mesh([[jax.devices()[0]]], ("fsdp", "tp"))
   with mesh:
     actor = _model(directory, mesh)
@@ -58,8 +59,8 @@ def main() -> None:
               max_tokens_to_generate=new,
               temperature=1.0,
               top_p=1.0,  # None would be greedy
-              max_prompt_length=max(lengths),
-              kv_cache_size=max(lengths) + new + 1,
+              max_prompt_length=longest,
+              kv_cache_size=longest + new + 1,
               eos_tokens=[_NEVER],
           ),
       ),
