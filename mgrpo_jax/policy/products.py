@@ -1,10 +1,9 @@
 """Products of tokens with kernels, in either of the orders kernels are kept in.
 
-Kernels are [*inputs, *outputs], and that is how they are trained and saved. A
-compiler for CPUs copies the larger matrix of such a product into blocks before
-it multiplies, whatever the number of tokens: with few of them that is most of
-the time. It takes the same matrix as it is when its outputs come first and the
-tokens last. So a sampler on a CPU may keep kernels turned.
+Kernels are [*inputs, *outputs], and that is how they are trained and saved. On
+CPUs XLA multiplies few tokens with large kernels 1.3 to 1.6 times faster where
+the outputs come first and the tokens are columns (measured, see
+experiments/README.md). So a sampler on a CPU may keep kernels turned.
 """
 
 from __future__ import annotations
