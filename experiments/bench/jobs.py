@@ -108,9 +108,9 @@ def main() -> None:
   for pair in range(arguments.pairs + 1):
     for number, mode in enumerate(MODES):
       workdir = arguments.workdir / f"{pair}_{number}"
-      figures[mode].append(
-          run(mode, workdir, recipe, arguments.workdir / "cache")
-      )
+      took = run(mode, workdir, recipe, arguments.workdir / "cache")
+      figures[mode].append(took)
+      print(f"{workdir}: {mode}, {took}", file=sys.stderr, flush=True)
       found.add(json.dumps(digests(workdir), sort_keys=True))
   print(f"{' '.join(recipe)}; {arguments.pairs} pairs")
   for mode, runs in figures.items():
