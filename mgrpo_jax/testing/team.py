@@ -14,11 +14,11 @@ from mgrpo_jax.agents.hermes import HERMES
 from mgrpo_jax.agents.protocol import Protocol
 from mgrpo_jax.agents.team import Role, Team
 from mgrpo_jax.agents.tools import (
-  SearchIndex,
-  Tool,
-  calculate,
-  search,
-  visit,
+    SearchIndex,
+    Tool,
+    calculate,
+    search,
+    visit,
 )
 from mgrpo_jax.sampler.interface import Generate
 from mgrpo_jax.testing import corpus
