@@ -219,13 +219,19 @@ def executed(
     The same sizes, with dtype and execution.
 
   Raises:
-    ValueError: a mesh does not divide the parameters, naming one.
+    ValueError: a mesh does not divide the parameters, naming one, or its
+      sampler could not keep kernels as it shall.
   """
   with checks.inside(f"policies.{name}"):
     sizes = dataclasses.replace(
         sizes,
         dtype=config.policies[name].dtype,
         execution=execution(config, name),
+    )
+  if where.sampler is not None and sizes.execution.outputs_first:
+    raise ValueError(
+        f"config.policies.{name}.execution.outputs_first: True, allowed: False"
+        " where the policy's sampler has devices of its own"
     )
   for key, mesh in (("mesh", where.learner), ("sampler_tensor", where.sampler)):
     if mesh is not None:

@@ -65,11 +65,6 @@ async def train(
           tell=journal.progress.note,
       ),
   ):
-    await warming.warm_up(
-        run.resources.own_engines(),
-        deadline=_COMPILING,
-        tell=journal.progress.note,
-    )
     steps, before = await _begin(run, journal)
     while not run.over(steps):
       await _step(run, journal, steps, before=before)
@@ -103,10 +98,21 @@ async def _begin(
           f"checkpoint {checkpoint.step} in {journal.workdir.checkpoints}:"
           f" {error}; give another --workdir"
       ) from error
+    await _warm_up(run, journal)
     return checkpoint.step + 1, checkpoint.host["before"]
   journal.skipped(run.publish(tuple(run.resources.learners), 0))
+  await _warm_up(run, journal)
   before = await run.evaluate(run.setup.test, "test")
   return 0, _numbers(before)
+
+
+async def _warm_up(run: Run, journal: Journal) -> None:
+  """Compiles what samples, so that no deadline of a turn counts it."""
+  await warming.warm_up(
+      run.resources.own_engines(),
+      deadline=_COMPILING,
+      tell=journal.progress.note,
+  )
 
 
 async def _step(
@@ -141,6 +147,7 @@ async def _step(
       Entry(step=step, stage=stage.name, values=values, dispatched=dispatched)
   )
   if last or (step + 1) % setup.checkpoint_every == 0:
+    journal.skipped(run.settle())  # no checkpoint is ahead of the store
     host = {"run": run.host_state(), "before": dict(before)}
     journal.save(step, run.resources.states, host)
 

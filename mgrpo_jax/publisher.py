@@ -51,13 +51,23 @@ class Publisher:
       self._unpublished.add(policy)
     if not last and version % setup.publish_every:
       return []
-    found = resources.writer.settle()
+    problems = self.settle()
     for policy in sorted(self._unpublished):
       self._store(policy)
     self._unpublished.clear()
-    if last:
-      found += resources.writer.settle()
-    problems = [p for p in dict.fromkeys(found) if p not in self._told]
+    return problems + (self.settle() if last else [])
+
+  def settle(self) -> list[str]:
+    """Waits until what was handed over is in the store.
+
+    Returns:
+      What was found damaged there and not told before, a line each.
+
+    Raises:
+      StorageError: a version cannot be written.
+    """
+    found = dict.fromkeys(self._resources.writer.settle())
+    problems = [one for one in found if one not in self._told]
     self._told.update(problems)
     return problems
 

@@ -263,6 +263,15 @@ class Run:
       self.meter.values[f"version/{policy}"] = float(version)
     return problems
 
+  def settle(self) -> list[str]:
+    """Waits until published versions are in the store: a checkpoint follows.
+
+    Returns:
+      What was found damaged there and not told before, a line each.
+    """
+    with self.meter.timed("publish"):
+      return self._publisher.settle()
+
   async def evaluate(self, tasks: Sequence[Task], split: str) -> Evaluation:
     """Asks the team held-out questions, greedily unless configured."""
     with self.meter.timed("evaluate"):

@@ -390,7 +390,7 @@ def test_a_device_that_never_comes_back_is_left(monkeypatch):
 
   async def run():
     engine = make()
-    with pytest.raises(EngineError, match="not come back .* within 0.1 s"):
+    with pytest.raises(EngineError, match="not come back from a visit"):
       async with engine:
         await engine.generate(prompt(1, 5), draw(), 0)
         monkeypatch.setattr(device, "decode", lambda *_, **__: forever.wait())
@@ -404,6 +404,31 @@ def test_a_device_that_never_comes_back_is_left(monkeypatch):
       await engine.__aenter__()
 
   monkeypatch.setattr(engine_module, "_CLOSING", 0.1)
+  try:
+    asyncio.run(run())
+  finally:
+    forever.set()
+
+
+def test_an_engine_left_in_haste_is_not_entered_again(monkeypatch):
+  forever = threading.Event()
+
+  async def run():
+    engine = await make().__aenter__()
+    await engine.generate(prompt(1, 5), draw(), 0)
+    monkeypatch.setattr(device, "decode", lambda *_, **__: forever.wait())
+    waiting = asyncio.create_task(engine.generate(prompt(1, 5), draw(), 0))
+    await asyncio.sleep(0.05)
+    leaving = asyncio.create_task(engine.__aexit__(None, None, None))
+    await asyncio.sleep(0.05)
+    leaving.cancel()  # as by a second Ctrl-C
+    with pytest.raises(asyncio.CancelledError):
+      await leaving
+    with pytest.raises(EngineError, match="not come back"):
+      await waiting
+    with pytest.raises(EngineError, match="not come back"):
+      await engine.__aenter__()
+
   try:
     asyncio.run(run())
   finally:

@@ -75,6 +75,19 @@ def test_few_and_many_tokens_are_multiplied_alike(number):
   np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("number", [2, 12, 31, 32, 64, products.FEW])
+@pytest.mark.parametrize("sizes", [(24, 40), (96, 288), (576, 192)])
+def test_a_product_does_not_depend_on_the_row_it_stands_in(number, sizes):
+  rng = np.random.default_rng(0)
+  turned = products.Turned(
+      matrix=rng.normal(size=sizes[::-1]).astype(np.float32),
+      outputs=sizes[1:],
+  )
+  x = np.tile(rng.normal(size=sizes[0]).astype(np.float32), (1, number, 1))
+  found = np.asarray(jax.jit(products.multiply)(x, turned))[0]
+  np.testing.assert_array_equal(found, np.tile(found[:1], (number, 1)))
+
+
 def sampled(config, mesh=None):
   """What an engine says to two prompts."""
   engine = Engine(

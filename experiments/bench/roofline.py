@@ -12,8 +12,9 @@ each length of their streams, a step of the compiled program, beside
             inputs first, as they are trained, and outputs first
   drawing   what `sampling.sample` takes alone for as many rows
 
-All are measured in turn in one run. No program of these products can be faster
-than `memory`; none that leaves them to the compiler faster than `products`.
+All are measured in turn in one run. No program that leaves the products to the
+compiler can be faster than `products`; `memory` is what this machine does, not
+its limit.
 Steps are those of the engine, with `execution.outputs_first` and without.
 """
 

@@ -14,7 +14,7 @@ from mgrpo_jax.decoupled.part import Part
 from mgrpo_jax.evaluate import Evaluation
 from mgrpo_jax.rewards import Scores
 from mgrpo_jax.tasks.curriculum import Stage
-from mgrpo_jax.types import RolloutGroup, Task
+from mgrpo_jax.types import RolloutGroup, Status, Task
 
 T = TypeVar("T")
 
@@ -89,10 +89,15 @@ class Follower(Part):
   def _group(self, told: Told, seed: int) -> RolloutGroup:
     """A group as the leader tells it, this job's own calls in their places."""
     seed = turn_seed(seed, told.repetition) if told.repetition else seed
-    rollouts = [
-        [t if self._is_elsewhere(t) else self._kept(seed, t) for t in calls]
-        for calls in told.rollouts
-    ]
+    rollouts = []
+    for calls in told.rollouts:
+      failed = any(t.status == Status.FAILED for t in calls)
+      rollouts.append(
+          [
+              t if self._is_elsewhere(t) else self._kept(seed, t, failed=failed)
+              for t in calls
+          ]
+      )
     return rollout.group_of(
         self._tasks[told.task], rollouts, environment=self.resources.training
     )

@@ -12,7 +12,7 @@ from mgrpo_jax.decoupled.part import Part
 from mgrpo_jax.evaluate import Evaluation
 from mgrpo_jax.rewards import Scores
 from mgrpo_jax.tasks.curriculum import Stage
-from mgrpo_jax.types import RolloutGroup, Task
+from mgrpo_jax.types import RolloutGroup, Status, Task
 
 
 class Leader(Part):
@@ -115,8 +115,13 @@ class Leader(Part):
     """Puts in the calls that others made of this job."""
     repetition = [one.task.id for one in before].count(group.task.id)
     seed = turn_seed(seed, repetition) if repetition else seed
+    failed = {
+        t.rollout for t in group.trajectories if t.status == Status.FAILED
+    }
     calls = tuple(
-        t if t.account is None or self._is_elsewhere(t) else self._kept(seed, t)
+        t
+        if t.account is None or self._is_elsewhere(t)
+        else self._kept(seed, t, failed=t.rollout in failed)
         for t in group.trajectories
     )
     return dataclasses.replace(group, trajectories=calls)

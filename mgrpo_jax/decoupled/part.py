@@ -143,13 +143,28 @@ class Part(Run):
         "text_bytes": float(self.desk.text_bytes),
     }
 
-  def _kept(self, seed: int, told: Trajectory) -> Trajectory:
-    """This job's own record of a call that stands in a rollout."""
+  def _kept(self, seed: int, told: Trajectory, *, failed: bool) -> Trajectory:
+    """This job's own record of a call that stands in a rollout.
+
+    Args:
+      seed: of the rollout.
+      told: the call, as the leader tells it.
+      failed: whether a machine failed on a call of the rollout, so that nothing
+        of it is trained on and not all of it was kept.
+
+    Returns:
+      The call with its tokens; as it is told where it was not kept.
+
+    Raises:
+      CorruptError: it should have been kept.
+    """
     found = self.desk.own(
         wire.identity(
             seed, told.task_id, told.rollout, told.role, told.call, told.attempt
         )
     )
+    if found is None and failed:
+      return told
     if found is None:
       raise CorruptError(
           f"call {told.call} to {told.role!r} in rollout {told.rollout} of task"

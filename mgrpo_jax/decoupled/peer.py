@@ -14,7 +14,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, Self, TypeVar
 
-from mgrpo_jax.atomic import StorageError
+from mgrpo_jax.atomic import CorruptError, StorageError
 from mgrpo_jax.decoupled import members
 from mgrpo_jax.decoupled.errors import AbsentError
 from mgrpo_jax.decoupled.members import Member
@@ -139,9 +139,18 @@ class Peer:
     """
     pause, started, told = _FIRST_PAUSE, time.monotonic(), _LONG
     while True:
-      found = await asyncio.to_thread(probe)
+      found: T | None = None
+      problem: StorageError | None = None
+      try:
+        found = await asyncio.to_thread(probe)
+      except CorruptError:
+        raise
+      except StorageError as error:  # the bucket may be back in a while
+        problem = error
       if found is not None:
         return found
+      if problem and time.monotonic() - self._changed > self._patience:
+        raise problem
       self._check(what)
       waited = time.monotonic() - started
       if waited > told:

@@ -158,12 +158,15 @@ class Engine:
     ended, self._ended = self._ended, None
     if ended is None:
       return
-    done, _ = await asyncio.wait({ended}, timeout=_CLOSING)
-    if not done:
-      self._failure = EngineError(
-          f"the device has not come back from a visit within {_CLOSING:g} s"
-      )
-      self._abandon(self._failure)
+    try:
+      await asyncio.wait({ended}, timeout=_CLOSING)
+    finally:
+      if not ended.done():  # late, or whoever waits was cancelled
+        self._failure = EngineError(
+            "the device had not come back from a visit when the engine was left"
+        )
+        self._abandon(self._failure)
+    if self._failure is not None and not ended.done():
       raise self._failure
 
   async def warm_up(self, tell: Callable[[int, int], None]) -> None:

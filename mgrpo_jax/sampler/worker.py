@@ -76,6 +76,7 @@ class Worker:
         the thread, once.
     """
     self._closing = self._waiting = False
+    self._ready = time.perf_counter()
     self._settled = self._told
     threading.Thread(
         target=self._work, args=(tell, ended), name="sampler", daemon=True
