@@ -98,7 +98,7 @@ from experiments import cli, {command}
 from mgrpo_jax import atomic, loop
 from mgrpo_jax.sampler import interface
 
-async def fail(*_):
+async def fail(*_, **__):
   raise {error}("what differs")
 
 loop.train = {command}._evaluate = fail

@@ -1,5 +1,6 @@
 """Rollout records."""
 
+import dataclasses
 import gzip
 import json
 import math
@@ -131,7 +132,20 @@ def test_record_keeps_every_field_of_a_trajectory(tmp_path):
       assert kept[field] == getattr(was, field)
   names = {field for field in was.__dataclass_fields__}
   renamed = {"task_id", "loss_mask", "sampler_logprobs"}
-  assert names - renamed <= kept.keys()
+  assert names - renamed - {"account"} <= kept.keys()
+
+
+def test_record_keeps_what_another_job_told_of_a_call(tmp_path):
+  account = types.Account(
+      sampled=3, turns=1, format=True, correct=1.0, expert=None, overlong=0.0
+  )
+  group = make_group(num_rollouts=1)
+  told = tuple(
+      dataclasses.replace(one, account=account) for one in group.trajectories
+  )
+  group = dataclasses.replace(group, trajectories=told)
+  kept = records.read_step(write(tmp_path, 7, [group])).groups[0]
+  assert kept["trajectories"][0]["account"] == dataclasses.asdict(account)
 
 
 def test_roles_of_tokens_when_nothing_or_the_first_token_was_sampled(tmp_path):

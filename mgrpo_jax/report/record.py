@@ -1,7 +1,5 @@
 """The shape of a rollout record, and the check that a record has it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
@@ -35,6 +33,7 @@ class TrajectoryRecord(TypedDict):
   rewards: dict[str, float | None]  # components and "total"; empty if FAILED
   advantage: float | None  # None where the update did not see the call
   attempt: NotRequired[int]  # at its sub-task; files of before lack it
+  account: NotRequired[dict[str, Any]]  # of a call whose tokens another job has
 
 
 class GroupRecord(TypedDict):

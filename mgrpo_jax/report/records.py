@@ -231,7 +231,7 @@ def _trajectory_record(
   tokens = [int(token) for token in trajectory.tokens]
   sampled = np.asarray(trajectory.loss_mask) > 0
   logprobs = np.asarray(trajectory.sampler_logprobs, np.float64)[sampled]
-  return {
+  record: TrajectoryRecord = {
       "rollout": trajectory.rollout,
       "role": trajectory.role,
       "call": trajectory.call,
@@ -251,6 +251,9 @@ def _trajectory_record(
       "advantage": _finite(advantage),
       "attempt": trajectory.attempt,
   }
+  if trajectory.account is not None:
+    record["account"] = dataclasses.asdict(trajectory.account)
+  return record
 
 
 def _spans(sampled: np.ndarray) -> list[tuple[TokenRole, int]]:
