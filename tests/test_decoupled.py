@@ -4,7 +4,6 @@ import collections
 import json
 import pathlib
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -192,8 +191,7 @@ def test_what_crosses_besides_text_is_below_a_kibibyte(teams):
   _, broken, _, _ = teams
   rows = read_metrics(broken.root / "main" / "metrics.jsonl")
   found = [r["crossed_besides"] for r in rows if "crossed_besides" in r]
-  # Calls that a kill cut off cross again, so that their step takes more.
-  assert found and 0 < min(found) and statistics.median(found) <= 1024
+  assert found and 0 < min(found) <= max(found) <= 1024
 
 
 def test_the_token_is_not_in_the_bucket(teams):

@@ -38,8 +38,8 @@ class Peer:
 
   Attributes:
     policy: whose job it is.
-    sent: bytes of requests, headers included.
-    received: bytes of answers, headers included.
+    sent: bytes of requests that were granted, headers included.
+    received: bytes of the answers to them, headers included.
   """
 
   def __init__(

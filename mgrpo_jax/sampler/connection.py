@@ -88,8 +88,9 @@ class Connection:
     opened: connections made so far; who restarts loses those it had.
     waiting: requests for which there is no connection yet.
     retries: requests that were made again.
-    sent: bytes of requests, headers included.
-    received: bytes of answers, likewise.
+    sent: bytes of requests that were granted, headers included; one that is
+      refused, as by who is not ready yet, only asks whether to come again.
+    received: bytes of the answers to them, likewise.
   """
 
   def __init__(self, address: Address) -> None:
@@ -193,10 +194,11 @@ class Connection:
         async with self._client.stream(
             method, url, json=body, extensions={"trace": self._trace}
         ) as response:
-          self.sent += _size(response.request.headers.raw, body)
           whole = await _whole(response, url)
-          self.received += _size(response.headers.raw, None)
-          self.received += len(whole.content)
+          if whole.is_success:
+            self.sent += _size(response.request.headers.raw, body)
+            self.received += _size(response.headers.raw, None)
+            self.received += len(whole.content)
           return whole
     finally:
       self._room.release()
