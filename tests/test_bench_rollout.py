@@ -1,5 +1,6 @@
 """The benchmark of rollouts: what is played, by whom, how it is compared."""
 
+import argparse
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_llama
 
-from experiments.bench import recorded, rollout
+from experiments.bench import compared, recorded, rollout
 from experiments.bench.workers import traffic
 from experiments.bench.workers.peer import Peer, PeerError
 from mgrpo_jax.policy.load import save_directory
@@ -129,11 +130,11 @@ def test_ratios_are_taken_round_by_round():
       "ours": [{"seconds": 1.0, "tokens": 8}, {"seconds": 2.0, "tokens": 8}],
       "them": [{"seconds": 3.0, "tokens": 8}, {"seconds": 4.0, "tokens": 8}],
   }
-  first, second = rollout.table(told)[2:]
+  first, second = compared.table(told)[2:]
   assert first == "| ours | 6 (4 to 8) | 1 (1 to 1) |"
   assert second == "| them | 2.33 (2 to 2.67) | 2.5 (2 to 3) |"
   steps = {name: [{"seconds": 2.0}] for name in told}
-  assert rollout.table(steps)[2] == "| ours | 2 (2 to 2) | 1 (1 to 1) |"
+  assert compared.table(steps)[2] == "| ours | 2 (2 to 2) | 1 (1 to 1) |"
 
 
 class Fake:
@@ -165,8 +166,8 @@ def test_players_that_sample_less_are_not_compared():
 def test_what_was_measured_before_is_kept(tmp_path):
   out = tmp_path / "out.json"
   for key in ("a 8", "b 8"):
-    arguments = rollout.argparse.Namespace(rounds=1)
-    rollout._keep(out, key, {"told": {}}, arguments)
+    arguments = argparse.Namespace(rounds=1)
+    compared.keep(out, key, {"told": {}}, arguments)
   assert sorted(json.loads(out.read_text())) == ["a 8", "b 8"]
 
 
@@ -256,3 +257,21 @@ def test_a_worker_that_ended_is_an_error(ours):
   with pytest.raises(PeerError, match="of_ours ended"):
     for _ in range(2):  # the pipe may still take one
       ours.ask("generate", prompts=[[1]], new=1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--concurrency=65"], "65, allowed: 1 to vLLM's 64"),
+        (["--concurrency=0"], "0, allowed"),
+        (["--case=traffic", "--concurrency=12"], "a multiple of 8"),
+        (["--players=ours,sglang"], "'sglang'"),
+        (["--players=trl"], "compared with"),
+        (["--case=nothing"], "'nothing'"),
+    ],
+)
+def test_flags_that_cannot_be_measured(flags, text, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["rollout", *flags])
+  with pytest.raises(SystemExit, match="2"):
+    rollout._arguments()
+  assert text in capsys.readouterr().err

@@ -29,9 +29,6 @@ import argparse
 import contextlib
 import json
 import pathlib
-import platform
-import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -39,10 +36,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.bench import recorded
+from experiments.bench import compared, recorded
 from experiments.bench.workers import traffic
 from experiments.bench.workers.peer import Peer, PeerError
-from mgrpo_jax import atomic, policy
+from mgrpo_jax import policy
 from mgrpo_jax.policy.load import save_directory
 
 VOCABULARY = 49_152
@@ -210,38 +207,6 @@ def measure(
   return told
 
 
-def table(told: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-  """Compares players with the first.
-
-  Args:
-    told: of `measure`.
-
-  Returns:
-    Lines in Markdown: tokens a second where tokens were counted, seconds where
-    not, and how many times faster the first was, round by round.
-  """
-  first = next(iter(told.values()))
-  unit = "tokens/s" if "tokens" in first[0] else "s"
-  lines = [f"| player | {unit} | first over this |", "|---|---|---|"]
-  for name, rounds in told.items():
-    values = [
-        one["tokens"] / one["seconds"] if "tokens" in one else one["seconds"]
-        for one in rounds
-    ]
-    ratios = [
-        there["seconds"] / here["seconds"]
-        for here, there in zip(first, rounds, strict=True)
-    ]
-    lines.append(f"| {name} | {spread(values)} | {spread(ratios)} |")
-  return lines
-
-
-def spread(values: Sequence[float]) -> str:
-  """Median, smallest and largest."""
-  middle = statistics.median(values)
-  return f"{middle:.3g} ({min(values):.3g} to {max(values):.3g})"
-
-
 def players_of(
     case: str,
     count: int,
@@ -324,7 +289,10 @@ def run(
         players_of(case, count, directory, arguments), folder, stack
     )
     told = measure(players, make, arguments.rounds)
-  print("\n".join([f"\n{case}, {count} at a time", *table(told)]), flush=True)
+  print(
+      "\n".join([f"\n{case}, {count} at a time", *compared.table(told)]),
+      flush=True,
+  )
   return {"case": case, "count": count, "load": load, "told": told}
 
 
@@ -338,29 +306,7 @@ def main() -> None:
     for count in arguments.concurrency if case != "step" else [2 * GROUP]:
       found = run(case, count, directory, arguments)
       key = " ".join([case, str(count), *found["told"]])
-      _keep(arguments.out, key, found, arguments)
-
-
-def _keep(
-    path: pathlib.Path,
-    key: str,
-    found: dict[str, Any],
-    arguments: argparse.Namespace,
-) -> None:
-  """Adds what was measured to what there is."""
-  there = json.loads(path.read_text()) if path.exists() else {}
-  commit = subprocess.run(
-      ["git", "rev-parse", "--short", "HEAD"],
-      capture_output=True,
-      text=True,
-      check=False,
-  ).stdout.strip()
-  found |= {
-      "commit": commit,
-      "machine": platform.processor() or platform.machine(),
-      "arguments": {name: str(one) for name, one in vars(arguments).items()},
-  }
-  atomic.write_json(path, {**there, key: found})
+      compared.keep(arguments.out, key, found, arguments)
 
 
 def _words(text: str) -> list[str]:
@@ -391,8 +337,19 @@ def _arguments() -> argparse.Namespace:
   arguments = parser.parse_args()
   if unknown := set(arguments.case) - set(CASES):
     parser.error(f"--case: {unknown} are not among {CASES}")
-  if arguments.rounds < 1 or min(arguments.concurrency) < 1:
-    parser.error("--rounds and --concurrency must be at least 1")
+  players = {OURS, *VLLM, "transformers", "trl", "tunix"}
+  if unknown := set(arguments.players or []) - players:
+    parser.error(f"--players: {unknown} are not among {sorted(players)}")
+  if arguments.players and OURS not in arguments.players:
+    parser.error(f"--players: {OURS} is what the others are compared with")
+  if arguments.rounds < 1:
+    parser.error("--rounds must be at least 1")
+  most = int(VLLM_LIMITS[1])
+  for count in arguments.concurrency:
+    if not 1 <= count <= most:
+      parser.error(f"--concurrency: {count}, allowed: 1 to vLLM's {most}")
+    if "traffic" in arguments.case and count % GROUP:
+      parser.error(f"--concurrency: {count}, for traffic a multiple of {GROUP}")
   return arguments
 
 
