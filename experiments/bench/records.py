@@ -1,0 +1,186 @@
+"""Requests and seconds of a step's records here, beside the model on paper.
+
+    python -m experiments.bench.records [--rollouts=512]
+
+A leader writes the records of a step to a bucket on this disk and a follower
+reads them, with everything that they ask of the store counted. `scaling` says
+how many requests that should be, and how long it should take if each took as
+long as one alone, sixteen at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import pathlib
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from experiments.bench import scaling
+from mgrpo_jax import rollout, store
+from mgrpo_jax.decoupled import board, wire
+from mgrpo_jax.rewards import Scores
+from mgrpo_jax.testing.team import environment, small_team
+from mgrpo_jax.types import NO_PARENT, Account, Status, Task
+
+
+class _Counted:
+  """A store that counts the requests of records."""
+
+  def __init__(self, real: store.Store) -> None:
+    self._real = real
+    self.requests: Counter[str] = Counter()
+    self.written = 0
+
+  def __getattr__(self, name: str) -> Any:
+    """Does what the store does."""
+    done = getattr(self._real, name)
+    if name not in ("get", "put", "read", "replace", "swap"):
+      return done
+
+    def counted(first: Any, *rest: Any) -> Any:
+      self.requests[name] += 1
+      self.written += sum(len(one) for one in rest if isinstance(one, bytes))
+      return done(first, *rest)
+
+    return counted
+
+
+def check(work: scaling.Work, folder: pathlib.Path) -> list[str]:
+  """Counts and times a step's records on this machine.
+
+  Args:
+    work: of the step; a task has eight rollouts.
+    folder: for the bucket.
+
+  Returns:
+    Lines of Markdown: what the model says, and what was seen.
+  """
+  real = store.open_folder(folder)
+  alone = _alone(lambda: real.put("one", b"x" * 500))
+  read_alone = _alone(lambda: real.get("one"))
+  groups, scores = _played(work)
+  leader, follower = _Counted(real), _Counted(real)
+  told = _board(leader)
+  took = _seconds(lambda: told.announce(0, groups, scores))
+  reads = _board(follower)
+  found: list[Any] = []
+  read = _seconds(lambda: found.append(reads.step(0)))
+  if not found[0]:
+    raise RuntimeError("the step that was written is not there")
+  one, every = scaling.requests(2, work)
+  turns = math.ceil(one / scaling.Bucket().at_once)
+  seen = sum(leader.requests.values()), sum(follower.requests.values())
+  rows = [
+      ("requests of the leader", one, seen[0]),
+      ("requests of both", every, sum(seen)),
+      ("ms to write", turns * alone * 1e3, took * 1e3),
+      ("ms to read", turns * read_alone * 1e3, read * 1e3),
+  ]
+  size = leader.written / (work.rollouts * work.calls)
+  return [
+      "| records of a step | model | seen |",
+      "|---|---|---|",
+      *(f"| {name} | {a:,.4g} | {b:,.4g} |" for name, a, b in rows),
+      f"| bytes of records a call | | {size:.0f} |",
+  ]
+
+
+def _board(counted: Any) -> board.Board:
+  """Records of eight rollouts a task."""
+  return board.Board(counted, rollouts_per_task=8)
+
+
+def _seconds(do: Callable[[], object]) -> float:
+  """How long something takes once."""
+  began = time.perf_counter()
+  do()
+  return time.perf_counter() - began
+
+
+def _alone(do: Callable[[], object]) -> float:
+  """How long a request takes where no other is under way."""
+  return statistics.median(_seconds(do) for _ in range(50))
+
+
+async def _unasked(*arguments: Any, **others: Any) -> Any:
+  """Stands where a policy would; nothing is sampled here."""
+  raise NotImplementedError
+
+
+def _played(work: scaling.Work) -> tuple[list[Any], list[Scores]]:
+  """Groups of rollouts in which the root calls so often, and their scores."""
+  nothing = Account(
+      sampled=0, turns=0, format=True, correct=None, expert=None, overlong=0.0
+  )
+  team = environment(
+      dict.fromkeys(("main", "researcher"), _unasked), team=small_team()
+  )
+  groups = []
+  for number in range(work.rollouts // 8):
+    task = Task(
+        id=f"t{number}",
+        question="",
+        answers=("",),
+        stage="easy",
+        hops=0,
+        evidence=(),
+        meta={},
+    )
+    rollouts = []
+    for k in range(8):
+      rows = [("main", 0, NO_PARENT)]
+      rows += [("researcher", call, 0) for call in range(work.calls)]
+      rollouts.append(
+          [
+              wire.stub(
+                  {
+                      "task_id": task.id,
+                      "rollout": k,
+                      "role": role,
+                      "call": call,
+                      "parent": parent,
+                      "attempt": 0,
+                      "status": Status.COMPLETED,
+                      "version_min": 0,
+                      "version_max": 0,
+                      "seconds": 0.0,
+                  },
+                  nothing,
+              )
+              for role, call, parent in rows
+          ]
+      )
+    groups.append(rollout.group_of(task, rollouts, environment=team))
+  rng = np.random.default_rng(0)
+  each = [len(group.trajectories) for group in groups]
+  names = [field.name for field in dataclasses.fields(Scores)]
+  return groups, [
+      Scores(**{name: rng.random(m).astype(np.float32) for name in names})
+      for m in each
+  ]
+
+
+def main() -> None:
+  """Prints a table."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--rollouts", type=int, default=512, help="B times K")
+  arguments = parser.parse_args()
+  if arguments.rollouts < 8 or arguments.rollouts % 8:
+    parser.error("--rollouts must be a multiple of 8")
+  with tempfile.TemporaryDirectory() as folder:
+    lines = check(
+        scaling.Work(rollouts=arguments.rollouts), pathlib.Path(folder)
+    )
+  print("\n".join(lines))
+
+
+if __name__ == "__main__":
+  main()
