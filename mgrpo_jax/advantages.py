@@ -168,21 +168,21 @@ def per_subtask(
   Args:
     rewards: R, float32.
     weights: w, float32, ≥ 0, from the alignment.
-    subtasks: number of the sub-task in its rollout, of the call in each slot.
+    subtasks: number of the sub-task in its rollout, of the call in each slot;
+      from 0 without gaps, for time grows with the largest.
 
   Returns:
     A, float32; 0 where a sub-task was attempted once.
   """
 
-  def of_slot(slot: Array) -> Array:
-    asked = jax.lax.dynamic_index_in_dim(subtasks, slot, axis=-1)
-    attempts = jnp.where(subtasks == asked, weights, 0.0)
-    scaled = _standardised(rewards, attempts, (-1,))
-    return jax.lax.dynamic_index_in_dim(scaled, slot, axis=-1, keepdims=False)
+  def of_subtask(number: Array, found: Array) -> Array:
+    asked = subtasks == number
+    attempts = jnp.where(asked, weights, 0.0)
+    return jnp.where(asked, _standardised(rewards, attempts, (-1,)), found)
 
-  # Slot by slot: all at once would be D × D numbers a rollout.
-  scaled = jax.lax.map(of_slot, jnp.arange(rewards.shape[-1]))
-  return numerics.masked(jnp.moveaxis(scaled, 0, -1), weights)
+  # One after the other: all at once would be D × D numbers a rollout.
+  count = jnp.max(jnp.where(weights > 0, subtasks, -1)) + 1
+  return jax.lax.fori_loop(0, count, of_subtask, jnp.zeros_like(rewards))
 
 
 def inherit_parent(

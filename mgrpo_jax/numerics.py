@@ -109,16 +109,17 @@ def unit_scaled(
   """
   values = jnp.asarray(values, jnp.float32)
   counted = jnp.asarray(weights) > 0
-  kept = jnp.where(counted, values, 0.0)
-  high = jnp.max(jnp.where(counted, kept, -jnp.inf), axis=axis, keepdims=True)
-  low = jnp.min(jnp.where(counted, kept, jnp.inf), axis=axis, keepdims=True)
-  some = jnp.any(counted, axis=axis, keepdims=True)
-  low = jnp.where(some, low, 0.0)
-  spread = jnp.where(some, high, 0.0) - low
-  size = jnp.max(jnp.abs(kept), axis=axis, keepdims=True)
+  high = jnp.max(
+      values, axis=axis, keepdims=True, where=counted, initial=-jnp.inf
+  )
+  low = jnp.min(
+      values, axis=axis, keepdims=True, where=counted, initial=jnp.inf
+  )
+  spread = high - low  # -inf where nothing is counted
+  size = jnp.maximum(jnp.abs(high), jnp.abs(low))
   spreads = spread > SPREAD_ULPS * jnp.finfo(values.dtype).eps * size
   safe = jnp.where(spreads, spread, 1.0)
-  scaled = jnp.where(counted & spreads, (kept - low) / safe, 0.0)
+  scaled = jnp.where(counted & spreads, (values - low) / safe, 0.0)
   return scaled, jnp.where(spreads, spread, 0.0), spreads
 
 
