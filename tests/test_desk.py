@@ -210,6 +210,7 @@ def test_what_breaks_a_call_ends_the_job(tmp_path, voice, monkeypatch):
   assert caught.value.status == 503
   with pytest.raises(RuntimeError, match="the sampler stopped"):
     at.check()
+  assert str(asyncio.run(at.failed())) == "the sampler stopped"
 
 
 def test_the_next_step_forgets_the_last_one(tmp_path, voice):

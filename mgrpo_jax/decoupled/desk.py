@@ -8,6 +8,7 @@ reported. (What the machine itself loses with its power may have been.)
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -65,6 +66,7 @@ class Desk:
     """
     self.text_bytes = 0
     self._failure: Exception | None = None
+    self._failed = asyncio.Event()
     self._folder = folder
     self._environments = environments
     self._tasks = tasks
@@ -135,6 +137,7 @@ class Desk:
         raise
       except Exception as error:
         self._failure = error
+        self._failed.set()
         raise RequestError(503, "this job ends: a call broke it") from error
     return known.report
 
@@ -142,6 +145,12 @@ class Desk:
     """Raises what broke a call, if anything did: the run cannot go on."""
     if self._failure is not None:
       raise self._failure
+
+  async def failed(self) -> Exception:
+    """Waits for what breaks a call; see `check`."""
+    while self._failure is None:
+      await self._failed.wait()
+    return self._failure
 
   def _check(self, call: Call) -> None:
     """Raises RequestError for a call that cannot be answered now, or ever."""
