@@ -21,8 +21,6 @@ once, and no version was ever read in two ways.
 import collections
 import contextlib
 import dataclasses
-import hashlib
-import json
 import os
 import pathlib
 import random
@@ -32,16 +30,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
 
 from experiments import cli
-from mgrpo_jax import atomic, leaves, publish, store
+from experiments.bench import soak_checks
+from mgrpo_jax import atomic
 from mgrpo_jax.policy import load
-from mgrpo_jax.report import records
-from mgrpo_jax.report.writer import read_metrics
 from mgrpo_jax.testing import faulty, object_servers
 
 POLICIES = ("main", "researcher")
@@ -88,6 +85,11 @@ class Jobs:
     self._rng = rng
     self._undo: list[tuple[float, Callable[[], None]]] = []
     self.all = [Job(policy, root / policy) for policy in POLICIES]
+
+  @property
+  def pending(self) -> bool:
+    """Whether something is still to be undone."""
+    return bool(self._undo)
 
   @property
   def over(self) -> bool:
@@ -241,88 +243,6 @@ def _said(folder: pathlib.Path, code: int) -> str:
   return f"code {code}: {''.join(last)[:200]}"
 
 
-class Reader:
-  """Reads the newest versions and remembers what each of them was."""
-
-  def __init__(self, bucket: str) -> None:
-    """Reads nothing yet."""
-    self.seen: dict[tuple[str, int], set[str]] = collections.defaultdict(set)
-    self.reads = 0
-    self.failed = 0
-    self._bucket = store.open(bucket, patience=20.0)
-    self._like = {name: load.load(_WEIGHTS / name).params for name in POLICIES}
-    self._over = threading.Event()
-
-  @contextlib.contextmanager
-  def reading(self) -> Iterator[None]:
-    """Reads, in a thread."""
-    thread = threading.Thread(target=self._run, daemon=True)
-    thread.start()
-    try:
-      yield
-    finally:
-      self._over.set()
-      thread.join()
-
-  def _run(self) -> None:
-    """Reads until told to stop."""
-    while not self._over.wait(1.0):
-      for policy in POLICIES:
-        try:
-          found = publish.read(
-              self._bucket, policy, "latest", like=self._like[policy]
-          )
-        except (atomic.StorageError, publish.NoVersionError):
-          self.failed += 1
-          continue
-        self.reads += 1
-        arrays = leaves.to_host(found.params)
-        digest = hashlib.sha256()
-        for name in sorted(arrays):
-          digest.update(arrays[name].tobytes())
-        key = (policy, found.version.number)
-        self.seen[key].add(digest.hexdigest())
-
-
-def played(folder: pathlib.Path, policy: str) -> list[str]:
-  """Every trajectory of a policy in a run directory, a line each, sorted."""
-  found = []
-  for step, path in records.list_steps(folder / "rollouts").items():
-    read = records.read_step(path)
-    found += [f"{step} damaged: {problem}" for problem in read.problems]
-    for group in read.groups:
-      for one in group["trajectories"]:
-        if one["role"] == policy:
-          text = json.dumps([one["tokens"], one["reward"]])
-          place = [one["rollout"], one["call"], one["attempt"]]
-          found.append(f"{step} {group['task']['id']} {place} {text}")
-  return sorted(found)
-
-
-def wrong(root: pathlib.Path, reader: Reader) -> list[str]:
-  """What differs from the run that was left alone; empty where all is well."""
-  found = []
-  for policy in POLICIES:
-    file = f"policies/{policy}/model.safetensors"
-    one, two = root / "alone", root / policy
-    if (one / file).read_bytes() != (two / file).read_bytes():
-      found.append(f"parameters of {policy} differ")
-    expected, actual = played(one, policy), played(two, policy)
-    if lost := set(expected) - set(actual):
-      found.append(f"{len(lost)} trajectories of {policy} are lost")
-    if len(actual) != len(set(actual)) or set(actual) - set(expected):
-      found.append(f"trajectories of {policy} are doubled or others")
-    steps = [row["step"] for row in read_metrics(two / "metrics.jsonl")]
-    if steps != list(range(_STEPS.value)):
-      found.append(f"steps of {policy}: {steps}")
-  found += [
-      f"version {number} of {policy} was read in {len(digests)} ways"
-      for (policy, number), digests in reader.seen.items()
-      if len(digests) > 1
-  ]
-  return found
-
-
 def soak(root: pathlib.Path) -> dict[str, Any]:
   """Runs the recipe alone and among faults, and compares."""
   if _train(root, root / "alone", (), {}).wait():
@@ -335,7 +255,8 @@ def soak(root: pathlib.Path) -> dict[str, Any]:
       faulty.between(server, faults) as proxy,
   ):
     url = f"s3://{object_servers.BUCKET}/run?endpoint={proxy}"
-    jobs, reader = Jobs(root, url, rng), Reader(url)
+    like = {name: load.load(_WEIGHTS / name).params for name in POLICIES}
+    jobs, reader = Jobs(root, url, rng), soak_checks.Reader(url, like)
     with contextlib.closing(jobs), reader.reading():
       jobs.look()
       faults.rate = _RATE.value
@@ -348,10 +269,13 @@ def soak(root: pathlib.Path) -> dict[str, Any]:
         time.sleep(0.2)
         if time.monotonic() > end:
           raise RuntimeError(f"the jobs do not come to their end, see {root}")
-    while jobs._undo:  # second jobs, refused meanwhile
-      jobs.look()
-      time.sleep(0.2)
-  problems = wrong(root, reader)
+      while jobs.pending:  # second jobs, refused meanwhile
+        jobs.look()
+        time.sleep(0.2)
+  folders = {job.policy: job.folder for job in jobs.all}
+  problems = reader.torn() + soak_checks.wrong(
+      root / "alone", folders, steps=_STEPS.value
+  )
   if not enough:
     problems.append("the run was over before enough faults: give more --steps")
   return {
