@@ -86,7 +86,8 @@ def main() -> None:
       directory = workdir.Workdir(pathlib.Path(_WORKDIR.value))
       store = recipe.open_store(config, directory)
       place = stack.enter_context(_placed(config))
-      naming = joining.naming(store, directory, values, place)
+      with _passing(place):  # the bucket may be back in a while
+        naming = joining.naming(store, directory, values, place)
       setup = joining.restrict(recipe.build(config, only=place.policy), place)
     with (
         cli.user_errors(*_failures()),  # closing may fail as well

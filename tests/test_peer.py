@@ -104,6 +104,7 @@ def test_addresses_are_of_http(bucket, address):
       place="here:/run",
       waits="",
       wanted="",
+      wait=0,
   )
   record = leaves.seal({"format": members.FORMAT, **dataclasses.asdict(member)})
   bucket.put(members.key("sub"), json.dumps(record).encode())
@@ -212,6 +213,23 @@ def test_two_jobs_that_wait_for_each_other_end(bucket):
   told = "'sub' has waited .*for this one to complete step 5.*have done 7 steps"
   with pytest.raises(StuckJobsError, match=told):
     asyncio.run(work())
+
+
+def test_waits_that_pass_are_not_added_up(bucket):
+  """The other job answers calls while it waits for the step to be complete."""
+
+  async def work():
+    with heart(bucket) as theirs, heart(bucket, policy="main") as own:
+      async with waiting(bucket, [], patience=3.0, heart=own) as other:
+        for _ in range(5):  # each of them shorter than patience, not all
+          with theirs.waiting("main", "to complete step 5"):
+            waits = asyncio.create_task(other.wait(lambda: None, "to answer"))
+            await asyncio.sleep(0.8)
+            assert not waits.done()
+            waits.cancel()
+            await asyncio.gather(waits, return_exceptions=True)
+
+  asyncio.run(work())
 
 
 def test_a_job_that_waits_for_a_third_one_is_waited_for(bucket):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import threading
 import time
@@ -48,6 +49,7 @@ class Member:
     place: that directory's host and path, for people.
     waits: the policy whose job this one waits for; empty for none.
     wanted: what that one is to do, for people.
+    wait: another number for every wait.
   """
 
   policy: str
@@ -61,6 +63,7 @@ class Member:
   place: str
   waits: str
   wanted: str
+  wait: int
 
 
 def key(policy: str, process: int = 0) -> str:
@@ -109,8 +112,8 @@ def _check(member: Member, policy: str) -> None:
   url = urllib.parse.urlsplit(member.address)
   if member.policy != policy or url.scheme != "http" or not url.hostname:
     raise ValueError("is not a record of that policy with an http address")
-  if type(member.ready) is not int or type(member.beat) is not int:
-    raise ValueError("ready and beat must be whole numbers")
+  if not {type(n) for n in (member.ready, member.beat, member.wait)} == {int}:
+    raise ValueError("ready, beat and wait must be whole numbers")
   texts = (member.incarnation, member.place, member.waits, member.wanted)
   if not all(isinstance(text, str) for text in texts):
     raise ValueError("incarnation, place, waits and wanted must be texts")
@@ -159,7 +162,8 @@ class Heart:
     self._lost = lost
     self._error: ClaimedError | None = None
     self._sure = time.monotonic()  # when the claim was ours for certain
-    self._waits: dict[object, tuple[str, str]] = {}
+    self._waits: dict[int, tuple[str, str]] = {}
+    self._numbers = itertools.count(1)  # of waits
     self._waiting = threading.Lock()
     self._member = Member(
         policy=policy,
@@ -173,6 +177,7 @@ class Heart:
         place=home.place,
         waits="",
         wanted="",
+        wait=0,
     )
     self._claim = Claim(
         store,
@@ -254,14 +259,14 @@ class Heart:
     Yields:
       Nothing.
     """
-    place = object()
+    number = next(self._numbers)
     with self._waiting:
-      self._waits[place] = (policy, wanted)
+      self._waits[number] = (policy, wanted)
     try:
       yield
     finally:
       with self._waiting:
-        del self._waits[place]
+        del self._waits[number]
 
   def _run(self) -> None:
     """Beats until told to stop; what cannot be written is tried again."""
@@ -289,13 +294,15 @@ class Heart:
   def _next(self, **changes: Any) -> bytes:
     """The record, one beat on."""
     with self._waiting:
-      waits, wanted = next(iter(self._waits.values()), ("", ""))
+      wait = min(self._waits, default=0)
+      waits, wanted = self._waits.get(wait, ("", ""))
     self._member = dataclasses.replace(
         self._member,
         beat=self._member.beat + 1,
         time=time.time(),
         waits=waits,
         wanted=wanted,
+        wait=wait,
         **changes,
     )
     record = leaves.seal({"format": FORMAT, **dataclasses.asdict(self._member)})

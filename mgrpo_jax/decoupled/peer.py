@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -82,9 +83,8 @@ class Peer:
     self._tell = tell
     self._heart = heart
     self._member: Member | None = None
-    self._changed = time.monotonic()  # when the record last did
-    self._standing: tuple[object, ...] = ()  # both jobs' states in such a wait
-    self._stood = self._changed  # since when they are the same
+    self._away = 0.0  # seconds in which this job could not look
+    self._changed = self._now()  # when the record last did
     self._told_at = _SILENT
     self._connections: dict[str, Connection] = {}
     self._stack = contextlib.AsyncExitStack()
@@ -156,7 +156,7 @@ class Peer:
   async def _wait(self, probe: Callable[[], T | None], what: str) -> T:
     """See `wait`."""
     pause, started, told = _FIRST_PAUSE, time.monotonic(), _LONG
-    damaged = 0
+    standing, damaged = _Standing(), 0
     while True:
       found: T | None = None
       problem: StorageError | None = None
@@ -172,10 +172,10 @@ class Peer:
         problem = error
       if found is not None:
         return found
-      if problem and time.monotonic() - self._changed > self._patience:
+      if problem and self._now() - self._changed > self._patience:
         raise problem
       await self._check(what)
-      self._check_standing(what)
+      self._check_standing(standing, what)
       waited = time.monotonic() - started
       if waited > told:
         told *= 2
@@ -200,7 +200,7 @@ class Peer:
       StorageError: its record cannot be read any more.
       StuckJobsError: it waits for this job.
     """
-    pause = _FIRST_PAUSE
+    pause, standing = _FIRST_PAUSE, _Standing()
     with contextlib.ExitStack() as stack:
       while True:
         member = self._member
@@ -210,7 +210,7 @@ class Peer:
         if pause == _FIRST_PAUSE:
           stack.enter_context(self._waiting(what))
         await self._check(what)
-        self._check_standing(what)
+        self._check_standing(standing, what)
         await asyncio.sleep(pause)
         pause = min(pause * 1.5, _LONGEST_REST)
 
@@ -268,8 +268,7 @@ class Peer:
       await asyncio.sleep(_LOOK)
       looked = time.monotonic()
       if looked - began > _LATE:  # this job did not look: it was busy, stopped
-        self._changed += looked - began
-        self._stood += looked - began
+        self._away += looked - began
 
   def _read(self) -> Member | None:
     """Reads the record; a changed one is a sign of life."""
@@ -280,15 +279,15 @@ class Peer:
       elif self._told_at > _SILENT:
         self._tell(f"{self._name()} is back, at {member.address}")
       self._member = member
-      self._changed = time.monotonic()
+      self._changed = self._now()
       self._told_at = _SILENT
     return member
 
   async def _check(self, what: str) -> None:
     """Tells of a job that is silent; raises AbsentError when it is too long."""
-    if time.monotonic() - self._changed > self._patience:
+    if self._now() - self._changed > self._patience:
       await asyncio.to_thread(self._read)  # it may have been us who were away
-    silent = time.monotonic() - self._changed
+    silent = self._now() - self._changed
     if silent > self._patience:
       raise AbsentError(
           f"{self._name()}: no sign of life for {silent:.0f} s"
@@ -302,16 +301,16 @@ class Peer:
           f" {what}"
       )
 
-  def _check_standing(self, what: str) -> None:
+  def _check_standing(self, standing: _Standing, what: str) -> None:
     """Raises StuckJobsError when each has waited for the other too long."""
     member = self._member
     if not self._heart or not member or member.waits != self._heart.policy:
-      self._standing = ()
+      standing.wait = None
       return
-    standing = (member.incarnation, member.ready, member.wanted, what)
-    if standing != self._standing:
-      self._standing, self._stood = standing, time.monotonic()
-    if time.monotonic() - self._stood > self._patience:
+    wait = (member.incarnation, member.ready, member.wait)
+    if wait != standing.wait:
+      standing.wait, standing.since = wait, self._now()
+    if self._now() - standing.since > self._patience:
       raise StuckJobsError(
           f"{self._name()} has waited for {self._patience:.0f} s"
           f" (jobs.patience) for this one {member.wanted}, and this one for it"
@@ -319,9 +318,21 @@ class Peer:
           " of them wrote into the bucket was lost"
       )
 
+  def _now(self) -> float:
+    """Seconds, those not counted in which this job could not look."""
+    return time.monotonic() - self._away
+
   def _name(self) -> str:
     """The job, for people."""
     return f"job of policy {self.policy!r}"
+
+
+@dataclasses.dataclass
+class _Standing:
+  """For which wait of the other job this one's has waited, and since when."""
+
+  wait: tuple[str, int, int] | None = None
+  since: float = 0.0
 
 
 class _MovedError(Exception):
