@@ -1,12 +1,12 @@
 r"""Trains by real jobs among random faults, and compares with a run left alone.
 
     python -m experiments.bench.soak --workdir=DIR --faults=200 --seed=0 \
-        [--steps=24] [--faketime=/usr/lib/…/libfaketime.so.1]
+        [--steps=24] [--faketime=/usr/lib/…/libfaketime.so.1] [--alone=DIR]
 
-First the recipe runs in one process. Then each policy has its job; their bucket
-is an emulator of S3 (moto) behind a proxy that spoils requests
-(`mgrpo_jax.testing.faulty`). Besides, at moments drawn from the seed, a job is
-killed, stopped (shorter than a heartbeat, longer, sometimes longer than
+First the recipe runs in one process (or did, in --alone). Then each policy has
+its job; their bucket is an emulator of S3 (moto) behind a proxy that spoils
+requests (`mgrpo_jax.testing.faulty`). Besides, at moments drawn from a seed, a
+job is killed, stopped (shorter than a heartbeat, longer, sometimes longer than
 `jobs.patience`), its files may grow no more (RLIMIT_FSIZE: as on a full disk),
 or somebody starts the job a second time from another run directory; where
 --faketime names libfaketime (Debian's package of that name), every start gets a
@@ -43,7 +43,6 @@ from mgrpo_jax.testing import faulty, object_servers
 
 POLICIES = ("main", "researcher")
 _WEIGHTS = pathlib.Path("configs/quickstart_weights")
-_PATIENCE = 60.0  # jobs.patience, seconds
 _HEARTBEAT = 1.0  # jobs.heartbeat, seconds
 _SKEWS = ("-300s", "+0s", "+300s")
 _GROWTH = 4096  # bytes that a file may have on the disk that is full
@@ -58,6 +57,12 @@ _STEPS = flags.DEFINE_integer("steps", 24, "of training, half in each stage")
 _RATE = flags.DEFINE_float("rate", 0.02, "share of requests that are spoilt")
 _PAUSE = flags.DEFINE_float("pause", 20.0, "mean seconds between job faults")
 _FAKETIME = flags.DEFINE_string("faketime", "", "libfaketime.so.1, for clocks")
+_PATIENCE = flags.DEFINE_float(
+    "patience", 60.0, "jobs.patience: more seconds than a job takes to start"
+)
+_ALONE = flags.DEFINE_string(
+    "alone", "", "run directory of the same recipe left alone, if there is one"
+)
 _OUT = flags.DEFINE_string("out", "", "JSON file for the counts")
 
 
@@ -128,7 +133,7 @@ class Jobs:
     else:
       low, high = (0.1, 5 * _HEARTBEAT)
       if kind == "long stop":
-        low, high = _PATIENCE, 1.5 * _PATIENCE
+        low, high = _PATIENCE.value, 1.5 * _PATIENCE.value
       seconds = self._rng.uniform(low, high)
       process.send_signal(signal.SIGSTOP)
       self._later(seconds, lambda: process.send_signal(signal.SIGCONT))
@@ -207,7 +212,7 @@ def _train(
           f"--config.stages.hard.steps={_STEPS.value - _STEPS.value // 2}",
           f"--config.evaluation.every={max(1, _STEPS.value // 2)}",
           f"--config.jobs.heartbeat={_HEARTBEAT}",
-          f"--config.jobs.patience={_PATIENCE}",
+          f"--config.jobs.patience={_PATIENCE.value}",
           f"--workdir={folder}",
           *arguments,
       ],
@@ -216,7 +221,7 @@ def _train(
       stderr=subprocess.STDOUT,
       env={
           **os.environ,
-          "JAX_COMPILATION_CACHE_DIR": str(root / "cache"),
+          "JAX_COMPILATION_CACHE_DIR": str(root.parent / "soak_cache"),
           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
           **extra,
       },
@@ -245,8 +250,9 @@ def _said(folder: pathlib.Path, code: int) -> str:
 
 def soak(root: pathlib.Path) -> dict[str, Any]:
   """Runs the recipe alone and among faults, and compares."""
-  if _train(root, root / "alone", (), {}).wait():
-    raise RuntimeError(f"the run alone failed, see {root}/alone.log")
+  alone = pathlib.Path(_ALONE.value or root / "alone")
+  if not _ALONE.value and _train(root, alone, (), {}).wait():
+    raise RuntimeError(f"the run alone failed, see {alone}.log")
   rng = random.Random(_SEED.value)
   faults = faulty.Faults(seed=_SEED.value, rate=0.0, seconds=2.0)
   began = time.monotonic()
@@ -274,7 +280,7 @@ def soak(root: pathlib.Path) -> dict[str, Any]:
         time.sleep(0.2)
   folders = {job.policy: job.folder for job in jobs.all}
   problems = reader.torn() + soak_checks.wrong(
-      root / "alone", folders, steps=_STEPS.value
+      alone, folders, steps=_STEPS.value
   )
   if not enough:
     problems.append("the run was over before enough faults: give more --steps")

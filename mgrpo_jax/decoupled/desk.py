@@ -9,6 +9,7 @@ reported. (What the machine itself loses with its power may have been.)
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,7 +17,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
-from mgrpo_jax import atomic, leaves
+from mgrpo_jax import atomic, leaves, rollout
 from mgrpo_jax.agents.call import call_with_retries
 from mgrpo_jax.agents.context import CallContext, Environment, Ledger
 from mgrpo_jax.decoupled import codec, wire
@@ -75,6 +76,7 @@ class Desk:
     self._answers: dict[Identity, _Answer] = {}
     self._own: dict[Identity, Trajectory] = {}
     self._file: BinaryIO | None = None
+    self._telling = contextlib.ExitStack()
 
   def open(self, done: int) -> None:
     """Answers calls from now on; those kept of the step count as made.
@@ -100,10 +102,16 @@ class Desk:
       raise atomic.StorageError(
           f"cannot keep calls in {path}: {atomic.reason(error)}"
       ) from error
+    for environment in self._environments.values():
+      team = environment.team
+      if team[team.root].policy not in environment.elsewhere:
+        continue  # who leads rolls out, and tells of its calls there
+      self._telling.enter_context(rollout.telling_late_turns(environment))
     self._done = done
 
   def close(self) -> None:
     """Answers nothing any more; what was kept is forgotten at the next step."""
+    self._telling.close()
     if self._file is not None:
       self._file.close()
     self._file = None
