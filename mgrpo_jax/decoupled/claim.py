@@ -7,9 +7,9 @@ more. Where the store has no compare-and-swap it is read back instead.
     the record is of       it may be taken
     nobody                 at once
     this run directory     at once: its lock says that the process is gone
-    another one            when it has not changed for `patience` seconds, and
-                           no trained version stands in the bucket, which a
-                           run directory without its checkpoints would replace
+    another one            when it has not changed for `patience` seconds; never
+                           where a trained version stands in the bucket, which
+                           a directory without its checkpoints would replace
 """
 
 from __future__ import annotations
@@ -153,6 +153,8 @@ class Claim:
       if found.value is None or told.get("home") == self._home.id:
         return found
       before, beat = beat, (told["incarnation"], told["beat"]) if told else beat
+      if before is None:
+        self._check_untrained(found)
       if before is not None and beat != before:
         raise ClaimedError(
             f"the job of policy {self._policy!r} runs already, from"
@@ -162,7 +164,7 @@ class Claim:
       silent = time.monotonic() - since
       if silent > self._patience:
         self._check_untrained(found)
-        return found
+        return found  # unless it changes before ours is written
       if silent > tell_at:
         tell_at *= 2
         self._tell(
