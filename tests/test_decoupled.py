@@ -20,7 +20,7 @@ PROGRAM = pathlib.Path(__file__).parent / "tiny_job.py"
 SEED, STEPS = 3, 7
 TOTAL = STEPS + 2  # two steps of imitation come first
 JOBS = ("main", "researcher")
-DEADLINE = 200  # seconds; a start takes 5 to 20
+DEADLINE = 900  # seconds; a start takes 5 to 20, many more where all is busy
 
 
 class Team:

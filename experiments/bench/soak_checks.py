@@ -91,7 +91,7 @@ def played(folder: pathlib.Path, policy: str) -> list[str]:
     for group in read.groups:
       for one in group["trajectories"]:
         if one["role"] == policy:
-          what = ("tokens", "logprobs", "rewards", "parent", "status")
+          what = ("tokens", "logprobs", "rewards", "advantage", "parent")
           text = json.dumps([one[name] for name in what])
           place = [one["rollout"], one["call"]]
           found.append(f"{step} {group['task']['id']} {place} {text}")
@@ -116,11 +116,12 @@ def wrong(
     one, file = alone, f"policies/{policy}/model.safetensors"
     if (one / file).read_bytes() != (two / file).read_bytes():
       found.append(f"parameters of {policy} differ")
-    expected, actual = played(one, policy), played(two, policy)
-    if lost := set(expected) - set(actual):
-      found.append(f"{len(lost)} trajectories of {policy} are lost")
-    if len(actual) != len(set(actual)) or set(actual) - set(expected):
-      found.append(f"trajectories of {policy} are doubled or others")
+    expected = collections.Counter(played(one, policy))
+    actual = collections.Counter(played(two, policy))
+    if lost := expected - actual:
+      found.append(f"{lost.total()} trajectories of {policy} are lost")
+    if more := actual - expected:
+      found.append(f"{more.total()} of {policy} are doubled or others")
     rows = [row["step"] for row in read_metrics(two / "metrics.jsonl")]
     if rows != list(range(steps)):
       found.append(f"steps of {policy}: {rows}")
