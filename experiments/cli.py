@@ -18,16 +18,17 @@ if typing.TYPE_CHECKING:
   import ml_collections
 
 USAGE_ERROR = 2
+BROKEN = 75  # what failed may pass: the same command may go on (EX_TEMPFAIL)
 BROKEN_PIPE = 128 + signal.SIGPIPE
 INTERRUPTED = 128 + signal.SIGINT  # as shells do
 TERMINATED = 128 + signal.SIGTERM
 
 
-def fail(message: str) -> None:
-  """Ends the process with one line and the exit code of a usage error."""
+def fail(message: str, code: int = USAGE_ERROR) -> None:
+  """Ends the process with one line and an exit code."""
   with contextlib.suppress(OSError):  # the code says it, too
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-  sys.exit(USAGE_ERROR)
+  sys.exit(code)
 
 
 def say(text: str) -> None:
@@ -58,11 +59,14 @@ def _stdout() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def user_errors(*kinds: type[Exception]) -> Iterator[None]:
+def user_errors(
+    *kinds: type[Exception], code: int = USAGE_ERROR
+) -> Iterator[None]:
   """Turns exceptions of these kinds, raised inside, into one line and exit 2.
 
   Args:
     *kinds: exception types that mean wrong input or a wrong environment here.
+    code: to exit with, where it is not that of a usage error.
 
   Yields:
     Nothing.
@@ -70,7 +74,7 @@ def user_errors(*kinds: type[Exception]) -> Iterator[None]:
   try:
     yield
   except kinds as error:
-    fail(_one_line(error))
+    fail(_one_line(error), code)
 
 
 def secret(file: str, name: str) -> str:

@@ -19,10 +19,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from experiments import cli, jobs
 from experiments.jobs import Job, Running
 from experiments.joining import TOKEN
+from mgrpo_jax import atomic
+from mgrpo_jax.workdir import LOCK_FILE
 
 _RESTARTS = 3  # of each job
 _LOOK = 0.5  # seconds between looks at them
 _GRACE = 120.0  # seconds in which they end after the leader has
+_LEFT = 90.0  # seconds in which those that an earlier command left end
+
+
+class CutOffError(RuntimeError):
+  """The run is over, but a job did not come to its end; says which."""
 
 
 def recipe_arguments(arguments: Sequence[str]) -> list[str]:
@@ -72,7 +79,9 @@ def others(
     Nothing.
 
   Raises:
+    CutOffError: a job did not end well after the leader has.
     OSError: a job cannot be started.
+    StorageError: one that an earlier command started still runs.
   """
   folder = workdir / "jobs"
   commands = [
@@ -91,12 +100,32 @@ def others(
       )
       for policy in policies
   ]
+  for policy in policies:
+    _wait_until_free(folder / policy, tell)
   keeper = _Keeper(commands, {**os.environ, TOKEN: token}, tell)
   try:
     yield
     keeper.finish()
   finally:
     keeper.close()
+
+
+def _wait_until_free(
+    directory: pathlib.Path, tell: Callable[[str], None]
+) -> None:
+  """Waits for a job that an earlier command left to end; none is doubled."""
+  end, told = time.monotonic() + _LEFT, False
+  while directory.is_dir():
+    try:
+      with atomic.exclusive(directory / LOCK_FILE):
+        return
+    except atomic.StorageError as error:
+      if time.monotonic() > end:
+        raise
+      if not told:
+        tell(f"{error}: waits {_LEFT:.0f} s for it to end")
+      told = True
+    time.sleep(_LOOK)
 
 
 class _Keeper:
@@ -124,11 +153,18 @@ class _Keeper:
     self._thread.start()
 
   def finish(self) -> None:
-    """Waits for the jobs to end by themselves, the run being over."""
+    """Waits for the jobs to end by themselves, the run being over.
+
+    Raises:
+      CutOffError: one does not, or not well.
+    """
     end = time.monotonic() + _GRACE
-    while time.monotonic() < end and any(
-        one.process.poll() is None for one in self._running
-    ):
+    while left := [r.job.name for r in self._running if r.process.poll() != 0]:
+      if time.monotonic() > end:
+        raise CutOffError(
+            f"jobs of {', '.join(left)}: not at their end {_GRACE:.0f} s after"
+            " the leader's; the same command goes on with them"
+        )
       time.sleep(_LOOK)
 
   def close(self) -> None:

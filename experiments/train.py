@@ -8,7 +8,8 @@ when the same command is given again.
 
 With --policy=NAME this process is the job of one policy; the jobs of the others
 are started with the same config and bucket and a --workdir of their own, here
-or elsewhere. --launch=local starts them all on this machine.
+or elsewhere. --launch=local starts them all on this machine. A job that began
+and ends because of what may pass has the exit code 75.
 """
 
 from __future__ import annotations
@@ -85,10 +86,12 @@ def main() -> None:
       directory = workdir.Workdir(pathlib.Path(_WORKDIR.value))
       store = recipe.open_store(config, directory)
       place = stack.enter_context(_placed(config))
-      naming = joining.naming(store, directory, values, place)
+      with _passing(place):  # the bucket may be back in a while
+        naming = joining.naming(store, directory, values, place)
       setup = joining.restrict(recipe.build(config, only=place.policy), place)
     with (
         cli.user_errors(*_failures()),  # closing may fail as well
+        _passing(place),
         workdir.hold(directory.path, values, name=naming),
     ):
       ownership.claim(store, directory.read_id(), values)
@@ -112,18 +115,39 @@ def _failures() -> tuple[type[Exception], ...]:
   """What ends a run in one line: the world's doing, or the recipe's."""
   from mgrpo_jax import atomic, journal, ownership, publish
   from mgrpo_jax.agents.watchdog import StuckError
-  from mgrpo_jax.decoupled.errors import AbsentError
+  from mgrpo_jax.decoupled.errors import ClaimedError
   from mgrpo_jax.sampler.interface import EngineError
 
   return (
       OSError,
-      AbsentError,
+      ClaimedError,
       atomic.MismatchError,
       journal.NonFiniteError,
       ownership.TakenError,
       publish.NoVersionError,
       EngineError,
       StuckError,
+  )
+
+
+def _passing(place: Place) -> contextlib.AbstractContextManager[None]:
+  """Ends a job in one line where starting it again may help."""
+  if place.where is None:
+    return contextlib.nullcontext()
+  from experiments.launch import CutOffError
+  from mgrpo_jax.agents.watchdog import StuckError
+  from mgrpo_jax.decoupled import errors
+  from mgrpo_jax.sampler.interface import EngineError
+
+  return cli.user_errors(
+      OSError,
+      CutOffError,
+      errors.AbsentError,
+      errors.ServerError,
+      errors.StuckJobsError,
+      EngineError,
+      StuckError,
+      code=cli.BROKEN,
   )
 
 

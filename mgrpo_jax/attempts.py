@@ -10,6 +10,7 @@ written by compare-and-swap where there is one (`Store.replace`).
 """
 
 import functools
+import math
 import re
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ _RETRIES: dict[str, Any] = {  # a handful of quick retries, the rest is ours
     for driver in ("gcs", "s3")
 }
 _ATTEMPT = 30.0  # seconds until an attempt without an answer is given up
+_LOOK = 1.0  # seconds between looks at the limit
 _PAUSE = 0.2, 5.0  # seconds between attempts, at first and at most
 _TRANSIENT = re.compile("ABORTED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE")
 _OUTSIDE = re.compile(  # failures that say nothing about what was stored
@@ -64,6 +66,7 @@ def wait(
     patience: float,
     nbytes: int = 0,
     started: Pending | None = None,
+    limit: Callable[[], float] = lambda: math.inf,
 ) -> Any:
   """Waits for an operation, beginning it again where a server failed.
 
@@ -73,6 +76,8 @@ def wait(
     patience: seconds in all that an operation without data may take.
     nbytes: of data that it moves, for which more is allowed.
     started: the first attempt, where it is under way already.
+    limit: when to give up at the latest, by `time.monotonic`; asked again and
+      again.
 
   Returns:
     The result of the attempt that worked.
@@ -91,7 +96,7 @@ def wait(
     started = None
     left = begun + patience + more - time.monotonic()
     try:
-      return future.result(timeout=max(0.0, min(left, _ATTEMPT + more)))
+      return _result(future, min(left, _ATTEMPT + more), limit)
     except TimeoutError:
       future.cancel()
       problem = problem or "no answer"
@@ -100,13 +105,26 @@ def wait(
       if isinstance(error, OSError) or not _TRANSIENT.match(str(error)):
         raise _kind(error)(f"cannot {what}: {problem}") from error
     took = time.monotonic() - begun
-    if took + pause >= patience + more:
+    over = time.monotonic() + pause >= limit()
+    if over or took + pause >= patience + more:
       attempts = f"{tries} attempt{'s' * (tries > 1)}"
       raise atomic.StorageError(
           f"cannot {what}: {problem} ({attempts} in {took:.0f} s)"
       )
     time.sleep(pause)
     pause = min(2 * pause, _PAUSE[1])
+
+
+def _result(future: Pending, seconds: float, limit: Callable[[], float]) -> Any:
+  """Waits for an attempt; raises TimeoutError when it is to be given up."""
+  end = time.monotonic() + seconds
+  while True:
+    left = min(end, limit()) - time.monotonic()
+    try:
+      return future.result(timeout=max(0.0, min(left, _LOOK)))
+    except TimeoutError:
+      if left <= _LOOK:
+        raise
 
 
 def _kind(error: BaseException) -> type[atomic.StorageError]:

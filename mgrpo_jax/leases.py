@@ -7,6 +7,7 @@ lease is honoured for `SKEW` seconds longer than it says: two clocks that differ
 by less than that never cost a version.
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -17,6 +18,21 @@ from mgrpo_jax.store import Store
 
 SKEW = 600.0  # seconds that the clocks of two machines may differ by
 _KEY = re.compile(r"v(\d+)/")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Held:
+  """What leases say.
+
+  Attributes:
+    versions: that are kept.
+    over: versions of the leases that ran out, by the lease's key.
+    damaged: a line for each lease that cannot be read; its version is kept.
+  """
+
+  versions: frozenset[int]
+  over: dict[str, int]
+  damaged: tuple[str, ...]
 
 
 def write(
@@ -52,10 +68,11 @@ def until(value: bytes) -> float:
     return math.nan
 
 
-def held(
-    store: Store, root: str, number: int | None = None
-) -> tuple[set[int], list[str]]:
-  """Returns which versions are kept by leases; removes those that ran out.
+def held(store: Store, root: str, number: int | None = None) -> Held:
+  """Reads which versions are kept by leases, and removes none.
+
+  A lease that ran out may be prolonged at any moment, so it goes only after
+  its version: whoever prolongs it then sees that there is no manifest.
 
   Args:
     store: the bucket.
@@ -63,13 +80,12 @@ def held(
     number: the only version that is asked for; None for all.
 
   Returns:
-    The versions, and a line for each lease that cannot be read; those are
-    kept.
+    What they say.
 
   Raises:
-    StorageError: the store cannot be read or written.
+    StorageError: the store cannot be read.
   """
-  leased, damaged = set[int](), list[str]()
+  leased, over, damaged = set[int](), dict[str, int](), list[str]()
   folder = f"{root}/leases"
   for key in store.list(folder if number is None else f"{folder}/v{number}"):
     if (value := store.get(key)) is None:
@@ -81,8 +97,8 @@ def held(
     if found and not end + SKEW <= time.time():
       leased.add(int(found[1]))
     elif found:
-      store.delete(key)
-  return leased, damaged
+      over[key] = int(found[1])
+  return Held(versions=frozenset(leased), over=over, damaged=tuple(damaged))
 
 
 def _key(root: str, number: int, holder: str) -> str:

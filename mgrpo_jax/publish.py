@@ -20,7 +20,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from mgrpo_jax import atomic, leases, leaves
@@ -84,6 +84,7 @@ def publish(
     keep: int,
     meta: Mapping[str, Any],
     short: bool = False,
+    sure: Callable[[], None] = lambda: None,
 ) -> Published:
   """Writes a version of a policy's weights and points LATEST at it.
 
@@ -100,6 +101,7 @@ def publish(
     meta: JSON kept beside the weights (step, stage, …).
     short: whether float32 is rounded to bfloat16, half the bytes; what is read
       is float32 again.
+    sure: raises where this process may publish no more.
 
   Returns:
     The version, and what was found damaged.
@@ -119,6 +121,7 @@ def publish(
   version = PolicyVersion(
       policy=policy, number=number, path=path, digest=manifest["digest"]
   )
+  sure()
   store.settle()
   before = store.read(_pointer_key(policy))
   if not _is_whole(store, version):
@@ -134,13 +137,14 @@ def publish(
         _remove(store, path)  # on a full disk, what was written only harms
       raise
   pointer = {"number": number, "path": path, "digest": version.digest}
+  sure()
   if not store.replace(before, json.dumps(pointer).encode()):
     raise OvertakenError(
         f"{before.key} in {store.url} was changed while version {number} was"
         " written: another process publishes this policy"
     )
-  damaged = _retain(store, policy, number, keep)
-  return Published(version=version, damaged=tuple(damaged))
+  damaged = _retain(store, policy, number, keep, sure)
+  return Published(version=version, damaged=damaged)
 
 
 def read(
@@ -217,8 +221,7 @@ def versions(store: Store, policy: str) -> list[int]:
   """Returns the numbers of all versions that have a manifest, ascending."""
   root = f"policies/{check_name(policy, 'policy')}/"
   keys = [key.removeprefix(root) for key in store.list(root.rstrip("/"))]
-  found = [_VERSION.match(k) for k in keys if k.endswith("/manifest.json")]
-  return sorted(int(match[1]) for match in found if match)
+  return sorted(_whole_among(keys))
 
 
 def lease(
@@ -329,6 +332,12 @@ def _candidates(
   yield from (n for n in reversed(older) if n not in skipped)
 
 
+def _whole_among(keys: Iterable[str]) -> set[int]:
+  """The versions that have a manifest, of keys below a policy's folder."""
+  found = [_VERSION.match(k) for k in keys if k.endswith("/manifest.json")]
+  return {int(match[1]) for match in found if match}
+
+
 def _is_whole(store: Store, version: PolicyVersion) -> bool:
   """Returns whether exactly this version already lies in the store."""
   found = store.get(f"{version.path}/manifest.json")
@@ -345,22 +354,30 @@ def _is_whole(store: Store, version: PolicyVersion) -> bool:
   return True
 
 
-def _retain(store: Store, policy: str, number: int, keep: int) -> list[str]:
+def _retain(
+    store: Store, policy: str, number: int, keep: int, sure: Callable[[], None]
+) -> tuple[str, ...]:
   """Deletes what is neither new, nor leased, nor pointed to."""
   root = f"policies/{policy}"
   keys = [key.removeprefix(f"{root}/") for key in store.list(root)]
   present = {int(m[1]) for m in map(_VERSION.match, keys) if m}
-  past = sorted(n for n in present if n <= number)
-  leased, damaged = leases.held(store, root)
-  for old in sorted(present - {number, *past[-keep:], *leased}):
-    manifest = store.get(f"{manifests.path(policy, old)}/manifest.json")
+  past = sorted(n for n in _whole_among(keys) if n <= number)
+  held = leases.held(store, root)
+  gone = set(held.over.values()) - present
+  for old in sorted(present - {number, *past[-keep:], *held.versions}):
+    path = manifests.path(policy, old)
+    sure()
+    manifest = store.get(f"{path}/manifest.json")
     if manifest is not None:
-      store.delete(f"{manifests.path(policy, old)}/manifest.json")
-      if old in leases.held(store, root, old)[0]:  # taken in between
-        store.put(f"{manifests.path(policy, old)}/manifest.json", manifest)
+      store.delete(f"{path}/manifest.json")
+      if old in leases.held(store, root, old).versions:  # taken in between
+        store.put(f"{path}/manifest.json", manifest)
         continue
-    store.discard(manifests.path(policy, old))  # gone by the next publication
-  return damaged
+    store.discard(path)  # gone by the next publication
+    gone.add(old)
+  for key in (k for k, old in held.over.items() if old in gone):
+    store.delete(key)
+  return held.damaged
 
 
 def _remove(store: Store, path: str) -> None:

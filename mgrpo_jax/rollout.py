@@ -1,10 +1,11 @@
 """K trees of agent calls per task."""
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -124,10 +125,24 @@ async def run_groups(
           spares=spares,
       )
 
+  with telling_late_turns(environment):
+    return await _all(run(position) for position in range(len(tasks)))
+
+
+@contextlib.contextmanager
+def telling_late_turns(environment: Environment) -> Iterator[None]:
+  """Logs how many turns came too late while it was entered, if any did.
+
+  Args:
+    environment: what counts them.
+
+  Yields:
+    Nothing.
+  """
   counters = environment.counters
   before = counters["late_turns"]
   try:
-    return await _all(run(position) for position in range(len(tasks)))
+    yield
   finally:
     if late := counters["late_turns"] - before:
       _LOG.warning(

@@ -12,9 +12,11 @@ Operations end: failures of a server are retried for as long as `open` is told
 
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -66,11 +68,9 @@ class Store:
       url: where it is.
       patience: seconds that an operation may take.
     """
-    self._kvstore = kvstore
-    self._bulk = bulk
-    self._whole = whole
+    self._kvstore, self._bulk, self._whole = kvstore, bulk, whole
     self.url = url
-    self._patience = patience
+    self._patience, self._limit = patience, math.inf
     local = pathlib.Path(kvstore.path) if url.startswith("file://") else None
     self._removal = removal.Removal(bulk, local)
     self._asking = threading.Lock()
@@ -87,6 +87,10 @@ class Store:
       if self._can_swap is None:
         self._can_swap = self._keeps_conditions()
     return self._can_swap
+
+  def hurry(self, seconds: float) -> None:
+    """Has every operation end so many seconds from now; for who leaves."""
+    self._limit = min(self._limit, time.monotonic() + seconds)
 
   def read(self, key: str) -> Record:
     """Reads a key and the generation it is at.
@@ -131,8 +135,6 @@ class Store:
 
   def discard(self, prefix: str) -> None:
     """Starts removing every key below a folder; `settle` waits for it.
-
-    Removing the sixty files of a small policy can take a quarter of a second.
 
     Args:
       prefix: folder without trailing slash.
@@ -252,12 +254,11 @@ class Store:
         for n in keys
     }
     opened = self._all("write", keys, creating)
-    self._all(
-        "write",
-        keys,
-        {n: functools.partial(zarr.write, opened[n], arrays[n]) for n in keys},
-        {n: array.nbytes for n, array in arrays.items()},
-    )
+    filling = {
+        n: functools.partial(zarr.write, opened[n], arrays[n]) for n in keys
+    }
+    sizes = {n: array.nbytes for n, array in arrays.items()}
+    self._all("write", keys, filling, sizes)
 
   def read_arrays(
       self,
@@ -281,11 +282,9 @@ class Store:
       ValueError: a name is not a relative path.
     """
     keys = {name: check_key(f"{prefix}/{name}") for name in names}
-    opening = {
-        n: functools.partial(zarr.open, self._bulk, keys[n]) for n in keys
-    }
+    begin = {n: functools.partial(zarr.open, self._bulk, keys[n]) for n in keys}
     try:
-      opened = self._all("read", keys, opening)
+      opened = self._all("read", keys, begin)
       return self._all(
           "read",
           keys,
@@ -352,6 +351,7 @@ class Store:
         patience=self._patience,
         nbytes=nbytes,
         started=started,
+        limit=lambda: self._limit,
     )
 
   def _where(self, key: str) -> str:

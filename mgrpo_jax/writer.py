@@ -1,11 +1,15 @@
 """Versions of weights on their way to the store while training goes on."""
 
 import concurrent.futures
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mgrpo_jax import publish
 from mgrpo_jax.store import Store
+
+_LAST = 30.0  # seconds for what is under way when the run leaves
+_LOG = logging.getLogger(__name__)
 
 
 class Writer:
@@ -31,6 +35,15 @@ class Writer:
         1, thread_name_prefix="publish"
     )
     self._pending: list[concurrent.futures.Future] = []
+    self._sure: Callable[[], None] = _always
+
+  def guard(self, sure: Callable[[], None]) -> None:
+    """Publishes from now on only where this process still may.
+
+    Args:
+      sure: raises where it may not; see `publish.publish`.
+    """
+    self._sure = sure
 
   def write(
       self, policy: str, number: int, params: Any, *, meta: Mapping[str, Any]
@@ -53,6 +66,7 @@ class Writer:
             keep=self._keep,
             short=self._short,
             meta=meta,
+            sure=self._sure,
         )
     )
 
@@ -70,5 +84,17 @@ class Writer:
     return [line for one in pending for line in one.result().damaged]
 
   def close(self) -> None:
-    """Waits for what is under way, and says nothing of how it went."""
+    """Waits for what is under way, not for ever; `settle` says how it went."""
+    if any(not one.done() for one in self._pending):
+      _LOG.warning(
+          "%s: the last versions are given up if they are not written in %.0f"
+          " s",
+          self._store.url,
+          _LAST,
+      )
+      self._store.hurry(_LAST)
     self._thread.shutdown()
+
+
+def _always() -> None:
+  """Lets everything be published."""

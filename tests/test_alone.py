@@ -43,7 +43,12 @@ def test_a_leader_without_its_follower_ends_saying_whom_it_misses(
 def test_a_leader_with_a_new_directory_does_not_go_on_from_anothers_steps(
     tmp_path, bucket
 ):
-  board = Board(bucket, rollouts_per_task=3)
+  board = Board(
+      bucket,
+      rollouts_per_task=3,
+      told=tmp_path / "told",
+      sure=lambda: None,
+  )
   nothing = Accuracy(correct=0, n=3, failed=0)
   found = Evaluation(overall=nothing, by_family={"x": nothing}, groups=())
   board.write_evaluation("test", 0, found, {"main": 0, "researcher": 0})

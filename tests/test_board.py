@@ -9,6 +9,7 @@ from trajectories import group, task, trajectory
 from mgrpo_jax import rewards, store
 from mgrpo_jax.atomic import CorruptError
 from mgrpo_jax.decoupled.board import Board
+from mgrpo_jax.decoupled.errors import ClaimedError
 from mgrpo_jax.decoupled.spool import Spool, read_scores, write_scores
 from mgrpo_jax.evaluate import Evaluation
 from mgrpo_jax.metrics import Accuracy
@@ -47,8 +48,13 @@ def bucket(tmp_path):
 
 
 @pytest.fixture
-def board(bucket):
-  return Board(bucket, rollouts_per_task=2)
+def board(bucket, tmp_path):
+  return Board(
+      bucket,
+      rollouts_per_task=2,
+      told=tmp_path / "spool",
+      sure=lambda: None,
+  )
 
 
 def test_a_step_comes_back_bit_for_bit(board):
@@ -73,6 +79,62 @@ def test_a_step_whose_records_are_another_steps_is_waited_for(board):
   board.announce(5, [made], [scores])
   board.announce(6, [made], [scores])
   assert board.step(5) is None and board.step(6) is not None
+
+
+def test_a_record_that_arrives_late_undoes_no_later_one(
+    board, bucket, monkeypatch
+):
+  made, scores = played(0)
+  late = []
+
+  def keep(record, value):  # this write is given up, and is under way
+    late.append((record, value))
+    return straight(record, value)
+
+  straight = bucket.replace
+  monkeypatch.setattr(bucket, "replace", keep)
+  board.announce(5, [made], [scores])
+  monkeypatch.undo()
+  board.announce(6, [made], [scores])
+  assert {record.key for record, _ in late} >= {"rewards/t/0.json"}
+  for record, value in late:  # now it comes
+    assert not bucket.replace(record, value) or bucket.get(record.key) == value
+  assert board.step(6) is not None
+
+
+def test_what_a_bucket_lost_is_told_again(board, bucket, tmp_path):
+  made, scores = played(0)
+  parts = {"place": Accuracy(correct=2, n=5, failed=1)}
+  found = Evaluation(overall=parts["place"], by_family=parts, groups=())
+  board.announce(5, [made], [scores])
+  board.write_evaluation("dev", 6, found, {"main": 7})
+  board.announce(6, [made], [scores])
+  kept = {key: bucket.get(key) for key in bucket.list()}
+  for key in kept:
+    bucket.delete(key)
+  again = Board(
+      bucket, rollouts_per_task=2, told=tmp_path / "spool", sure=lambda: None
+  )
+  again.repeat()
+  assert {key: bucket.get(key) for key in bucket.list()} == kept
+  again.trim(6)
+  bucket.delete("steps/5.json")
+  bucket.delete("steps/6.json")
+  again.repeat()
+  assert not again.has_step(5) and again.step(6) is not None
+
+
+def test_who_may_write_no_more_writes_nothing(bucket, tmp_path):
+  def taken():
+    raise ClaimedError("another's")
+
+  made, scores = played(0)
+  other = Board(bucket, rollouts_per_task=2, told=tmp_path / "s", sure=taken)
+  with pytest.raises(ClaimedError):
+    other.announce(5, [made], [scores])
+  with pytest.raises(ClaimedError):
+    other.write_stats("main", 5, {})
+  assert bucket.list() == []
 
 
 @pytest.mark.parametrize("key", ["steps/5.json", "rewards/t/1.json"])

@@ -20,7 +20,7 @@ PROGRAM = pathlib.Path(__file__).parent / "tiny_job.py"
 SEED, STEPS = 3, 7
 TOTAL = STEPS + 2  # two steps of imitation come first
 JOBS = ("main", "researcher")
-DEADLINE = 200  # seconds; a start takes 5 to 20
+DEADLINE = 900  # seconds; a start takes 5 to 20, many more where all is busy
 
 
 class Team:
@@ -30,26 +30,30 @@ class Team:
     self.root = root
     self.bucket = root / "bucket"
     self.running = {}
+    self.second = None
     self.said = collections.defaultdict(str)
 
   def start(self, *jobs):
     for job in jobs:
-      log = open(self.root / f"{job}.log", "a")
-      with log:
-        self.running[job] = subprocess.Popen(
-            [
-                sys.executable,
-                PROGRAM,
-                str(self.root / job),
-                self.bucket.as_uri(),
-                job,
-                str(SEED),
-                str(STEPS),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
+      self.running[job] = self.process(job, job)
+
+  def process(self, job, folder):
+    """A policy's job in a run directory."""
+    with open(self.root / f"{folder}.log", "a") as log:
+      return subprocess.Popen(
+          [
+              sys.executable,
+              PROGRAM,
+              str(self.root / folder),
+              self.bucket.as_uri(),
+              job,
+              str(SEED),
+              str(STEPS),
+          ],
+          stdout=subprocess.PIPE,
+          stderr=log,
+          text=True,
+      )
 
   def wait_for(self, path):
     """Waits until a file is there, and something in it."""
@@ -110,6 +114,8 @@ def teams(tmp_path_factory):
   broken.wait_for("researcher/calls/step_000002.jsonl")
   broken.kill("researcher")
   broken.start("researcher")
+  # Somebody begins the leader's job anew, elsewhere.
+  broken.second = broken.process("main", "elsewhere")
   # Between the leader's word and the follower's update.
   broken.wait_for("bucket/steps/4.json")
   broken.kill("researcher")
@@ -185,6 +191,14 @@ def test_who_waits_says_for_whom(teams):
   _, broken, _, _ = teams
   assert "job of policy 'researcher' was started again" in broken.log("main")
   assert "job of policy 'main' was started again" in broken.log("researcher")
+
+
+def test_a_second_run_directory_is_refused_and_changes_nothing(teams):
+  _, broken, _, _ = teams
+  broken.second.communicate(timeout=DEADLINE)
+  assert broken.second.returncode != 0
+  assert "ClaimedError" in broken.log("elsewhere")
+  assert str(broken.root / "main") in broken.log("elsewhere")
 
 
 def test_what_crosses_besides_text_is_below_a_kibibyte(teams):

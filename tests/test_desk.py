@@ -1,6 +1,7 @@
 """Calls of other jobs are answered once, and kept before they are told."""
 
 import asyncio
+import collections
 import dataclasses
 
 import numpy as np
@@ -87,7 +88,10 @@ def desk(folder, voice, done=4):
   )
   made = Desk(
       folder,
-      environments={"training": own, "testing": own},
+      environments={
+          "training": own,
+          "testing": dataclasses.replace(own, counters=collections.Counter()),
+      },
       tasks=TASKS,
       method=small_method(TEAM),
   )
@@ -210,6 +214,7 @@ def test_what_breaks_a_call_ends_the_job(tmp_path, voice, monkeypatch):
   assert caught.value.status == 503
   with pytest.raises(RuntimeError, match="the sampler stopped"):
     at.check()
+  assert str(asyncio.run(at.failed())) == "the sampler stopped"
 
 
 def test_the_next_step_forgets_the_last_one(tmp_path, voice):
@@ -226,3 +231,15 @@ def test_evaluations_are_answered_and_not_kept(tmp_path, voice):
   assert ask(at, asked)["text"] == "1"
   assert ask(at, asked)["text"] == "2"
   assert at.own(identity(11, "held-out", 0, "researcher", 0, 0)) is None
+
+
+def test_turns_that_came_too_late_are_told_at_the_end_of_a_step(
+    tmp_path, voice, caplog
+):
+  at = desk(tmp_path, voice)
+  at._environments["training"].counters["late_turns"] += 2
+  at.close()
+  assert caplog.text.count("2 turns took longer than rollout.turn_dead") == 1
+  at.open(5)
+  at.close()
+  assert caplog.text.count("took longer") == 1

@@ -15,6 +15,7 @@ import pytest
 
 from mgrpo_jax import atomic, publish, store
 from mgrpo_jax.testing import faulty
+from mgrpo_jax.writer import Writer
 
 LIKE = jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, killed.tree(0)))
 
@@ -88,6 +89,21 @@ def test_a_server_that_stays_broken_is_given_up_in_time(s3_endpoint, kind, why):
     assert caught.match(text)
     faults.rate = 0
     assert bucket.get("run.json") is None
+
+
+def test_who_leaves_does_not_wait_for_a_server_that_is_gone(s3_endpoint):
+  faults = faulty.Faults(seed=0, rate=0, seconds=120, kinds=("hang",))
+  with behind(s3_endpoint, faults) as bucket:
+    put(bucket, 0)
+    writer = Writer(bucket, keep=2, short=False)
+    faults.rate = 1
+    writer.write("main", 1, killed.tree(1), meta={})
+    bucket.hurry(1.0)
+    begun = time.monotonic()
+    writer.close()
+    with pytest.raises(atomic.StorageError, match="no answer"):
+      bucket.get("run.json")
+    assert time.monotonic() - begun < 60  # a busy machine's; 120 s otherwise
 
 
 def test_an_answer_that_is_lost_does_not_lose_a_swap(s3_endpoint):

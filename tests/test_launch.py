@@ -5,12 +5,13 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
-from experiments import joining, launch
-from mgrpo_jax import ownership, store
+from experiments import jobs, joining, launch
+from mgrpo_jax import atomic, ownership, store, workdir
 from mgrpo_jax.testing.setup import small_setup
 from mgrpo_jax.work import Budget
 
@@ -124,6 +125,68 @@ def test_wrong_flags_end_with_one_line(tmp_path, arguments, told):
   assert result.returncode == 2, result.stderr
   (line,) = result.stderr.strip().splitlines()
   assert told in line
+
+
+def others(folder, program, *, said):
+  """A job that is a program of one line, as `launch.others` runs it."""
+  return (
+      jobs.Job(
+          name="researcher",
+          command=(sys.executable, "-c", program),
+          log=folder / "researcher.log",
+      ),
+      said.append,
+  )
+
+
+@pytest.mark.parametrize(
+    ("program", "starts", "ends"),
+    [
+        ("import sys; sys.exit(75)", 4, True),  # what failed may pass
+        ("import sys; sys.exit(2)", 1, True),  # the command line is wrong
+        ("import sys; sys.exit(0)", 1, False),
+    ],
+)
+def test_a_job_is_started_again_unless_its_command_is_wrong(
+    tmp_path, monkeypatch, program, starts, ends
+):
+  monkeypatch.setattr(launch, "_LOOK", 0.02)
+  signals, said = threading.Event(), []
+  monkeypatch.setattr(launch.os, "kill", lambda *_: signals.set())
+  job, tell = others(tmp_path, program, said=said)
+  keeper = launch._Keeper([job], dict(os.environ), tell)
+  if ends:
+    assert signals.wait(60)
+  else:
+    keeper.finish()
+  keeper.close()
+  assert job.log.read_text().count("$ ") == starts
+  assert signals.is_set() == ends
+
+
+def test_a_job_that_is_cut_off_is_told(tmp_path, monkeypatch):
+  monkeypatch.setattr(launch, "_LOOK", 0.02)
+  monkeypatch.setattr(launch, "_GRACE", 0.2)
+  program = "import time; time.sleep(60)"
+  job, tell = others(tmp_path, program, said=[])
+  keeper = launch._Keeper([job], dict(os.environ), tell)
+  with pytest.raises(launch.CutOffError, match="jobs of researcher"):
+    keeper.finish()
+  keeper.close()
+
+
+def test_no_job_is_doubled(tmp_path, monkeypatch):
+  """One of an earlier command still runs: it is waited for, then named."""
+  monkeypatch.setattr(launch, "_LOOK", 0.02)
+  monkeypatch.setattr(launch, "_LEFT", 0.2)
+  said, folder = [], tmp_path / "jobs/researcher"
+  launch._wait_until_free(folder, said.append)
+  assert not said and not folder.exists()
+  with atomic.exclusive(folder / workdir.LOCK_FILE):
+    with pytest.raises(atomic.StorageError, match="researcher is in use"):
+      launch._wait_until_free(folder, said.append)
+  assert len(said) == 1 and "waits" in said[0]
+  launch._wait_until_free(folder, said.append)
 
 
 @pytest.fixture(scope="module")

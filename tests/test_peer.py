@@ -4,13 +4,15 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import time
 
 import pytest
 
 from mgrpo_jax import leaves, store
 from mgrpo_jax.atomic import CorruptError
 from mgrpo_jax.decoupled import members, peer
-from mgrpo_jax.decoupled.errors import AbsentError
+from mgrpo_jax.decoupled.claim import Home
+from mgrpo_jax.decoupled.errors import AbsentError, StuckJobsError
 from mgrpo_jax.decoupled.members import Heart
 from mgrpo_jax.decoupled.peer import Peer
 from mgrpo_jax.sampler.interface import EngineError
@@ -27,17 +29,20 @@ def quick(monkeypatch):
   monkeypatch.setattr(peer, "_SILENT", 0.1)
 
 
-def heart(bucket, port=1, every=0.05):
+def heart(bucket, port=1, every=0.05, policy="sub"):
   return Heart(
       bucket,
-      policy="sub",
+      policy=policy,
       address=f"http://127.0.0.1:{port}",
+      home=Home(id="ours", place="here:/run"),
       every=every,
+      patience=1.0,
       tell=print,
+      lost=print,
   )
 
 
-def waiting(bucket, said, patience=1.0):
+def waiting(bucket, said, patience=1.0, heart=None):
   return Peer(
       bucket,
       "sub",
@@ -46,6 +51,7 @@ def waiting(bucket, said, patience=1.0):
       timeout=10.0,
       max_concurrent=4,
       tell=said.append,
+      heart=heart,
   )
 
 
@@ -94,8 +100,13 @@ def test_addresses_are_of_http(bucket, address):
       beat=1,
       ready=0,
       time=0.0,
+      home="b",
+      place="here:/run",
+      waits="",
+      wanted="",
+      wait=0,
   )
-  record = leaves.seal({"format": 1, **dataclasses.asdict(member)})
+  record = leaves.seal({"format": members.FORMAT, **dataclasses.asdict(member)})
   bucket.put(members.key("sub"), json.dumps(record).encode())
   with pytest.raises(CorruptError, match="http address"):
     members.read(bucket, "sub")
@@ -187,4 +198,98 @@ def test_a_silent_job_with_an_open_connection_is_given_up(bucket):
         await other.post("calls", {}, "to answer")
 
   with pytest.raises(AbsentError, match="'sub'"):
+    asyncio.run(work())
+
+
+def test_two_jobs_that_wait_for_each_other_end(bucket):
+  """One is at step 5, the other at 7: both live, and neither can go on."""
+
+  async def work():
+    with heart(bucket) as theirs, heart(bucket, policy="main") as own:
+      with theirs.waiting("main", "to complete step 5"):
+        async with waiting(bucket, [], patience=0.5, heart=own) as other:
+          await other.ready(7)
+
+  told = "'sub' has waited .*for this one to complete step 5.*have done 7 steps"
+  with pytest.raises(StuckJobsError, match=told):
+    asyncio.run(work())
+
+
+def test_waits_that_pass_are_not_added_up(bucket):
+  """The other job answers calls while it waits for the step to be complete."""
+
+  async def work():
+    with heart(bucket) as theirs, heart(bucket, policy="main") as own:
+      async with waiting(bucket, [], patience=3.0, heart=own) as other:
+        for _ in range(5):  # each of them shorter than patience, not all
+          with theirs.waiting("main", "to complete step 5"):
+            waits = asyncio.create_task(other.wait(lambda: None, "to answer"))
+            await asyncio.sleep(0.8)
+            assert not waits.done()
+            waits.cancel()
+            await asyncio.gather(waits, return_exceptions=True)
+
+  asyncio.run(work())
+
+
+def test_a_job_that_waits_for_a_third_one_is_waited_for(bucket):
+  async def work():
+    with heart(bucket) as theirs, heart(bucket, policy="main") as own:
+      with theirs.waiting("third", "to have done 2 steps"):
+        async with waiting(bucket, [], patience=0.3, heart=own) as other:
+          waits = asyncio.create_task(other.ready(2))
+          await asyncio.sleep(1.0)
+          assert not waits.done()
+          assert members.read(bucket, "main").waits == "sub"
+          theirs.ready(2)
+          await asyncio.wait_for(waits, 5)
+
+  asyncio.run(work())
+
+
+def test_a_job_that_could_not_look_gives_nobody_up(bucket):
+  """Its event loop is blocked for longer than patience, as by compiling."""
+
+  async def work():
+    async with waiting(bucket, [], patience=0.5) as other:
+      with heart(bucket) as beating:
+        waits = asyncio.create_task(other.ready(1))
+        await asyncio.sleep(0.1)
+        time.sleep(1.5)
+        await asyncio.sleep(0.2)
+        assert not waits.done()
+        beating.ready(1)
+        await asyncio.wait_for(waits, 5)
+
+  asyncio.run(work())
+
+
+def test_a_record_damaged_on_its_way_is_read_again(bucket):
+  reads = 0
+
+  def probe():
+    nonlocal reads
+    reads += 1
+    if reads < 3:
+      raise CorruptError("a bit flipped")
+    return reads
+
+  async def work():
+    with heart(bucket):
+      async with waiting(bucket, []) as other:
+        return await other.wait(probe, "to answer")
+
+  assert asyncio.run(work()) == 3
+
+
+def test_a_record_that_stays_damaged_ends_the_wait(bucket):
+  def probe():
+    raise CorruptError("steps/5.json is damaged")
+
+  async def work():
+    with heart(bucket):
+      async with waiting(bucket, []) as other:
+        await other.wait(probe, "to answer")
+
+  with pytest.raises(CorruptError, match="steps/5.json"):
     asyncio.run(work())

@@ -260,3 +260,13 @@ def test_comparison_table_shows_intervals_and_change():
   ]  # fmt: skip
   assert "90/91" in hops and "+0.099" in hops
   assert len(header) == len(test) == len(hops)
+
+
+def test_questions_that_a_machine_failed_on_are_told():
+  whole = Accuracy(correct=3, n=9, failed=0)
+  some = Accuracy(correct=3, n=7, failed=2)
+  assert "left out" not in progress.accuracies(whole, {"place": whole})
+  assert progress.accuracies(some, {}).endswith("on them: 2 questions")
+  assert progress.comparison({"all": (whole, some)}).endswith(
+      "on them: 0, then 2 questions"
+  )

@@ -370,6 +370,60 @@ def test_a_lease_taken_while_its_version_is_removed_saves_it(
   assert same(read(bucket, 0).params, params(0))
 
 
+def test_a_lease_that_ran_out_may_be_prolonged_at_any_moment(
+    bucket, monkeypatch
+):
+  """The publisher has read that it is over when the holder prolongs it."""
+  put(bucket, 0, keep=1)
+  publish.lease(bucket, "main", 0, holder="reader", seconds=-leases.SKEW - 1)
+  straight = bucket.get
+
+  def overtaken(key):
+    found = straight(key)
+    if key.endswith("leases/v0/reader"):
+      monkeypatch.undo()
+      publish.lease(bucket, "main", 0, holder="reader", seconds=60)
+    return found
+
+  monkeypatch.setattr(bucket, "get", overtaken)
+  put(bucket, 1, keep=1)
+  assert publish.versions(bucket, "main") == [0, 1]
+  assert bucket.list("policies/main/leases")
+
+
+def test_leases_go_with_the_version_that_they_kept(bucket):
+  put(bucket, 0, keep=1)
+  publish.lease(bucket, "main", 0, holder="reader", seconds=-leases.SKEW - 1)
+  put(bucket, 1, keep=1)
+  assert publish.versions(bucket, "main") == [1]
+  assert bucket.list("policies/main/leases") == []
+
+
+def test_what_was_never_finished_takes_no_versions_place(bucket):
+  for number in (0, 2):
+    put(bucket, number, keep=2)
+  bucket.put("policies/main/v1/embed/zarr.json", b"{}")  # a killed publisher's
+  bucket.put("policies/main/v3/embed/zarr.json", b"{}")
+  put(bucket, 4, keep=2)
+  assert publish.versions(bucket, "main") == [2, 4]
+  bucket.settle()
+  assert not bucket.list("policies/main/v1") + bucket.list("policies/main/v3")
+
+
+def test_who_may_publish_no_more_changes_nothing(bucket):
+  put(bucket, 0, keep=1)
+  kept = {key: bucket.get(key) for key in bucket.list()}
+
+  def taken():
+    raise RuntimeError("another has the job")
+
+  with pytest.raises(RuntimeError, match="another has the job"):
+    publish.publish(
+        bucket, "main", 1, killed.tree(1), keep=1, meta={}, sure=taken
+    )
+  assert {key: bucket.get(key) for key in bucket.list()} == kept
+
+
 def test_of_two_publishers_the_second_is_told(bucket, monkeypatch):
   put(bucket, 0)
   straight = bucket.write_arrays

@@ -28,7 +28,7 @@ TOKEN = "0123456789abcdef"
 HEARTBEAT = 0.5
 
 
-def train(directory, bucket, policy, setup, *, stream, patience=60.0):
+def train(directory, bucket, policy, setup, *, stream, patience=600.0):
   """Trains one job's part, or all; returns the summary."""
   opened = open_run
   with (

@@ -7,8 +7,10 @@
 
 Numbers and names; every record carries its digest. A rollout's record is
 replaced when its task is asked again, in a later step: followers have copied it
-by then. Where a task stands twice in a step, the second one's rollouts are
-numbered on.
+by then. Records are written by compare-and-swap, so that one that was given up
+and arrives late does not undo a later one; the leader keeps what it told since
+its oldest checkpoint (`spool/told_….json`) and tells it again when it resumes.
+Where a task stands twice in a step, the second one's rollouts are numbered on.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import collections
 import concurrent.futures
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mgrpo_jax import atomic, leaves
@@ -29,6 +32,7 @@ from mgrpo_jax.store import Store
 from mgrpo_jax.types import NO_PARENT, Account, RolloutGroup, Status, Trajectory
 
 _WRITERS = 16  # records written or read at the same time
+_TRIES = 5  # to write a record that an earlier try still changes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,15 +55,26 @@ class Told:
 class Board:
   """Reads and writes the records."""
 
-  def __init__(self, store: Store, *, rollouts_per_task: int) -> None:
+  def __init__(
+      self,
+      store: Store,
+      *,
+      rollouts_per_task: int,
+      told: pathlib.Path,
+      sure: Callable[[], None],
+  ) -> None:
     """Reads nothing yet.
 
     Args:
       store: the bucket.
       rollouts_per_task: K.
+      told: folder of this job's disk, for what it wrote.
+      sure: raises where this process may write no more.
     """
     self._store = store
     self._num = rollouts_per_task
+    self._told = told
+    self._sure = sure
 
   def has_step(self, step: int) -> bool:
     """Whether a step is complete."""
@@ -82,6 +97,7 @@ class Board:
       Bytes that were written.
 
     Raises:
+      ClaimedError: another process leads now.
       StorageError: they cannot be written.
     """
     records: dict[str, bytes] = {}
@@ -93,11 +109,57 @@ class Board:
         records[_reward(group.task.id, first + k)] = _sealed(
             _rollout(step, group, graded, k)
         )
-    last = _sealed({"step": step, "tasks": tasks})
+    records[_step(step)] = _sealed({"step": step, "tasks": tasks})
+    self._keep(step + 1, records)
+    self._write(records)
+    return sum(map(len, records.values()))
+
+  def repeat(self) -> None:
+    """Writes again what was kept, in its order, where it is not there.
+
+    Raises:
+      ClaimedError: another process leads now.
+      CorruptError: what was kept is damaged, naming the file.
+      StorageError: something cannot be read or written.
+    """
+    for path in sorted(self._told.glob("*.json")):
+      found = leaves.check_seal(atomic.read_json(path))
+      self._write({k: text.encode() for k, text in found.items()})
+
+  def trim(self, before: int) -> None:
+    """Forgets what was told of steps before one.
+
+    Args:
+      before: number of the first step whose records are kept.
+    """
+    for path in self._told.glob("*.json"):
+      if path.name < _told_name(before + 1):
+        path.unlink(missing_ok=True)
+
+  def _keep(self, done: int, records: Mapping[str, bytes]) -> None:
+    """Keeps records on this job's disk, beside others of as many steps."""
+    path = self._told / _told_name(done)
+    kept = leaves.check_seal(atomic.read_json(path)) if path.exists() else {}
+    kept |= {key: value.decode() for key, value in records.items()}
+    atomic.write_json(path, leaves.seal(kept))
+
+  def _write(self, records: Mapping[str, bytes]) -> None:
+    """Writes records, the last one when all others are there."""
+    self._sure()
+    *first, last = records
     with concurrent.futures.ThreadPoolExecutor(_WRITERS) as pool:
-      list(pool.map(self._store.put, records, records.values()))
-    self._store.put(_step(step), last)
-    return len(last) + sum(map(len, records.values()))
+      list(pool.map(lambda key: self._put(key, records[key]), first))
+    self._put(last, records[last])
+
+  def _put(self, key: str, value: bytes) -> None:
+    """Writes one record, whatever is on its way there."""
+    for _ in range(_TRIES):
+      if self._store.replace(self._store.read(key), value):
+        return
+    raise atomic.StorageError(
+        f"{self._store.url}/{key} is changed while it is written: another"
+        " process writes it"
+    )
 
   def step(self, step: int) -> list[Told] | None:
     """Reads a step.
@@ -144,7 +206,9 @@ class Board:
     """
     families = {n: dataclasses.asdict(a) for n, a in found.by_family.items()}
     record = {"families": families, "tokens": dict(tokens)}
-    self._store.put(f"evaluations/{split}/{done}.json", _sealed(record))
+    records = {f"evaluations/{split}/{done}.json": _sealed(record)}
+    self._keep(done, records)
+    self._write(records)
 
   def evaluation(
       self, split: str, done: int
@@ -166,7 +230,7 @@ class Board:
       self, role: str, step: int, values: Mapping[str, float]
   ) -> None:
     """Writes a role's numbers of a step."""
-    self._store.put(f"stats/{role}/{step}.json", _sealed(dict(values)))
+    self._write({f"stats/{role}/{step}.json": _sealed(dict(values))})
 
   def stats(self, role: str, step: int) -> dict[str, Any] | None:
     """Reads a role's numbers of a step; None where there are none."""
@@ -183,6 +247,11 @@ class Board:
       raise atomic.CorruptError(
           f"{self._store.url}/{key} is damaged: {error}"
       ) from error
+
+
+def _told_name(done: int) -> str:
+  """Where what was told after so many steps is kept."""
+  return f"told_{done:06d}.json"
 
 
 def _step(step: int) -> str:

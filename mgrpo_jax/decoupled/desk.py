@@ -8,6 +8,8 @@ reported. (What the machine itself loses with its power may have been.)
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,7 +17,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
-from mgrpo_jax import atomic, leaves
+from mgrpo_jax import atomic, leaves, rollout
 from mgrpo_jax.agents.call import call_with_retries
 from mgrpo_jax.agents.context import CallContext, Environment, Ledger
 from mgrpo_jax.decoupled import codec, wire
@@ -65,6 +67,7 @@ class Desk:
     """
     self.text_bytes = 0
     self._failure: Exception | None = None
+    self._failed = asyncio.Event()
     self._folder = folder
     self._environments = environments
     self._tasks = tasks
@@ -73,6 +76,7 @@ class Desk:
     self._answers: dict[Identity, _Answer] = {}
     self._own: dict[Identity, Trajectory] = {}
     self._file: BinaryIO | None = None
+    self._telling = contextlib.ExitStack()
 
   def open(self, done: int) -> None:
     """Answers calls from now on; those kept of the step count as made.
@@ -98,10 +102,16 @@ class Desk:
       raise atomic.StorageError(
           f"cannot keep calls in {path}: {atomic.reason(error)}"
       ) from error
+    for environment in self._environments.values():
+      team = environment.team
+      if team[team.root].policy not in environment.elsewhere:
+        continue  # who leads rolls out, and tells of its calls there
+      self._telling.enter_context(rollout.telling_late_turns(environment))
     self._done = done
 
   def close(self) -> None:
     """Answers nothing any more; what was kept is forgotten at the next step."""
+    self._telling.close()
     if self._file is not None:
       self._file.close()
     self._file = None
@@ -135,6 +145,7 @@ class Desk:
         raise
       except Exception as error:
         self._failure = error
+        self._failed.set()
         raise RequestError(503, "this job ends: a call broke it") from error
     return known.report
 
@@ -142,6 +153,12 @@ class Desk:
     """Raises what broke a call, if anything did: the run cannot go on."""
     if self._failure is not None:
       raise self._failure
+
+  async def failed(self) -> Exception:
+    """Waits for what breaks a call; see `check`."""
+    while self._failure is None:
+      await self._failed.wait()
+    return self._failure
 
   def _check(self, call: Call) -> None:
     """Raises RequestError for a call that cannot be answered now, or ever."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mgrpo_jax.agents.call import turn_seed
 from mgrpo_jax.atomic import MismatchError
@@ -12,13 +13,21 @@ from mgrpo_jax.decoupled.part import Part
 from mgrpo_jax.evaluate import Evaluation
 from mgrpo_jax.rewards import Scores
 from mgrpo_jax.tasks.curriculum import Stage
-from mgrpo_jax.types import RolloutGroup, Status, Task
+from mgrpo_jax.types import RolloutGroup, Status, Task, TrainState
 
 
 class Leader(Part):
   """The job of the root's policy: drives rollouts, grades, decides."""
 
   _begun = (0, 0, 0)  # what had crossed when the step's calls began
+
+  def resume(
+      self, states: Mapping[str, TrainState], host: Mapping[str, Any]
+  ) -> list[str]:
+    """Continues from a checkpoint; tells again what may have been lost."""
+    problems = super().resume(states, host)
+    self._board.repeat()
+    return problems
 
   async def tokens(self) -> dict[str, int]:
     """What the whole team has spent so far."""

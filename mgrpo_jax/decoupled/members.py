@@ -3,27 +3,33 @@
     <bucket>/members/<policy>/<process>.json
 
 Clocks of different machines are never compared: a job lives while its record
-changes. The record holds no secret.
+changes. The record is also the job's claim to its policy, see `claim`. It holds
+no secret.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import threading
 import time
 import types
 import urllib.parse
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 from mgrpo_jax import atomic, leaves
+from mgrpo_jax.decoupled.claim import Claim, Home
+from mgrpo_jax.decoupled.errors import ClaimedError
 from mgrpo_jax.keys import check_name
 from mgrpo_jax.store import Store
 
-FORMAT = 1
+FORMAT = 2
 NOT_READY = -1
+_LAST = 10.0  # seconds for a beat that is under way when the job leaves
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +45,11 @@ class Member:
     ready: the number of steps done for which it answers calls; NOT_READY for
       none.
     time: seconds since 1970 by its own clock, for people.
+    home: id of the run directory that has the job.
+    place: that directory's host and path, for people.
+    waits: the policy whose job this one waits for; empty for none.
+    wanted: what that one is to do, for people.
+    wait: another number for every wait.
   """
 
   policy: str
@@ -48,6 +59,11 @@ class Member:
   beat: int
   ready: int
   time: float
+  home: str
+  place: str
+  waits: str
+  wanted: str
+  wait: int
 
 
 def key(policy: str, process: int = 0) -> str:
@@ -96,8 +112,11 @@ def _check(member: Member, policy: str) -> None:
   url = urllib.parse.urlsplit(member.address)
   if member.policy != policy or url.scheme != "http" or not url.hostname:
     raise ValueError("is not a record of that policy with an http address")
-  if type(member.ready) is not int or type(member.beat) is not int:
-    raise ValueError("ready and beat must be whole numbers")
+  if not {type(n) for n in (member.ready, member.beat, member.wait)} == {int}:
+    raise ValueError("ready, beat and wait must be whole numbers")
+  texts = (member.incarnation, member.place, member.waits, member.wanted)
+  if not all(isinstance(text, str) for text in texts):
+    raise ValueError("incarnation, place, waits and wanted must be texts")
 
 
 class Heart:
@@ -105,6 +124,9 @@ class Heart:
 
   The thread goes on while the event loop computes, so that a long compilation
   is no sign of death.
+
+  Attributes:
+    policy: of this job.
   """
 
   def __init__(
@@ -113,8 +135,11 @@ class Heart:
       *,
       policy: str,
       address: str,
+      home: Home,
       every: float,
+      patience: float,
       tell: Callable[[str], None],
+      lost: Callable[[BaseException], None],
   ) -> None:
     """Writes nothing yet.
 
@@ -122,12 +147,24 @@ class Heart:
       store: the bucket.
       policy: of this job.
       address: http://host:port, as others reach it.
+      home: this job's run directory.
       every: seconds between beats, > 0.
+      patience: seconds without a sign of life after which the job of another
+        run directory is believed to be gone.
       tell: takes a line about a beat that could not be written.
+      lost: is told, once and from the thread, that another process has the
+        job.
     """
+    self.policy = policy
     self._store = store
     self._every = every
     self._tell = tell
+    self._lost = lost
+    self._error: ClaimedError | None = None
+    self._sure = time.monotonic()  # when the claim was ours for certain
+    self._waits: dict[int, tuple[str, str]] = {}
+    self._numbers = itertools.count(1)  # of waits
+    self._waiting = threading.Lock()
     self._member = Member(
         policy=policy,
         process=0,
@@ -136,14 +173,35 @@ class Heart:
         beat=0,
         ready=NOT_READY,
         time=0.0,
+        home=home.id,
+        place=home.place,
+        waits="",
+        wanted="",
+        wait=0,
+    )
+    self._claim = Claim(
+        store,
+        policy=policy,
+        key=key(policy),
+        home=home,
+        incarnation=self._member.incarnation,
+        every=every,
+        patience=patience,
+        tell=tell,
     )
     self._lock = threading.Lock()
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._run, daemon=True)
 
   def __enter__(self) -> Self:
-    """Writes the first record; raises StorageError where it cannot."""
-    self._beat()
+    """Writes the first record.
+
+    Raises:
+      ClaimedError: another run directory has the job.
+      StorageError: it cannot be written.
+    """
+    self._claim.take(self._next())
+    self._sure = time.monotonic()
     self._thread.start()
     return self
 
@@ -156,7 +214,14 @@ class Heart:
     """Stops; the record stays, and others see that it changes no more."""
     del kind, error, trace
     self._stop.set()
-    self._thread.join()
+    self._thread.join(_LAST)
+    if self._thread.is_alive():
+      self._tell(
+          f"{self._store.url} does not answer a last heartbeat: this job leaves"
+          f" in {_LAST:.0f} s"
+      )
+      self._store.hurry(_LAST)
+      self._thread.join()
 
   def ready(self, steps: int) -> None:
     """Says at once for how many steps done calls are answered.
@@ -165,27 +230,80 @@ class Heart:
       steps: their number, or NOT_READY.
 
     Raises:
+      ClaimedError: another process has the job.
       StorageError: it cannot be written.
     """
     if steps != self._member.ready:
       self._beat(ready=steps)
 
+  def sure(self) -> None:
+    """Sees that the job is still this process's, before it writes for it.
+
+    Raises:
+      ClaimedError: another process has it.
+      StorageError: that cannot be found out.
+    """
+    if self._error is not None:
+      raise self._error
+    if time.monotonic() - self._sure > 2 * self._every:  # stopped, or cut off
+      self._beat()
+
+  @contextlib.contextmanager
+  def waiting(self, policy: str, wanted: str) -> Iterator[None]:
+    """Says, with the next beat, whom this job waits for.
+
+    Args:
+      policy: whose job it waits for.
+      wanted: what that one is to do.
+
+    Yields:
+      Nothing.
+    """
+    number = next(self._numbers)
+    with self._waiting:
+      self._waits[number] = (policy, wanted)
+    try:
+      yield
+    finally:
+      with self._waiting:
+        del self._waits[number]
+
   def _run(self) -> None:
     """Beats until told to stop; what cannot be written is tried again."""
-    while not self._stop.wait(self._every):
+    while self._error is None and not self._stop.wait(self._every):
       try:
         self._beat()
+      except ClaimedError:
+        return
       except atomic.StorageError as error:
         self._tell(f"heartbeat: {error}")
 
   def _beat(self, **changes: Any) -> None:
     """Writes the record, one beat on."""
     with self._lock:
-      self._member = dataclasses.replace(
-          self._member, beat=self._member.beat + 1, time=time.time(), **changes
-      )
-      record = leaves.seal(
-          {"format": FORMAT, **dataclasses.asdict(self._member)}
-      )
-      value = json.dumps(record).encode()
-      self._store.put(key(self._member.policy), value)
+      began = time.monotonic()
+      try:
+        self._claim.renew(self._next(**changes))
+      except ClaimedError as error:
+        if self._error is None:
+          self._error = error
+          self._lost(error)
+        raise
+      self._sure = began
+
+  def _next(self, **changes: Any) -> bytes:
+    """The record, one beat on."""
+    with self._waiting:
+      wait = min(self._waits, default=0)
+      waits, wanted = self._waits.get(wait, ("", ""))
+    self._member = dataclasses.replace(
+        self._member,
+        beat=self._member.beat + 1,
+        time=time.time(),
+        waits=waits,
+        wanted=wanted,
+        wait=wait,
+        **changes,
+    )
+    record = leaves.seal({"format": FORMAT, **dataclasses.asdict(self._member)})
+    return json.dumps(record).encode()

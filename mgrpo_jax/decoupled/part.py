@@ -75,7 +75,10 @@ class Part(Run):
     self._traffic = traffic
     self._checkpoints = job.workdir.checkpoints
     self._board = Board(
-        resources.store, rollouts_per_task=setup.rollouts_per_task
+        resources.store,
+        rollouts_per_task=setup.rollouts_per_task,
+        told=job.workdir.path / "spool",
+        sure=heart.sure,
     )
     self._spool = Spool(
         job.workdir.path / "spool", tasks=tasks, environment=resources.training
@@ -120,6 +123,7 @@ class Part(Run):
     """What a checkpoint keeps; what the one before it has is not spooled."""
     kept = [int(p.name) for p in self._checkpoints.glob("*") if _is_step(p)]
     self._spool.trim(min(kept, default=-1) + 1)
+    self._board.trim(min(kept, default=-1) + 1)
     return {**super().host_state(), "done": self.done}
 
   def resume(

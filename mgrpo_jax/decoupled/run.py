@@ -8,7 +8,8 @@ import typing
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-from mgrpo_jax.decoupled import server
+from mgrpo_jax.decoupled import claim, server
+from mgrpo_jax.decoupled.ending import Ending
 from mgrpo_jax.decoupled.follower import Follower
 from mgrpo_jax.decoupled.leader import Leader
 from mgrpo_jax.decoupled.members import Heart
@@ -20,6 +21,8 @@ from mgrpo_jax.policy.params import Params
 from mgrpo_jax.resources import Reach, open_resources
 from mgrpo_jax.run import Run
 from mgrpo_jax.store import Store
+
+_LAST = 30.0  # seconds for what still reads or writes when the job leaves
 
 
 @contextlib.asynccontextmanager
@@ -35,10 +38,29 @@ async def open_job(
 
   Yields:
     The run, to be handed to `loop.train`.
+
+  Raises:
+    ClaimedError: another run directory has the policy's job, now or later.
+    ServerError: other jobs cannot call this one any more.
+    StorageError: the bucket cannot be read or written.
   """
   traffic = Traffic()
   part: list[Part] = []
   async with contextlib.AsyncExitStack() as stack:
+    stack.callback(store.hurry, _LAST)  # threads that still read go, too
+    ending = await stack.enter_async_context(Ending())
+    heart = stack.enter_context(
+        Heart(
+            store,
+            policy=job.policy,
+            address=job.address,
+            home=claim.home_of(job.workdir.path),
+            every=job.heartbeat,
+            patience=job.patience,
+            tell=job.tell,
+            lost=ending.tell,
+        )
+    )
     peers = {
         policy: await stack.enter_async_context(
             Peer(
@@ -49,6 +71,7 @@ async def open_job(
                 timeout=setup.sampler.deadline,
                 max_concurrent=2 * setup.sampler.max_concurrent,
                 tell=job.tell,
+                heart=heart,
             )
         )
         for policy in sorted(setup.elsewhere)
@@ -69,15 +92,7 @@ async def open_job(
             Reach(training=reach("training"), testing=reach("testing")),
         )
     )
-    heart = stack.enter_context(
-        Heart(
-            store,
-            policy=job.policy,
-            address=job.address,
-            every=job.heartbeat,
-            tell=job.tell,
-        )
-    )
+    resources.writer.guard(heart.sure)
     team = setup.team
     leads = team[team.root].policy == job.policy
     run = (Leader if leads else Follower)(
@@ -85,7 +100,7 @@ async def open_job(
     )
     part.append(run)
     await stack.enter_async_context(
-        server.serving(run.desk, job.where, job.token)
+        server.serving(run.desk, job.where, job.token, broken=ending.tell)
     )
     yield run
 

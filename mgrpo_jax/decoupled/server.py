@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import uvicorn
@@ -20,6 +20,7 @@ from starlette.routing import Route
 
 from mgrpo_jax.decoupled import wire
 from mgrpo_jax.decoupled.desk import Desk
+from mgrpo_jax.decoupled.errors import ServerError
 from mgrpo_jax.serving import service
 from mgrpo_jax.serving.errors import RequestError
 from mgrpo_jax.serving.limits import Limits, check_token
@@ -90,7 +91,11 @@ def build(desk: Desk, token: str) -> Starlette:
 
 @contextlib.asynccontextmanager
 async def serving(
-    desk: Desk, where: socket.socket, token: str
+    desk: Desk,
+    where: socket.socket,
+    token: str,
+    *,
+    broken: Callable[[BaseException], None],
 ) -> AsyncIterator[None]:
   """Answers calls while it is entered.
 
@@ -98,18 +103,39 @@ async def serving(
     desk: answers them.
     where: socket, listening.
     token: that callers must show; empty for none.
+    broken: is told, once, that no calls are answered any more and why.
 
   Yields:
     Nothing.
   """
   server = _Server(settings(build(desk, token), _MAX_CONNECTIONS))
   task = asyncio.create_task(server.serve(sockets=[where]))
+  watching = asyncio.create_task(_watch(task, desk, broken))
   try:
     yield
   finally:
+    watching.cancel()
     server.should_exit = True
     server.force_exit = True
-    await asyncio.gather(task, return_exceptions=True)
+    await asyncio.gather(task, watching, return_exceptions=True)
+
+
+async def _watch(
+    task: asyncio.Task[None],
+    desk: Desk,
+    broken: Callable[[BaseException], None],
+) -> None:
+  """Tells when the server ends, or a call has broken this job."""
+  failed = asyncio.create_task(desk.failed())
+  try:
+    await asyncio.wait({task, failed}, return_when=asyncio.FIRST_COMPLETED)
+    if failed.done():
+      broken(failed.result())
+      return
+    why = "told to stop" if task.cancelled() else task.exception()
+    broken(ServerError(f"this job's server ended, nobody told it to: {why}"))
+  finally:
+    failed.cancel()
 
 
 def _json(value: Any) -> Response:

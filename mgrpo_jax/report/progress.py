@@ -206,7 +206,7 @@ def accuracies(overall: Accuracy, by_name: Mapping[str, Accuracy]) -> str:
     A table, one line per row under a header.
   """
   rows = {"all": overall, **by_name}
-  return _table(
+  table = _table(
       [
           ("accuracy [95% interval]", "n", ""),
           *(
@@ -215,6 +215,7 @@ def accuracies(overall: Accuracy, by_name: Mapping[str, Accuracy]) -> str:
           ),
       ]
   )
+  return table + _left_out(overall.failed)
 
 
 def comparison(rows: Mapping[str, tuple[Accuracy, Accuracy]]) -> str:
@@ -238,7 +239,16 @@ def comparison(rows: Mapping[str, tuple[Accuracy, Accuracy]]) -> str:
             f"{after.share - before.share:+.3f}",
         )
     )
-  return _table(table)
+  failed = [one.failed for one in rows.get("all", ())]
+  return _table(table) + _left_out(*failed)
+
+
+def _left_out(*failed: int) -> str:
+  """A line about questions that are not among n; none where all are."""
+  if not any(failed):
+    return ""
+  counts = ", then ".join(map(str, failed))
+  return f"\nleft out, a machine or judge failed on them: {counts} questions"
 
 
 def _table(table: Sequence[Sequence[str]]) -> str:

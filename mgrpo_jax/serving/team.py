@@ -95,12 +95,13 @@ async def _pieces(
       evidence=(),
       meta={},
   )
-  group = await rollout.run_group(
-      task,
-      environment=environment,
-      num_rollouts=request.n,
-      seed=any_seed(request.seed),
-  )
+  with rollout.telling_late_turns(environment):
+    group = await rollout.run_group(
+        task,
+        environment=environment,
+        num_rollouts=request.n,
+        seed=any_seed(request.seed),
+    )
   for index in range(request.n):
     yield _answer(request, tokenizer, group, index)
 
