@@ -67,6 +67,7 @@ setuptools.setup(
         "external": EXTERNAL,
         "decoupled": SERVE + EXTERNAL,
         "smollm2": SMOLLM2,
+        "ray": SERVE + EXTERNAL + ["ray>=2.55"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "notebooks": NOTEBOOKS,
         "bench": SMOLLM2 + ["psutil>=6.0"],

@@ -160,7 +160,11 @@ def _cores() -> list[int]:
 
 
 def start(
-    job: Job, cores: tuple[int, ...], environment: Mapping[str, str]
+    job: Job,
+    cores: tuple[int, ...],
+    environment: Mapping[str, str],
+    *,
+    tied: str = "TERM",
 ) -> Running:
   """Starts a job; its log goes on where an earlier one ended.
 
@@ -168,9 +172,10 @@ def start(
     job: the command.
     cores: that it is kept on; empty for all.
     environment: of the command.
+    tied: signal that it gets when this process is killed.
 
   Returns:
-    Its process. `stop` ends it; it is told to end when this one is killed.
+    Its process. `stop` ends it.
 
   Raises:
     StorageError: its log cannot be written.
@@ -179,7 +184,7 @@ def start(
   limits = dict.fromkeys(_THREADS, str(len(cores))) if cores else {}
   with _log(job) as log:
     process = subprocess.Popen(
-        [*_tied(), *job.command],
+        [*_tied(tied), *job.command],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -210,11 +215,11 @@ def _log(job: Job) -> Iterator[int]:
     os.close(log)
 
 
-def _tied() -> tuple[str, ...]:
+def _tied(how: str) -> tuple[str, ...]:
   """A prefix that ends a command when this process is killed, where known."""
   if shutil.which("setpriv") is None:
     return ()
-  return ("setpriv", "--pdeathsig", "TERM", "--")
+  return ("setpriv", "--pdeathsig", how, "--")
 
 
 def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -232,9 +237,19 @@ def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
           process.wait(max(0.0, end - time.monotonic()))
   finally:  # a second Ctrl-C does not wait
-    for process in processes:
-      _signal(process, signal.SIGKILL)
-      process.wait()
+    kill(processes)
+
+
+def kill(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+  """Kills processes at once, and waits until they are gone.
+
+  Args:
+    processes: that `start` started; some may have ended.
+  """
+  for process in processes:
+    _signal(process, signal.SIGKILL)
+  for process in processes:
+    process.wait()
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:

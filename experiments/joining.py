@@ -17,6 +17,7 @@ import ml_collections
 
 from experiments import cli
 from mgrpo_jax import ownership
+from mgrpo_jax.hosts.channel import Channel
 from mgrpo_jax.journal import Journal
 from mgrpo_jax.plan import Setup
 from mgrpo_jax.run import Run, open_run
@@ -183,7 +184,10 @@ def restrict(setup: Setup, place: Place) -> Setup:
 
 
 def opened(
-    place: Place, config: ml_collections.ConfigDict, journal: Journal
+    place: Place,
+    config: ml_collections.ConfigDict,
+    journal: Journal,
+    channel: Channel | None,
 ) -> Opened:
   """What opens this process's part of a run for `loop.train`.
 
@@ -191,6 +195,7 @@ def opened(
     place: of this job.
     config: the whole recipe.
     journal: of this job's run directory.
+    channel: to the job's other processes; None where there are none.
 
   Returns:
     `run.open_run`, or its counterpart of a job.
@@ -209,6 +214,7 @@ def opened(
       patience=config.jobs.patience,
       heartbeat=config.jobs.heartbeat,
       tell=journal.progress.note,
+      channel=channel,
   )
   return functools.partial(open_job, job=job)
 

@@ -11,6 +11,7 @@ import ml_collections
 from experiments import checks
 from mgrpo_jax import sharding
 from mgrpo_jax.agents.team import Team
+from mgrpo_jax.hosts import spread
 from mgrpo_jax.policy import attention
 from mgrpo_jax.policy.config import DTYPES, Execution, TransformerConfig
 from mgrpo_jax.policy.params import param_specs
@@ -30,12 +31,13 @@ REMATS: Mapping[str, Callable[..., Any] | None] = {
 }
 
 
-def check(values: Mapping[str, Any], number: int) -> None:
+def check(values: Mapping[str, Any], number: int, *, only: str = "") -> None:
   """Checks that policies fit the devices, and batches their meshes.
 
   Args:
     values: of the config, nested; each in its range.
     number: of devices there are.
+    only: the policy whose job this is; the others' devices are elsewhere.
 
   Raises:
     ValueError: they do not; names the key and what is allowed.
@@ -51,7 +53,7 @@ def check(values: Mapping[str, Any], number: int) -> None:
         ("mesh", math.prod(mesh.values())),
         ("sampler_tensor", policy["sampler_tensor"]),
     ):
-      if size > number:
+      if size > number and only in ("", name):
         raise ValueError(
             f"config.policies.{name}.{key}: takes {size} devices, there are"
             f" {number}"
@@ -128,10 +130,13 @@ def meshes(
   for name, group in groups.items():
     alone = group == (devices[0],)
     number = math.prod(sizes[name].values())
+    learner = None
+    if not alone:
+      learner = sharding.make_mesh(**sizes[name], devices=group[:number])
+    if spread.is_spread(learner):  # process 0 samples, on what it has itself
+      group = tuple(d for d in group if d.process_index == jax.process_index())
     made[name] = Meshes(
-        learner=None
-        if alone
-        else sharding.make_mesh(**sizes[name], devices=group[:number]),
+        learner=learner,
         sampler=None if alone else sharding.sampler_mesh(group[: heads[name]]),
     )
   return made

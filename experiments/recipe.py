@@ -63,13 +63,17 @@ def restore(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
 
 
 def check(
-    config: ml_collections.ConfigDict, *, num_devices: int | None = None
+    config: ml_collections.ConfigDict,
+    *,
+    num_devices: int | None = None,
+    only: str = "",
 ) -> None:
   """Checks all values of a config, without reading or making anything.
 
   Args:
     config: of a recipe.
     num_devices: that policies may take; None for those of this process.
+    only: the policy whose job this is; others have devices elsewhere.
 
   Raises:
     ValueError: a value is impossible; names the key and what is allowed.
@@ -81,7 +85,7 @@ def check(
     team = build_team(config)
   world.check_names(config, team)
   combinations.sizes(values, team)
-  placing.check(values, num_devices or jax.device_count())
+  placing.check(values, num_devices or jax.device_count(), only=only)
   external.check(values)
   for stage in build_stages(config):
     combinations.learners(values, team, stage)
@@ -122,7 +126,7 @@ def build(config: ml_collections.ConfigDict, *, only: str = "") -> Setup:
   Raises:
     ValueError: a value is impossible; names the key and what is allowed.
   """
-  check(config)
+  check(config, only=only)
   team = build_team(config)
   stages = build_stages(config)
   book = factbook.load(config.tasks.seed)

@@ -10,6 +10,7 @@ import numpy as np
 from experiments import checks, placing
 from mgrpo_jax.agents import compact
 from mgrpo_jax.agents.team import Team
+from mgrpo_jax.hosts import spread
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.load import load
 from mgrpo_jax.policy.params import Params
@@ -56,12 +57,20 @@ def policies(
           checks.inside(f"policies.{name}.source"),
           checks.inside(f"policies.{name}.mesh", IndivisibleError),
       ):
-        policy = load(one.source, mesh=meshes[name].learner)
+        policy = _load(one.source, meshes[name].learner)
     sizes = placing.executed(policy.config, config, name, meshes[name])
     loaded[name] = dataclasses.replace(policy, config=sizes)
     if placing.has_critic(config, name):
       loaded[name] = loaded[name].with_critic()
   return loaded
+
+
+def _load(source: str, mesh: jax.sharding.Mesh | None) -> Policy:
+  """A policy in the shards of its mesh; on the host where that is spread."""
+  if not spread.is_spread(mesh):
+    return load(source, mesh=mesh)
+  with jax.default_device(spread.host()):
+    return load(source)
 
 
 def _random(

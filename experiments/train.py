@@ -10,12 +10,17 @@ With --policy=NAME this process is the job of one policy; the jobs of the others
 are started with the same config and bucket and a --workdir of their own, here
 or elsewhere. --launch=local starts them all on this machine. A job that began
 and ends because of what may pass has the exit code 75.
+
+A job may have several processes, one a host of its slice: the same command on
+each, with --processes=0 on TPUs, else with --coordinator, --processes and
+--process. With --launch=local, --hosts=2 gives every job two.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import pathlib
 import sys
 import time
@@ -51,7 +56,36 @@ _BUCKET = flags.DEFINE_string(
     "bucket", "", "URL that all jobs share, for config.publish.bucket"
 )
 _LAUNCH = flags.DEFINE_enum(
-    "launch", "", ["", "local"], "local: a job for each policy, all here"
+    "launch",
+    "",
+    ["", "local", "ray"],
+    "local: a job for each policy, all here; ray: on a Ray cluster",
+)
+_HOSTS = flags.DEFINE_integer(
+    "hosts", 1, "processes of each job, with --launch"
+)
+_RAY_ADDRESS = flags.DEFINE_string(
+    "ray_address", "auto", "of the Ray cluster; local: starts one here"
+)
+_RAY_TPU = flags.DEFINE_string(
+    "ray_tpu", "", "slice of each policy, such as v6e:4x4; empty: CPUs"
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    "",
+    "HOST:PORT where the processes of this job meet, on the host of process 0",
+)
+_PROCESSES = flags.DEFINE_integer(
+    "processes", 1, "of this job; 0: the machines know, as TPU slices do"
+)
+_PROCESS = flags.DEFINE_integer(
+    "process", 0, "number of this one in its job; 0 decides"
+)
+_SILENCE = flags.DEFINE_integer(
+    "silence",
+    100,
+    "seconds without a sign of life after which the processes of a job end,"
+    " where one of them is lost",
 )
 _LISTEN = flags.DEFINE_string(
     "listen",
@@ -71,16 +105,38 @@ _TOKEN_FILE = flags.DEFINE_string(
 def main() -> None:
   """Trains; see the module."""
   started = time.monotonic()
+  with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
+    _check_flags()
+    from mgrpo_jax.hosts import group
+
+    group.join(  # first: much of what is imported later uses devices
+        coordinator=_COORDINATOR.value,
+        processes=_PROCESSES.value,
+        process=_PROCESS.value,
+        silence=_SILENCE.value,
+    )
+  if _LAUNCH.value == "ray" or (_LAUNCH.value and _HOSTS.value > 1):
+    _launch()
+  elif group.decides():
+    _run(started)
+  else:
+    _assist()
+
+
+def _run(started: float) -> None:
+  """Trains all, or one policy's job."""
   with contextlib.ExitStack() as stack:
     with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
       from experiments import joining, recipe
       from mgrpo_jax import journal, metrics, ownership, workdir
+      from mgrpo_jax.hosts import driver, group
       from mgrpo_jax.tasks import curriculum
 
       cli.need("matplotlib")  # which only the report imports, at the very end
       compiled = stack.enter_context(metrics.count_compilations())
-      config = _config()
-      recipe.check(config)
+      config = _checked()
+      channel = group.open_channel(config.jobs.patience)
+      stack.enter_context(driver.driving(channel))
       values = recipe.plain(config)
       workdir.check(_WORKDIR.value, values)
       directory = workdir.Workdir(pathlib.Path(_WORKDIR.value))
@@ -107,8 +163,75 @@ def main() -> None:
           ) as kept,
           _others(setup, config, place, kept),
       ):
-        opened = joining.opened(place, config, kept)
+        opened = joining.opened(place, config, kept, channel)
         _train(setup, store, kept, values, opened)
+
+
+def _launch() -> None:
+  """Runs every process of every job here."""
+  with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
+    from experiments import fleet, joining, launch, ray_fleet, recipe
+
+    if _LAUNCH.value == "ray" and importlib.util.find_spec("ray") is None:
+      raise ValueError("the package 'ray' is missing: pip install -e .[ray]")
+    config, hosts = _config(), _HOSTS.value
+    joining.check(config)
+    team = recipe.build_team(config)
+    root = team[team.root].policy
+    plans = fleet.plans(
+        config,
+        [root, *sorted({*team.policies} - {root})],
+        hosts=hosts,
+        workdir=pathlib.Path(_WORKDIR.value).absolute(),
+        arguments=launch.recipe_arguments(sys.argv[1:]),
+    )
+    token = joining.token(_TOKEN_FILE.value, new=True)
+    tpu = ray_fleet.parse_slice(_RAY_TPU.value)
+  with cli.user_errors(OSError, fleet.FleetError):
+    if _LAUNCH.value == "local":
+      fleet.run(plans, hosts=hosts, token=token)
+      return
+    ray_fleet.run(
+        plans, hosts=hosts, token=token, address=_RAY_ADDRESS.value, tpu=tpu
+    )
+    cli.say(f"all jobs have ended; see {_WORKDIR.value}")
+
+
+def _assist() -> None:
+  """Does this process's part of a job that another one decides for."""
+  with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
+    from experiments import hosting
+    from mgrpo_jax.hosts.crew import DrivenError
+
+    config = _checked()
+  with cli.user_errors(ValueError, OSError):
+    try:
+      hosting.assist(config, _POLICY.value)
+    except DrivenError as error:
+      print(f"error: {error}", file=sys.stderr)
+      sys.exit(1)  # process 0's own code says whether to try again
+
+
+def _check_flags() -> None:
+  """Raises ValueError where flags do not go together."""
+  if _LAUNCH.value and _POLICY.value:
+    raise ValueError("--launch and --policy: allowed: one of them")
+  if _PROCESSES.value != 1 and not _POLICY.value:
+    raise ValueError("--processes: is for the job of one --policy")
+  if _HOSTS.value != 1 and not _LAUNCH.value:
+    raise ValueError("--hosts: goes with --launch")
+  if _HOSTS.value < 1 or _PROCESSES.value < 0:
+    raise ValueError("--hosts: allowed: 1 up; --processes: 0 up")
+
+
+def _checked() -> ml_collections.ConfigDict:
+  """The recipe; it fits this job's devices."""
+  from experiments import hosting, recipe
+
+  config = _config()
+  recipe.check(config, only=_POLICY.value)
+  hosting.check(config, _POLICY.value)
+  return config
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -116,6 +239,7 @@ def _failures() -> tuple[type[Exception], ...]:
   from mgrpo_jax import atomic, journal, ownership, publish
   from mgrpo_jax.agents.watchdog import StuckError
   from mgrpo_jax.decoupled.errors import ClaimedError
+  from mgrpo_jax.hosts.channel import SilentError
   from mgrpo_jax.sampler.interface import EngineError
 
   return (
@@ -126,6 +250,7 @@ def _failures() -> tuple[type[Exception], ...]:
       ownership.TakenError,
       publish.NoVersionError,
       EngineError,
+      SilentError,
       StuckError,
   )
 
@@ -137,6 +262,7 @@ def _passing(place: Place) -> contextlib.AbstractContextManager[None]:
   from experiments.launch import CutOffError
   from mgrpo_jax.agents.watchdog import StuckError
   from mgrpo_jax.decoupled import errors
+  from mgrpo_jax.hosts.channel import SilentError
   from mgrpo_jax.sampler.interface import EngineError
 
   return cli.user_errors(
@@ -145,6 +271,7 @@ def _passing(place: Place) -> contextlib.AbstractContextManager[None]:
       errors.AbsentError,
       errors.ServerError,
       errors.StuckJobsError,
+      SilentError,
       EngineError,
       StuckError,
       code=cli.BROKEN,
@@ -154,8 +281,6 @@ def _passing(place: Place) -> contextlib.AbstractContextManager[None]:
 def _config() -> ml_collections.ConfigDict:
   """The recipe, with the bucket that the jobs share."""
   config, url = cli.config_of(_CONFIG), _BUCKET.value
-  if _LAUNCH.value and _POLICY.value:
-    raise ValueError("--launch and --policy: allowed: one of them")
   if _LAUNCH.value and not url and not config.publish.bucket:
     folder = pathlib.Path(_WORKDIR.value).absolute() / "bucket"
     url = folder.as_uri()

@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
@@ -59,8 +60,9 @@ class Checkpoint:
 class Checkpoints:
   """The checkpoints of one run directory; a context manager.
 
-  One process at a time may write (`atomic.exclusive`). Saving copies the
-  states to the host and returns; they are written in the background.
+  One process at a time may write (`atomic.exclusive`), also of a job's several.
+  Saving copies the states to the host and returns; they are written in the
+  background.
   """
 
   def __init__(
@@ -84,7 +86,10 @@ class Checkpoints:
     self._saving: int | None = None
     self._directory = pathlib.Path(directory).absolute()
     self._options = ocp.CheckpointManagerOptions(
-        max_to_keep=max_to_keep, create=True, cleanup_tmp_directories=True
+        max_to_keep=max_to_keep,
+        create=False,
+        cleanup_tmp_directories=True,
+        multiprocessing_options=_alone(),
     )
     self._dropped: tuple[str, ...] = ()
     try:
@@ -332,6 +337,18 @@ class Checkpoints:
         f"cannot write checkpoint {step} to {self._directory}: "
         f"{atomic.reason(error)}"
     )
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+  """Has orbax wait for no other process: they have no part in this."""
+  if jax.process_count() == 1:
+    return ocp.options.MultiprocessingOptions()
+  this = jax.process_index()
+  return ocp.options.MultiprocessingOptions(
+      primary_host=this,
+      active_processes={this},
+      barrier_sync_key_prefix=f"process_{this}",
+  )
 
 
 def _aside(path: pathlib.Path, number: int) -> pathlib.Path:

@@ -18,6 +18,7 @@ from mgrpo_jax import (
     trainer,
     update,
 )
+from mgrpo_jax.hosts import spread
 from mgrpo_jax.packing import BatchShape, Credit
 from mgrpo_jax.policy import lora as adapters
 from mgrpo_jax.policy.config import TransformerConfig
@@ -94,7 +95,7 @@ class Learner:
     given = params
     if mesh is not None:
       at_rest = sharding.params_shardings(param_specs(config), mesh)
-      params = jax.device_put(params, at_rest)
+      params = spread.put(params, at_rest)
     with self._on_mesh():
       trained: Any = params
       self._base: Any = None
@@ -104,7 +105,7 @@ class Learner:
         trained = adapters.init(key, config, lora)
         if mesh is not None:
           resting = sharding.params_shardings(self.specs, mesh)
-          trained = jax.device_put(trained, resting)
+          trained = spread.put(trained, resting)
       self.state: TrainState = trainer.begin(
           trained,
           np.uint32(seed),
@@ -129,7 +130,28 @@ class Learner:
   @property
   def weights(self) -> Any:
     """The transformer's weights as they are now."""
-    return self.merged(self.state.params)
+    return self.merged(self.trained)
+
+  @property
+  def trained(self) -> Any:
+    """What is trained, as it is now: what is published."""
+    return self.state.params
+
+  @property
+  def whole(self) -> TrainState:
+    """The train state, which a checkpoint keeps."""
+    return self.state
+
+  def take(self, state: TrainState) -> None:
+    """Continues from a state.
+
+    Args:
+      state: like `whole`.
+    """
+    if spread.is_spread(self._mesh):
+      places = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+      state = spread.put(state, places)
+    self.state = state
 
   def merged(self, trained: Any) -> Any:
     """Gives the transformer's weights, whatever it is that is trained.
@@ -155,7 +177,7 @@ class Learner:
     """Splits a batch over the mesh, if there is one."""
     if self._mesh is None:
       return batch
-    return jax.device_put(batch, sharding.batch_shardings(batch, self._mesh))
+    return spread.put(batch, sharding.batch_shardings(batch, self._mesh))
 
   def pack(
       self, credits: Sequence[Credit], objective: objectives.Objective
@@ -172,16 +194,28 @@ class Learner:
     batches = packing.pack(credits, shape=self._shape)
     if isinstance(objective, objectives.ImitationLoss):
       return batches
-    with self._on_mesh():
-      return tuple(self._scored(batch) for batch in batches)
+    return tuple(self.scored(batch) for batch in batches)
 
   def move_reference(self) -> None:
     """Compares with the weights as they are now, from now on."""
     with self._on_mesh():
       self.state = trainer.keep(self.state)
 
+  def scored(self, batch: TrainBatch) -> TrainBatch:
+    """Fills in what the trainer says of a batch before its updates.
+
+    Args:
+      batch: packed.
+
+    Returns:
+      The batch; its log-probs are on the device.
+    """
+    with self._on_mesh():
+      found = self._scored(batch)
+    return spread.everywhere(found)
+
   def _scored(self, batch: TrainBatch) -> TrainBatch:
-    """Fills in what the trainer says of a batch before its updates."""
+    """Fills in log-probs; the mesh is set."""
     static: dict[str, Any] = {
         "config": self.config,
         "temperature": self._temperature,

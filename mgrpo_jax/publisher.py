@@ -78,4 +78,4 @@ class Publisher:
     meta = {"step": version - 1, "fingerprint": resources.fingerprints[policy]}
     if learner.lora is not None:  # what else it takes to merge it
       meta["adapter"] = dataclasses.asdict(learner.lora)
-    resources.writer.write(policy, version, learner.state.params, meta=meta)
+    resources.writer.write(policy, version, learner.trained, meta=meta)

@@ -6,7 +6,7 @@ Built from a recipe, `plan.Setup`; `run.Run` puts them to use.
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -60,7 +60,11 @@ class Resources:
   """
 
   def __init__(
-      self, setup: Setup, store: Store, reach: Reach | None = None
+      self,
+      setup: Setup,
+      store: Store,
+      reach: Reach | None = None,
+      learner: Callable[..., Learner] = Learner,
   ) -> None:
     """Puts every policy of this job on the device; opens the task streams.
 
@@ -68,6 +72,7 @@ class Resources:
       setup: the recipe.
       store: where weights are published.
       reach: makes calls of `setup.elsewhere`; None where that is empty.
+      learner: makes them; see `make_learner`.
 
     Raises:
       ValueError: a size, name or budget of the recipe is impossible.
@@ -77,7 +82,6 @@ class Resources:
     self.writer = Writer(
         store, keep=setup.keep_versions, short=setup.publish_short
     )
-    method = setup.method
     loras = {name: one.lora for name, one in setup.adaptations.items()}
     if unknown := sorted(loras.keys() - setup.policies.keys()):
       raise ValueError(f"adaptations of unknown policies {unknown}")
@@ -87,26 +91,8 @@ class Resources:
         name: fingerprint.fingerprint(setup.policies[name], loras.get(name))
         for name in setup.own
     }
-    # Equal policies get different adapters.
-    seeds = np.random.SeedSequence(setup.seed).generate_state(
-        len(setup.policies)
-    )
     self.learners = {
-        name: Learner(
-            policy.config,
-            policy.params,
-            lora=loras.get(name),
-            shape=method.shape,
-            optimizer=method.optimizer,
-            temperature=setup.sampler.temperature,
-            reference=method.reference,
-            seed=int(seed),
-            mesh=setup.meshes[name].learner,
-        )
-        for seed, (name, policy) in zip(
-            seeds, setup.policies.items(), strict=True
-        )
-        if name not in setup.elsewhere
+        name: make_learner(setup, name, learner) for name in setup.own
     }
     self.engines = {name: self._engine(name) for name in self.learners}
     self.queues = {
@@ -135,7 +121,7 @@ class Resources:
   @property
   def states(self) -> dict[str, TrainState]:
     """Of every policy."""
-    return {name: learner.state for name, learner in self.learners.items()}
+    return {name: learner.whole for name, learner in self.learners.items()}
 
   def own_engines(self) -> dict[str, Engine]:
     """By policy, without those that another program samples."""
@@ -239,7 +225,7 @@ class Resources:
         if adaptation := self.setup.adaptations.get(name):
           save_adapter(
               made / name / "adapter",
-              learner.state.params,
+              learner.trained,
               lora=adaptation.lora,
               config=learner.config,
               base=adaptation.base,
@@ -280,9 +266,45 @@ class Resources:
     )
 
 
+def make_learner(
+    setup: Setup, name: str, make: Callable[..., Learner] = Learner
+) -> Learner:
+  """Makes the learner of a policy, the same in every process of a job.
+
+  Args:
+    setup: the recipe.
+    name: of the policy.
+    make: `Learner`, or what takes its arguments.
+
+  Returns:
+    The learner.
+
+  Raises:
+    ValueError: the mesh does not divide the parameters, naming one.
+  """
+  policy, method = setup.policies[name], setup.method
+  adaptation = setup.adaptations.get(name)
+  # Equal policies get different adapters.
+  seeds = np.random.SeedSequence(setup.seed).generate_state(len(setup.policies))
+  return make(
+      policy.config,
+      policy.params,
+      lora=adaptation.lora if adaptation else None,
+      shape=method.shape,
+      optimizer=method.optimizer,
+      temperature=setup.sampler.temperature,
+      reference=method.reference,
+      seed=int(seeds[list(setup.policies).index(name)]),
+      mesh=setup.meshes[name].learner,
+  )
+
+
 @contextlib.asynccontextmanager
 async def open_resources(
-    setup: Setup, store: Store, reach: Reach | None = None
+    setup: Setup,
+    store: Store,
+    reach: Reach | None = None,
+    learner: Callable[..., Learner] = Learner,
 ) -> AsyncIterator[Resources]:
   """Starts the engines that a recipe takes, and stops them.
 
@@ -290,6 +312,7 @@ async def open_resources(
     setup: the recipe.
     store: where weights are published.
     reach: see `Resources`.
+    learner: see `Resources`.
 
   Yields:
     The resources.
@@ -298,7 +321,7 @@ async def open_resources(
     StorageError: weights cannot be written to the store.
     ValueError: a size, name or budget of the recipe is impossible.
   """
-  resources = Resources(setup, store, reach)
+  resources = Resources(setup, store, reach, learner)
   async with contextlib.AsyncExitStack() as stack:
     stack.callback(resources.writer.close)
     for engine in resources.engines.values():

@@ -319,7 +319,7 @@ class Run:
         raise MismatchError(f"stage {name!r}: {error}") from error
     self.meter.work = Work(**host["work"])
     for name, state in states.items():
-      self.resources.learners[name].state = state
+      self.resources.learners[name].take(state)
       problems += self.publish((name,), host["versions"][name])
     return problems
 

@@ -28,7 +28,9 @@ TOKEN = "0123456789abcdef"
 HEARTBEAT = 0.5
 
 
-def train(directory, bucket, policy, setup, *, stream, patience=600.0):
+def train(
+    directory, bucket, policy, setup, *, stream, patience=600.0, channel=None
+):
   """Trains one job's part, or all; returns the summary."""
   opened = open_run
   with (
@@ -59,6 +61,7 @@ def train(directory, bucket, policy, setup, *, stream, patience=600.0):
               patience=patience,
               heartbeat=HEARTBEAT,
               tell=journal.progress.note,
+              channel=channel,
           ),
       )
     work = loop.train(setup, store.open(bucket), journal, opened=opened)

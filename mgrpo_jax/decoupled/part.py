@@ -17,6 +17,7 @@ from mgrpo_jax.decoupled.members import Heart
 from mgrpo_jax.decoupled.peer import Peer
 from mgrpo_jax.decoupled.remote import Traffic
 from mgrpo_jax.decoupled.spool import Spool
+from mgrpo_jax.hosts.channel import Channel
 from mgrpo_jax.learner import Step
 from mgrpo_jax.resources import Resources
 from mgrpo_jax.rewards import Scores
@@ -39,6 +40,7 @@ class Job:
     patience: seconds without a sign of life that are borne of another job.
     heartbeat: seconds between this one's.
     tell: takes a line about a wait.
+    channel: to the job's other processes; None where this is all of it.
   """
 
   policy: str
@@ -49,6 +51,7 @@ class Job:
   patience: float
   heartbeat: float
   tell: Callable[[str], None]
+  channel: Channel | None = None
 
 
 class Part(Run):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import typing
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from mgrpo_jax.decoupled import claim, server
@@ -16,6 +17,8 @@ from mgrpo_jax.decoupled.members import Heart
 from mgrpo_jax.decoupled.part import Job, Part
 from mgrpo_jax.decoupled.peer import Peer
 from mgrpo_jax.decoupled.remote import Remote, Traffic
+from mgrpo_jax.hosts.driver import Driver
+from mgrpo_jax.learner import Learner
 from mgrpo_jax.plan import Setup
 from mgrpo_jax.policy.params import Params
 from mgrpo_jax.resources import Reach, open_resources
@@ -46,6 +49,9 @@ async def open_job(
   """
   traffic = Traffic()
   part: list[Part] = []
+  learner: Callable[..., Learner] = Learner
+  if job.channel is not None:
+    learner = functools.partial(Driver, channel=job.channel)
   async with contextlib.AsyncExitStack() as stack:
     stack.callback(store.hurry, _LAST)  # threads that still read go, too
     ending = await stack.enter_async_context(Ending())
@@ -90,6 +96,7 @@ async def open_job(
             setup,
             store,
             Reach(training=reach("training"), testing=reach("testing")),
+            learner,
         )
     )
     resources.writer.guard(heart.sure)

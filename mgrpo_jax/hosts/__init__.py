@@ -1,0 +1,1 @@
+"""A job of several processes, one a host: process 0 decides, all compute."""

@@ -1,0 +1,139 @@
+"""The other processes of a job: they do to their parts what process 0 does.
+
+They keep nothing of their own: no run directory, no journal, no sampler. Who is
+started again is given all of it by process 0.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mgrpo_jax import losses, objectives
+from mgrpo_jax.hosts import spread
+from mgrpo_jax.hosts.channel import Channel, Order
+from mgrpo_jax.learner import Learner
+from mgrpo_jax.types import TrainBatch
+
+BATCH = "batch"  # score: whether old log-probs are to be filled in
+STEP = "step"  # objective, rates, batches of each minibatch; totals
+GATHER = "gather"  # what: params or state
+TAKE = "take"  # the state's arrays
+MERGE = "merge"  # the adapter's arrays
+MOVE = "move"
+END = "end"
+FAIL = "fail"  # reason
+
+
+class DrivenError(RuntimeError):
+  """Process 0 ended in an error; says in which."""
+
+
+class Crew:
+  """Carries out process 0's orders on this process's devices."""
+
+  def __init__(
+      self,
+      learner: Learner,
+      objectives: Mapping[str, objectives.Objective],
+  ) -> None:
+    """Starts with no batch.
+
+    Args:
+      learner: made as process 0 made its own.
+      objectives: `imitate` and `reinforce`.
+    """
+    self._learner = learner
+    self._objectives = objectives
+    self._batches: collections.deque[TrainBatch] = collections.deque()
+
+  def run(self, channel: Channel) -> None:
+    """Carries out orders until the run is over.
+
+    Args:
+      channel: from process 0.
+
+    Raises:
+      DrivenError: process 0 ended in an error.
+    """
+    while (order := channel.hear()).kind != END:
+      if order.kind == FAIL:
+        raise DrivenError(f"process 0 ended: {order.values['reason']}")
+      self.obey(order)
+
+  def obey(self, order: Order) -> None:
+    """Carries out one order.
+
+    Args:
+      order: neither END nor FAIL.
+
+    Raises:
+      ValueError: there is no such order, or it speaks of other batches than
+        were handed over.
+    """
+    learner = self._learner
+    if order.kind == BATCH:
+      self._batches.append(self._batch(order))
+    elif order.kind == STEP:
+      self._step(order)
+    elif order.kind == GATHER:
+      whole = learner.state
+      spread.gather(whole if order.values["what"] == "state" else whole.params)
+    elif order.kind == TAKE:
+      learner.take(_like(learner.state, order.arrays))
+    elif order.kind == MERGE:
+      merge(learner, order.arrays)
+    elif order.kind == MOVE:
+      learner.move_reference()
+    else:
+      raise ValueError(f"order: {order.kind!r} is none that is known here")
+
+  def _batch(self, order: Order) -> TrainBatch:
+    """A batch that was handed over, scored if it shall be."""
+    batch = TrainBatch(*order.arrays)
+    return self._learner.scored(batch) if order.values["score"] else batch
+
+  def _step(self, order: Order) -> None:
+    """Makes the updates of a step."""
+    counts = order.values["batches"]
+    if sum(counts) != len(self._batches):
+      raise ValueError(
+          f"a step of {sum(counts)} batches, {len(self._batches)} are here"
+      )
+    totals = iter(order.arrays)
+    self._learner.step(
+        [
+            (
+                tuple(self._batches.popleft() for _ in range(count)),
+                losses.Totals(next(totals), next(totals), next(totals)),
+            )
+            for count in counts
+        ],
+        objective=self._objectives[order.values["objective"]],
+        learning_rates=order.values["rates"],
+    )
+
+
+def merge(learner: Learner, adapter: Sequence[np.ndarray]) -> Any:
+  """Merges an adapter that lies on the hosts; every process does.
+
+  Args:
+    learner: whose base it adapts.
+    adapter: its arrays, in the tree's order.
+
+  Returns:
+    The transformer's weights, on this host's CPU.
+  """
+  like = learner.state.params
+  places = jax.tree.map(lambda leaf: leaf.sharding, like)
+  placed = spread.put(_like(like, adapter), places)
+  return spread.gather(Learner.merged(learner, placed))
+
+
+def _like(tree: Any, arrays: Sequence[np.ndarray]) -> Any:
+  """Arrays as a tree like another one."""
+  return jax.tree.unflatten(jax.tree.structure(tree), arrays)

@@ -1,0 +1,136 @@
+"""Process 0's learner, which has the others of its job do what it does."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mgrpo_jax import losses, objectives
+from mgrpo_jax.hosts import crew, spread
+from mgrpo_jax.hosts.channel import Channel
+from mgrpo_jax.learner import Learner, Step
+from mgrpo_jax.packing import Credit
+from mgrpo_jax.types import TrainBatch, TrainState
+
+
+class Driver(Learner):
+  """A learner over the devices of several processes.
+
+  What it gives (`trained`, `whole`, `merged`) lies on this host's CPU, all of
+  it; what it is given may lie there.
+  """
+
+  def __init__(self, *args: Any, channel: Channel, **kwargs: Any) -> None:
+    """Puts this host's part on its devices, as the others do meanwhile.
+
+    Args:
+      *args: of `Learner`.
+      channel: to the other processes.
+      **kwargs: of `Learner`.
+    """
+    channel.meet(kwargs["mesh"])
+    super().__init__(*args, **kwargs)
+    self._channel = channel
+    self._gathered: Any = None  # `trained`, until it changes
+
+  @property
+  def trained(self) -> Any:
+    """What is trained, as it is now."""
+    if self._gathered is None:
+      self._channel.tell(crew.GATHER, {"what": "params"})
+      self._gathered = spread.gather(self.state.params)
+    return self._gathered
+
+  @property
+  def whole(self) -> TrainState:
+    """The train state."""
+    self._channel.tell(crew.GATHER, {"what": "state"})
+    return spread.gather(self.state)
+
+  def take(self, state: TrainState) -> None:
+    """Continues from a state."""
+    self._channel.tell(crew.TAKE, arrays=jax.tree.leaves(state))
+    self._gathered = None
+    super().take(state)
+
+  def merged(self, trained: Any) -> Any:
+    """Gives the transformer's weights; see `Learner.merged`."""
+    if self.lora is None:
+      return trained
+    self._channel.tell(crew.MERGE, arrays=jax.tree.leaves(trained))
+    return crew.merge(self, jax.tree.leaves(trained))
+
+  def move_reference(self) -> None:
+    """Compares with the weights as they are now, from now on."""
+    self._channel.tell(crew.MOVE)
+    super().move_reference()
+
+  def pack(
+      self, credits: Sequence[Credit], objective: objectives.Objective
+  ) -> tuple[TrainBatch, ...]:
+    """Packs trajectories; see `Learner.pack`."""
+    batches = super().pack(credits, objective)
+    if isinstance(objective, objectives.ImitationLoss):
+      for batch in batches:
+        self._tell(batch, score=False)
+    return batches
+
+  def step(
+      self,
+      minibatches: Sequence[tuple[tuple[TrainBatch, ...], losses.Totals]],
+      *,
+      objective: objectives.Objective,
+      learning_rates: Sequence[float],
+  ) -> Step:
+    """Makes one update for each minibatch; see `Learner.step`."""
+    imitates = isinstance(objective, objectives.ImitationLoss)
+    self._channel.tell(
+        crew.STEP,
+        {
+            "objective": "imitate" if imitates else "reinforce",
+            "rates": list(learning_rates),
+            "batches": [len(batches) for batches, _ in minibatches],
+        },
+        [leaf for _, totals in minibatches for leaf in jax.tree.leaves(totals)],
+    )
+    self._gathered = None
+    return super().step(
+        minibatches, objective=objective, learning_rates=learning_rates
+    )
+
+  def scored(self, batch: TrainBatch) -> TrainBatch:
+    """Fills in what the trainer says of a batch before its updates."""
+    self._tell(batch, score=True)
+    return super().scored(batch)
+
+  def _tell(self, batch: TrainBatch, *, score: bool) -> None:
+    """Hands a batch to the others."""
+    arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(batch)]
+    self._channel.tell(crew.BATCH, {"score": score}, arrays)
+
+
+@contextlib.contextmanager
+def driving(channel: Channel | None) -> Iterator[None]:
+  """Has the other processes end with this one, and for the same reason.
+
+  Args:
+    channel: to them; None for a job of one process.
+
+  Yields:
+    Nothing.
+  """
+  try:
+    yield
+  except BaseException as error:
+    if channel is not None:
+      cause = error.__context__ if isinstance(error, SystemExit) else error
+      reason = str(cause) or type(cause).__name__
+      with contextlib.suppress(jax.errors.JaxRuntimeError):  # they are gone
+        channel.tell(crew.FAIL, {"reason": reason}, waits=False)
+    raise
+  if channel is not None:
+    channel.tell(crew.END)

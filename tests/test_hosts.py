@@ -1,0 +1,204 @@
+"""What process 0 of a job tells the others, and that they do as it does."""
+
+import concurrent.futures
+import dataclasses
+import queue
+import threading
+
+import jax
+import numpy as np
+import pytest
+from test_learner import (
+    CONFIG,
+    CREDITS,
+    REGULARISED,
+    SHAPE,
+    TEMPERATURE,
+    weights,
+)
+
+from mgrpo_jax import objectives, optim, packing
+from mgrpo_jax.hosts import channel as channels
+from mgrpo_jax.hosts.channel import Channel, SilentError
+from mgrpo_jax.hosts.crew import Crew, DrivenError
+from mgrpo_jax.hosts.driver import Driver, driving
+from mgrpo_jax.learner import Learner
+from mgrpo_jax.policy.lora import LoRA
+from mgrpo_jax.types import TrainBatch
+
+IMITATION = objectives.ImitationLoss(context_weight=0.1)
+OBJECTIVES = {"imitate": IMITATION, "reinforce": REGULARISED}
+ADAPTED = LoRA(rank=2, alpha=4.0, targets=("query", "down"))
+
+
+class Keys:
+  """The key-value store of `jax.distributed`, without any other process."""
+
+  def __init__(self):
+    self.values = {}
+    self._changed = threading.Condition()
+
+  def key_value_set(self, key, value):
+    with self._changed:
+      assert key not in self.values
+      self.values[key] = value
+      self._changed.notify_all()
+
+  def blocking_key_value_get(self, key, timeout_in_ms):
+    with self._changed:
+      seconds = timeout_in_ms / 1000
+      if not self._changed.wait_for(lambda: key in self.values, seconds):
+        raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: no such key")
+      return self.values[key]
+
+  def key_value_delete(self, key):
+    with self._changed:
+      del self.values[key]
+
+
+def pair(patience=600.0):
+  """The ends of a channel between two processes, and its keys."""
+  keys, sent = Keys(), queue.Queue()
+
+  def give(buffer):
+    sent.put(buffer.copy())
+    return buffer
+
+  def take(buffer):
+    told = sent.get(timeout=600)
+    assert told.shape == buffer.shape and told.dtype == buffer.dtype
+    return told
+
+  ends = [
+      Channel(
+          keys,
+          process=process,
+          processes=2,
+          patience=patience,
+          broadcast=broadcast,
+      )
+      for process, broadcast in enumerate((give, take))
+  ]
+  return *ends, keys
+
+
+def make(kind=Learner, *, lora=None, reference="moving", **more):
+  return kind(
+      CONFIG,
+      weights(0),
+      lora=lora,
+      shape=SHAPE,
+      optimizer=optim.AdamW(
+          b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=1.0
+      ),
+      temperature=TEMPERATURE,
+      reference=reference,
+      seed=0,
+      mesh=None,
+      **more,
+  )
+
+
+def train(learner, objective):
+  return learner.step(
+      [(learner.pack(CREDITS, objective), packing.count(CREDITS))],
+      objective=objective,
+      learning_rates=[1e-2],
+  )
+
+
+def same(one, other):
+  pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+  return all(np.array_equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("piece", [1 << 24, 8192])
+def test_an_order_comes_as_it_was_given(monkeypatch, piece):
+  monkeypatch.setattr(channels, "_PIECE", piece)
+  random = np.random.default_rng(0)
+  arrays = [
+      np.float32(3.5),
+      random.normal(size=(70, 50)).astype(np.float32),
+      np.zeros((0, 3), np.int32),
+      random.random((9, 5)) < 0.5,
+      np.asfortranarray(np.arange(6, dtype=np.int32).reshape(2, 3)),
+      np.full(7, -0.0, np.float32),
+  ]
+  first, second, _ = pair()
+  first.tell("kind", {"a": [1, 2]}, arrays)
+  first.tell("next")
+  order = second.hear()
+  assert (order.kind, order.values) == ("kind", {"a": [1, 2]})
+  for given, found in zip(arrays, order.arrays, strict=True):
+    assert found.dtype == given.dtype and found.shape == given.shape
+    assert found.tobytes() == np.asarray(given, order="C").tobytes()
+  assert second.hear().kind == "next"
+
+
+def test_orders_that_all_have_taken_are_removed():
+  first, second, keys = pair()
+  for number in range(30):
+    first.tell("kind", {"number": number})
+    assert second.hear().values["number"] == number
+  assert len(keys.values) <= 2 * channels._AHEAD
+
+
+def test_who_takes_no_orders_is_named():
+  first, _, _ = pair(patience=0.01)
+  with pytest.raises(SilentError, match="process 1 .* order 0"):
+    for _ in range(channels._AHEAD + 1):
+      first.tell("kind")
+
+
+@pytest.mark.parametrize("lora", [None, ADAPTED])
+def test_the_crew_ends_with_the_drivers_state(lora):
+  first, second, _ = pair()
+  driver = make(Driver, lora=lora, channel=first)
+  alone, helper = make(lora=lora), make(lora=lora)
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    done = pool.submit(Crew(helper, OBJECTIVES).run, second)
+    with driving(first):
+      for learner in (driver, alone):
+        train(learner, IMITATION)
+        learner.move_reference()
+        train(learner, REGULARISED)
+        found = train(learner, REGULARISED).metrics()
+        assert found["kl"] > 0  # the reference is older than the first of them
+      assert same(driver.weights, alone.weights)
+      kept = driver.whole
+      train(driver, REGULARISED)
+      assert not same(driver.trained, alone.trained)
+      driver.take(kept)
+      assert same(driver.whole, alone.whole)
+      assert same(driver.trained, alone.trained)
+      train(driver, REGULARISED)
+    done.result(timeout=600)
+  train(alone, REGULARISED)
+  assert same(helper.state, driver.state)
+  assert same(helper.state, alone.state)
+
+
+def test_the_crew_ends_with_the_reason_of_process_0():
+  first, second, _ = pair()
+  with pytest.raises(OSError, match="disk"):
+    with driving(first):
+      raise OSError("no disk")
+  with pytest.raises(DrivenError, match="process 0 ended: no disk"):
+    Crew(make(), OBJECTIVES).run(second)
+
+
+def test_orders_that_do_not_fit_are_refused():
+  crew = Crew(make(), OBJECTIVES)
+  order = channels.Order(kind="dance", values={}, arrays=())
+  with pytest.raises(ValueError, match="'dance'"):
+    crew.obey(order)
+  values = {"objective": "imitate", "rates": [1e-2], "batches": [1]}
+  with pytest.raises(ValueError, match="1 batches, 0 are here"):
+    crew.obey(dataclasses.replace(order, kind="step", values=values))
+
+
+def test_a_batch_is_handed_over_field_by_field():
+  (batch,) = make().pack(CREDITS, IMITATION)
+  again = TrainBatch(*jax.tree.leaves(batch))
+  for field in dataclasses.fields(TrainBatch):
+    assert getattr(again, field.name) is getattr(batch, field.name)

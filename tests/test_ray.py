@@ -1,0 +1,142 @@
+"""Jobs on a Ray cluster of several nodes, one of which is lost."""
+
+import concurrent.futures
+import time
+
+import pytest
+
+from experiments import fleet, ray_fleet
+from experiments.fleet import FleetError, Plan
+from experiments.ray_fleet import Slice
+
+TRIES = 3
+DEADLINE = 300  # seconds; machines that run tests are busy
+# Stands for Python: notes how it was called, then does what its file says.
+SCRIPT = """#!/bin/bash
+for one; do case $one in
+  --policy=*) policy=${one#*=} ;;
+  --process=*) process=${one#*=} ;;
+esac; done
+cd DIRECTORY
+echo "$@ TOKEN=$MGRPO_JOBS_TOKEN" >> $policy.$process
+starts=$(wc -l < $policy.$process)
+. ./$policy.does
+"""
+WAITS = "until [ -e over ]; do sleep 0.1; done"
+
+
+@pytest.fixture(scope="module")
+def cluster():
+  """A head and three nodes of one place each."""
+  pytest.importorskip("ray", reason="ray is missing: pip install -e .[ray]")
+  from ray.cluster_utils import Cluster
+
+  for _ in range(TRIES):
+    made = Cluster()
+    try:
+      made.add_node(num_cpus=0, include_dashboard=False)  # the head
+      made.nodes = [made.add_node(num_cpus=1) for _ in range(3)]
+    except Exception as error:  # ray raises no narrower one
+      made.shutdown()
+      if "timed out during startup" not in str(error):
+        raise
+      continue
+    yield made
+    made.shutdown()
+    return
+  pytest.skip("ray's nodes do not start within the 30 s that it gives them")
+
+
+@pytest.fixture
+def run(cluster, tmp_path, monkeypatch):
+  """Runs jobs of one process each that do what files say."""
+  program = tmp_path / "python"
+  program.write_text(SCRIPT.replace("DIRECTORY", str(tmp_path)))
+  program.chmod(0o755)
+  monkeypatch.setattr(fleet.sys, "executable", str(program))
+
+  def run(**does):
+    for name, text in does.items():
+      (tmp_path / f"{name}.does").write_text(text)
+    plans = [
+        Plan(
+            policy=name,
+            arguments=(f"--policy={name}",),
+            log=tmp_path / "logs" / name,
+            devices=1,
+        )
+        for name in does
+    ]
+    ray_fleet.run(
+        plans,
+        hosts=1,
+        token="0123456789abcdef",
+        address=cluster.address,
+        tpu=None,
+    )
+
+  return run
+
+
+def until(condition, what):
+  end = time.monotonic() + DEADLINE
+  while not (found := condition()):
+    assert time.monotonic() < end, f"no {what}"
+    time.sleep(0.1)
+  return found
+
+
+def calls(path):
+  return path.read_text().splitlines() if path.exists() else []
+
+
+def node_of(cluster, policy):
+  """The node on which a job's only process is."""
+  import ray
+
+  groups = ray.util.placement_group_table().values()
+  (group,) = [
+      one
+      for one in groups
+      if one["name"] == policy and one["state"] == "CREATED"
+  ]
+  (number,) = group["bundles_to_node_id"].values()
+  return next(one for one in cluster.nodes if one.node_id == number)
+
+
+def test_a_job_goes_on_elsewhere_where_its_node_is_lost(cluster, run, tmp_path):
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    running = pool.submit(run, main=WAITS, researcher=WAITS)
+    until(
+        lambda: running.done()
+        or (calls(tmp_path / "main.0") and calls(tmp_path / "researcher.0")),
+        "start",
+    )
+    assert not running.done(), running.result()
+    cluster.remove_node(node_of(cluster, "researcher"), allow_graceful=False)
+    again = until(
+        lambda: running.done() or len(calls(tmp_path / "researcher.0")) > 1,
+        "second start",
+    )
+    (tmp_path / "over").touch()
+    running.result(timeout=DEADLINE)
+  assert again and len(calls(tmp_path / "main.0")) == 1
+  first, second = calls(tmp_path / "researcher.0")
+  for call in (first, second):
+    assert "--processes=1" in call and "--listen=" in call
+    assert "TOKEN=0123456789abcdef" in call
+
+
+def test_what_does_not_mend_ends_all(run):
+  with pytest.raises(FleetError, match="job of 'researcher' .* code 2"):
+    run(main="sleep 600", researcher="exit 2")
+
+
+def test_a_slice_is_read_or_refused():
+  assert ray_fleet.parse_slice("") is None
+  assert ray_fleet.parse_slice("v6e:4x4") == Slice(
+      version="v6e", topology="4x4"
+  )
+  for text in ("v6e", "v6e:", "v6e:4by4"):
+    with pytest.raises(ValueError, match="VERSION:TOPOLOGY"):
+      ray_fleet.parse_slice(text)
