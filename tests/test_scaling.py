@@ -1,4 +1,4 @@
-"""The model on paper: bounds that it must keep, and requests it must foretell."""
+"""The model on paper: bounds that it keeps, requests that it foretells."""
 
 import dataclasses
 import sys
@@ -57,7 +57,8 @@ def test_requests_and_text_grow_as_they_are_said_to():
   few, many = (
       scaling.step(model, p, 4096, WORK, BUCKET) for p in scaling.POLICIES[::3]
   )
-  assert many.requests == 128 * few.requests  # every follower reads all records
+  every = WORK.rollouts + 1  # followers read all that the leader wrote
+  assert few.requests == (2 + 1) * every and many.requests == (2 + 255) * every
   assert many.crossing == few.crossing  # four calls a rollout, whoever answers
   everyone = dataclasses.replace(WORK, calls=0)
   all_called = scaling.step(model, 256, 4096, everyone, BUCKET)

@@ -224,8 +224,8 @@ def update(model: Model, work: Work, trajectories: float, each: int) -> float:
 def requests(policies: int, work: Work) -> tuple[int, int]:
   """Requests of a step to the bucket for its records.
 
-  A rollout has a record, which the leader writes and every follower reads; a
-  step has one more.
+  A rollout has a record, which the leader looks at, writes, and every follower
+  reads; a step has one more.
 
   Args:
     policies: jobs.
@@ -235,7 +235,7 @@ def requests(policies: int, work: Work) -> tuple[int, int]:
     Of the job that makes most of them, and of all.
   """
   one = work.rollouts + 1
-  return one, one * policies
+  return 2 * one, (2 + policies - 1) * one
 
 
 def step(
@@ -264,7 +264,7 @@ def step(
   updates = [update(model, work, one, each) for one in shares]
   busiest, every = requests(policies, work)
   records = max(
-      2 * bucket.latency * math.ceil(busiest / bucket.at_once),  # written, read
+      1.5 * bucket.latency * math.ceil(busiest / bucket.at_once),  # and read
       every / bucket.requests,
   )
   longest = max(*samplings, alone)

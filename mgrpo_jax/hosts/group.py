@@ -36,7 +36,7 @@ def join(
   """
   if processes == 1:
     return
-  times = {
+  times: dict[str, Any] = {
       "initialization_timeout": _START,
       "heartbeat_timeout_seconds": silence,
       "shutdown_timeout_seconds": silence,
