@@ -90,9 +90,10 @@ def played(folder: pathlib.Path, policy: str) -> list[str]:
     found += [f"{step} damaged: {problem}" for problem in read.problems]
     for group in read.groups:
       for one in group["trajectories"]:
+        values: Mapping[str, Any] = one
         if one["role"] == policy:
           what = ("tokens", "logprobs", "rewards", "advantage", "parent")
-          text = json.dumps([one[name] for name in what])
+          text = json.dumps([values[name] for name in what])
           place = [one["rollout"], one["call"]]
           found.append(f"{step} {group['task']['id']} {place} {text}")
   return sorted(found)

@@ -94,7 +94,8 @@ class Crew:
 
   def _batch(self, order: Order) -> TrainBatch:
     """A batch that was handed over, scored if it shall be."""
-    batch = TrainBatch(*order.arrays)
+    arrays: Any = order.arrays  # NumPy's, which are put on devices later
+    batch = TrainBatch(*arrays)
     return self._learner.scored(batch) if order.values["score"] else batch
 
   def _step(self, order: Order) -> None:

@@ -8,6 +8,7 @@ on a network of their own, or on one machine.
 from __future__ import annotations
 
 import ipaddress
+from typing import Any
 
 import jax
 from jax._src import distributed  # its client has no public name yet
