@@ -91,8 +91,8 @@ def played(folder: pathlib.Path, policy: str) -> list[str]:
     for group in read.groups:
       for one in group["trajectories"]:
         if one["role"] == policy:
-          what = ("tokens", "logprobs", "rewards", "advantage", "parent")
-          text = json.dumps([one[name] for name in what])
+          kept = [one["tokens"], one["logprobs"], one["rewards"]]
+          text = json.dumps([*kept, one["advantage"], one["parent"]])
           place = [one["rollout"], one["call"]]
           found.append(f"{step} {group['task']['id']} {place} {text}")
   return sorted(found)
