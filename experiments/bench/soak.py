@@ -37,7 +37,8 @@ from absl import flags
 
 from experiments import cli
 from experiments.bench import soak_checks
-from mgrpo_jax import atomic, policy
+from mgrpo_jax import atomic
+from mgrpo_jax.policy.load import load
 from mgrpo_jax.testing import faulty, object_servers
 
 POLICIES = ("main", "researcher")
@@ -260,7 +261,7 @@ def soak(root: pathlib.Path) -> dict[str, Any]:
       faulty.between(server, faults) as proxy,
   ):
     url = f"s3://{object_servers.BUCKET}/run?endpoint={proxy}"
-    like = {name: policy.load(_WEIGHTS / name).params for name in POLICIES}
+    like = {name: load(_WEIGHTS / name).params for name in POLICIES}
     jobs, reader = Jobs(root, url, rng), soak_checks.Reader(url, like)
     with contextlib.closing(jobs), reader.reading():
       jobs.look()

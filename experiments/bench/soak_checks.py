@@ -90,10 +90,9 @@ def played(folder: pathlib.Path, policy: str) -> list[str]:
     found += [f"{step} damaged: {problem}" for problem in read.problems]
     for group in read.groups:
       for one in group["trajectories"]:
-        values: Mapping[str, Any] = one
         if one["role"] == policy:
-          what = ("tokens", "logprobs", "rewards", "advantage", "parent")
-          text = json.dumps([values[name] for name in what])
+          kept = [one["tokens"], one["logprobs"], one["rewards"]]
+          text = json.dumps([*kept, one["advantage"], one["parent"]])
           place = [one["rollout"], one["call"]]
           found.append(f"{step} {group['task']['id']} {place} {text}")
   return sorted(found)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 BUCKET = "my-bucket"
-_START = 30.0  # seconds that an emulator may take to answer
+_START = 300.0  # seconds that an emulator may take, where all is busy
 
 
 @contextlib.contextmanager
