@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import ml_collections
 
-from mgrpo_jax.hosts import group
-from mgrpo_jax.hosts.crew import Crew
+from mgrpo_jax.hosts import crew, group
 from mgrpo_jax.plan import Setup
 from mgrpo_jax.resources import make_learner
 
@@ -54,12 +54,12 @@ def assist(setup: Setup, policy: str, *, patience: float) -> None:
   """
   channel = group.open_channel(patience)
   assert channel is not None  # process 0 is elsewhere
-  channel.meet(setup.meshes[policy].learner)
-  crew = Crew(
-      make_learner(setup, policy),
-      {
+  crew.assist(
+      channel,
+      mesh=setup.meshes[policy].learner,
+      make=functools.partial(make_learner, setup, policy),
+      objectives={
           "imitate": setup.method.imitation_loss,
           "reinforce": setup.method.policy_loss,
       },
   )
-  crew.run(channel)

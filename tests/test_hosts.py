@@ -19,6 +19,7 @@ from test_learner import (
 
 from mgrpo_jax import objectives, optim, packing
 from mgrpo_jax.hosts import channel as channels
+from mgrpo_jax.hosts import crew
 from mgrpo_jax.hosts.channel import Channel, SilentError
 from mgrpo_jax.hosts.crew import Crew, DrivenError
 from mgrpo_jax.hosts.driver import Driver, driving
@@ -156,7 +157,13 @@ def test_the_crew_ends_with_the_drivers_state(lora):
   driver = make(Driver, lora=lora, channel=first)
   alone, helper = make(lora=lora), make(lora=lora)
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    done = pool.submit(Crew(helper, OBJECTIVES).run, second)
+    done = pool.submit(
+        crew.assist,
+        second,
+        mesh=None,
+        make=lambda: helper,
+        objectives=OBJECTIVES,
+    )
     with driving(first):
       for learner in (driver, alone):
         train(learner, IMITATION)
@@ -184,17 +191,17 @@ def test_the_crew_ends_with_the_reason_of_process_0():
     with driving(first):
       raise OSError("no disk")
   with pytest.raises(DrivenError, match="process 0 ended: no disk"):
-    Crew(make(), OBJECTIVES).run(second)
+    crew.assist(second, mesh=None, make=make, objectives=OBJECTIVES)
 
 
 def test_orders_that_do_not_fit_are_refused():
-  crew = Crew(make(), OBJECTIVES)
+  helper = Crew(make(), OBJECTIVES)
   order = channels.Order(kind="dance", values={}, arrays=())
   with pytest.raises(ValueError, match="'dance'"):
-    crew.obey(order)
+    helper.obey(order)
   values = {"objective": "imitate", "rates": [1e-2], "batches": [1]}
   with pytest.raises(ValueError, match="1 batches, 0 are here"):
-    crew.obey(dataclasses.replace(order, kind="step", values=values))
+    helper.obey(dataclasses.replace(order, kind="step", values=values))
 
 
 def test_a_batch_is_handed_over_field_by_field():

@@ -8,6 +8,7 @@ on a network of their own, or on one machine.
 from __future__ import annotations
 
 import ipaddress
+from typing import Any
 
 import jax
 from jax._src import distributed  # its client has no public name yet
@@ -36,7 +37,7 @@ def join(
   """
   if processes == 1:
     return
-  times = {
+  times: dict[str, Any] = {
       "initialization_timeout": _START,
       "heartbeat_timeout_seconds": silence,
       "shutdown_timeout_seconds": silence,
