@@ -225,8 +225,7 @@ def check_ours(path: pathlib.Path, file: str, kind: str) -> None:
   foreign = [
       name
       for name in entries  # one killed at its very first write leaves ours
-      if name not in (LOCK_FILE, *_EARLY)
-      and not atomic.is_partial(name, file)
+      if name not in (LOCK_FILE, *_EARLY) and not atomic.is_partial(name, file)
   ]
   if foreign and file not in entries:
     raise atomic.StorageError(
