@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
 import ml_collections
 
-from experiments import recipe
-from mgrpo_jax.decoupled.run import restricted
-from mgrpo_jax.hosts import group
-from mgrpo_jax.hosts.crew import Crew
+from mgrpo_jax.hosts import crew, group
+from mgrpo_jax.plan import Setup
 from mgrpo_jax.resources import make_learner
 
 
@@ -41,26 +40,26 @@ def check(config: ml_collections.ConfigDict, policy: str) -> None:
     )
 
 
-def assist(config: ml_collections.ConfigDict, policy: str) -> None:
+def assist(setup: Setup, policy: str, *, patience: float) -> None:
   """Does this process's part of what process 0 of the job does.
 
   Args:
-    config: the whole recipe, checked.
+    setup: the recipe, restricted to the policy.
     policy: of the job.
+    patience: seconds that it waits for the others to come.
 
   Raises:
     DrivenError: process 0 ended in an error.
-    ValueError: a value is impossible, or there is no such policy.
+    SilentError: the others have not come.
   """
-  setup = restricted(recipe.build(config, only=policy), policy)
-  channel = group.open_channel(config.jobs.patience)
+  channel = group.open_channel(patience)
   assert channel is not None  # process 0 is elsewhere
-  channel.meet(setup.meshes[policy].learner)
-  crew = Crew(
-      make_learner(setup, policy),
-      {
+  crew.assist(
+      channel,
+      mesh=setup.meshes[policy].learner,
+      make=functools.partial(make_learner, setup, policy),
+      objectives={
           "imitate": setup.method.imitation_loss,
           "reinforce": setup.method.policy_loss,
       },
   )
-  crew.run(channel)

@@ -21,9 +21,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import os
 import pathlib
 import sys
 import time
+import traceback
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -200,16 +202,22 @@ def _launch() -> None:
 def _assist() -> None:
   """Does this process's part of a job that another one decides for."""
   with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
-    from experiments import hosting
+    from experiments import hosting, recipe
+    from mgrpo_jax.decoupled.run import restricted
     from mgrpo_jax.hosts.crew import DrivenError
 
-    config = _checked()
-  with cli.user_errors(ValueError, OSError):
-    try:
-      hosting.assist(config, _POLICY.value)
-    except DrivenError as error:
-      print(f"error: {error}", file=sys.stderr)
-      sys.exit(1)  # process 0's own code says whether to try again
+    config, policy = _checked(), _POLICY.value
+    setup = restricted(recipe.build(config, only=policy), policy)
+  try:
+    hosting.assist(setup, policy, patience=config.jobs.patience)
+  except DrivenError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(1)  # process 0's own code says whether to try again
+  except BaseException:
+    traceback.print_exc()
+    sys.stderr.flush()
+    # At once: `jax.distributed` would wait for process 0, which waits for us.
+    os._exit(1)
 
 
 def _check_flags() -> None:

@@ -19,7 +19,7 @@ CONFIG_FILE = "config.json"
 SUMMARY_FILE = "summary.json"
 _ID_FILE = "run_id.json"
 LOCK_FILE = ".lock"
-JOBS_FOLDER = "jobs"  # of whoever starts the jobs of a run; may come first
+_EARLY = ("bucket", "jobs")  # others of a run's jobs may make them first
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _MAX_SHOWN = 5  # differences listed in the error
 
@@ -225,8 +225,7 @@ def check_ours(path: pathlib.Path, file: str, kind: str) -> None:
   foreign = [
       name
       for name in entries  # one killed at its very first write leaves ours
-      if name not in (LOCK_FILE, JOBS_FOLDER)
-      and not atomic.is_partial(name, file)
+      if name not in (LOCK_FILE, *_EARLY) and not atomic.is_partial(name, file)
   ]
   if foreign and file not in entries:
     raise atomic.StorageError(

@@ -17,8 +17,11 @@ from test_learner import (
     weights,
 )
 
+from configs import decoupled_quickstart
+from experiments import hosting
 from mgrpo_jax import objectives, optim, packing
 from mgrpo_jax.hosts import channel as channels
+from mgrpo_jax.hosts import crew, group
 from mgrpo_jax.hosts.channel import Channel, SilentError
 from mgrpo_jax.hosts.crew import Crew, DrivenError
 from mgrpo_jax.hosts.driver import Driver, driving
@@ -156,7 +159,13 @@ def test_the_crew_ends_with_the_drivers_state(lora):
   driver = make(Driver, lora=lora, channel=first)
   alone, helper = make(lora=lora), make(lora=lora)
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    done = pool.submit(Crew(helper, OBJECTIVES).run, second)
+    done = pool.submit(
+        crew.assist,
+        second,
+        mesh=None,
+        make=lambda: helper,
+        objectives=OBJECTIVES,
+    )
     with driving(first):
       for learner in (driver, alone):
         train(learner, IMITATION)
@@ -184,17 +193,50 @@ def test_the_crew_ends_with_the_reason_of_process_0():
     with driving(first):
       raise OSError("no disk")
   with pytest.raises(DrivenError, match="process 0 ended: no disk"):
-    Crew(make(), OBJECTIVES).run(second)
+    crew.assist(second, mesh=None, make=make, objectives=OBJECTIVES)
 
 
 def test_orders_that_do_not_fit_are_refused():
-  crew = Crew(make(), OBJECTIVES)
+  helper = Crew(make(), OBJECTIVES)
   order = channels.Order(kind="dance", values={}, arrays=())
   with pytest.raises(ValueError, match="'dance'"):
-    crew.obey(order)
+    helper.obey(order)
   values = {"objective": "imitate", "rates": [1e-2], "batches": [1]}
   with pytest.raises(ValueError, match="1 batches, 0 are here"):
-    crew.obey(dataclasses.replace(order, kind="step", values=values))
+    helper.obey(dataclasses.replace(order, kind="step", values=values))
+
+
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ({"coordinator": "host"}, "must be HOST:PORT"),
+        ({"coordinator": "host:0"}, "must be HOST:PORT"),
+        ({"process": 2}, "--process=2: allowed: 0 to 1"),
+        ({"process": -1}, "--process=-1: allowed: 0 to 1"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused(place, told):
+  usual = {"coordinator": "127.0.0.1:9", "process": 0}
+  with pytest.raises(ValueError, match=told):
+    group.join(processes=2, silence=9, **usual | place)
+
+
+def test_a_process_alone_joins_nobody_and_decides():
+  group.join(coordinator="", processes=1, process=0, silence=9)
+  assert group.decides() and group.open_channel(9.0) is None
+
+
+def test_all_devices_of_a_job_are_its_meshs(monkeypatch):
+  config = decoupled_quickstart.get_config("smoke")
+  hosting.check(config, "main")  # of one process
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(ValueError, match="main.mesh: takes 1 devices, allowed"):
+    hosting.check(config, "main")
+  config.policies.main.mesh.data = jax.device_count()
+  hosting.check(config, "main")
+  config.policies.main.sampler_tensor = jax.local_device_count() + 1
+  with pytest.raises(ValueError, match="main.sampler_tensor: .* one process"):
+    hosting.check(config, "main")
 
 
 def test_a_batch_is_handed_over_field_by_field():

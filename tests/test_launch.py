@@ -117,6 +117,13 @@ def test_all_jobs_of_a_run_have_one_name_and_one_config(tmp_path):
         (("--policy=main", "--launch=local"), "allowed: one of them"),
         (("--policy=nobody", "--bucket=BUCKET"), "'nobody', allowed: main"),
         (("--launch=local", "--config.rollout.spare=1"), "rollout.spare: 1"),
+        (("--processes=2",), "--processes: is for the job of one --policy"),
+        (("--hosts=2",), "--hosts: goes with --launch"),
+        (("--launch=local", "--hosts=2"), "a multiple of --hosts=2"),
+        (
+            ("--policy=main", "--processes=2", "--coordinator=here"),
+            "must be HOST:PORT",
+        ),
     ],
 )
 def test_wrong_flags_end_with_one_line(tmp_path, arguments, told):

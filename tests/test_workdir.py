@@ -58,6 +58,14 @@ def test_a_directory_with_other_things_is_left_alone(tmp_path):
   assert sorted(os.listdir(tmp_path)) == ["thesis.tex"]
 
 
+def test_what_other_jobs_of_a_run_made_first_is_in_nobodys_way(tmp_path):
+  for name in ("bucket", "jobs"):
+    (tmp_path / name).mkdir()
+  workdir.check(tmp_path, CONFIG)
+  with workdir.hold(tmp_path, CONFIG):
+    assert (tmp_path / "config.json").exists()
+
+
 KILLED_AT_THE_RENAME = """
 import os, signal, sys
 from mgrpo_jax import workdir

@@ -6,6 +6,7 @@ Its mesh has four devices, two pieces of the weights and two of their heads.
 POLICY may be `all`: then the run is in one process.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -52,7 +53,7 @@ def train(directory, bucket, policy):
   from delegating import delegating_setup
 
   from mgrpo_jax.decoupled.run import restricted
-  from mgrpo_jax.hosts.crew import Crew
+  from mgrpo_jax.hosts import crew
   from mgrpo_jax.hosts.driver import driving
   from mgrpo_jax.resources import make_learner
 
@@ -67,11 +68,15 @@ def train(directory, bucket, policy):
   if jax.process_index():
     setup = restricted(setup, policy)
     method = setup.method
-    channel.meet(setup.meshes[policy].learner)
-    Crew(
-        make_learner(setup, policy),
-        {"imitate": method.imitation_loss, "reinforce": method.policy_loss},
-    ).run(channel)
+    crew.assist(
+        channel,
+        mesh=setup.meshes[policy].learner,
+        make=functools.partial(make_learner, setup, policy),
+        objectives={
+            "imitate": method.imitation_loss,
+            "reinforce": method.policy_loss,
+        },
+    )
     return
   with driving(channel):
     summary = tiny_job.train(

@@ -7,7 +7,7 @@ started again is given all of it by process 0.
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from mgrpo_jax.hosts.channel import Channel, Order
 from mgrpo_jax.learner import Learner
 from mgrpo_jax.types import TrainBatch
 
+MEET = "meet"  # before anything else
 BATCH = "batch"  # score: whether old log-probs are to be filled in
 STEP = "step"  # objective, rates, batches of each minibatch; totals
 GATHER = "gather"  # what: params or state
@@ -31,6 +32,30 @@ FAIL = "fail"  # reason
 
 class DrivenError(RuntimeError):
   """Process 0 ended in an error; says in which."""
+
+
+def assist(
+    channel: Channel,
+    *,
+    mesh: jax.sharding.Mesh | None,
+    make: Callable[[], Learner],
+    objectives: Mapping[str, objectives.Objective],
+) -> None:
+  """Does this process's part of what process 0 does, from begin to end.
+
+  Args:
+    channel: from process 0.
+    mesh: of the learner.
+    make: makes it, as process 0 makes its own.
+    objectives: `imitate` and `reinforce`.
+
+  Raises:
+    DrivenError: process 0 ended in an error.
+    SilentError: the others have not come.
+  """
+  if _heard(channel).kind == MEET:
+    channel.meet(mesh)
+    Crew(make(), objectives).run(channel)
 
 
 class Crew:
@@ -60,16 +85,14 @@ class Crew:
     Raises:
       DrivenError: process 0 ended in an error.
     """
-    while (order := channel.hear()).kind != END:
-      if order.kind == FAIL:
-        raise DrivenError(f"process 0 ended: {order.values['reason']}")
+    while (order := _heard(channel)).kind != END:
       self.obey(order)
 
   def obey(self, order: Order) -> None:
     """Carries out one order.
 
     Args:
-      order: neither END nor FAIL.
+      order: none of MEET, END and FAIL.
 
     Raises:
       ValueError: there is no such order, or it speaks of other batches than
@@ -94,7 +117,7 @@ class Crew:
 
   def _batch(self, order: Order) -> TrainBatch:
     """A batch that was handed over, scored if it shall be."""
-    arrays: Any = order.arrays  # NumPy's, which are put on devices later
+    arrays: Any = order.arrays
     batch = TrainBatch(*arrays)
     return self._learner.scored(batch) if order.values["score"] else batch
 
@@ -117,6 +140,14 @@ class Crew:
         objective=self._objectives[order.values["objective"]],
         learning_rates=order.values["rates"],
     )
+
+
+def _heard(channel: Channel) -> Order:
+  """The next order; raises DrivenError where it is that process 0 failed."""
+  order = channel.hear()
+  if order.kind == FAIL:
+    raise DrivenError(f"process 0 ended: {order.values['reason']}")
+  return order
 
 
 def merge(learner: Learner, adapter: Sequence[np.ndarray]) -> Any:

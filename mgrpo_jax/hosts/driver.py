@@ -32,6 +32,7 @@ class Driver(Learner):
       channel: to the other processes.
       **kwargs: of `Learner`.
     """
+    channel.tell(crew.MEET)
     channel.meet(kwargs["mesh"])
     super().__init__(*args, **kwargs)
     self._channel = channel

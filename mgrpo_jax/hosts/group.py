@@ -37,28 +37,27 @@ def join(
   """
   if processes == 1:
     return
-  times: dict[str, Any] = {
+  arguments: dict[str, Any] = {
       "initialization_timeout": _START,
       "heartbeat_timeout_seconds": silence,
       "shutdown_timeout_seconds": silence,
   }
-  jax.config.update("jax_cpu_collectives_implementation", "gloo")
-  try:
-    if not processes:
-      jax.distributed.initialize(**times)
-      return
+  if processes:
     host, port = _address(coordinator)
     if not 0 <= process < processes:
       raise ValueError(f"--process={process}: allowed: 0 to {processes - 1}")
-    bind = f"{host}:{port}" if _is_here(host) else f"[::]:{port}"
-    jax.distributed.initialize(
-        f"{host}:{port}",
-        processes,
-        process,
-        cluster_detection_method="deactivate",
-        coordinator_bind_address=bind,
-        **times,
-    )
+    arguments |= {
+        "coordinator_address": f"{host}:{port}",
+        "num_processes": processes,
+        "process_id": process,
+        "cluster_detection_method": "deactivate",
+        "coordinator_bind_address": (
+            f"{host}:{port}" if _is_here(host) else f"[::]:{port}"
+        ),
+    }
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  try:
+    jax.distributed.initialize(**arguments)
   except RuntimeError as error:
     first = str(error).splitlines()[0]
     raise ConnectionError(
