@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tiny_llama
 
-from mgrpo_jax.policy import params, products, transformer
+from mgrpo_jax.policy import cache as caching
+from mgrpo_jax.policy import decode, params, products, sampling, transformer
 from mgrpo_jax.policy.config import Execution
 from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.sampler.engine import Engine
@@ -129,6 +130,38 @@ def test_a_product_does_not_depend_on_the_row_it_stands_in(number, sizes):
   x = np.tile(rng.normal(size=sizes[0]).astype(np.float32), (1, number, 1))
   found = np.asarray(jax.jit(products.multiply)(x, turned))[0]
   np.testing.assert_array_equal(found, np.tile(found[:1], (number, 1)))
+
+
+def compiled_prefill(config, weights, cache):
+  """The program that adds three tokens to each of two slots."""
+  tokens, row = np.zeros((2, 3), np.int32), np.zeros(2, np.int32)
+  prefill = jax.jit(decode.prefill, static_argnames="config")
+  return prefill.lower(weights, cache, tokens, row, row, row, config=config)
+
+
+def compiled_decode(config, weights, cache):
+  """The program that samples three tokens in each of two slots."""
+  row = np.zeros(2, np.int32)
+  slots = decode.Slots(
+      token=row, length=row, budget=row, seed=np.zeros((2, 2), np.uint32),
+      drawing=sampling.plainly(2), stop_ids=np.zeros((2, 1), np.int32),
+  )  # fmt: skip
+  sample = jax.jit(
+      decode.decode, static_argnames=("config", "num_steps", "num_rows")
+  )
+  return sample.lower(
+      weights, cache, slots, config=config, num_steps=3, num_rows=2
+  )
+
+
+@pytest.mark.parametrize("lower", [compiled_prefill, compiled_decode])
+def test_angles_are_computed_once_for_all_layers(lower):
+  _, config = configs("llama")
+  weights = products.turn(tiny_llama.weights(config), config=config)
+  cache = caching.init(config, num_slots=2, length=16, block=8, num_rows=2)
+  program = lower(config, weights, cache).compile().as_text()
+  assert config.num_layers > 1
+  assert program.count(" cosine(") == program.count(" sine(") == 1
 
 
 def sampled(config, mesh=None):

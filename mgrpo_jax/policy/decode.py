@@ -95,7 +95,7 @@ def prefill(
   offsets = jnp.arange(width, dtype=jnp.int32)
   positions = starts[:, None] + offsets[None]
   causal = positions[:, :, None] >= positions[:, None]
-  rotation = transformer.rotations(positions, config=config)
+  rotation = _rotations(positions, config=config)
   x = transformer.embed(params, tokens, config=config)
   keys, values = [], []
   for index, layer in enumerate(params.layers):
@@ -191,6 +191,21 @@ def decode(
   )
 
 
+def _rotations(
+    positions: Int[Array, "P T"], *, config: TransformerConfig
+) -> tuple[Rotation, Rotation]:
+  """Computes cosines and sines, see `transformer.rotations`; on CPUs once.
+
+  There compilers compute them anew in every layer that uses them, even behind
+  an optimization barrier. What a loop yields they leave alone.
+  """
+  rotations = functools.partial(transformer.rotations, config=config)
+  if not config.execution.outputs_first:
+    return rotations(positions)
+  by_row = jax.lax.map(rotations, positions[:, None])
+  return jax.tree.map(lambda part: part[:, 0], by_row)
+
+
 def _written(
     cache: KVCache, visit: _Visit, rows: Int[Array, " R"], slots: Slots
 ) -> KVCache:
@@ -233,8 +248,7 @@ def _run_steps(
       jnp.broadcast_to(slots.seed[None], (num_steps, num_slots, 2)),
       slots.length[None] + 1 + steps,
   )
-  # Of all steps before the first: within them, compilers for CPUs would compute
-  # cosines and sines anew in every layer.
+  # Of all steps before the first: in a step, every layer would compute its own.
   rotations = jax.vmap(functools.partial(transformer.rotations, config=config))(
       (slots.length[None] + steps)[:, :, None]
   )

@@ -25,6 +25,8 @@ from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import Layer, Params, ParamSpec, param_specs
 
 FEW = 128  # tokens, at most, that are multiplied as columns
+# The same for logits: turning those of more costs as much as it gains.
+FEW_FOR_LOGITS = 32
 
 
 @flax.struct.dataclass
@@ -91,7 +93,7 @@ def _turn(kernels: Sequence[Array], specs: Sequence[ParamSpec]) -> Turned:
 
 def multiply_each(
     x: Float[Array, "N T *inputs"],
-    weights: Sequence[Float[Array, "*shape"] | Turned | None],
+    weights: Sequence[Any],
     axes: Sequence[Sequence[str]],
 ) -> list[Float[Array, "N T *outputs"]]:
   """Multiplies tokens with several kernels.
@@ -145,7 +147,11 @@ def multiply(
 
 
 def multiply_turned(
-    x: Float[Array, "N T *inputs"], weight: Turned, *, dtype: DTypeLike
+    x: Float[Array, "N T *inputs"],
+    weight: Turned,
+    *,
+    dtype: DTypeLike,
+    few: int = FEW,
 ) -> list[Float[Array, "N T *outputs"]]:
   """Multiplies tokens with kernels that are kept outputs first.
 
@@ -153,17 +159,19 @@ def multiply_turned(
     x: tokens.
     weight: the kernels.
     dtype: of the products, and in which they are summed.
+    few: tokens, at most, that are multiplied as columns.
 
   Returns:
     A product for each kernel.
   """
   rows = x.reshape(x.shape[0] * x.shape[1], -1)
-  few = len(rows) <= FEW
-  product = (_tokens_last if few else _tokens_first)(weight.matrix, rows, dtype)
+  as_columns = len(rows) <= few
+  multiplied = _tokens_last if as_columns else _tokens_first
+  product = multiplied(weight.matrix, rows, dtype)
   ends = itertools.accumulate(map(math.prod, weight.outputs))
-  parts = jnp.split(product, list(ends)[:-1], axis=0 if few else 1)
+  parts = jnp.split(product, list(ends)[:-1], axis=0 if as_columns else 1)
   return [
-      (part.T if few else part).reshape(*x.shape[:2], *shape)
+      (part.T if as_columns else part).reshape(*x.shape[:2], *shape)
       for part, shape in zip(parts, weight.outputs, strict=True)
   ]
 

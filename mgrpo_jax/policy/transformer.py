@@ -324,7 +324,9 @@ def logits(
     Float32 logits.
   """
   if isinstance(kernel, Turned):
-    (product,) = products.multiply_turned(hidden, kernel, dtype=jnp.float32)
+    (product,) = products.multiply_turned(
+        hidden, kernel, dtype=jnp.float32, few=products.FEW_FOR_LOGITS
+    )
     return product
   return jnp.einsum(
       "nte,ve->ntv" if config.tied_embeddings else "nte,ev->ntv",
