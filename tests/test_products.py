@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import tiny_llama
 
-from mgrpo_jax.policy import params, products, transformer
+from mgrpo_jax.policy import cache as caching
+from mgrpo_jax.policy import decode, params, products, sampling, transformer
 from mgrpo_jax.policy.config import Execution
 from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.sampler.engine import Engine
 
 FAMILIES = sorted(tiny_llama.FAMILIES)
+AXES = [("batch", "length")] * 3  # with no mesh they mean nothing
 
 
 def configs(family):
@@ -24,7 +26,7 @@ def configs(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_turned_kernel_holds_the_same_numbers(family):
+def test_turned_kernels_hold_the_same_numbers(family):
   _, config = configs(family)
   weights = tiny_llama.weights(config)
   turned = products.turn(weights, config=config)
@@ -34,15 +36,35 @@ def test_a_turned_kernel_holds_the_same_numbers(family):
       weights.layers,
       strict=True,
   ):
-    names = ("query", "key", "value", "output", "gate", "up", "down")
-    for name in names[: None if layer.router is None else 4]:
-      kernel, inputs = getattr(layer, name), getattr(specs, name).inputs
-      found = getattr(one, name)
-      assert found.outputs == kernel.shape[inputs:]
-      back = np.asarray(found.matrix).T.reshape(kernel.shape)
-      np.testing.assert_array_equal(back, kernel)
-    if layer.router is not None:
-      assert one.gate is layer.gate
+    joined = [("query", "key", "value"), ("output",)]
+    if layer.router is None:
+      joined += [("gate", "up"), ("down",)]
+    else:
+      assert (one.gate, one.up, one.down) == (layer.gate, layer.up, layer.down)
+    for names in joined:
+      held = getattr(one, names[0])
+      assert all(getattr(one, name) is None for name in names[1:])
+      start = 0
+      for name, outputs in zip(names, held.outputs, strict=True):
+        kernel, inputs = getattr(layer, name), getattr(specs, name).inputs
+        assert outputs == kernel.shape[inputs:]
+        stop = start + int(np.prod(outputs))
+        back = np.asarray(held.matrix[start:stop]).T.reshape(kernel.shape)
+        np.testing.assert_array_equal(back, kernel)
+        start = stop
+      assert start == len(held.matrix)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_turned_head_holds_the_same_numbers(family):
+  _, config = configs(family)
+  weights = tiny_llama.weights(config)
+  head = products.turn(weights, config=config).unembedding
+  assert head.outputs == ((config.vocab_size,),)
+  if config.tied_embeddings:
+    assert head.matrix is weights.embedding
+  else:
+    np.testing.assert_array_equal(head.matrix.T, weights.unembedding)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,12 +89,34 @@ def test_few_and_many_tokens_are_multiplied_alike(number):
   kernel = rng.normal(size=(2, 3, 4, 5)).astype(np.float32)
   x = rng.normal(size=(1, number, 2, 3)).astype(np.float32)
   turned = products.Turned(
-      matrix=kernel.reshape(6, 20).T.copy(), outputs=(4, 5)
+      matrix=kernel.reshape(6, 20).T.copy(), outputs=((4, 5),)
   )
   found = jax.jit(products.multiply)(x, turned)
   expected = np.tensordot(x.astype(np.float64), kernel, axes=2)
   # Six terms of size 1 in float32.
   np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [1, products.FEW, products.FEW + 1])
+def test_joined_kernels_are_multiplied_apart(number):
+  rng = np.random.default_rng(0)
+  kernels = [
+      rng.normal(size=(6, *shape)).astype(np.float32)
+      for shape in ((2, 3), (5,), (1, 2))
+  ]
+  x = rng.normal(size=(1, number, 6)).astype(np.float32)
+  joined = products.Turned(
+      matrix=np.concatenate([kernel.reshape(6, -1).T for kernel in kernels]),
+      outputs=((2, 3), (5,), (1, 2)),
+  )
+  multiply = jax.jit(
+      lambda x, weights: products.multiply_each(x, weights, AXES)
+  )
+  for weights in ((joined, None, None), kernels):
+    for found, kernel in zip(multiply(x, weights), kernels, strict=True):
+      expected = np.tensordot(x.astype(np.float64), kernel, axes=1)
+      # Six terms of size 1 in float32.
+      np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("number", [2, 12, 31, 32, 64, products.FEW])
@@ -81,11 +125,43 @@ def test_a_product_does_not_depend_on_the_row_it_stands_in(number, sizes):
   rng = np.random.default_rng(0)
   turned = products.Turned(
       matrix=rng.normal(size=sizes[::-1]).astype(np.float32),
-      outputs=sizes[1:],
+      outputs=(sizes[1:],),
   )
   x = np.tile(rng.normal(size=sizes[0]).astype(np.float32), (1, number, 1))
   found = np.asarray(jax.jit(products.multiply)(x, turned))[0]
   np.testing.assert_array_equal(found, np.tile(found[:1], (number, 1)))
+
+
+def compiled_prefill(config, weights, cache):
+  """The program that adds three tokens to each of two slots."""
+  tokens, row = np.zeros((2, 3), np.int32), np.zeros(2, np.int32)
+  prefill = jax.jit(decode.prefill, static_argnames="config")
+  return prefill.lower(weights, cache, tokens, row, row, row, config=config)
+
+
+def compiled_decode(config, weights, cache):
+  """The program that samples three tokens in each of two slots."""
+  row = np.zeros(2, np.int32)
+  slots = decode.Slots(
+      token=row, length=row, budget=row, seed=np.zeros((2, 2), np.uint32),
+      drawing=sampling.plainly(2), stop_ids=np.zeros((2, 1), np.int32),
+  )  # fmt: skip
+  sample = jax.jit(
+      decode.decode, static_argnames=("config", "num_steps", "num_rows")
+  )
+  return sample.lower(
+      weights, cache, slots, config=config, num_steps=3, num_rows=2
+  )
+
+
+@pytest.mark.parametrize("lower", [compiled_prefill, compiled_decode])
+def test_angles_are_computed_once_for_all_layers(lower):
+  _, config = configs("llama")
+  weights = products.turn(tiny_llama.weights(config), config=config)
+  cache = caching.init(config, num_slots=2, length=16, block=8, num_rows=2)
+  program = lower(config, weights, cache).compile().as_text()
+  assert config.num_layers > 1
+  assert program.count(" cosine(") == program.count(" sine(") == 1
 
 
 def sampled(config, mesh=None):

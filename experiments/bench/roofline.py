@@ -82,8 +82,11 @@ def of_products(
     narrow, wide, attended = tokens
     found = []
     for layer in weights.layers:
-      into = (layer.query, layer.key, layer.value, layer.gate, layer.up)
-      found += [products.multiply(narrow, one) for one in into]
+      for into in (
+          (layer.query, layer.key, layer.value),
+          (layer.gate, layer.up),
+      ):
+        found += products.multiply_each(narrow, into, [()] * len(into))
       found.append(products.multiply(attended, layer.output))
       found.append(products.multiply(wide, layer.down))
     return [*found, transformer.unembed(weights, narrow, config=config)]

@@ -27,6 +27,7 @@ from mgrpo_jax.policy import sampling, transformer
 from mgrpo_jax.policy.cache import Blocks, KVCache
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import Params
+from mgrpo_jax.policy.rotary import Rotation
 from mgrpo_jax.policy.sampling import Drawing
 
 
@@ -94,7 +95,7 @@ def prefill(
   offsets = jnp.arange(width, dtype=jnp.int32)
   positions = starts[:, None] + offsets[None]
   causal = positions[:, :, None] >= positions[:, None]
-  rotation = transformer.rotations(positions, config=config)
+  rotation = _rotations(positions, config=config)
   x = transformer.embed(params, tokens, config=config)
   keys, values = [], []
   for index, layer in enumerate(params.layers):
@@ -190,6 +191,21 @@ def decode(
   )
 
 
+def _rotations(
+    positions: Int[Array, "P T"], *, config: TransformerConfig
+) -> tuple[Rotation, Rotation]:
+  """Computes cosines and sines, see `transformer.rotations`; on CPUs once.
+
+  There compilers compute them anew in every layer that uses them, even behind
+  an optimization barrier. What a loop yields they leave alone.
+  """
+  rotations = functools.partial(transformer.rotations, config=config)
+  if not config.execution.outputs_first:
+    return rotations(positions)
+  by_row = jax.lax.map(rotations, positions[:, None])
+  return jax.tree.map(lambda part: part[:, 0], by_row)
+
+
 def _written(
     cache: KVCache, visit: _Visit, rows: Int[Array, " R"], slots: Slots
 ) -> KVCache:
@@ -232,6 +248,10 @@ def _run_steps(
       jnp.broadcast_to(slots.seed[None], (num_steps, num_slots, 2)),
       slots.length[None] + 1 + steps,
   )
+  # Of all steps before the first: in a step, every layer would compute its own.
+  rotations = jax.vmap(functools.partial(transformer.rotations, config=config))(
+      (slots.length[None] + steps)[:, :, None]
+  )
   first = _Visit(
       step=jnp.int32(0),
       token=slots.token,
@@ -243,7 +263,9 @@ def _run_steps(
   slots = dataclasses.replace(slots, drawing=slots.drawing.where(first.running))
   return jax.lax.while_loop(
       lambda visit: (visit.step < num_steps) & jnp.any(visit.running),
-      functools.partial(_step, params, cache, slots, uniform, config=config),
+      functools.partial(
+          _step, params, cache, slots, uniform, rotations, config=config
+      ),
       first,
   )
 
@@ -253,13 +275,21 @@ def _step(
     cache: KVCache,
     slots: Slots,
     uniform: Float[Array, "N R"],
+    rotations: tuple[Rotation, Rotation],
     visit: _Visit,
     *,
     config: TransformerConfig,
 ) -> _Visit:
   """Samples one token for every running slot."""
   step = visit.step
-  visit, hidden = _forward(params, cache, slots, visit, config)
+  visit, hidden = _forward(
+      params,
+      cache,
+      slots,
+      jax.tree.map(lambda part: part[step], rotations),
+      visit,
+      config,
+  )
   logits = transformer.unembed(params, hidden, config=config)[:, 0]
   token, *logprobs = sampling.sample(logits, uniform[step], slots.drawing)
   row = Drawn(
@@ -280,6 +310,7 @@ def _forward(
     params: Params,
     cache: KVCache,
     slots: Slots,
+    rotation: tuple[Rotation, Rotation],
     visit: _Visit,
     config: TransformerConfig,
 ) -> tuple[_Visit, Float[Array, "R 1 E"]]:
@@ -288,7 +319,6 @@ def _forward(
   cached = _lengths(slots)
   positions = (slots.length + visit.step)[:, None]
   own = slots.length[:, None, None] + jnp.arange(num_steps)[None, None]
-  rotation = transformer.rotations(positions, config=config)
   x = transformer.embed(params, visit.token[:, None], config=config)
   keys, values = list(visit.keys), list(visit.values)
   for index, layer in enumerate(params.layers):

@@ -9,12 +9,15 @@ experiments/README.md). So a sampler on a CPU may keep kernels turned.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mgrpo_jax import sharding
@@ -22,51 +25,94 @@ from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import Layer, Params, ParamSpec, param_specs
 
 FEW = 128  # tokens, at most, that are multiplied as columns
+# The same for logits: turning those of more costs as much as it gains.
+FEW_FOR_LOGITS = 32
 
 
 @flax.struct.dataclass
 class Turned:
-  """A kernel [*inputs, *outputs] as a matrix, outputs first."""
+  """Kernels [*inputs, *outputs] of the same inputs as a matrix, outputs first.
 
-  matrix: Any  # [outputs, inputs]
-  outputs: tuple[int, ...] = flax.struct.field(pytree_node=False)
+  Every product begins and ends with a moment in which not all cores have work,
+  so kernels that meet the same tokens are one matrix.
+  """
+
+  matrix: Any  # [sum of the kernels' outputs, inputs]
+  outputs: tuple[tuple[int, ...], ...] = flax.struct.field(pytree_node=False)
 
 
 def turn(params: Params, *, config: TransformerConfig) -> Params:
-  """Turns the kernels of every layer, those of experts excepted.
+  """Turns the kernels of every layer, those of experts excepted, and the head.
 
   Args:
     params: weights, on the default device.
     config: their sizes.
 
   Returns:
-    The same numbers; `multiply` takes either.
+    The same numbers; `multiply_each` takes either. Where kernels were joined,
+    the first of them holds all and the others are None. A tied head shares the
+    embedding's memory.
   """
+  specs = param_specs(config)
   layers = tuple(
-      _turn_layer(layer, specs)
-      for layer, specs in zip(
-          params.layers, param_specs(config).layers, strict=True
-      )
+      _turn_layer(layer, spec)
+      for layer, spec in zip(params.layers, specs.layers, strict=True)
   )
-  return dataclasses.replace(params, layers=layers)
+  if config.tied_embeddings:
+    head = Turned(matrix=params.embedding, outputs=((config.vocab_size,),))
+  else:
+    head = _turn([params.unembedding], [specs.unembedding])
+  return dataclasses.replace(params, layers=layers, unembedding=head)
 
 
 def _turn_layer(layer: Layer, specs: Layer) -> Layer:
   """Turns what contracts inputs, but for a sparse layer's feed-forward."""
-  dense = ["query", "key", "value", "output"]
+  joined = [("query", "key", "value"), ("output",)]
   if layer.router is None:
-    dense += ["gate", "up", "down"]
-  turned = {
-      name: _turn(getattr(layer, name), getattr(specs, name)) for name in dense
-  }
+    joined += [("gate", "up"), ("down",)]
+  turned: dict[str, Turned | None] = {}
+  for first, *others in joined:
+    names = (first, *others)
+    turned |= dict.fromkeys(others)
+    turned[first] = _turn(
+        [getattr(layer, name) for name in names],
+        [getattr(specs, name) for name in names],
+    )
   return dataclasses.replace(layer, **turned)
 
 
-def _turn(kernel: Array, spec: ParamSpec) -> Turned:
-  """Turns a kernel."""
-  outputs = spec.shape[spec.inputs :]
-  matrix = kernel.reshape(-1, math.prod(outputs)).T
-  return Turned(matrix=jnp.array(matrix), outputs=outputs)
+def _turn(kernels: Sequence[Array], specs: Sequence[ParamSpec]) -> Turned:
+  """Turns kernels of the same inputs."""
+  outputs = tuple(spec.shape[spec.inputs :] for spec in specs)
+  matrices = [
+      kernel.reshape(-1, math.prod(shape)).T
+      for kernel, shape in zip(kernels, outputs, strict=True)
+  ]
+  return Turned(matrix=jnp.concatenate(matrices), outputs=outputs)
+
+
+def multiply_each(
+    x: Float[Array, "N T *inputs"],
+    weights: Sequence[Any],
+    axes: Sequence[Sequence[str]],
+) -> list[Float[Array, "N T *outputs"]]:
+  """Multiplies tokens with several kernels.
+
+  Args:
+    x: tokens.
+    weights: [*inputs, *outputs] each; or one that holds all, then None.
+    axes: logical names of each result's dimensions.
+
+  Returns:
+    The products, in the dtype of both.
+  """
+  first = weights[0]
+  if isinstance(first, Turned):
+    return multiply_turned(x, first, dtype=x.dtype)
+  return [
+      multiply(x, weight, *names)
+      for weight, names in zip(weights, axes, strict=True)
+  ]
 
 
 def multiply(
@@ -88,9 +134,8 @@ def multiply(
     The products, in the dtype of both.
   """
   if isinstance(weight, Turned):
-    rows = x.reshape(x.shape[0] * x.shape[1], -1)
-    by = _tokens_last if len(rows) <= FEW else _tokens_first
-    return by(weight.matrix, rows).reshape(*x.shape[:2], *weight.outputs)
+    (product,) = multiply_turned(x, weight, dtype=x.dtype)
+    return product
   product = jnp.tensordot(
       x.reshape(-1, *x.shape[2:]),
       weight,
@@ -101,17 +146,53 @@ def multiply(
   return jnp.reshape(product, shape, out_sharding=sharding.out(*axes))
 
 
+def multiply_turned(
+    x: Float[Array, "N T *inputs"],
+    weight: Turned,
+    *,
+    dtype: DTypeLike,
+    few: int = FEW,
+) -> list[Float[Array, "N T *outputs"]]:
+  """Multiplies tokens with kernels that are kept outputs first.
+
+  Args:
+    x: tokens.
+    weight: the kernels.
+    dtype: of the products, and in which they are summed.
+    few: tokens, at most, that are multiplied as columns.
+
+  Returns:
+    A product for each kernel.
+  """
+  rows = x.reshape(x.shape[0] * x.shape[1], -1)
+  as_columns = len(rows) <= few
+  multiplied = _tokens_last if as_columns else _tokens_first
+  product = multiplied(weight.matrix, rows, dtype)
+  ends = itertools.accumulate(map(math.prod, weight.outputs))
+  parts = jnp.split(product, list(ends)[:-1], axis=0 if as_columns else 1)
+  return [
+      (part.T if as_columns else part).reshape(*x.shape[:2], *shape)
+      for part, shape in zip(parts, weight.outputs, strict=True)
+  ]
+
+
 def _tokens_last(
-    matrix: Float[Array, "outputs inputs"], rows: Float[Array, "N inputs"]
-) -> Float[Array, "N outputs"]:
+    matrix: Float[Array, "outputs inputs"],
+    rows: Float[Array, "N inputs"],
+    dtype: DTypeLike,
+) -> Float[Array, "outputs N"]:
   """Multiplies with tokens as columns, for few of them."""
   # Else the compiler undoes the transpositions, and packs as it would have.
   columns = jax.lax.optimization_barrier(rows.T)
-  return jax.lax.optimization_barrier(matrix @ columns).T
+  return jax.lax.optimization_barrier(
+      jnp.matmul(matrix, columns, preferred_element_type=dtype)
+  )
 
 
 def _tokens_first(
-    matrix: Float[Array, "outputs inputs"], rows: Float[Array, "N inputs"]
+    matrix: Float[Array, "outputs inputs"],
+    rows: Float[Array, "N inputs"],
+    dtype: DTypeLike,
 ) -> Float[Array, "N outputs"]:
   """Multiplies with tokens as rows: transposing many costs more."""
-  return jnp.einsum("ni,oi->no", rows, matrix)
+  return jnp.einsum("ni,oi->no", rows, matrix, preferred_element_type=dtype)

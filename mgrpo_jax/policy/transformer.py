@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -200,9 +201,9 @@ def project(
   )
   key = _weight(layer.key, "hidden", "kv_heads", "head_dim", config=config)
   value = _weight(layer.value, "hidden", "kv_heads", "head_dim", config=config)
-  q = products.multiply(normed, query, *grouped)
-  k = products.multiply(normed, key, *heads)
-  v = products.multiply(normed, value, *heads)
+  q, k, v = products.multiply_each(
+      normed, (query, key, value), (grouped, heads, heads)
+  )
   if layer.query_bias is not None:
     q = q + _bias(layer.query_bias, config=config)
     k = k + _bias(layer.key_bias, config=config)
@@ -262,9 +263,8 @@ def _feed_forward(
   gate = _weight(layer.gate, "hidden", "mlp", config=config)
   up = _weight(layer.up, "hidden", "mlp", config=config)
   down = _weight(layer.down, "mlp", "hidden", config=config)
-  gated = activation(
-      products.multiply(normed, gate, *inner)
-  ) * products.multiply(normed, up, *inner)
+  opening, content = products.multiply_each(normed, (gate, up), (inner, inner))
+  gated = activation(opening) * content
   return products.multiply(gated, down, "batch", "length", "hidden")
 
 
@@ -289,7 +289,7 @@ def unembed(
 
 def unembedding(
     params: Params, *, config: TransformerConfig
-) -> Float[Array, "rows columns"]:
+) -> Float[Array, "rows columns"] | Turned:
   """Gathers the kernel of the last product, once for many uses.
 
   Args:
@@ -297,15 +297,18 @@ def unembedding(
     config: tied_embeddings says which kernel it is.
 
   Returns:
-    Float32, [V, E] where tied and [E, V] where not; for `logits`.
+    Float32, [V, E] where tied and [E, V] where not; for `logits`. As it is
+    where it was turned.
   """
+  if isinstance(params.unembedding, Turned):
+    return params.unembedding
   if config.tied_embeddings:
     return sharding.gather(params.embedding, "vocab", "hidden")
   return sharding.gather(params.unembedding, "hidden", "vocab")
 
 
 def logits(
-    kernel: Float[Array, "rows columns"],
+    kernel: Float[Array, "rows columns"] | Turned,
     hidden: Float[Array, "N T E"],
     *,
     config: TransformerConfig,
@@ -313,13 +316,18 @@ def logits(
   """Multiplies normed hidden states with the kernel from `unembedding`.
 
   Args:
-    kernel: [V, E] where tied, [E, V] where not.
+    kernel: [V, E] where tied, [E, V] where not; or turned.
     hidden: output of `hidden_states`.
     config: sizes.
 
   Returns:
     Float32 logits.
   """
+  if isinstance(kernel, Turned):
+    (product,) = products.multiply_turned(
+        hidden, kernel, dtype=jnp.float32, few=products.FEW_FOR_LOGITS
+    )
+    return product
   return jnp.einsum(
       "nte,ve->ntv" if config.tied_embeddings else "nte,ev->ntv",
       hidden,
@@ -362,12 +370,12 @@ def _for_compute(
 
 
 def _weight(
-    value: Float[Array, "*shape"] | Turned,
+    value: Float[Array, "*shape"] | Turned | None,
     *axes: str,
     config: TransformerConfig,
-) -> Float[Array, "*shape"] | Turned:
+) -> Any:
   """Casts a parameter for compute, then gathers its fully sharded axis."""
-  if isinstance(value, Turned):  # by the sampler, which has cast it
+  if value is None or isinstance(value, Turned):  # the sampler has cast it
     return value
   return sharding.gather(jnp.asarray(value, config.dtype), *axes)
 
