@@ -117,6 +117,18 @@ def sampler_mesh(devices: Sequence[jax.Device]) -> Mesh:
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
 
+def spans_processes(mesh: Mesh) -> bool:
+  """Says whether a mesh has devices of more than one process.
+
+  Args:
+    mesh: of devices that are there.
+
+  Returns:
+    Whether programs on it run in several processes at once.
+  """
+  return len({device.process_index for device in mesh.devices.flat}) > 1
+
+
 def _arranged(sizes: tuple[int, ...], devices: Sequence[Any]) -> Any:
   """Lays devices out as a mesh, neighbours together where that can be."""
   slices = len(by_slice(devices))

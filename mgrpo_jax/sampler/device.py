@@ -4,7 +4,8 @@ Functions are jitted once, here, with the configuration static: two engines of
 the same sizes share their compilations. Python runs a jitted function's body
 only while tracing, so counting there counts programs, and costs nothing.
 `heads` says over which devices the cache is split by heads, so that it stays
-there and can be donated; None on one device.
+there and can be donated; None on one device. What was drawn is whole on each of
+them, so that every process of a mesh can read it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import functools
 from collections.abc import Mapping
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from mgrpo_jax import sharding
@@ -52,7 +53,14 @@ def split_heads(mesh: Mesh) -> NamedSharding:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "num_slots", "length", "block", "num_rows"),
+    static_argnames=(
+        "config",
+        "num_slots",
+        "length",
+        "block",
+        "num_rows",
+        "heads",
+    ),
 )
 def init_cache(
     *,
@@ -61,16 +69,18 @@ def init_cache(
     length: int,
     block: int,
     num_rows: int,
+    heads: NamedSharding | None = None,
 ) -> KVCache:
   """Runs `policy.cache.init`."""
   _TRACED["init_cache"] += 1
-  return caching.init(
+  cache = caching.init(
       config,
       num_slots=num_slots,
       length=length,
       block=block,
       num_rows=num_rows,
   )
+  return _kept(cache, heads)
 
 
 @functools.partial(
@@ -120,6 +130,9 @@ def decode(
       num_steps=num_steps,
       num_rows=num_rows,
   )
+  if heads is not None:
+    everywhere = NamedSharding(heads.mesh, PartitionSpec())
+    drawn = jax.lax.with_sharding_constraint(drawn, everywhere)
   return _kept(cache, heads), drawn
 
 

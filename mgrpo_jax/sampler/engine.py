@@ -27,10 +27,12 @@ from mgrpo_jax.policy import sampling as drawing
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import Params
 from mgrpo_jax.policy.sampling import Sampling
-from mgrpo_jax.sampler import delivery, device
+from mgrpo_jax.sampler import delivery, device, lead
 from mgrpo_jax.sampler.interface import EngineError, OnTokens, Until
-from mgrpo_jax.sampler.resident import Resident
+from mgrpo_jax.sampler.lead import Lead
+from mgrpo_jax.sampler.links import Crew
 from mgrpo_jax.sampler.schedule import News, Schedule
+from mgrpo_jax.sampler.sizes import Sizes
 from mgrpo_jax.sampler.slots import Request
 from mgrpo_jax.sampler.stream import checked
 from mgrpo_jax.sampler.worker import Worker
@@ -61,6 +63,7 @@ class Engine:
       decode_steps: int,
       decode_rows: int,
       mesh: jax.sharding.Mesh | None = None,
+      crew: Crew | None = None,
   ) -> None:
     """Allocates the cache; compiles nothing else yet.
 
@@ -80,33 +83,30 @@ class Engine:
       decode_rows: busy slots that are computed together, see `decode.decode`;
         0 for all slots, busy or not, at once.
       mesh: of `sharding.sampler_mesh`, None for the default device.
+      crew: of `links.gather`, if the mesh spans several processes; all others
+        make a `Follower` with the same arguments.
 
     Raises:
+      EngineError: another process has other sizes or weights, or is lost.
       ValueError: if a size is out of range, naming it, if the mesh does not
-        divide the parameters, naming one, or if kernels were to be turned on
-        it.
+        divide the parameters, naming one, if kernels were to be turned on
+        it, or if there is a crew for one process, or none for several.
     """
-    _check(
+    sizes = Sizes(
         num_slots=num_slots,
         context=context,
         block=block,
         prefill_tokens=prefill_tokens,
-        prefill_buckets=min(prefill_buckets, default=0),
+        prefill_buckets=prefill_buckets,
         decode_steps=decode_steps,
+        decode_rows=decode_rows,
     )
     if mesh is not None and config.execution.outputs_first:
       raise ValueError("execution.outputs_first is for samplers without a mesh")
     self._config = config
     self._context = context
-    self._resident = Resident(
-        config,
-        params,
-        num_slots=num_slots,
-        context=context,
-        block=block,
-        decode_steps=decode_steps,
-        decode_rows=_rows(decode_rows, num_slots),
-        mesh=mesh,
+    self._resident = lead.home(
+        config, params, version, sizes=sizes, mesh=mesh, crew=crew
     )
     self._schedule = Schedule(
         version,
@@ -141,6 +141,8 @@ class Engine:
       loop.call_soon_threadsafe(self._deliver, news, number)
 
     def end(failure: Exception | None) -> None:
+      if isinstance(self._resident, Lead):
+        self._resident.leave(failure)
       if not loop.is_closed():  # as it may be once a hung device comes back
         loop.call_soon_threadsafe(self._end, ended, failure)
 
@@ -284,10 +286,11 @@ class Engine:
     completions tell. All other caches are dropped.
 
     Args:
-      params: weights; see `__init__`.
-      version: their number.
+      params: weights; see `__init__`. Where several processes sample, not to
+        be donated until a request was sampled from them.
+      version: their number; the others are asked for their weights by it.
     """
-    placed = self._resident.placed(params)
+    placed: Any = self._resident.placed(params)
     with self._worker.guard:
       self._resident.params = placed
       self._schedule.renew(version)
@@ -351,20 +354,3 @@ class Engine:
         error = EngineError(f"the engine stopped: {failure}")
         error.__cause__ = failure
         request.future.set_exception(error)
-
-
-def _check(**sizes: int) -> None:
-  """Raises for the first size that is not positive."""
-  for name, size in sizes.items():
-    if size < 1:
-      raise ValueError(f"{name} must be >= 1, got {size!r}")
-
-
-def _rows(decode_rows: int, num_slots: int) -> int:
-  """Slots computed together; raises where they are more than there are."""
-  if not 0 <= decode_rows <= num_slots:
-    raise ValueError(
-        f"decode_rows must be in 0..{num_slots} (num_slots), got"
-        f" {decode_rows!r}"
-    )
-  return decode_rows or num_slots

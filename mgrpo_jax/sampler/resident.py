@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -15,7 +16,8 @@ from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.decode import Drawn
 from mgrpo_jax.policy.params import Params, param_specs
 from mgrpo_jax.sampler import device
-from mgrpo_jax.sampler.schedule import Visit
+from mgrpo_jax.sampler.orders import Orders
+from mgrpo_jax.sampler.sizes import Sizes
 
 _COPIES = 8  # slots copied by one call
 
@@ -32,11 +34,7 @@ class Resident:
       config: TransformerConfig,
       params: Params,
       *,
-      num_slots: int,
-      context: int,
-      block: int,
-      decode_steps: int,
-      decode_rows: int,
+      sizes: Sizes,
       mesh: jax.sharding.Mesh | None,
   ) -> None:
     """Allocates the cache; compiles nothing else yet.
@@ -44,61 +42,62 @@ class Resident:
     Args:
       config: sizes of the policy.
       params: weights.
-      num_slots: streams that the cache holds.
-      context: tokens that a stream can have.
-      block: tokens of cache that are attended or skipped together.
-      decode_steps: tokens sampled for each slot in a visit.
-      decode_rows: slots that are computed together, 1 to `num_slots`.
+      sizes: of the engine.
       mesh: of `sharding.sampler_mesh`, None for the default device.
     """
     self._config = config
-    self._decode_steps = decode_steps
-    self._decode_rows = decode_rows
+    self._decode_steps = sizes.decode_steps
+    self._decode_rows = sizes.rows
     self._heads: jax.sharding.NamedSharding | None = None
     self._place: Any = jax.local_devices()[0]
+    self._shared = mesh is not None and sharding.spans_processes(mesh)
     if mesh is not None:
       self._heads = device.split_heads(mesh)
       self._place = sharding.params_shardings(param_specs(config), mesh)
     self.params = self.placed(params)
-    self._cache: KVCache = jax.device_put(
-        device.init_cache(
-            config=config,
-            num_slots=num_slots,
-            length=context,
-            block=block,
-            num_rows=decode_rows,
-        ),
-        self._heads or self._place,
+    cache: KVCache = device.init_cache(
+        config=config,
+        num_slots=sizes.num_slots,
+        length=sizes.context,
+        block=sizes.block,
+        num_rows=sizes.rows,
+        heads=self._heads,
     )
+    # On a mesh it was made in place.
+    self._cache = cache if mesh else jax.device_put(cache, self._place)
 
   def placed(self, params: Params) -> Params:
     """Puts weights where they are sampled from, in the dtype they are used in.
 
     Args:
-      params: weights of any dtype, anywhere.
+      params: weights of any dtype, anywhere; over several processes either
+        whole and equal in each of them, or spread over all of them.
 
     Returns:
       The same weights.
     """
+    if self._shared:
+      spread = functools.partial(_spread, dtype=self._config.dtype)
+      return jax.tree.map(spread, params, self._place)
     used = jax.tree.map(lambda w: jnp.asarray(w, self._config.dtype), params)
     if self._config.execution.outputs_first:
       used = products.turn(used, config=self._config)
     return jax.device_put(used, self._place)
 
-  def visit(self, params: Params, visit: Visit) -> Drawn:
-    """Does what was planned, and waits for it.
+  def visit(self, params: Params, orders: Orders) -> Drawn:
+    """Does what was ordered, and waits for it.
 
     One visit at a time, so each finds the cache that the last one left.
 
     Args:
       params: weights, of `placed`.
-      visit: what to do.
+      orders: what to do.
 
     Returns:
       What was drawn, on the host.
     """
     cache = self._cache
-    for call in visit.prefills:
+    for call in orders.prefills:
       cache = device.prefill(
           params,
           cache,
@@ -109,18 +108,30 @@ class Resident:
           config=self._config,
           heads=self._heads,
       )
-    for first in range(0, len(visit.copies), _COPIES):
-      pairs = visit.copies[first : first + _COPIES]
-      pairs = pairs + pairs[-1:] * (_COPIES - len(pairs))
+    for first in range(0, len(orders.copies), _COPIES):
+      pairs = list(orders.copies[first : first + _COPIES])
+      pairs += pairs[-1:] * (_COPIES - len(pairs))
       sources, targets = np.asarray(pairs, np.int32).T
       cache = device.copy_slots(cache, sources, targets, heads=self._heads)
     self._cache, drawn = device.decode(
         params,
         cache,
-        visit.slots,
+        orders.slots,
         config=self._config,
         num_steps=self._decode_steps,
         num_rows=self._decode_rows,
         heads=self._heads,
     )
     return jax.tree.map(np.asarray, drawn)
+
+
+def _spread(
+    weight: Any, place: jax.sharding.NamedSharding, *, dtype: str
+) -> jax.Array:
+  """A weight on the devices of several processes, each of which calls this."""
+  if isinstance(weight, jax.Array) and not weight.is_fully_addressable:
+    return jax.device_put(weight.astype(dtype), place)
+  whole = np.asarray(weight)
+  return jax.make_array_from_callback(
+      whole.shape, place, lambda part: whole[part].astype(dtype)
+  )

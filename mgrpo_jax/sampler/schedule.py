@@ -18,9 +18,10 @@ import jax
 import numpy as np
 
 from mgrpo_jax.policy import sampling as drawing
-from mgrpo_jax.policy.decode import Drawn, Slots
+from mgrpo_jax.policy.decode import Drawn
 from mgrpo_jax.sampler import batching
 from mgrpo_jax.sampler.batching import Call, Piece
+from mgrpo_jax.sampler.orders import Orders, idle_slots
 from mgrpo_jax.sampler.slots import Request, Slot, SlotTable
 
 
@@ -29,17 +30,11 @@ class Visit:
   """One visit of the device.
 
   Attributes:
-    version: of the weights.
-    prefills: calls to make, in order.
-    copies: (source, target) slots, copied after the prefills.
-    slots: what the device must know about each slot, to decode.
+    orders: what the device does.
     busy: slots that are sampled, and their requests.
   """
 
-  version: int
-  prefills: list[Call]
-  copies: list[tuple[int, int]]
-  slots: Slots
+  orders: Orders
   busy: list[tuple[Slot, Request]]
 
 
@@ -95,7 +90,7 @@ class Schedule:
     self._buckets = sorted(set(prefill_buckets))
     self._decode_steps = decode_steps
     self._table = SlotTable(num_slots)
-    self._inputs = _idle_slots(num_slots)
+    self._inputs = idle_slots(num_slots)
     self._new: list[Request] = []  # since the last plan
     # those that wait for a slot, in order; a set that forgets in O(1)
     self._queue: collections.OrderedDict[Request, None] = (
@@ -170,10 +165,12 @@ class Schedule:
     steps = [([], []), *((call, []) for call in calls), ([], [(0, 0)])]
     return [
         Visit(
-            version=self.version,
-            prefills=prefills,
-            copies=copies,
-            slots=_idle_slots(len(self._inputs.token)),
+            orders=Orders(
+                version=self.version,
+                prefills=prefills,
+                copies=copies,
+                slots=idle_slots(len(self._inputs.token)),
+            ),
             busy=[],
         )
         for prefills, copies in steps
@@ -194,13 +191,13 @@ class Schedule:
       self._inputs.budget[slot.index] = min(
           request.limit - slot.cached - 1, self._decode_steps
       )
-    return Visit(
+    orders = Orders(
         version=self.version,
         prefills=prefills,
         copies=copies,
         slots=jax.tree.map(np.copy, self._inputs),
-        busy=busy,
     )
+    return Visit(orders=orders, busy=busy)
 
   def absorb(self, visit: Visit, drawn: Drawn) -> list[News]:
     """Takes a visit's tokens in, and frees the slots of requests that are done.
@@ -218,10 +215,11 @@ class Schedule:
     Raises:
       FloatingPointError: a log-probability is not finite.
     """
+    version = visit.orders.version
     for scores in (drawn.logprobs, drawn.raw_logprobs):
       if not np.isfinite(scores).all():
         raise FloatingPointError(
-            f"log-probabilities under version {visit.version} are not finite"
+            f"log-probabilities under version {version} are not finite"
         )
     counts = np.sum(drawn.tokens != drawing.NO_TOKEN, axis=0)
     self._counts["visits"] += 1
@@ -232,7 +230,7 @@ class Schedule:
         continue  # it ended while the device went on
       index, count = slot.index, int(counts[slot.index])
       _add(request, drawn, index, count)
-      request.versions.append(visit.version)
+      request.versions.append(version)
       slot.cached += count
       self._inputs.length[index] = slot.cached
       self._inputs.token[index] = request.sampled[-1]
@@ -345,16 +343,3 @@ def _add(request: Request, drawn: Drawn, index: int, count: int) -> None:
   request.sampled += drawn.tokens[:count, index].tolist()
   request.logprobs += drawn.logprobs[:count, index].tolist()
   request.raw_logprobs += drawn.raw_logprobs[:count, index].tolist()
-
-
-def _idle_slots(num_slots: int) -> Slots:
-  """Describes slots in which nothing is being sampled, on the host."""
-  stops = (num_slots, drawing.MAX_STOP_IDS)
-  return Slots(
-      token=np.zeros(num_slots, np.int32),
-      length=np.zeros(num_slots, np.int32),
-      budget=np.zeros(num_slots, np.int32),
-      seed=np.zeros((num_slots, 2), np.uint32),
-      drawing=drawing.plainly(num_slots),
-      stop_ids=np.full(stops, drawing.NO_TOKEN, np.int32),
-  )

@@ -13,11 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from mgrpo_jax.policy.params import Params
+from mgrpo_jax.policy.decode import Drawn
 from mgrpo_jax.sampler.interface import EngineError
-from mgrpo_jax.sampler.resident import Resident
+from mgrpo_jax.sampler.orders import Orders
 from mgrpo_jax.sampler.schedule import News, Schedule, Visit
 
 # Of the time that the last visit took, what callers get at most to ask again
@@ -25,11 +25,24 @@ from mgrpo_jax.sampler.schedule import News, Schedule, Visit
 _PATIENCE = 0.25
 
 
+class Visited(Protocol):
+  """What is visited: a `Resident`, or the `Lead` of several processes.
+
+  Attributes:
+    params: the weights of the visits that are begun from now on.
+  """
+
+  params: Any
+
+  def visit(self, params: Any, orders: Orders) -> Drawn:
+    """Does what was ordered with some weights, and waits for it."""
+
+
 class _Work(NamedTuple):
   """A visit to make; `future` waits for it if it is a rehearsal."""
 
   visit: Visit
-  params: Params
+  params: Any  # of `Visited.params`
   future: Future[None] | None
 
 
@@ -43,7 +56,7 @@ class Worker:
       was something to do.
   """
 
-  def __init__(self, schedule: Schedule, resident: Resident) -> None:
+  def __init__(self, schedule: Schedule, resident: Visited) -> None:
     """Starts no thread yet.
 
     Args:
@@ -174,7 +187,7 @@ class Worker:
     """Makes one visit and tells of it."""
     began = time.perf_counter()
     try:
-      drawn = self._resident.visit(work.params, work.visit)
+      drawn = self._resident.visit(work.params, work.visit.orders)
     except Exception as error:  # raised here, told to who waits there
       if work.future is not None:
         work.future.set_exception(error)
