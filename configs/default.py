@@ -194,8 +194,10 @@ def _add_sampling(config: ml_collections.ConfigDict) -> None:
   # and names what they wait for, > 0.
   config.rollout.deadline = 7200.0
   config.rollout.max_attempts = 3  # of a call that FAILED, in all, >= 1
-  # Steps that a policy may be ahead of a group's tokens, >= 0; the tasks of
-  # older groups are put back, at most tasks.max_retries times in a row.
+  # Steps that are rolled out ahead of the one being trained on, and with that
+  # the updates that a policy may be ahead of a group's tokens: 0, in step, to
+  # evaluation.every - 1; see docs/practice.md. The tasks of older groups are
+  # put back, at most tasks.max_retries times in a row.
   config.rollout.max_staleness = 0
   config.rollout.max_concurrent = 64  # rollouts in progress at a time, >= 1
 

@@ -59,6 +59,7 @@ def sizes(values: Mapping[str, Any], team: Team) -> None:
         f"config.batch.minibatches: {batch['minibatches']} must be at most"
         f" {values['tasks']['per_step']}, config.tasks.per_step"
     )
+  _staleness(values)
   for role in team.roles:
     if team.most_calls(role.name) > checks.MOST_CALLS:
       raise ValueError(
@@ -103,6 +104,37 @@ def learners(values: Mapping[str, Any], team: Team, stage: Stage) -> None:
         f"{key}: nothing learns in this stage; its policies are frozen, or all"
         " roles that use them"
     )
+
+
+def _staleness(values: Mapping[str, Any]) -> None:
+  """Raises where rollouts cannot run ahead of training as far as asked."""
+  allowed = values["rollout"]["max_staleness"]
+  most = values["evaluation"]["every"] - 1
+  if allowed > most:
+    raise ValueError(
+        f"config.rollout.max_staleness: {allowed} must be at most {most}, one"
+        " less than config.evaluation.every: no rollout runs ahead of an"
+        " evaluation"
+    )
+  if allowed and values["tasks"]["resample"]:
+    raise ValueError(
+        f"config.tasks.resample: {values['tasks']['resample']}, allowed: 0"
+        " where config.rollout.max_staleness is not: rollouts ahead would wait"
+        " for what is drawn again"
+    )
+  for name, policy in values["policies"].items():
+    if allowed and policy["external"]["url"]:
+      raise ValueError(
+          f"config.rollout.max_staleness: {allowed}, allowed: 0 where"
+          f" config.policies.{name}.external.url is set: a server's answers are"
+          " not told apart while it is given other weights"
+      )
+    if allowed and policy["sampler_tensor"] > 1:
+      raise ValueError(
+          f"config.rollout.max_staleness: {allowed}, allowed: 0 where"
+          f" config.policies.{name}.sampler_tensor is above 1: sampler and"
+          " learner would wait for each other on the devices that they share"
+      )
 
 
 def _concurrency(values: Mapping[str, Any], team: Team) -> None:

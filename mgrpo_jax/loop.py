@@ -3,25 +3,36 @@
     tasks ─▶ rollout ─▶ rewards ─▶ alignment ─▶ advantages ─▶ update ─▶ publish
 
 What each arrow does stands in `run.Run`; what is written down, in
-`journal.Journal`.
+`journal.Journal`; how far rollouts run ahead of training, in `ahead.Ahead`.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
+import jax
+
+from mgrpo_jax import ahead
 from mgrpo_jax.agents import watchdog
+from mgrpo_jax.ahead import Ahead
 from mgrpo_jax.atomic import MismatchError
 from mgrpo_jax.evaluate import Evaluation
 from mgrpo_jax.journal import Entry, Journal
+from mgrpo_jax.learner import Step
+from mgrpo_jax.meter import Meter
 from mgrpo_jax.metrics import Accuracy
 from mgrpo_jax.plan import Setup
+from mgrpo_jax.rewards import Scores
 from mgrpo_jax.run import Run, open_run
 from mgrpo_jax.sampler import warming
 from mgrpo_jax.store import Store
 from mgrpo_jax.tasks import curriculum
+from mgrpo_jax.types import RolloutGroup, Task
+
+Drawn = tuple[list[RolloutGroup], Meter]
 
 _COMPILING = 3600.0  # seconds that what samples may take to be compiled
 
@@ -65,10 +76,12 @@ async def train(
           tell=journal.progress.note,
       ),
   ):
-    steps, before = await _begin(run, journal)
-    while not run.over(steps):
-      await _step(run, journal, steps, before=before)
-      steps += 1
+    async with _ahead(run) as rollouts:
+      steps, before = await _begin(run, journal, rollouts)
+      while not run.over(steps):
+        rollouts.begin(steps)
+        await _step(run, journal, rollouts, steps, before=before)
+        steps += 1
     journal.flush()
     run.resources.save_policies(journal.workdir.policies)
     journal.skipped(run.resources.read_published())
@@ -85,24 +98,54 @@ async def train(
     return summary, _table(before, after)
 
 
+def _ahead(run: Run) -> Ahead[Drawn]:
+  """Rolls steps out as far ahead of training as the recipe allows."""
+  setup = run.setup
+  if setup.max_staleness and setup.resample:
+    raise ValueError(
+        f"resample: is {setup.resample}, must be 0 where max_staleness is not"
+    )
+
+  def stage(step: int) -> curriculum.Stage:
+    return curriculum.stage_at(setup.stages, step)[0]
+
+  async def draw(step: int, tasks: tuple[Task, ...]) -> Drawn:
+    meter = Meter(run.resources)
+    return await run.collect(stage(step), tasks, step, meter), meter
+
+  return Ahead(
+      draw,
+      take=lambda step: run.take(stage(step)),
+      furthest=functools.partial(
+          ahead.furthest,
+          max_staleness=setup.max_staleness,
+          evaluate_every=setup.evaluate_every,
+          total=curriculum.num_steps(setup.stages),
+      ),
+  )
+
+
 async def _begin(
-    run: Run, journal: Journal
+    run: Run, journal: Journal, rollouts: Ahead[Drawn]
 ) -> tuple[int, dict[str, dict[str, int]]]:
   """Resumes, or measures where the team starts and publishes version 0."""
-  checkpoint = journal.restore(run.resources.states)
+  checkpoint, setup = journal.restore(run.resources.states), run.setup
   if checkpoint is not None:
+    steps, host = checkpoint.step + 1, checkpoint.host
     try:
-      journal.skipped(run.resume(checkpoint.states, checkpoint.host["run"]))
+      journal.skipped(run.resume(checkpoint.states, host["run"]))
     except MismatchError as error:
       raise MismatchError(
           f"checkpoint {checkpoint.step} in {journal.workdir.checkpoints}:"
           f" {error}; give another --workdir"
       ) from error
     await _warm_up(run, journal)
-    return checkpoint.step + 1, checkpoint.host["before"]
+    begun = host.get("ahead", [])  # of runs before there was any: none
+    rollouts.set_state(steps, begun, setup.stages, setup.tasks)
+    return steps, host["before"]
   journal.skipped(run.publish(tuple(run.resources.learners), 0))
   await _warm_up(run, journal)
-  before = await run.evaluate(run.setup.test, "test")
+  before = await run.evaluate(setup.test, "test")
   return 0, _numbers(before)
 
 
@@ -118,6 +161,7 @@ async def _warm_up(run: Run, journal: Journal) -> None:
 async def _step(
     run: Run,
     journal: Journal,
+    rollouts: Ahead[Drawn],
     step: int,
     *,
     before: Mapping[str, Mapping[str, int]],
@@ -125,14 +169,43 @@ async def _step(
   """One step of the curriculum."""
   setup = run.setup
   started = time.monotonic()
-  stage, number = curriculum.stage_at(setup.stages, step)
+  stage, _ = curriculum.stage_at(setup.stages, step)
   run.meter.begin()
-  tasks = run.take(stage)
-  groups = await run.collect(stage, tasks, step)
+  with run.meter.timed("wait"):
+    groups, meter = await rollouts.collect(step)
+  run.meter.add(meter)
   scores = run.grade(stage, groups)
   groups, scores = await run.resample(stage, groups, scores, step)
+  aside = ahead.beside if setup.max_staleness else ahead.inline
+  dispatched = await aside(
+      functools.partial(_learn, run, journal, step, groups, scores)
+  )
+  last = run.over(step + 1)
+  if last:
+    await rollouts.close()
+  if last or (step + 1) % setup.evaluate_every == 0:
+    await run.evaluate(setup.dev, "dev")
+  values = run.meter.totals(time.monotonic() - started)
+  entry = Entry(
+      step=step, stage=stage.name, values=values, dispatched=dispatched
+  )
+  host = {"before": dict(before), "ahead": rollouts.get_state()}
+  await aside(functools.partial(_write, run, journal, entry, host, last=last))
+
+
+def _learn(
+    run: Run,
+    journal: Journal,
+    step: int,
+    groups: list[RolloutGroup],
+    scores: list[Scores],
+) -> dict[str, Step]:
+  """Arrows 4 to 7."""
+  stage, number = curriculum.stage_at(run.setup.stages, step)
   credits = run.assign(stage, groups, scores, step)
   dispatched = run.update(stage, number, groups, credits)
+  if run.setup.max_staleness:  # what samples meanwhile does not wait for it
+    jax.block_until_ready([one.applied for one in dispatched.values()])
   last = run.over(step + 1)
   journal.flush()
   trained = tuple(run.resources.learners if last else dispatched)
@@ -140,16 +213,23 @@ async def _step(
   journal.rollouts(
       step, stage.name, groups, scores, credits.advantages, run.resources.pieces
   )
-  if last or (step + 1) % setup.evaluate_every == 0:
-    await run.evaluate(setup.dev, "dev")
-  values = run.meter.totals(time.monotonic() - started)
-  journal.add(
-      Entry(step=step, stage=stage.name, values=values, dispatched=dispatched)
-  )
-  if last or (step + 1) % setup.checkpoint_every == 0:
+  return dispatched
+
+
+def _write(
+    run: Run,
+    journal: Journal,
+    entry: Entry,
+    host: Mapping[str, Any],
+    *,
+    last: bool,
+) -> None:
+  """Writes a step down, and a checkpoint when that is due."""
+  journal.add(entry)
+  if last or (entry.step + 1) % run.setup.checkpoint_every == 0:
     journal.skipped(run.settle())  # no checkpoint is ahead of the store
-    host = {"run": run.host_state(), "before": dict(before)}
-    journal.save(step, run.resources.states, host)
+    state = {"run": run.host_state(), **host}
+    journal.save(entry.step, run.resources.states, state)
 
 
 def _numbers(evaluation: Evaluation) -> dict[str, dict[str, int]]:

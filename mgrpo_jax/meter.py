@@ -38,6 +38,12 @@ class Meter:
     self.before = dataclasses.replace(self.work)
     self._lost = self._resources.lost_caches()
 
+  def add(self, other: "Meter") -> None:
+    """Takes in what was measured apart, of rollouts of the step."""
+    self.values |= other.values
+    for name, count in dataclasses.asdict(other.work).items():
+      setattr(self.work, name, getattr(self.work, name) + count)
+
   @contextlib.contextmanager
   def timed(self, phase: str) -> Iterator[None]:
     """Adds the wall time of a phase to the step's metrics."""

@@ -141,8 +141,12 @@ METRICS: Mapping[str, Metric] = dict((
     _metric("param_norm", "policy", "1", "", "global norm of what is trained"),
     _metric("learning_rate", "policy", "1", "", "of the step's last update"),
     _metric("version", "policy", "versions", "", "that is sampled from"),
-    _metric("staleness", "policy", "versions", "lower",
+    _metric("staleness", "policy", "updates", "lower",
             "largest age of a trained trajectory's oldest token"),
+    _metric("staleness_mean", "policy", "updates", "lower",
+            "mean age of a trained trajectory's oldest token"),
+    _metric("aged", "updates", "1", "",
+            "share of trained trajectories whose oldest token has that age"),
     _metric("evicted", "policy", "sessions", "lower",
             "sessions that lost their cache to others in the step; any makes"
             " rollouts depend on timing"),

@@ -62,6 +62,33 @@ class Method:
       return "none"
     return "moving" if self.reference_every else "first"
 
+  def objective(self, stage: Stage) -> objectives.Objective:
+    """What a stage minimises."""
+    imitates = stage.objective == "imitate"
+    return self.imitation_loss if imitates else self.policy_loss
+
+  def learning_rates(self, stage: Stage, number: int) -> list[float]:
+    """The rates of the updates of a stage's step.
+
+    Args:
+      stage: of the step.
+      number: of the step within it, from 0.
+
+    Returns:
+      A rate for each minibatch.
+    """
+    parts = self.minibatches
+    schedule = optim.Schedule(
+        peak=stage.learning_rate,
+        warmup_steps=self.warmup_steps,
+        decay_steps=max(stage.steps * parts - self.warmup_steps, 0),
+        final_fraction=stage.final_fraction,
+    )
+    return [
+        optim.learning_rate(schedule, number * parts + part)
+        for part in range(parts)
+    ]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampler:
@@ -118,7 +145,8 @@ class Setup:
     resample: how often new groups are drawn for those that teach nothing.
     max_retries: how often in a row a task is asked again, because a machine
       failed on it or it was too old.
-    max_staleness: steps that a policy may be ahead of what it trains on.
+    max_staleness: steps that rollouts may be ahead of training, and updates
+      that a policy may be ahead of what it trains on; with 0 all is in step.
     rollouts_per_task: K.
     team: the roles.
     policies: by name, with the weights to begin with.

@@ -3,7 +3,10 @@
 import dataclasses
 from collections.abc import Sequence
 
+from mgrpo_jax import credit, statistics
 from mgrpo_jax.resources import Resources
+from mgrpo_jax.tasks.curriculum import Stage
+from mgrpo_jax.types import RolloutGroup
 
 
 class Publisher:
@@ -13,7 +16,8 @@ class Publisher:
   that is due waits for the one before, and the last one is waited for.
 
   Attributes:
-    versions: that are sampled from, by policy.
+    numbers: of the versions that were sampled from, by policy, the newest last;
+      of those before this process, as many as `max_staleness`.
   """
 
   def __init__(self, resources: Resources) -> None:
@@ -22,10 +26,42 @@ class Publisher:
     Args:
       resources: of the run.
     """
-    self.versions = dict.fromkeys(resources.setup.own, 0)
+    self.numbers = {name: [0] for name in resources.setup.own}
     self._resources = resources
     self._unpublished: set[str] = set()  # newer than what the store has
     self._told: set[str] = set()  # problems of the store
+
+  @property
+  def versions(self) -> dict[str, int]:
+    """The versions that are sampled from, by policy."""
+    return {name: numbers[-1] for name, numbers in self.numbers.items()}
+
+  def recent(self) -> dict[str, list[int]]:
+    """Lists the versions that what is trained on may be of, by policy."""
+    count = self._resources.setup.max_staleness + 1
+    return {name: numbers[-count:] for name, numbers in self.numbers.items()}
+
+  def outgrew(self, stage: Stage, group: RolloutGroup) -> bool:
+    """Says whether a policy that learns is too far ahead of its tokens.
+
+    Args:
+      stage: of the step.
+      group: that would be trained on.
+
+    Returns:
+      Whether it has seen more than `max_staleness` updates since it sampled
+      one of them.
+    """
+    if stage.objective == "imitate":
+      return False  # what an expert writes does not age
+    setup = self._resources.setup
+    policies = {
+        role: setup.team[role].policy
+        for role in credit.learning(setup.team, stage.trained)
+        if setup.team[role].policy in self.numbers
+    }
+    age = statistics.age(group, policies=policies, versions=self.numbers)
+    return age > setup.max_staleness
 
   def publish(
       self, policies: Sequence[str], version: int, *, last: bool
@@ -47,7 +83,8 @@ class Publisher:
     for policy in policies:
       weights = resources.learners[policy].weights
       resources.engines[policy].update(weights, version)
-      self.versions[policy] = version
+      if version != self.numbers[policy][-1]:
+        self.numbers[policy].append(version)
       self._unpublished.add(policy)
     if not last and version % setup.publish_every:
       return []

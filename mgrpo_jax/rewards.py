@@ -108,6 +108,10 @@ class Scores:
         for m, counted in enumerate(self.weight)
     ]
 
+  def uncounted(self) -> Scores:
+    """The scores of a group of which nothing counts."""
+    return dataclasses.replace(self, weight=np.zeros_like(self.weight))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoleCalls:

@@ -16,8 +16,6 @@ from mgrpo_jax import (
     dynamic,
     evaluate,
     minibatches,
-    objectives,
-    optim,
     packing,
     rewards,
     rollout,
@@ -55,6 +53,7 @@ class Run:
     self.setup = resources.setup
     self.resources = resources
     self.meter = Meter(resources)
+    self.drawing = self.meter  # of the rollouts under way
     self._publisher = Publisher(resources)
 
   def over(self, steps: int) -> bool:
@@ -71,10 +70,25 @@ class Run:
     return self.resources.queues[stage.name].take(self.setup.tasks_per_step)
 
   async def collect(
-      self, stage: Stage, tasks: Sequence[Task], step: int
+      self,
+      stage: Stage,
+      tasks: Sequence[Task],
+      step: int,
+      meter: Meter | None = None,
   ) -> list[RolloutGroup]:
-    """Arrow 2: K rollouts a task, or a demonstration each."""
-    meter, seed = self.meter, turn_seed(self.setup.seed, "step", step)
+    """Arrow 2: K rollouts a task, or a demonstration each.
+
+    Args:
+      stage: of the step.
+      tasks: of the step.
+      step: its number.
+      meter: of the rollouts, where another step is being trained on.
+
+    Returns:
+      The groups; those that could not be demonstrated are missing.
+    """
+    self.drawing = meter = meter or self.meter
+    seed = turn_seed(self.setup.seed, "step", step)
     counters = self.resources.training.counters
     events = dict(counters)
     with meter.timed("rollout"):
@@ -137,14 +151,13 @@ class Run:
       self, stage: Stage, groups: Sequence[RolloutGroup]
   ) -> list[Scores]:
     """Rewards of groups; settles their tasks, or puts them back."""
-    method, queue = self.setup.method, self.resources.queues[stage.name]
+    queue = self.resources.queues[stage.name]
     scores, stale = [], 0
     with self.meter.timed("reward"):
-      for group in groups:
-        graded = rewards.score(
-            group, weights=method.reward_weights, rules=method.rules
-        )
-        old = self._too_old(stage, group)
+      for group, graded in zip(
+          groups, self._scored(stage, groups), strict=True
+      ):
+        old = self._publisher.outgrew(stage, group)
         stale += old
         if np.all(graded.weight > 0) and not old:
           queue.settle(group.task.id)
@@ -154,27 +167,20 @@ class Run:
           self.meter.work.retried += 1
         else:
           self.meter.work.abandoned += 1
-        nothing = np.zeros_like(graded.weight)
-        scores.append(dataclasses.replace(graded, weight=nothing))
+        scores.append(graded.uncounted())
     self.meter.values["stale"] = self.meter.values.get("stale", 0.0) + stale
     return scores
 
-  def _too_old(self, stage: Stage, group: RolloutGroup) -> bool:
-    """Whether a policy that learns is too many steps ahead of its tokens."""
-    if stage.objective == "imitate":
-      return False  # what an expert writes does not age
-    team = self.setup.team
-    roles = credit.learning(team, stage.trained)
-    age = statistics.age(
-        group,
-        policies={
-            name: team[name].policy
-            for name in roles
-            if team[name].policy not in self.setup.elsewhere
-        },
-        versions=self._publisher.versions,
+  def _scored(
+      self, stage: Stage, groups: Sequence[RolloutGroup]
+  ) -> list[Scores]:
+    """Rewards; those of a group that is not whole count nothing."""
+    method = self.setup.method
+    found = (
+        rewards.score(one, weights=method.reward_weights, rules=method.rules)
+        for one in groups
     )
-    return age > self.setup.max_staleness
+    return [one if np.all(one.weight > 0) else one.uncounted() for one in found]
 
   def assign(
       self,
@@ -190,9 +196,9 @@ class Run:
       credits = self._compared(stage, groups, scores, step)
     for role, assignment in credits.assignments.items():
       self.meter.values |= statistics.of_assignment(role, assignment)
-    for policy, part in credits.by_policy.items():
-      age = statistics.staleness(part, self._publisher.versions[policy])
-      self.meter.values[f"staleness/{policy}"] = age
+    self.meter.values |= statistics.staleness(
+        credits.by_policy, self._publisher.numbers
+    )
     return credits
 
   def update(
@@ -203,20 +209,8 @@ class Run:
       credits: Credits,
   ) -> dict[str, Step]:
     """Arrow 6: dispatches the updates of every policy that learns."""
-    parts = self.setup.method.minibatches
-    warmup = self.setup.method.warmup_steps
-    schedule = optim.Schedule(
-        peak=stage.learning_rate,
-        warmup_steps=warmup,
-        decay_steps=max(stage.steps * parts - warmup, 0),
-        final_fraction=stage.final_fraction,
-    )
     method = self.setup.method
-    objective: objectives.Objective = (
-        method.imitation_loss
-        if stage.objective == "imitate"
-        else method.policy_loss
-    )
+    objective = method.objective(stage)
     dispatched = {}
     trained = stage.trained & self.resources.learners.keys()
     for policy in sorted(trained & credits.by_policy.keys()):
@@ -229,16 +223,13 @@ class Run:
               packing.count(part),
           )
           for part in minibatches.split(
-              credits.by_policy[policy], groups, parts
+              credits.by_policy[policy], groups, method.minibatches
           )
       ]
       dispatched[policy] = learner.step(
           batches,
           objective=objective,
-          learning_rates=[
-              optim.learning_rate(schedule, number * parts + part)
-              for part in range(parts)
-          ],
+          learning_rates=method.learning_rates(stage, number),
       )
       self.meter.work.trained_tokens += dispatched[policy].tokens
       every = method.reference_every
@@ -291,6 +282,7 @@ class Run:
         "tasks": {name: q.get_state() for name, q in queues.items()},
         "fingerprints": self.resources.fingerprints,
         "versions": self._publisher.versions,
+        "recent": self._publisher.recent(),
         "work": dataclasses.asdict(self.meter.work),
     }
 
@@ -318,6 +310,7 @@ class Run:
       except MismatchError as error:
         raise MismatchError(f"stage {name!r}: {error}") from error
     self.meter.work = Work(**host["work"])
+    self._publisher.numbers |= host.get("recent", {})
     for name, state in states.items():
       self.resources.learners[name].take(state)
       problems += self.publish((name,), host["versions"][name])

@@ -97,45 +97,69 @@ def of_assignment(role: str, assignment: Assignment) -> dict[str, float]:
   return values
 
 
-def staleness(credits: Sequence[Credit], version: int) -> float:
-  """Computes the largest age of a trained token, in versions.
+def staleness(
+    by_policy: Mapping[str, Sequence[Credit]],
+    versions: Mapping[str, Sequence[int]],
+) -> dict[str, float]:
+  """Says how old the oldest token of what is trained on is, in updates.
 
   Args:
-    credits: what is trained on.
-    version: of the weights that are being trained.
+    by_policy: what each policy is trained on.
+    versions: see `age`.
 
   Returns:
-    0 where everything was sampled from the newest version. Calls in which
-    nothing was sampled have no age.
+    `staleness` and `staleness_mean` of each policy, 0 where everything was
+    sampled from the newest version; and for each age that occurs the share of
+    all trajectories that have it, `aged`. Calls in which nothing was sampled
+    have no age.
   """
-  sampled = [c.trajectory for c in credits if c.trajectory.loss_mask.any()]
-  oldest = min((t.version_min for t in sampled), default=version)
-  return float(max(version - oldest, 0))
+  values: dict[str, float] = {}
+  found: list[int] = []
+  for policy, credits in by_policy.items():
+    ages = [
+        _updates(versions[policy], one.trajectory.version_min)
+        for one in credits
+        if one.trajectory.loss_mask.any()
+    ]
+    values[f"staleness/{policy}"] = float(max(ages, default=0))
+    values[f"staleness_mean/{policy}"] = float(np.mean(ages or [0]))
+    found += ages
+  shares = {
+      f"aged/{age}": found.count(age) / len(found) for age in sorted({*found})
+  }
+  return values | shares
 
 
 def age(
     group: RolloutGroup,
     *,
     policies: Mapping[str, str],
-    versions: Mapping[str, int],
+    versions: Mapping[str, Sequence[int]],
 ) -> int:
-  """Computes how many steps old the weights behind a group's tokens are.
+  """Computes how many updates old the weights behind a group's tokens are.
 
   Args:
     group: the rollouts.
     policies: of the roles that learn, by role.
-    versions: of the weights that are being trained, by policy.
+    versions: numbers of the versions of each policy, ascending, the last of
+      the weights that are being trained. A number is that of a step: a policy
+      that did not learn in it has none.
 
   Returns:
-    The most that one of these policies is ahead of a token it sampled; 0 where
-    none was sampled.
+    The most updates that one of these policies has seen since it sampled a
+    token; 0 where none was sampled.
   """
   ages = [
-      versions[policies[t.role]] - t.version_min
+      _updates(versions[policies[t.role]], t.version_min)
       for t in group.trajectories
       if t.role in policies and t.loss_mask.any()
   ]
   return max(ages, default=0)
+
+
+def _updates(versions: Sequence[int], oldest: int) -> int:
+  """How many versions are newer than one."""
+  return sum(version > oldest for version in versions)
 
 
 def _spread(weight: np.ndarray, rewards: np.ndarray) -> float:

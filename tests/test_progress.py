@@ -183,6 +183,23 @@ def test_short_names_tell_roles_apart():
   assert live.fit(fields, 36).endswith("rea 1.00 res .50 mai .00")
 
 
+def test_age_is_told_where_anything_is_old():
+  def line(oldest, mean):
+    values = {"staleness/main": oldest, "staleness_mean/main": mean}
+    fields = progress.progress_fields(
+        step=1,
+        total_steps=2,
+        stage="hard",
+        values=values,
+        split="dev",
+        seconds_left=math.nan,
+    )
+    return [wordings for _, wordings in fields[1:]]
+
+  assert line(0.0, 0.0) == []
+  assert line(2.0, 1.25) == [("age 1.2 max 2", "age 1.2")]
+
+
 def test_only_accuracy_is_carried_from_an_earlier_step():
   stream, clock = io.StringIO(), Clock()
   shown = make_progress(stream, clock, total_steps=2)

@@ -139,6 +139,11 @@ def test_the_recipe_says_how_long_a_text_may_mention():
         ("rollout.watchdog", 0.0, "config.rollout.watchdog"),
         ("rollout.deadline", -1.0, "config.rollout.deadline"),
         ("rollout.spare", -1, "config.rollout.spare: -1 must be at least 0"),
+        (
+            "rollout.max_staleness",
+            10,
+            "max_staleness: 10 must be at most 9, one",
+        ),
         ("rollout.patience", -1.0, "config.rollout.patience: -1.0 must be"),
         ("rollout.patience", 9.0, "patience: 9.0 must be 0 where there is no"),
         ("engine.block", 512, "config.engine.block: 512 must be at most 256"),
@@ -461,4 +466,21 @@ def test_plain_code_calls_nobody():
   with pytest.raises(
       ValueError, match=r"main\.calls: .* calculate calls nobody"
   ):
+    recipe.check(config)
+
+
+def test_rollouts_run_ahead_only_where_that_is_possible():
+  config = quickstart.get_config()
+  config.rollout.max_staleness = config.evaluation.every - 1
+  recipe.check(config)
+  config.policies.main.external.url = "http://127.0.0.1:1/v1"
+  with pytest.raises(ValueError, match=r"allowed: 0 where .*main\.external"):
+    recipe.check(config)
+  config.policies.main.external.url = ""
+  config.policies.main.sampler_tensor = 2
+  with pytest.raises(ValueError, match="allowed: 0 where .*sampler_tensor"):
+    recipe.check(config)
+  config.policies.main.sampler_tensor = 1
+  config.tasks.resample = 1
+  with pytest.raises(ValueError, match=r"config\.tasks\.resample: 1, allowed"):
     recipe.check(config)

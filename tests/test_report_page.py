@@ -310,6 +310,19 @@ def test_header_says_what_came_of_the_run(finished):
   assert 'class="whisker"' in source
 
 
+def test_ages_are_drawn_where_anything_was_old():
+  rows = [
+      {"step": 0, "stage": "s", "aged/0": 1.0},
+      {"step": 1, "stage": "s", "aged/0": 0.25, "aged/1": 0.75},
+      {"step": 2, "stage": "s"},
+      {"step": 3, "stage": "s", "aged/x": 1.0, "aged/2": "<b>"},
+  ]
+  drawn = page._ages(rows)
+  assert "0 updates" in drawn and "1 update<" in drawn
+  assert "62.5%" in drawn and "37.5%" in drawn and "<b>" not in drawn
+  assert page._ages(rows[:1]) == page._ages([]) == ""
+
+
 def test_unfinished_run_has_a_report_too(tmp_path):
   run = make_run(tmp_path / "run", finished=False)
   with (run / "metrics.jsonl").open("ab") as stream:

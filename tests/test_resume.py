@@ -19,9 +19,10 @@ KILLS = 10
 DEADLINE = 240  # seconds; a start takes 5 to 20
 
 
-def start(directory):
+def start(directory, *arguments):
+  numbers = (SEED, *(arguments or (STEPS,)))
   return subprocess.Popen(
-      [sys.executable, PROGRAM, str(directory), str(SEED), str(STEPS)],
+      [sys.executable, PROGRAM, str(directory), *map(str, numbers)],
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,

@@ -11,6 +11,7 @@ from trajectories import group, random_trajectory
 from mgrpo_jax import advantages, credit, metrics, packing, rollout, store
 from mgrpo_jax.credit import Credits
 from mgrpo_jax.critic import Critic
+from mgrpo_jax.meter import Meter
 from mgrpo_jax.packing import Credit
 from mgrpo_jax.policy.load import load
 from mgrpo_jax.resources import Resources
@@ -138,7 +139,8 @@ def test_what_is_older_than_allowed_is_put_back(allowed, kept):
   """The groups' tokens are of version 0, the main agent's weights of 2."""
   setup = dataclasses.replace(make_setup(), max_staleness=allowed)
   run = without_engines(setup)
-  run.publish(("main",), 2)
+  for version in (1, 2):
+    run.publish(("main",), version)
   stage = setup.stages[1]
   task, *_ = run.take(stage)
   run.meter.begin()
@@ -146,6 +148,38 @@ def test_what_is_older_than_allowed_is_put_back(allowed, kept):
   assert graded.weight.any() == kept
   assert run.meter.values["stale"] == 1 - kept
   assert run.resources.queues["reinforce"].waiting == 1 - kept
+
+
+def test_age_counts_updates_not_the_steps_between_them():
+  """Of version 0, the main agent's next update being that of the fifth step."""
+  run = without_engines(dataclasses.replace(make_setup(), max_staleness=1))
+  run.publish(("main",), 5)
+  stage = run.setup.stages[1]
+  task, *_ = run.take(stage)
+  run.meter.begin()
+  scores = run.grade(stage, [played(task)])
+  assert scores[0].weight.any() and run.meter.values["stale"] == 0
+  run.assign(stage, [played(task)], scores, 5)
+  values = run.meter.values
+  assert values["staleness/main"] == values["staleness_mean/main"] == 1
+  assert values["aged/1"] == 1.0
+  run.publish(("main",), 6)
+  (graded,) = run.grade(stage, [played(task)])
+  assert not graded.weight.any()
+  # A resumed run knows what it needs to count as far.
+  assert run.host_state()["recent"]["main"] == [5, 6]
+
+
+def test_what_is_drawn_apart_is_added_to_the_step():
+  run = without_engines(make_setup())
+  run.meter.begin()
+  run.meter.work.rollouts = 3
+  other = Meter(run.resources)
+  other.values["seconds/rollout"] = 2.0
+  other.work.rollouts, other.work.generated_tokens = 4, 9
+  run.meter.add(other)
+  assert run.meter.values["seconds/rollout"] == 2.0
+  assert (run.meter.work.rollouts, run.meter.work.generated_tokens) == (7, 9)
 
 
 def test_a_policy_that_does_not_learn_has_no_age():

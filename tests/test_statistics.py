@@ -149,13 +149,23 @@ def test_staleness_is_the_age_of_the_oldest_token():
       )
       for v in (5, 3)
   ]
-  assert statistics.staleness(credits, 5) == 2.0
+  versions = {"main": [1, 4, 5]}  # none was published after step 2 and 3
+  assert statistics.staleness({"main": credits}, versions) == {
+      "staleness/main": 2.0,
+      "staleness_mean/main": 1.0,
+      "aged/0": 0.5,
+      "aged/2": 0.5,
+  }
   silent = dataclasses.replace(
       trajectory("main", version=-1), loss_mask=np.zeros(3, np.float32)
   )
   unsampled = Credit(trajectory=silent, advantage=1.0, weight=1.0)
-  assert statistics.staleness([*credits, unsampled], 5) == 2.0
-  assert statistics.staleness([], 5) == 0.0
+  found = statistics.staleness({"main": [*credits, unsampled]}, versions)
+  assert found["staleness/main"] == 2.0 and found["aged/2"] == 0.5
+  assert statistics.staleness({"main": []}, versions) == {
+      "staleness/main": 0.0,
+      "staleness_mean/main": 0.0,
+  }
 
 
 def test_a_role_that_nobody_called_has_no_spread_to_speak_of():

@@ -1,9 +1,10 @@
 """A whole run in miniature, as a process that can be killed.
 
-python tiny_run.py DIRECTORY SEED STEPS
+python tiny_run.py DIRECTORY SEED STEPS [STALENESS]
 """
 
 import asyncio
+import dataclasses
 import hashlib
 import pathlib
 import sys
@@ -56,14 +57,12 @@ def main() -> None:
   cache = pathlib.Path(tempfile.gettempdir()) / "mgrpo_jax_tiny_cache"
   jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-  directory, seed, steps = sys.argv[1:]
+  directory, seed, steps, *staleness = sys.argv[1:]
   config = {"seed": int(seed), "steps": int(steps)}
-  train(
-      pathlib.Path(directory),
-      small_setup(imitation_steps=2, **config),
-      config=config,
-      stream=sys.stderr,
-  )
+  setup = small_setup(imitation_steps=2, **config)
+  if staleness:
+    setup = dataclasses.replace(setup, max_staleness=int(staleness[0]))
+  train(pathlib.Path(directory), setup, config=config, stream=sys.stderr)
   print(digest(pathlib.Path(directory)))
 
 

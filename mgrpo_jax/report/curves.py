@@ -179,6 +179,33 @@ def series(rows: Sequence[Mapping[str, Any]], chart: Chart) -> list[Series]:
   return lines
 
 
+def shares(rows: Iterable[Mapping[str, Any]], family: str) -> dict[str, float]:
+  """Averages shares that add up to 1 in every row that has any.
+
+  Args:
+    rows: of `writer.read_metrics`.
+    family: of the metric; its keys are whole numbers.
+
+  Returns:
+    Key -> mean share, of keys that are such and values that are finite.
+  """
+  prefix, count = f"{family}/", 0
+  sums: dict[str, float] = {}
+  for row in rows:
+    found = {
+        name.removeprefix(prefix): float(value)
+        for name, value in row.items()
+        if name.startswith(prefix)
+        and name.removeprefix(prefix).isdecimal()
+        and isinstance(value, int | float)
+        and 0 <= value <= 1
+    }
+    count += bool(found)
+    for key, value in found.items():
+      sums[key] = sums.get(key, 0.0) + value
+  return {key: total / count for key, total in sums.items()}
+
+
 def palette(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
   """Gives every key a colour, so that a name has the same one everywhere.
 

@@ -114,7 +114,7 @@ def _render(
       title=title,
       style=style,
       header="\n".join(_header(title, config, outcome, rows, problems)),
-      curves=drawn,
+      curves=drawn + _ages(rows),
       shown=_shown(selection),
       footer=f"Written by mgrpo_jax from {escape(place)}/.",
       unseen=text.UNSEEN,
@@ -320,6 +320,25 @@ def _curves(
       " Point at a curve to read it.</p>"
       f'<div class="charts">{"".join(figures)}</div>',
       pointers,
+  )
+
+
+def _ages(rows: Sequence[Mapping[str, Any]]) -> str:
+  """How old what was trained on was; nothing where it never was."""
+  shares = curves.shares(rows, "aged")
+  if not any(int(age) for age in shares):
+    return ""
+  drawing = svg.bars(
+      [
+          (f"{age} update{'s' if age != '1' else ''}", share)
+          for age, share in sorted(shares.items(), key=lambda one: int(one[0]))
+      ],
+      "Age of what was trained on",
+  )
+  return (
+      "<h2>Age</h2><p class=hint>Share of the trained trajectories by the"
+      " updates since their oldest token was sampled; mean of the steps."
+      f"</p>{drawing}"
   )
 
 

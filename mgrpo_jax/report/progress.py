@@ -170,6 +170,11 @@ def progress_fields(
     fields.append(
         (5, (f"log-prob gap {mean} max {most}", f"gap {mean}/{most}"))
     )
+  ages = _keyed(values, "staleness_mean")
+  oldest = max(_keyed(values, "staleness").values(), default=0.0)
+  if ages and oldest:
+    age = f"{max(ages.values()):.1f}"
+    fields.append((7, (f"age {age} max {oldest:.0f}", f"age {age}")))
   if math.isfinite(seconds_left):
     time_left = duration(seconds_left)
     fields.append((2, (f"{time_left} left", time_left)))

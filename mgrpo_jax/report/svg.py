@@ -105,6 +105,31 @@ def intervals(
   return "".join(parts) + "</svg>"
 
 
+def bars(rows: Sequence[tuple[str, float]], title: str) -> str:
+  """Draws shares as bars, one below the other.
+
+  Args:
+    rows: (label, share in [0, 1]).
+    title: what a screen reader says.
+
+  Returns:
+    The SVG element.
+  """
+  width, left, right, pitch = 460, 92, 60, 24
+  parts = [
+      f'<svg class="intervals" viewBox="0 0 {width} {pitch * len(rows)}"'
+      f' role="img" aria-label="{escape(title)}">'
+  ]
+  for i, (label, share) in enumerate(rows):
+    y, end = pitch * i + 12, left + share * (width - left - right)
+    parts.append(
+        f'<text class="row" x="0" y="{y + 4}">{escape(label)}</text>'
+        f'<line class="whisker" x1="{left}" x2="{end:.1f}" y1="{y}" y2="{y}"/>'
+        f'<text class="tick" x="{end + 7:.1f}" y="{y + 4}">{share:.1%}</text>'
+    )
+  return "".join(parts) + "</svg>"
+
+
 class _Scale:
   """From steps and values to the coordinates of a chart."""
 
