@@ -266,6 +266,10 @@ def _add_optimisation(config: ml_collections.ConfigDict) -> None:
   # Sampled tokens of a packed row, at most; reinforcement computes logits for
   # so many. Fewer save the head's work where prompts and results are long.
   config.batch.row_targets = 0  # 0 for row_tokens
+  # Tokens that trajectories of a row must begin with alike to have them in
+  # common, at least; what reads no context (reinforcement, and imitation where
+  # context_weight is 0) then computes them once.
+  config.batch.least_shared = 0  # 0 shares none; 8 is little enough
 
   config.warmup_steps = 5  # updates of linear warm-up a stage, >= 0
   config.optimizer = ml_collections.ConfigDict()  # adamw

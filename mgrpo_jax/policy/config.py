@@ -208,6 +208,15 @@ class TransformerConfig:
     return self.windows[layer] if self.windows else 0
 
   @property
+  def shares_nothing(self) -> str:
+    """Why segments of a row cannot see a prefix; empty where they can."""
+    if any(self.windows):
+      return "its layers have windows, which count tokens of a row"
+    if self.execution.attention is not attention.blockwise:
+      return "its attention is not blockwise"
+    return ""
+
+  @property
   def period(self) -> int:
     """Layers after which the kinds of layer repeat, L where they do not."""
     kinds = [

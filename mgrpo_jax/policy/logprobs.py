@@ -62,6 +62,7 @@ def predict(
     wanted: Bool[Array, "N T"] | None = None,
     most_wanted: int = 0,
     entropy: bool = False,
+    prefix_ids: Int[Array, "N T"] | None = None,
 ) -> Prediction:
   """Computes `token_logprobs`, and what else is said of every token.
 
@@ -74,7 +75,7 @@ def predict(
   Args:
     params: weights.
     tokens: [N, T] int32.
-    positions: [N, T] int32, from 0 in each segment.
+    positions: [N, T] int32, from 0 in each segment, or behind its prefix.
     segment_ids: [N, T] int32, 0 is padding.
     config: sizes; with a value head there are values.
     temperature: > 0, of the distribution that was sampled from.
@@ -83,13 +84,20 @@ def predict(
     most_wanted: tokens wanted in a row, at most; those beyond count as not
       wanted. 0 scores all tokens, whatever is wanted.
     entropy: whether to compute entropies.
+    prefix_ids: [N, T] int32, the segment that a token sees besides its own, 0
+      for none; None where rows share nothing.
 
   Returns:
     [N, T] float32; 0 where none is wanted, at t = 0, where a segment starts,
     and in padding.
   """
   hidden = transformer.hidden_states(
-      params, tokens, positions, segment_ids, config=config
+      params,
+      tokens,
+      positions,
+      segment_ids,
+      config=config,
+      prefix_ids=prefix_ids,
   )
   predicted = has_past(segment_ids)
   targets = jnp.roll(tokens, -1, axis=1)
