@@ -90,7 +90,9 @@ def _add_devices(config: ml_collections.ConfigDict) -> None:
   # keeps all; dots its products, attention what was attended to, layer nothing.
   config.execution.remat = "none"
   config.execution.scan_layers = False  # one loop: compiles faster, fuses less
-  config.execution.logit_columns = 64  # tokens a row with logits at once, >= 1
+  # Tokens of a row with logits at once, >= 1; the backward pass computes them
+  # again, unless these are all (row_targets, row_tokens where imitating).
+  config.execution.logit_columns = 64
   # Whether the sampler keeps kernels outputs first: faster on CPUs, where few
   # tokens meet large kernels (not the quickstart's); rounds otherwise.
   config.execution.outputs_first = False

@@ -63,7 +63,8 @@ class Execution:
       policy of `jax.checkpoint_policies`; None keeps all of them.
     scan_layers: whether equal layers run as one loop, which compiles in the
       time of one layer; loops cannot fuse across layers.
-    logit_columns: tokens of each row whose logits exist at once, >= 1.
+    logit_columns: tokens of each row whose logits exist at once, >= 1; the
+      backward pass computes them again unless these are all of a row's.
     outputs_first: whether samplers keep kernels turned, see `products`; faster
       on CPUs where few tokens meet large kernels, and rounds otherwise.
 

@@ -70,7 +70,8 @@ def predict(
       values[t] = value_head · hidden[t - 1]
 
   Logits are computed for `execution.logit_columns` at a time and recomputed in
-  the backward pass, so [N, T, V] exists in neither.
+  the backward pass, so [N, T, V] exists in neither; where that is all columns,
+  they are kept.
 
   Args:
     params: weights.
@@ -177,7 +178,6 @@ def _map_chunks(
 
   kernel = transformer.unembedding(params, config=config)
 
-  @jax.checkpoint
   def body(_: None, inputs: tuple[Array, Array]) -> tuple[None, Any]:
     columns, following = inputs
     logits = transformer.logits(kernel, columns, config=config)
@@ -192,5 +192,7 @@ def _map_chunks(
     flat = jnp.swapaxes(chunks, 0, 1).reshape(targets.shape[0], -1)
     return flat[:, :length]
 
-  _, values = jax.lax.scan(body, None, (split(hidden), split(targets)))
+  # All in one chunk exist at once anyhow, so nothing is computed again.
+  kept = body if num_chunks == 1 else jax.checkpoint(body)
+  _, values = jax.lax.scan(kept, None, (split(hidden), split(targets)))
   return jax.tree.map(join, values)
