@@ -90,7 +90,9 @@ def _add_devices(config: ml_collections.ConfigDict) -> None:
   # keeps all; dots its products, attention what was attended to, layer nothing.
   config.execution.remat = "none"
   config.execution.scan_layers = False  # one loop: compiles faster, fuses less
-  config.execution.logit_columns = 64  # tokens a row with logits at once, >= 1
+  # Tokens of a row with logits at once, >= 1; the backward pass computes them
+  # again, unless these are all (row_targets, row_tokens where imitating).
+  config.execution.logit_columns = 64
   # Whether the sampler keeps kernels outputs first: faster on CPUs, where few
   # tokens meet large kernels (not the quickstart's); rounds otherwise.
   config.execution.outputs_first = False
@@ -268,6 +270,10 @@ def _add_optimisation(config: ml_collections.ConfigDict) -> None:
   # Sampled tokens of a packed row, at most; reinforcement computes logits for
   # so many. Fewer save the head's work where prompts and results are long.
   config.batch.row_targets = 0  # 0 for row_tokens
+  # Tokens that trajectories of a row must begin with alike to have them in
+  # common, at least; what reads no context (reinforcement, and imitation where
+  # context_weight is 0) then computes them once.
+  config.batch.least_shared = 0  # 0 shares none; 8 is little enough
 
   config.warmup_steps = 5  # updates of linear warm-up a stage, >= 0
   config.optimizer = ml_collections.ConfigDict()  # adamw

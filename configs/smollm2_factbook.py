@@ -68,6 +68,7 @@ def get_config(arm: str = "full") -> ml_collections.ConfigDict:
   config.batch.rows = 4
   config.batch.row_tokens = 1024
   config.batch.row_targets = 512
+  config.batch.least_shared = 8  # of 400 tokens, 300 are a prompt
   config.batch.trajectories = 16
   if arm == "gpu":
     fill_gpu(config)

@@ -53,6 +53,7 @@ _RANGES = {  # lowest and highest allowed
     "batch.rows": (1, _MOST),
     "batch.row_tokens": (1, _MOST),
     "batch.row_targets": (0, _MOST),
+    "batch.least_shared": (0, _MOST),
     "batch.trajectories": (1, _MOST),
     "warmup_steps": (0, _MOST),
     "evaluation.every": (1, _MOST),

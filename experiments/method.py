@@ -93,6 +93,7 @@ def build(config: ml_collections.ConfigDict) -> Method:
         row_tokens=config.batch.row_tokens,
         trajectories=config.batch.trajectories,
         row_targets=config.batch.row_targets or config.batch.row_tokens,
+        least_shared=config.batch.least_shared,
     )
   with checks.inside("optimizer"):
     optimizer = optim.AdamW(**config.optimizer)

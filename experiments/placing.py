@@ -224,8 +224,8 @@ def executed(
     The same sizes, with dtype and execution.
 
   Raises:
-    ValueError: a mesh does not divide the parameters, naming one, or its
-      sampler could not keep kernels as it shall.
+    ValueError: a mesh does not divide the parameters, naming one, its sampler
+      could not keep kernels as it shall, or its rows cannot share prompts.
   """
   with checks.inside(f"policies.{name}"):
     sizes = dataclasses.replace(
@@ -233,6 +233,7 @@ def executed(
         dtype=config.policies[name].dtype,
         execution=execution(config, name),
     )
+  check_sharing(config, name, sizes)
   if where.sampler is not None and sizes.execution.outputs_first:
     raise ValueError(
         f"config.policies.{name}.execution.outputs_first: True, allowed: False"
@@ -243,3 +244,24 @@ def executed(
       with checks.inside(f"policies.{name}.{key}"):
         sharding.params_shardings(param_specs(sizes), mesh)
   return sizes
+
+
+def check_sharing(
+    config: ml_collections.ConfigDict, name: str, sizes: TransformerConfig
+) -> None:
+  """Checks that rows can share prompts, where the recipe says that they do.
+
+  Args:
+    config: the whole recipe.
+    name: of the policy.
+    sizes: of its transformer, with its execution.
+
+  Raises:
+    ValueError: they cannot, naming the key and why.
+  """
+  least = config.batch.least_shared
+  if least and config.policies[name].trainable and sizes.shares_nothing:
+    raise ValueError(
+        f"config.batch.least_shared: {least}, allowed: 0 with"
+        f" config.policies.{name}, because {sizes.shares_nothing}"
+    )

@@ -118,12 +118,14 @@ def _transformer(
           f" config.{key}.architecture names none of"
           f" {', '.join(sorted(ARCHITECTURES))}"
       )
-    return dataclasses.replace(
+    sizes = dataclasses.replace(
         sizes,
         dtype=one.dtype,
         value_head=placing.has_critic(config, name),
         execution=placing.execution(config, name),
     )
+  placing.check_sharing(config, name, sizes)
+  return sizes
 
 
 def _fields(path: pathlib.Path) -> dict[str, Any]:

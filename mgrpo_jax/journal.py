@@ -261,6 +261,7 @@ class Journal:
         f"{number}/{field.name}": np.asarray(getattr(batch, field.name))
         for number, batch in enumerate(failed.batches)
         for field in dataclasses.fields(batch)
+        if getattr(batch, field.name) is not None
     }
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)

@@ -14,11 +14,13 @@ from mgrpo_jax import (
     objectives,
     optim,
     packing,
+    prefixes,
     sharding,
     trainer,
     update,
 )
 from mgrpo_jax.hosts import spread
+from mgrpo_jax.minibatches import shape_for
 from mgrpo_jax.packing import BatchShape, Credit
 from mgrpo_jax.policy import lora as adapters
 from mgrpo_jax.policy.config import TransformerConfig
@@ -47,7 +49,10 @@ class Step:
     """Waits for the device and joins the metrics; empty if nothing ran."""
     if not self.applied:
       return {}
-    return update.summarise(self.tallies, self.applied)
+    found = update.summarise(self.tallies, self.applied)
+    if any(batch.prefix_ids is not None for batch in self.batches):
+      found["shared_tokens"] = prefixes.shared_fraction(self.batches)
+    return found
 
 
 class Learner:
@@ -84,8 +89,14 @@ class Learner:
       mesh: of `sharding.make_mesh`, None for the default device.
 
     Raises:
-      ValueError: if the mesh does not divide the parameters, naming one.
+      ValueError: if the mesh does not divide the parameters, naming one, or
+        rows are to share what the transformer cannot.
     """
+    if shape.least_shared and config.shares_nothing:
+      raise ValueError(
+          f"shape.least_shared must be 0, got {shape.least_shared}:"
+          f" {config.shares_nothing}"
+      )
     self.config = config
     self.lora = lora
     self._mesh = mesh
@@ -191,7 +202,8 @@ class Learner:
     Returns:
       Micro-batches, still on the host but for the log-probs.
     """
-    batches = packing.pack(credits, shape=self._shape)
+    shape = shape_for(self._shape, objective)
+    batches = packing.pack(credits, shape=shape)
     if isinstance(objective, objectives.ImitationLoss):
       return batches
     return tuple(self.scored(batch) for batch in batches)

@@ -140,6 +140,9 @@ METRICS: Mapping[str, Metric] = dict((
     _metric("update_norm", "policy", "1", "", "global norm of the update"),
     _metric("param_norm", "policy", "1", "", "global norm of what is trained"),
     _metric("learning_rate", "policy", "1", "", "of the step's last update"),
+    _metric("shared_tokens", "policy", "1", "higher",
+            "share of the trajectories' tokens that were not computed, because"
+            " another one's stood for them; with batch.least_shared"),
     _metric("version", "policy", "versions", "", "that is sampled from"),
     _metric("staleness", "policy", "updates", "lower",
             "largest age of a trained trajectory's oldest token"),

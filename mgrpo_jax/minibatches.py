@@ -1,9 +1,10 @@
-"""Which of a step's credits make each of its updates."""
+"""Which of a step's credits make each of its updates, and in which shape."""
 
+import dataclasses
 from collections.abc import Sequence
 
 from mgrpo_jax import objectives
-from mgrpo_jax.packing import Credit
+from mgrpo_jax.packing import BatchShape, Credit
 from mgrpo_jax.types import RolloutGroup
 
 
@@ -42,3 +43,19 @@ def with_gradient(
   if isinstance(objective, objectives.PolicyLoss) and objective.only_advantage:
     return [one for one in credits if one.advantage != 0]
   return list(credits)
+
+
+def shape_for(shape: BatchShape, objective: objectives.Objective) -> BatchShape:
+  """Says in which shape an objective's credits are packed.
+
+  Args:
+    shape: of every micro-batch, as configured.
+    objective: what is minimised.
+
+  Returns:
+    The same, but sharing nothing where the objective reads context: of tokens
+    that trajectories share, each predicts its own.
+  """
+  if not objective.reads_context:
+    return shape
+  return dataclasses.replace(shape, least_shared=0)

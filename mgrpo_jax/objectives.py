@@ -37,6 +37,10 @@ class Objective(Protocol):
   def needs_entropy(self) -> bool:
     """Whether predictions must come with entropies."""
 
+  @property
+  def reads_context(self) -> bool:
+    """Whether it reads what is predicted of tokens that nobody sampled."""
+
   def __call__(
       self,
       predicted: Prediction,
@@ -107,6 +111,11 @@ class PolicyLoss:
   def needs_entropy(self) -> bool:
     """Whether predictions must come with entropies."""
     return self.entropy_coefficient > 0
+
+  @property
+  def reads_context(self) -> bool:
+    """Whether it reads what is predicted of unsampled tokens: never."""
+    return False
 
   @property
   def only_advantage(self) -> bool:
@@ -215,6 +224,11 @@ class ImitationLoss:
   def needs_entropy(self) -> bool:
     """Whether predictions must come with entropies: never."""
     return False
+
+  @property
+  def reads_context(self) -> bool:
+    """Whether it reads what is predicted of tokens that nobody sampled."""
+    return self.context_weight > 0
 
   def __call__(
       self,

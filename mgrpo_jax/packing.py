@@ -1,7 +1,8 @@
 """From aligned trajectories to micro-batches of one fixed shape, on the host.
 
 `fold` turns aligned slots into weighted trajectories, `count` takes the whole
-batch's denominators, `pack` lays the trajectories into rows. All NumPy.
+batch's denominators, `pack` lays the trajectories into rows, in the pieces that
+`prefixes` cuts. All NumPy.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from mgrpo_jax import fields, losses
+from mgrpo_jax import fields, losses, prefixes
+from mgrpo_jax.prefixes import Piece
 from mgrpo_jax.types import Alignment, TrainBatch, Trajectory
 
 
@@ -43,6 +45,8 @@ class BatchShape:
     trajectories: M, most trajectories in the N rows, ≥ 1.
     row_targets: most sampled tokens in a row, 1 to T; the head runs for so
       many tokens of each row where only sampled ones are trained on.
+    least_shared: tokens that trajectories of a row must begin with alike for
+      them to stand there once, at least; 0 where each has its own.
 
   Raises:
     ValueError: if a field is out of range, naming the field.
@@ -52,10 +56,17 @@ class BatchShape:
   row_tokens: int
   trajectories: int
   row_targets: int
+  least_shared: int = 0
 
   def __post_init__(self) -> None:
     """Checks every field."""
-    least = {"rows": 1, "row_tokens": 2, "trajectories": 1, "row_targets": 1}
+    least = {
+        "rows": 1,
+        "row_tokens": 2,
+        "trajectories": 1,
+        "row_targets": 1,
+        "least_shared": 0,
+    }
     for name, minimum in least.items():
       value = getattr(self, name)
       fields.check(name, value, value >= minimum, f">= {minimum}")
@@ -141,6 +152,9 @@ def pack(
 ) -> tuple[TrainBatch, ...]:
   """Lays trajectories into rows, first fit by decreasing length.
 
+  With `shape.least_shared`, those that begin alike stand beside each other and
+  what they begin with before them, once, see `prefixes`.
+
   Args:
     credits: what to train on; the order does not change the update.
     shape: of every micro-batch.
@@ -155,23 +169,30 @@ def pack(
   """
   for credit in credits:
     _check_credit(credit, shape)
-  places = _first_fit([credit.trajectory for credit in credits], shape)
+  pieces = prefixes.cut(
+      [credit.trajectory for credit in credits],
+      least_shared=shape.least_shared,
+      row_tokens=shape.row_tokens,
+      row_targets=shape.row_targets,
+      most_members=shape.trajectories,
+  )
+  places = _first_fit(pieces, shape)
   num_batches = max((row for row, _ in places), default=-1) // shape.rows + 1
   batches = [empty(shape) for _ in range(num_batches)]
   used = [0] * num_batches
-  segments: dict[int, int] = {}
-  for credit, (row, offset) in zip(credits, places, strict=True):
+  segments = [0] * (num_batches * shape.rows)
+  for piece, (row, offset) in zip(pieces, places, strict=True):
     number, row_in_batch = divmod(row, shape.rows)
-    segments[row] = segments.get(row, 0) + 1
-    _place(
+    segments[row] = _lay(
         batches[number],
-        credit,
+        [credits[member] for member in piece.members],
+        shared=piece.shared,
         entry=used[number],
         row=row_in_batch,
         offset=offset,
-        segment=segments[row],
+        segment=segments[row] + 1,
     )
-    used[number] += 1
+    used[number] += len(piece.members)
   return tuple(batches)
 
 
@@ -210,27 +231,25 @@ def _check_credit(credit: Credit, shape: BatchShape) -> None:
 
 
 def _first_fit(
-    trajectories: Sequence[Trajectory], shape: BatchShape
+    pieces: Sequence[Piece], shape: BatchShape
 ) -> list[tuple[int, int]]:
-  """Finds (row, offset) of each trajectory; row r is in batch r // N."""
-  lengths = [len(one.tokens) for one in trajectories]
-  targets = [int(np.sum(one.loss_mask > 0)) for one in trajectories]
-  num_batches = len(lengths)  # at most one for each trajectory
+  """Finds (row, offset) of each piece; row r is in batch r // N."""
+  num_batches = len(pieces)  # at most one for each piece
   room = np.full(num_batches * shape.rows, shape.row_tokens)
   target_room = np.full(num_batches * shape.rows, shape.row_targets)
   entries = np.full(num_batches, shape.trajectories)
-  places = [(0, 0)] * len(lengths)
+  places = [(0, 0)] * len(pieces)
   opened = 1
-  for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-    end = min(opened + 1, num_batches)
-    fits = room[: end * shape.rows] >= lengths[number]
-    fits &= target_room[: end * shape.rows] >= targets[number]
-    fits &= np.repeat(entries[:end] > 0, shape.rows)
+  for number in sorted(range(len(pieces)), key=lambda i: -pieces[i].tokens):
+    piece, end = pieces[number], min(opened + 1, num_batches)
+    fits = room[: end * shape.rows] >= piece.tokens
+    fits &= target_room[: end * shape.rows] >= piece.targets
+    fits &= np.repeat(entries[:end] >= len(piece.members), shape.rows)
     row = int(np.argmax(fits))  # one fits: the last batch is empty
     places[number] = (row, shape.row_tokens - int(room[row]))
-    room[row] -= lengths[number]
-    target_room[row] -= targets[number]
-    entries[row // shape.rows] -= 1
+    room[row] -= piece.tokens
+    target_room[row] -= piece.targets
+    entries[row // shape.rows] -= len(piece.members)
     opened = max(opened, row // shape.rows + 1)
   return places
 
@@ -263,31 +282,73 @@ def empty(shape: BatchShape) -> TrainBatch:
       "advantage": np.zeros(each, np.float32),
       "weight": np.zeros(each, np.float32),
   }
+  if shape.least_shared:
+    arrays["prefix_ids"] = np.zeros(rows, np.int32)
   return TrainBatch(**arrays)
+
+
+def _lay(
+    batch: TrainBatch,
+    credits: Sequence[Credit],
+    *,
+    shared: int,
+    entry: int,
+    row: int,
+    offset: int,
+    segment: int,
+) -> int:
+  """Writes a piece into a micro-batch; returns its last segment.
+
+  What is shared is a segment of its own, which the branches see.
+  """
+  if shared:
+    span = slice(offset, offset + shared)
+    batch.tokens[row, span] = credits[0].trajectory.tokens[:shared]
+    batch.segment_ids[row, span] = segment
+    batch.positions[row, span] = np.arange(shared)
+  branch = offset + shared
+  for number, credit in enumerate(credits):
+    end = branch + len(credit.trajectory.tokens) - shared
+    if shared:
+      batch.prefix_ids[row, branch:end] = segment
+    _place(
+        batch,
+        credit,
+        shared=shared,
+        entry=entry + number,
+        row=row,
+        offset=branch - shared,
+        segment=segment + number + (shared > 0),
+    )
+    branch = end
+  return segment + len(credits) - (shared == 0)
 
 
 def _place(
     batch: TrainBatch,
     credit: Credit,
     *,
+    shared: int,
     entry: int,
     row: int,
     offset: int,
     segment: int,
 ) -> None:
-  """Writes a trajectory into the arrays of a micro-batch."""
+  """Writes what follows a trajectory's shared tokens, at offset + shared."""
   trajectory = credit.trajectory
   length = len(trajectory.tokens)
-  span = slice(offset, offset + length)
+  span = slice(offset + shared, offset + length)
   sampled = np.asarray(trajectory.loss_mask) > 0
-  batch.tokens[row, span] = trajectory.tokens
+  batch.tokens[row, span] = trajectory.tokens[shared:]
   batch.segment_ids[row, span] = segment
-  batch.positions[row, span] = np.arange(length)
-  batch.sampled[row, span] = sampled
+  batch.positions[row, span] = np.arange(shared, length)
+  batch.sampled[row, span] = sampled[shared:]
   batch.row[entry] = row
   batch.offset[entry] = offset
   batch.loss_mask[entry, :length] = sampled
-  batch.context_mask[entry, 1:length] = ~sampled[1:]
+  # Nothing in the row predicts the first token after a start.
+  first = shared + 1
+  batch.context_mask[entry, first:length] = ~sampled[first:]
   logprobs = np.where(sampled, trajectory.sampler_logprobs, 0.0)
   for target in (
       batch.sampler_logprobs,

@@ -219,8 +219,8 @@ def _predict_fn(
   if lora is None:
     return predict
 
-  def adapted(adapter: Any, *rows: Any, wanted: Any) -> Prediction:
+  def adapted(adapter: Any, *rows: Any, **asked: Any) -> Prediction:
     params = adapters.merge(base, adapter, lora=lora)
-    return predict(params, *rows, wanted=wanted)
+    return predict(params, *rows, **asked)
 
   return adapted

@@ -264,11 +264,15 @@ class TrainBatch:
   padded [M, L] layout, where every loss function acts: element (m, l) stands
   at packed position (row[m], offset[m] + l). Unused trajectories have weight
   0 and mask 0.
+
+  Trajectories that begin alike may have the first P tokens of a row in common,
+  as a segment of its own. Each goes on in a segment that sees it: elements
+  (m, l) from l = P on stand where the rule above says, those before are masked.
   """
 
   tokens: jax.Array  # [N, T] int32
   segment_ids: jax.Array  # [N, T] int32, 0 is padding
-  positions: jax.Array  # [N, T] int32, from 0 in each segment
+  positions: jax.Array  # [N, T] int32, in the trajectory
   sampled: jax.Array  # [N, T] bool, where a sampled token stands
   row: jax.Array  # [M] int32
   offset: jax.Array  # [M] int32
@@ -280,6 +284,9 @@ class TrainBatch:
   old_values: jax.Array  # [M, L] float32, a critic's; 0 without one
   advantage: jax.Array  # [M] float32
   weight: jax.Array  # [M] float32
+  # [N, T] int32, the segment that a token sees besides its own, 0 for none;
+  # None where rows share nothing.
+  prefix_ids: Any = None
 
 
 @flax.struct.dataclass

@@ -32,8 +32,8 @@ from mgrpo_jax import losses, numerics, sharding
 from mgrpo_jax.objectives import Objective, Tally
 from mgrpo_jax.types import Prediction, TrainBatch, TrainState
 
-# (params, tokens, positions, segment_ids, *, wanted) -> prediction, all [N, T];
-# that of tokens that are not wanted may be anything finite.
+# (params, tokens, positions, segment_ids, *, wanted, prefix_ids) -> prediction,
+# all [N, T]; that of tokens that are not wanted may be anything finite.
 PredictFn = Callable[..., Prediction]
 
 
@@ -56,8 +56,9 @@ def score(
     predict_fn: such as `policy.logprobs.predict` with its keywords.
 
   Returns:
-    [M, L] float32; 0 outside trajectories and at their first token, and what
-    `predict_fn` gives for tokens that it is told are not wanted.
+    [M, L] float32; 0 outside trajectories, at their first token and at those
+    that their row shares, and what `predict_fn` gives for tokens that it is
+    told are not wanted.
   """
   packed = predict_fn(
       params,
@@ -65,6 +66,7 @@ def score(
       batch.positions,
       batch.segment_ids,
       wanted=batch.sampled,
+      prefix_ids=batch.prefix_ids,
   )
   return jax.tree.map(lambda values: _unpack(values, batch), packed)
 

@@ -61,7 +61,7 @@ def extras(a, b):
   return (a ^ b >> 1) & 1, (a >> 1 ^ b) & 1
 
 
-def as_given(params, tokens, positions, segment_ids, *, wanted):
+def as_given(params, tokens, positions, segment_ids, *, wanted, prefix_ids):
   """Takes what was said of packed tokens for the parameters."""
   return params
 

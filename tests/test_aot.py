@@ -275,6 +275,18 @@ def test_programs_of_a_policy_compile_from_shapes_alone():
     assert held / 2 < memory.argument_size_in_bytes < held + 256, name
 
 
+def test_rows_of_a_traced_update_share_where_a_runs_would():
+  shape = dataclasses.replace(tiny_plan().shape, least_shared=2)
+  reading = tiny_plan(shape=shape)
+  plain = objectives.ImitationLoss(context_weight=0.0)
+  held = [
+      programs.programs(plan)["accumulate"]().held["batch"]
+      for plan in (reading, tiny_plan(shape=shape, objective=plain))
+  ]
+  # A number for each token of the rows, halved between the devices.
+  assert held[1] - held[0] == 4 * 4 * 8 / 2
+
+
 @pytest.mark.parametrize(
     ("changes", "hint"),
     [

@@ -19,9 +19,9 @@ from mgrpo_jax.testing.sizes import tiny_config
 LONG = 8192
 
 
-def value_and_gradients(kernel, arrays, segments, window):
+def value_and_gradients(kernel, arrays, segments, window, **more):
   def loss(*arrays):
-    attended = kernel(*arrays, segments, window=window)
+    attended = kernel(*arrays, segments, window=window, **more)
     real = (segments > 0).reshape((*segments.shape, 1, 1, 1))
     attended = jnp.where(real, attended, 0.0)
     return jnp.sum(attended**2), attended
@@ -30,11 +30,15 @@ def value_and_gradients(kernel, arrays, segments, window):
   return jax.jit(step)(*arrays)
 
 
-def whole(query, key, value, segments, *, window):
+def whole(query, key, value, segments, *, window, prefix_ids=None):
   """The definition: every score at once, and gradients by autodiff."""
   age = np.arange(segments.shape[1])[:, None] - np.arange(segments.shape[1])
   seen = (age >= 0) & (age < (window or len(age)))
-  seen = seen & (segments[:, :, None] == segments[:, None])
+  same = segments[:, :, None] == segments[:, None]
+  if prefix_ids is not None:
+    prefix = prefix_ids[:, :, None]
+    same = same | (prefix == segments[:, None]) & (prefix > 0)
+  seen = seen & same
   scores = jnp.einsum("ntkgd,nskd->nkgts", query, key)
   scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
   return jnp.einsum("nkgts,nskd->ntkgd", jax.nn.softmax(scores), value)
@@ -59,6 +63,31 @@ def test_blocks_and_pieces_equal_the_whole(window, most_scores, monkeypatch):
   )
   for one, other in zip(*map(jax.tree.leaves, (expected, actual)), strict=True):
     np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("most_scores", (attention.MAX_SCORES, 700))
+def test_branches_see_their_prefix(most_scores, monkeypatch):
+  monkeypatch.setattr(attention, "MAX_SCORES", most_scores)
+  rng = np.random.default_rng(3)
+  # (tokens, segment, prefix): two branches, a lone one, another prefix's; no
+  # block begins where a segment does, the last of them is padding's.
+  row = ((40, 1, 0), (30, 2, 1), (33, 3, 1), (9, 4, 0), (20, 5, 0), (11, 6, 5))
+  sizes, *ids = zip(*row, (7, 0, 0), strict=True)
+  segments, prefix_ids = (np.repeat(np.int32(one), sizes)[None] for one in ids)
+  arrays = tuple(
+      0.5 * rng.normal(size=(1, 150, 2, *heads, 6)).astype(np.float32)
+      for heads in ((3,), (), ())
+  )
+  expected, actual = (
+      value_and_gradients(kernel, arrays, segments, 0, prefix_ids=prefix_ids)
+      for kernel in (whole, attention.blockwise)
+  )
+  for one, other in zip(*map(jax.tree.leaves, (expected, actual)), strict=True):
+    np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5)
+  apart = value_and_gradients(attention.blockwise, arrays, segments, 0)
+  assert not np.allclose(apart[0][1], actual[0][1])
+  with pytest.raises(ValueError, match="window must be 0 with prefix_ids"):
+    attention.blockwise(*arrays, segments, window=9, prefix_ids=prefix_ids)
 
 
 def test_gradients_in_bfloat16_are_those_of_float32_rounded():

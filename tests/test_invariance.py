@@ -22,9 +22,9 @@ from many_objectives import (
     extras,
     jit,
 )
-from trajectories import random_credits
+from trajectories import begun_alike, random_credits
 
-from mgrpo_jax import optim, packing, sharding, update
+from mgrpo_jax import optim, packing, prefixes, sharding, update
 from mgrpo_jax.policy import logprobs as policy_logprobs
 from mgrpo_jax.policy import params as policy_params
 from mgrpo_jax.testing.sizes import tiny_config
@@ -49,7 +49,7 @@ CONFIG = tiny_config(
 )
 
 
-def mixer(params, tokens, positions, segment_ids, *, wanted):
+def mixer(params, tokens, positions, segment_ids, *, wanted, prefix_ids):
   """Predicts from all the past of the segment, each place in its own way.
 
   It would see any confusion of segments or positions, and compiles faster
@@ -57,6 +57,9 @@ def mixer(params, tokens, positions, segment_ids, *, wanted):
   """
   length = tokens.shape[1]
   same = segment_ids[:, :, None] == segment_ids[:, None]
+  if prefix_ids is not None:
+    seen = prefix_ids[:, :, None]
+    same |= (seen == segment_ids[:, None]) & (seen > 0)
   past = same & np.tri(length, dtype=bool)[None]
   embedded = params["embed"][tokens] * jnp.cos(positions[..., None] / 3.0)
   hidden = jnp.tanh(past.astype(jnp.float32) @ embedded)[:, :-1]
@@ -114,6 +117,7 @@ def programs(predict_fn):
           batch.positions,
           batch.segment_ids,
           wanted=batch.sampled,
+          prefix_ids=batch.prefix_ids,
       )
 
     said, back = jax.vjp(say, params)
@@ -192,9 +196,9 @@ def updates(params, credits, shape, predict_fn, place=lambda tree: tree):
   return updated
 
 
-def assert_same_updates(found, expected):
+def assert_same_updates(found, expected, names=tuple(OBJECTIVES)):
   assert found.keys() == expected.keys() == OBJECTIVES.keys()
-  for name in OBJECTIVES:
+  for name in names:
     # float32: sums in another order. Steps are RATE long, gradients of norm
     # about 1; 1e-5 is a hundredth of a percent of a step.
     jax.tree.map(
@@ -216,6 +220,8 @@ def shape_of(rows, row_tokens, trajectories):
 
 
 WHOLE = shape_of(8, 16, 16)
+SHARING = dataclasses.replace(shape_of(8, 32, 16), least_shared=3)
+ALIKE = begun_alike(CREDITS, ((6, 0), (8, 0), (7, 9), (9, 9)))
 
 
 @functools.cache
@@ -273,8 +279,23 @@ def test_order_does_not_matter(seed):
   assert_same_updates(found, reference_updates())
 
 
-def test_devices_do_not_matter():
-  expected = updates(transformer_params(), CREDITS, WHOLE, transformer)
+def test_what_rows_share_does_not_matter():
+  apart = dataclasses.replace(SHARING, least_shared=0)
+  expected = updates(mixer_params(), ALIKE, apart, mixer)
+  unread = {n for n, one in OBJECTIVES.items() if not one.reads_context}
+  assert OBJECTIVES.keys() - unread == {"imitation_reading"}
+  for order in (slice(None), slice(None, None, -1)):
+    batches = packing.pack(ALIKE[order], shape=SHARING)
+    assert prefixes.shared_fraction(batches) > 0.1
+    found = updates(mixer_params(), ALIKE[order], SHARING, mixer)
+    assert_same_updates(found, expected, unread)
+
+
+@pytest.mark.parametrize(
+    ("credits", "shape"), ((CREDITS, WHOLE), (ALIKE, SHARING))
+)
+def test_devices_do_not_matter(credits, shape):
+  expected = updates(transformer_params(), credits, shape, transformer)
   mesh = sharding.make_mesh(
       data=2, fsdp=4, tensor=1, expert=1, devices=jax.devices()[:8]
   )
@@ -287,5 +308,5 @@ def test_devices_do_not_matter():
     return jax.device_put(tree, resting)
 
   with jax.set_mesh(mesh):
-    found = updates(transformer_params(), CREDITS, WHOLE, transformer, place)
+    found = updates(transformer_params(), credits, shape, transformer, place)
   assert_same_updates(found, expected)

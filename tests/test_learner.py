@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from trajectories import random_credits
+from trajectories import begun_alike, random_credits
 
 from mgrpo_jax import losses, objectives, optim, packing, update
 from mgrpo_jax.learner import Learner
@@ -40,7 +40,7 @@ def weights(seed):
   return init(jax.random.key(seed), CONFIG)
 
 
-def make_learner(**changes):
+def learner_arguments(**changes):
   arguments = dict(
       lora=None,
       shape=SHAPE,
@@ -52,7 +52,11 @@ def make_learner(**changes):
       seed=0,
       mesh=None,
   )
-  return Learner(CONFIG, weights(0), **arguments | changes)
+  return arguments | changes
+
+
+def make_learner(**changes):
+  return Learner(CONFIG, weights(0), **learner_arguments(**changes))
 
 
 @functools.cache
@@ -110,6 +114,42 @@ def test_an_update_compares_at_the_temperature_of_the_score(moved):
   np.testing.assert_allclose(found["ratio_max"], 1.0, atol=1e-5)
   masks = [one.trajectory.loss_mask for one in CREDITS]
   assert step.tokens == sum(mask.sum() for mask in masks)
+
+
+def test_rows_share_only_where_no_context_is_read():
+  alike = begun_alike(CREDITS, ((6, 0), (7, 0), (5, 0)))
+  shape = dataclasses.replace(SHAPE, row_tokens=40, row_targets=20)
+  rate, found, after = 1e-3, {}, {}
+  for least in (0, 4):
+    learner = make_learner(shape=dataclasses.replace(shape, least_shared=least))
+    reading = objectives.ImitationLoss(context_weight=0.1)
+    (batch,) = learner.pack(alike, reading)
+    assert batch.prefix_ids is None
+    batches = learner.pack(alike, REGULARISED)
+    assert all((one.prefix_ids is not None) == bool(least) for one in batches)
+    step = learner.step(
+        [(batches, packing.count(alike))],
+        objective=REGULARISED,
+        learning_rates=[rate],
+    )
+    found[least] = step.metrics()
+    after[least] = learner.state.params
+  # All three have five tokens in common, and stand in one row.
+  tokens = sum(len(one.trajectory.tokens) for one in alike)
+  shared = found[4].pop("shared_tokens")
+  assert shared == pytest.approx(2 * 5 / tokens)
+  assert found[4].keys() == found[0].keys()
+  for name in found[0]:
+    np.testing.assert_allclose(found[4][name], found[0][name], **FLOAT32)
+  moved_by = jax.tree.map(lambda a, b: np.abs(a - b).max(), *after.values())
+  assert max(jax.tree.leaves(moved_by)) < 0.1 * rate
+
+
+def test_what_cannot_share_is_refused():
+  shape = dataclasses.replace(SHAPE, least_shared=4)
+  near = dataclasses.replace(CONFIG, windows=(8,))
+  with pytest.raises(ValueError, match=r"least_shared must be 0, .* windows"):
+    Learner(near, weights(0), **learner_arguments(shape=shape))
 
 
 def test_an_adapters_reference_is_its_base():

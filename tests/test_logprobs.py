@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import transformer as oracle
 
+from mgrpo_jax.aot import flops
 from mgrpo_jax.policy import logprobs, transformer
 from mgrpo_jax.policy.config import Execution
 
@@ -81,6 +82,26 @@ def test_how_many_logits_exist_at_once_changes_nothing(columns):
       ),
   )
   np.testing.assert_allclose(values, other, **CLOSE)
+
+
+def test_logits_are_computed_again_only_where_they_came_in_chunks():
+  batch, products = rows(), {}
+  for columns in (LENGTH, LENGTH - 1):
+    config = dataclasses.replace(
+        CFG, execution=Execution(logit_columns=columns)
+    )
+
+    def loss(tree, config=config):
+      return logprobs.token_logprobs(
+          tree, *batch, config=config, temperature=1.0
+      ).sum()
+
+    traced = jax.make_jaxpr(jax.value_and_grad(loss))(tiny_llama.weights(CFG))
+    products[columns] = flops.traced(traced).products
+  head = 2 * len(ROWS) * CFG.embed_dim * CFG.vocab_size
+  # Forward, and backward by both factors; in chunks once more, and padded.
+  more = 4 * 2 * (LENGTH - 1) - 3 * LENGTH
+  assert products[LENGTH - 1] - products[LENGTH] == head * more
 
 
 def total(tree, batch):

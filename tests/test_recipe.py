@@ -302,6 +302,21 @@ def test_a_recipe_runs_a_policy_as_it_says():
     placing.executed(tiny_config(), config, "main", where)
 
 
+def test_prompts_are_shared_only_where_a_policy_that_learns_can():
+  config = quickstart.get_config()
+  config.batch.least_shared = 8
+  where = sharding.Meshes(learner=None, sampler=None)
+  placing.executed(tiny_config(), config, "main", where)
+  near = tiny_config(windows=(0, 9))
+  with pytest.raises(ValueError, match=r"batch\.least_shared: 8.*main.*window"):
+    placing.executed(near, config, "main", where)
+  config.policies.main.execution.attention = "splash"
+  with pytest.raises(ValueError, match="least_shared: 8.* not blockwise"):
+    placing.executed(tiny_config(), config, "main", where)
+  config.policies.main.trainable = False
+  placing.executed(near, config, "main", where)
+
+
 def test_frozen_policies_cannot_be_asked_to_learn():
   config = quickstart.get_config("main_only")
   config.stages.easy.trained = ("researcher",)

@@ -55,7 +55,7 @@ CONFIG = tiny_config(
 )
 
 
-def bigram(params, tokens, positions, segment_ids, *, wanted):
+def bigram(params, tokens, positions, segment_ids, *, wanted, prefix_ids):
   """Predicts each token from the one before it, of the same segment."""
   logits = jax.nn.log_softmax(params["table"][tokens[:, :-1]])
   values = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=2)[..., 0]

@@ -1,5 +1,7 @@
 """Trajectories for tests, with only what a test says different."""
 
+import dataclasses
+
 import numpy as np
 
 from mgrpo_jax.packing import Credit
@@ -59,6 +61,32 @@ def random_credits(lengths, *, vocab_size, weights, seed=0):
       )
       for i, n in enumerate(lengths)
   ]
+
+
+def begun_alike(credits, prompts, seed=1):
+  """Puts unsampled tokens before each credit: numbers in turn, of one stream.
+
+  Args:
+    credits: to put them before.
+    prompts: (tokens, place in the stream), given out in turn.
+    seed: of the stream, of tokens below 9.
+
+  Returns:
+    Credits; those with prompts from one place begin alike.
+  """
+  stream = np.random.default_rng(seed).integers(0, 9, 64).astype(np.int32)
+  longer = []
+  for number, credit in enumerate(credits):
+    size, place = prompts[number % len(prompts)]
+    one, nothing = credit.trajectory, np.zeros(size, np.float32)
+    one = dataclasses.replace(
+        one,
+        tokens=np.concatenate([stream[place : place + size], one.tokens]),
+        loss_mask=np.concatenate([nothing, one.loss_mask]),
+        sampler_logprobs=np.concatenate([nothing, one.sampler_logprobs]),
+    )
+    longer.append(dataclasses.replace(credit, trajectory=one))
+  return longer
 
 
 def turn(kind, **fields):

@@ -36,6 +36,7 @@ def lengths(
   config.batch.rows = rows
   config.batch.row_tokens = context
   config.batch.row_targets = 0  # a call may sample most of a row
+  config.batch.least_shared = 0  # rows hold one call, and splash shares nothing
   config.batch.trajectories = rows
   config.engine.context = context
   config.engine.block = context

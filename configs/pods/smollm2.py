@@ -26,4 +26,5 @@ def get_config() -> ml_collections.ConfigDict:
     policy.mesh.fsdp = 2
   config.engine.num_slots = 64
   config.batch.rows = 16
+  config.batch.least_shared = 0  # splash knows no prefixes
   return config

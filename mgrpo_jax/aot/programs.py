@@ -27,6 +27,7 @@ from mgrpo_jax import (
 )
 from mgrpo_jax.aot import flops
 from mgrpo_jax.aot.flops import Work
+from mgrpo_jax.minibatches import shape_for
 from mgrpo_jax.packing import BatchShape
 from mgrpo_jax.policy import cache as caching
 from mgrpo_jax.policy import lora, params, sampling
@@ -146,7 +147,7 @@ def _accumulate(plan: Plan) -> Program:
   """Adds a micro-batch's gradient; see `update.accumulate`."""
   mesh = _train_mesh(plan)
   trained, base = _trained(plan, mesh)
-  rows = packing.empty(plan.shape)
+  rows = packing.empty(shape_for(plan.shape, plan.objective))
   batch = _placed(rows, sharding.batch_shardings(rows, mesh))
   scalar: Any = jax.ShapeDtypeStruct((), jnp.float32)
   imitates = isinstance(plan.objective, objectives.ImitationLoss)

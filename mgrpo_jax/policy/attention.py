@@ -4,7 +4,8 @@
 
 over the tokens s ≤ t of the same segment, with a window only over the last
 `window` of them; queries come scaled. Padding is segment 0: it attends to
-padding, and nothing else does.
+padding, and nothing else does. `blockwise` can also let segments see another
+one before them, the prefix that they share.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ def blockwise(
     segment_ids: Int[Array, "N T"],
     *,
     window: int,
+    prefix_ids: Int[Array, "N T"] | None = None,
 ) -> Float[Array, "N T Hkv G D"]:
   """Attends a block of queries at a time, on any device.
 
@@ -58,11 +60,19 @@ def blockwise(
     value: one per key head.
     segment_ids: [N, T] int32.
     window: tokens that a query sees, itself included; 0 for all before it.
+    prefix_ids: [N, T] int32, the segment that a query sees besides its own, 0
+      for none; None where no query sees another segment.
 
   Returns:
     Attended values, in the dtype of `value`; scores and softmax are float32
     or wider.
+
+  Raises:
+    ValueError: if there are both a window, which is counted in the row, and
+      prefixes, which may stand far from what sees them.
   """
+  if window and prefix_ids is not None:
+    raise ValueError(f"window must be 0 with prefix_ids, got {window}")
   length = query.shape[1]
   # Heads before tokens: batched products then read contiguous matrices.
   rows = jnp.transpose(query, (0, 2, 3, 1, 4))
@@ -79,6 +89,7 @@ def blockwise(
             keys[:, :, first:stop],
             values[:, :, first:stop],
             segment_ids[:, first:stop],
+            None if prefix_ids is None else prefix_ids[:, first:stop],
             window,
         )
     )
@@ -182,33 +193,35 @@ def _attend_pieces(
     key: Float[Array, "N Hkv S D"],
     value: Float[Array, "N Hkv S D"],
     segment_ids: Int[Array, "N S"],
+    prefix_ids: Int[Array, "N S"] | None,
     window: int,
 ) -> Float[Array, "N Hkv G Q D"]:
   """Attends from the last Q of S tokens; in pieces where S is large."""
   size, length = query.shape[3], key.shape[2]
   piece = max(1, MAX_SCORES // length)
+  seen = (key, value, segment_ids, prefix_ids)
   if size <= piece:
-    first = jnp.int32(length - size)
-    return _attend(query, key, value, segment_ids, first, window)
+    return _attend(query, *seen, jnp.int32(length - size), window)
   pieces = -(-size // piece)
   padded = jnp.pad(query, ((0, 0),) * 3 + ((0, pieces * piece - size), (0, 0)))
 
   def one(number: Int[Array, ""]) -> Array:
     start = number * piece
     rows = jax.lax.dynamic_slice_in_dim(padded, start, piece, axis=3)
-    return _attend(rows, key, value, segment_ids, length - size + start, window)
+    return _attend(rows, *seen, length - size + start, window)
 
   done = jax.lax.map(one, jnp.arange(pieces))
   joined = jnp.moveaxis(done, 0, 3)
   return joined.reshape(*query.shape[:3], -1, query.shape[4])[:, :, :, :size]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _attend(
     query: Float[Array, "N Hkv G Q D"],
     key: Float[Array, "N Hkv S D"],
     value: Float[Array, "N Hkv S D"],
     segment_ids: Int[Array, "N S"],
+    prefix_ids: Int[Array, "N S"] | None,
     first: Int[Array, ""],
     window: int,
 ) -> Float[Array, "N Hkv G Q D"]:
@@ -217,7 +230,8 @@ def _attend(
   The backward pass computes the softmax again from its normaliser (Dao,
   arXiv 2307.08691), so neither pass leaves scores behind.
   """
-  return _attend_forward(query, key, value, segment_ids, first, window)[0]
+  seen = (key, value, segment_ids, prefix_ids)
+  return _attend_forward(query, *seen, first, window)[0]
 
 
 def _attend_forward(
@@ -225,11 +239,13 @@ def _attend_forward(
     key: Array,
     value: Array,
     segment_ids: Array,
+    prefix_ids: Array | None,
     first: Array,
     window: int,
-) -> tuple[Array, tuple[Array, ...]]:
+) -> tuple[Array, tuple[Any, ...]]:
   """Attends, and keeps the logarithm of each query's normaliser."""
-  scores = _scores(query, key, segment_ids, first, window)
+  where = (segment_ids, prefix_ids, first)
+  scores = _scores(query, key, where, window)
   highest = jnp.max(scores, axis=-1, keepdims=True)
   weights = jnp.exp(scores - highest)
   normaliser = jnp.sum(weights, axis=-1, keepdims=True)
@@ -239,15 +255,15 @@ def _attend_forward(
   log_normaliser = highest + jnp.log(normaliser)
   mean = checkpoint_name(mean, ATTENDED)
   log_normaliser = checkpoint_name(log_normaliser, ATTENDED)
-  return mean, (query, key, value, segment_ids, first, mean, log_normaliser)
+  return mean, (query, key, value, where, mean, log_normaliser)
 
 
 def _attend_backward(
-    window: int, kept: tuple[Array, ...], cotangent: Array
+    window: int, kept: tuple[Any, ...], cotangent: Array
 ) -> tuple[Array | None, ...]:
   """Pulls a cotangent of the mean back to queries, keys and values."""
-  query, key, value, segment_ids, first, mean, log_normaliser = kept
-  scores = _scores(query, key, segment_ids, first, window)
+  query, key, value, where, mean, log_normaliser = kept
+  scores = _scores(query, key, where, window)
   weights = jnp.exp(scores - log_normaliser)
   along = jnp.sum(
       mean.astype(scores.dtype) * cotangent.astype(scores.dtype),
@@ -267,6 +283,7 @@ def _attend_backward(
       to_value.astype(value.dtype),
       None,
       None,
+      None,
   )
 
 
@@ -276,12 +293,14 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def _scores(
     query: Float[Array, "N Hkv G Q D"],
     key: Float[Array, "N Hkv S D"],
-    segment_ids: Int[Array, "N S"],
-    first: Int[Array, ""],
+    where: tuple[Array, Array | None, Array],
     window: int,
 ) -> Float[Array, "N Hkv GQ S"]:
-  """Scores of the queries of all heads that share a key, MASKED if unseen."""
-  visible = _visible(segment_ids, first, query.shape[3], window)
+  """Scores of the queries of all heads that share a key, MASKED if unseen.
+
+  `where` is segment_ids and prefix_ids, both [N, S], and the first query.
+  """
+  visible = _visible(*where, query.shape[3], window)
   scores = _product("nkqd,nksd->nkqs", _merge(query), key)
   grouped = scores.reshape(*query.shape[:4], key.shape[2])
   return _merge(jnp.where(visible[:, None, None], grouped, MASKED))
@@ -300,14 +319,22 @@ def _product(equation: str, left: Array, right: Array) -> Array:
 
 def _visible(
     segment_ids: Int[Array, "N S"],
+    prefix_ids: Int[Array, "N S"] | None,
     first: Int[Array, ""],
     size: int,
     window: int,
 ) -> Bool[Array, "N Q S"]:
   """Says which of S tokens the queries first..first+size see."""
-  padded = jnp.pad(segment_ids, ((0, 0), (0, size)))
-  queries = jax.lax.dynamic_slice_in_dim(padded, first, size, axis=1)
-  same = queries[:, :, None] == segment_ids[:, None]
+
+  def of_queries(ids: Array) -> Array:
+    padded = jnp.pad(ids, ((0, 0), (0, size)))
+    return jax.lax.dynamic_slice_in_dim(padded, first, size, axis=1)[:, :, None]
+
+  keys = segment_ids[:, None]
+  same = of_queries(segment_ids) == keys
+  if prefix_ids is not None:
+    seen = of_queries(prefix_ids)
+    same |= (seen == keys) & (seen > 0)
   age = (
       first + jnp.arange(size)[:, None] - jnp.arange(segment_ids.shape[1])[None]
   )

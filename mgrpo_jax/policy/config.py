@@ -63,7 +63,8 @@ class Execution:
       policy of `jax.checkpoint_policies`; None keeps all of them.
     scan_layers: whether equal layers run as one loop, which compiles in the
       time of one layer; loops cannot fuse across layers.
-    logit_columns: tokens of each row whose logits exist at once, >= 1.
+    logit_columns: tokens of each row whose logits exist at once, >= 1; the
+      backward pass computes them again unless these are all of a row's.
     outputs_first: whether samplers keep kernels turned, see `products`; faster
       on CPUs where few tokens meet large kernels, and rounds otherwise.
 
@@ -206,6 +207,15 @@ class TransformerConfig:
       The window, itself included; 0 where it sees all.
     """
     return self.windows[layer] if self.windows else 0
+
+  @property
+  def shares_nothing(self) -> str:
+    """Why segments of a row cannot see a prefix; empty where they can."""
+    if any(self.windows):
+      return "its layers have windows, which count tokens of a row"
+    if self.execution.attention is not attention.blockwise:
+      return "its attention is not blockwise"
+    return ""
 
   @property
   def period(self) -> int:

@@ -62,6 +62,7 @@ def predict(
     wanted: Bool[Array, "N T"] | None = None,
     most_wanted: int = 0,
     entropy: bool = False,
+    prefix_ids: Int[Array, "N T"] | None = None,
 ) -> Prediction:
   """Computes `token_logprobs`, and what else is said of every token.
 
@@ -69,12 +70,13 @@ def predict(
       values[t] = value_head · hidden[t - 1]
 
   Logits are computed for `execution.logit_columns` at a time and recomputed in
-  the backward pass, so [N, T, V] exists in neither.
+  the backward pass, so [N, T, V] exists in neither; where that is all columns,
+  they are kept.
 
   Args:
     params: weights.
     tokens: [N, T] int32.
-    positions: [N, T] int32, from 0 in each segment.
+    positions: [N, T] int32, from 0 in each segment, or behind its prefix.
     segment_ids: [N, T] int32, 0 is padding.
     config: sizes; with a value head there are values.
     temperature: > 0, of the distribution that was sampled from.
@@ -83,13 +85,20 @@ def predict(
     most_wanted: tokens wanted in a row, at most; those beyond count as not
       wanted. 0 scores all tokens, whatever is wanted.
     entropy: whether to compute entropies.
+    prefix_ids: [N, T] int32, the segment that a token sees besides its own, 0
+      for none; None where rows share nothing.
 
   Returns:
     [N, T] float32; 0 where none is wanted, at t = 0, where a segment starts,
     and in padding.
   """
   hidden = transformer.hidden_states(
-      params, tokens, positions, segment_ids, config=config
+      params,
+      tokens,
+      positions,
+      segment_ids,
+      config=config,
+      prefix_ids=prefix_ids,
   )
   predicted = has_past(segment_ids)
   targets = jnp.roll(tokens, -1, axis=1)
@@ -169,7 +178,6 @@ def _map_chunks(
 
   kernel = transformer.unembedding(params, config=config)
 
-  @jax.checkpoint
   def body(_: None, inputs: tuple[Array, Array]) -> tuple[None, Any]:
     columns, following = inputs
     logits = transformer.logits(kernel, columns, config=config)
@@ -184,5 +192,7 @@ def _map_chunks(
     flat = jnp.swapaxes(chunks, 0, 1).reshape(targets.shape[0], -1)
     return flat[:, :length]
 
-  _, values = jax.lax.scan(body, None, (split(hidden), split(targets)))
+  # All in one chunk exist at once anyhow, so nothing is computed again.
+  kept = body if num_chunks == 1 else jax.checkpoint(body)
+  _, values = jax.lax.scan(kept, None, (split(hidden), split(targets)))
   return jax.tree.map(join, values)

@@ -64,17 +64,23 @@ def hidden_states(
     segment_ids: Int[Array, "N T"],
     *,
     config: TransformerConfig,
+    prefix_ids: Int[Array, "N T"] | None = None,
 ) -> Float[Array, "N T E"]:
-  """Runs every layer and the final norm; see `apply` for the arguments."""
+  """Runs every layer and the final norm; see `apply` for the arguments.
+
+  With prefix_ids a token also attends to the earlier tokens of that segment,
+  which `config` must be able to do, see `TransformerConfig.shares_nothing`.
+  """
   real = segment_ids > 0
+  attend = config.execution.attention
+  if prefix_ids is not None:
+    attend = functools.partial(attend, prefix_ids=prefix_ids)
   x = embed(params, jnp.where(real, tokens, 0), config=config)
   rotation = rotations(jnp.where(real, positions, 0), config=config)
 
   def run(layer: Layer, x: Array, window: int) -> Array:
     query, key, value = project(layer, x, rotation[window > 0], config=config)
-    attended = config.execution.attention(
-        query, key, value, segment_ids, window=window
-    )
+    attended = attend(query, key, value, segment_ids, window=window)
     return finish(layer, x, attended, config=config)
 
   x = _run_layers(run, params.layers, x, config=config)

@@ -27,6 +27,7 @@ PURE = (
     "answers",
     "optim",
     "packing",
+    "prefixes",
     "sharding",
     "agents.chat",
     "agents.protocol",
