@@ -1,17 +1,17 @@
 r"""Trains by real jobs among random faults, and compares with a run left alone.
 
     python -m experiments.bench.soak --workdir=DIR --faults=200 --seed=0 \
-        [--steps=24] [--faketime=/usr/lib/…/libfaketime.so.1] [--alone=DIR]
+        [--steps=24] [--alone=DIR]
 
 First the recipe runs in one process (or did, in --alone). Then each policy has
 its job; their bucket is an emulator of S3 (moto) behind a proxy that spoils
 requests (`mgrpo_jax.testing.faulty`). Besides, at moments drawn from a seed, a
 job is killed, stopped (shorter than a heartbeat, longer, sometimes longer than
 `jobs.patience`), its files may grow no more (RLIMIT_FSIZE: as on a full disk),
-or somebody starts the job a second time from another run directory; where
---faketime names libfaketime (Debian's package of that name), every start gets a
-clock that is up to five minutes off. Jobs that end otherwise than with 0 are
-started again. A reader reads the newest versions all the while.
+or somebody starts the job a second time from another run directory. Every start
+gets a clock that is up to five minutes off (Python's `time.time`; libfaketime
+makes sleeps hang). Jobs that end otherwise than with 0 are started again. A
+reader reads the newest versions all the while.
 
 When enough was injected everything is left alone until the run is over. The
 command fails unless parameters are equal bit for bit, every trajectory is there
@@ -44,7 +44,11 @@ from mgrpo_jax.testing import faulty, object_servers
 POLICIES = ("main", "researcher")
 _WEIGHTS = pathlib.Path("configs/quickstart_weights")
 _HEARTBEAT = 1.0  # jobs.heartbeat, seconds
-_SKEWS = ("-300s", "+0s", "+300s")
+_SKEWS = (-300.0, 0.0, 300.0)  # seconds that a job's clock is off
+_CLOCK = """import os, time
+_straight, _skew = time.time, float(os.environ.get("SOAK_SKEW", "0"))
+time.time = lambda: _straight() + _skew
+"""
 _GROWTH = 4096  # bytes that a file may have on the disk that is full
 _SECOND = 90.0  # seconds in which a second job from elsewhere is refused
 _LIMIT = 3600.0  # seconds in which the run ends once it is left alone
@@ -56,7 +60,6 @@ _SEED = flags.DEFINE_integer("seed", 0, "of all draws")
 _STEPS = flags.DEFINE_integer("steps", 24, "of training, half in each stage")
 _RATE = flags.DEFINE_float("rate", 0.02, "share of requests that are spoilt")
 _PAUSE = flags.DEFINE_float("pause", 20.0, "mean seconds between job faults")
-_FAKETIME = flags.DEFINE_string("faketime", "", "libfaketime.so.1, for clocks")
 _PATIENCE = flags.DEFINE_float(
     "patience", 60.0, "jobs.patience: more seconds than a job takes to start"
 )
@@ -181,16 +184,12 @@ class Jobs:
       self, policy: str, folder: pathlib.Path
   ) -> subprocess.Popen[bytes]:
     """Starts a job, by a clock of its own."""
-    extra: dict[str, str] = {}
-    if _FAKETIME.value:
-      skew = self._rng.choice(_SKEWS)
-      self.counts[f"clock {skew}"] += skew != "+0s"
-      extra = {
-          "LD_PRELOAD": _FAKETIME.value,
-          "FAKETIME": skew,
-          "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-          "DONT_FAKE_MONOTONIC": "1",
-      }
+    skew = self._rng.choice(_SKEWS)
+    self.counts[f"clock {skew:+.0f} s"] += skew != 0
+    clock = self._root / "clock"
+    atomic.write(clock / "sitecustomize.py", _CLOCK)
+    search = f"{clock}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    extra = {"SOAK_SKEW": str(skew), "PYTHONPATH": search}
     arguments = (f"--policy={policy}", f"--bucket={self._bucket}")
     return _train(self._root, folder, arguments, extra)
 
