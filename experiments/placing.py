@@ -12,7 +12,7 @@ from experiments import checks
 from mgrpo_jax import sharding
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.hosts import spread
-from mgrpo_jax.policy import attention
+from mgrpo_jax.policy import attention, paged
 from mgrpo_jax.policy.config import DTYPES, Execution, TransformerConfig
 from mgrpo_jax.policy.params import param_specs
 from mgrpo_jax.sharding import Meshes
@@ -20,6 +20,10 @@ from mgrpo_jax.sharding import Meshes
 ATTENTIONS: Mapping[str, Callable[..., Any]] = {
     "blockwise": attention.blockwise,
     "splash": attention.splash,
+}
+DECODE_ATTENTIONS: Mapping[str, Callable[..., Any] | None] = {
+    "blocks": None,
+    "paged": paged.attend,
 }
 REMATS: Mapping[str, Callable[..., Any] | None] = {
     "none": None,
@@ -199,10 +203,42 @@ def execution(config: ml_collections.ConfigDict, name: str) -> Execution:
   with checks.inside(key):
     return Execution(
         attention=checks.pick(ATTENTIONS, one.attention, f"{key}.attention"),
+        decode_attention=checks.pick(
+            DECODE_ATTENTIONS,
+            one.decode_attention,
+            f"{key}.decode_attention",
+        ),
         remat=checks.pick(REMATS, one.remat, f"{key}.remat"),
         scan_layers=one.scan_layers,
         logit_columns=one.logit_columns,
         outputs_first=one.outputs_first,
+    )
+
+
+def check_decoding(
+    sizes: TransformerConfig, config: ml_collections.ConfigDict, name: str
+) -> None:
+  """Checks that a policy's sampler can attend as its recipe says.
+
+  Args:
+    sizes: of the transformer, its execution included.
+    config: the whole recipe.
+    name: of the policy.
+
+  Raises:
+    ValueError: it cannot, naming the key and what it would need.
+  """
+  if sizes.execution.decode_attention is None:
+    return
+  engine = config.engine
+  with checks.inside(f"policies.{name}.execution.decode_attention"):
+    paged.check(
+        sizes,
+        num_slots=engine.num_slots,
+        num_rows=engine.decode_rows or engine.num_slots,
+        context=engine.context,
+        block=engine.block,
+        devices=config.policies[name].sampler_tensor,
     )
 
 
@@ -239,6 +275,7 @@ def executed(
         f"config.policies.{name}.execution.outputs_first: True, allowed: False"
         " where the policy's sampler has devices of its own"
     )
+  check_decoding(sizes, config, name)
   for key, mesh in (("mesh", where.learner), ("sampler_tensor", where.sampler)):
     if mesh is not None:
       with checks.inside(f"policies.{name}.{key}"):

@@ -118,14 +118,15 @@ def _transformer(
           f" config.{key}.architecture names none of"
           f" {', '.join(sorted(ARCHITECTURES))}"
       )
-    sizes = dataclasses.replace(
+    made = dataclasses.replace(
         sizes,
         dtype=one.dtype,
         value_head=placing.has_critic(config, name),
         execution=placing.execution(config, name),
     )
-  placing.check_sharing(config, name, sizes)
-  return sizes
+  placing.check_sharing(config, name, made)
+  placing.check_decoding(made, config, name)
+  return made
 
 
 def _fields(path: pathlib.Path) -> dict[str, Any]:

@@ -24,7 +24,9 @@ def get_config() -> ml_collections.ConfigDict:
     policy = config.policies[name]
     scale.on_accelerator(policy, "smollm2_135m")
     policy.mesh.fsdp = 2
+    policy.execution.decode_attention = "paged"
   config.engine.num_slots = 64
+  config.engine.block = config.engine.context
   config.batch.rows = 16
   config.batch.least_shared = 0  # splash knows no prefixes
   return config

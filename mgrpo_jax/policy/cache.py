@@ -73,7 +73,7 @@ def init(
       raise ValueError(f"{name} must be >= 1, got {size!r}")
 
   def slots(number: int, tile: KVCache | None) -> KVCache:
-    shape = (number, config.num_kv_heads, block, config.head_dim)
+    shape = (number, config.num_kv_heads, block, config.cache_dim)
     blocks = range(-(-length // block))
 
     def layers() -> tuple[Blocks, ...]:

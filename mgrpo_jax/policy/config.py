@@ -10,6 +10,7 @@ from mgrpo_jax.policy import attention
 from mgrpo_jax.policy.rotary import Scaling
 
 DTYPES = ("float32", "bfloat16")
+LANES = 128  # numbers that a TPU's vector registers hold side by side
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 
@@ -59,6 +60,8 @@ class Execution:
   Attributes:
     attention: over packed rows; `attention.blockwise`, or a kernel with its
       signature.
+    decode_attention: of a sampled token to its cache; None: block by block, or
+      a kernel with the signature of `paged.attend`.
     remat: which intermediate results of a layer the backward pass keeps, a
       policy of `jax.checkpoint_policies`; None keeps all of them.
     scan_layers: whether equal layers run as one loop, which compiles in the
@@ -73,6 +76,7 @@ class Execution:
   """
 
   attention: Callable[..., Any] = attention.blockwise
+  decode_attention: Callable[..., Any] | None = None
   remat: Callable[..., Any] | None = None
   scan_layers: bool = False
   logit_columns: int = 64
@@ -189,6 +193,13 @@ class TransformerConfig:
   def group_size(self) -> int:
     """G, the number of query heads that share a key and value head."""
     return self.num_heads // self.num_kv_heads
+
+  @property
+  def cache_dim(self) -> int:
+    """Width of a head in the sampler's cache, which kernels take by lanes."""
+    if self.execution.decode_attention is None:
+      return self.head_dim
+    return -(-self.head_dim // LANES) * LANES
 
   @property
   def query_scale(self) -> float:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mgrpo_jax.policy import cache as caching
-from mgrpo_jax.policy import sampling, transformer
+from mgrpo_jax.policy import paged, sampling, transformer
 from mgrpo_jax.policy.cache import Blocks, KVCache
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import Params
@@ -100,8 +100,9 @@ def prefill(
   keys, values = [], []
   for index, layer in enumerate(params.layers):
     window = config.window(index)
-    query, key, value = transformer.project(
-        layer, x, rotation[window > 0], config=config
+    query, key, value = paged.widened(
+        transformer.project(layer, x, rotation[window > 0], config=config),
+        config=config,
     )
     keys.append(caching.heads_first(key))
     values.append(caching.heads_first(value))
@@ -119,9 +120,8 @@ def prefill(
         >= caching.seen_from(positions, window=window)[:, :, None]
     )
     part = caching.attend(part, query, keys[-1], values[-1], causal & near)
-    x = transformer.finish(
-        layer, x, caching.attended(part, x.dtype), config=config
-    )
+    mean = paged.narrowed(caching.attended(part, x.dtype), config=config)
+    x = transformer.finish(layer, x, mean, config=config)
   return caching.write(cache, keys, values, slots, starts, lengths)
 
 
@@ -241,7 +241,7 @@ def _run_steps(
 ) -> _Visit:
   """Samples without touching the cache."""
   num_slots = len(slots.token)
-  shape = (num_slots, config.num_kv_heads, num_steps, config.head_dim)
+  shape = (num_slots, config.num_kv_heads, num_steps, config.cache_dim)
   empty = tuple(jnp.zeros(shape, config.dtype) for _ in params.layers)
   steps = jnp.arange(num_steps, dtype=jnp.int32)[:, None]
   uniform = sampling.uniforms(
@@ -306,6 +306,31 @@ def _step(
   )
 
 
+def _attend_cached(
+    query: Float[Array, "R 1 Hkv G D"],
+    keys: Blocks,
+    values: Blocks,
+    lengths: Int[Array, " R"],
+    *,
+    positions: Int[Array, "R 1"],
+    window: int,
+    config: TransformerConfig,
+) -> caching.Partial:
+  """Attends to what each slot has cached, block by block or by a kernel."""
+  kernel = config.execution.decode_attention
+  if kernel is not None:
+    return kernel(query, keys, values, lengths, window=window)
+  return caching.attend_cached(
+      query,
+      keys,
+      values,
+      lengths,
+      lambda block: block,
+      positions=positions,
+      window=window,
+  )
+
+
 def _forward(
     params: Params,
     cache: KVCache,
@@ -323,8 +348,9 @@ def _forward(
   keys, values = list(visit.keys), list(visit.values)
   for index, layer in enumerate(params.layers):
     window = config.window(index)
-    query, key, value = transformer.project(
-        layer, x, rotation[window > 0], config=config
+    query, key, value = paged.widened(
+        transformer.project(layer, x, rotation[window > 0], config=config),
+        config=config,
     )
     keys[index] = jax.lax.dynamic_update_slice_in_dim(
         keys[index], caching.heads_first(key), visit.step, axis=2
@@ -332,20 +358,19 @@ def _forward(
     values[index] = jax.lax.dynamic_update_slice_in_dim(
         values[index], caching.heads_first(value), visit.step, axis=2
     )
-    part = caching.attend_cached(
+    part = _attend_cached(
         query,
         cache.keys[index],
         cache.values[index],
         cached,
-        lambda block: block,
         positions=positions,
         window=window,
+        config=config,
     )
     first = caching.seen_from(positions, window=window)
     seen = (own <= positions[:, :, None]) & (own >= first[:, :, None])
     part = caching.attend(part, query, keys[index], values[index], seen)
-    x = transformer.finish(
-        layer, x, caching.attended(part, x.dtype), config=config
-    )
+    mean = paged.narrowed(caching.attended(part, x.dtype), config=config)
+    x = transformer.finish(layer, x, mean, config=config)
   visit = dataclasses.replace(visit, keys=tuple(keys), values=tuple(values))
   return visit, transformer.rms_norm(x, params.final_norm, config=config)

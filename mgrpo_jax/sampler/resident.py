@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgrpo_jax import sharding
-from mgrpo_jax.policy import products
+from mgrpo_jax.policy import paged, products
 from mgrpo_jax.policy.cache import KVCache
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.decode import Drawn
@@ -44,7 +44,19 @@ class Resident:
       params: weights.
       sizes: of the engine.
       mesh: of `sharding.sampler_mesh`, None for the default device.
+
+    Raises:
+      ValueError: the cache's kernel is not for an engine like this one.
     """
+    if config.execution.decode_attention is not None:
+      paged.check(
+          config,
+          num_slots=sizes.num_slots,
+          num_rows=sizes.rows,
+          context=sizes.context,
+          block=sizes.block,
+          devices=1 if mesh is None else mesh.size,
+      )
     self._config = config
     self._decode_steps = sizes.decode_steps
     self._decode_rows = sizes.rows
