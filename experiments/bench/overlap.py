@@ -2,7 +2,7 @@ r"""Rollouts that run ahead of training against training in step.
 
     python -m experiments.bench.overlap --workdir=DIR [--pairs=3] \
         [--staleness=1] [--every_core] [--out=FILE] [--config=FILE] \
-        [--config.key=value …] [--launch=local]
+        [--config.key=value …]
 
 Trains the same recipe in turn with `rollout.max_staleness` 0 and with
 --staleness, and prints steps an hour, what a step's rollouts and the rest of it
