@@ -1,15 +1,20 @@
 r"""Times forward and backward of SmolLM2-135M against transformers and torch.
 
 Random weights of SmolLM2's shape, the same on both sides, the same tokens, the
-loss the mean negative log-likelihood of the tokens that count. Two loads:
+loss the mean negative log-likelihood of the tokens that count. Three loads:
 `full`, 8 rows of 256 tokens that all count, and `ragged`, trajectories with
 prompts, tool results and answers of mixed length, of which only sampled tokens
 count: the peer pads them to the longest of 8, as they come (which is what TRL
 does) and, as `sorted`, by length; this project packs them and runs its head for
-sampled tokens only.
+sampled tokens only. `group` is agents' calls of configs/smollm2_factbook.py, as
+bench.rollout has them played, eight rollouts of each of two tasks: the peer
+pads them as they come and runs its head from the first sampled token of its
+rows on (as TRL does); here prompts that calls of a row have in common are
+computed once.
 
     pip install -e .[bench] torch==2.13.0 transformers
     python -m experiments.bench.train --pairs=5 --out=train.json
+    python -m experiments.bench.train --pairs=5 --loads=group --trace=calls.json
 
 and on a GPU, the peer under autocast, a load that fills the card:
 
@@ -36,58 +41,42 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.bench import loads, recorded
 from experiments.bench.decode import POLICIES
-from mgrpo_jax import objectives, packing, update
+from experiments.bench.loads import LENGTH, ROWS, Load
+from mgrpo_jax import objectives, packing, prefixes, update
 from mgrpo_jax.policy import logprobs, params
 from mgrpo_jax.policy.config import DTYPES, Execution, TransformerConfig
 from mgrpo_jax.policy.load import save_directory
 from mgrpo_jax.policy.policy import Policy
-from mgrpo_jax.types import NO_PARENT, Status, Trajectory
+from mgrpo_jax.types import Trajectory
 
 SMOLLM2 = POLICIES["smollm2"]
-ROWS, LENGTH = 8, 256
-RAGGED = 24  # trajectories
-RAGGED_TARGETS = 80  # sampled tokens of a packed row, at most
-
-
-def full_load(rng: np.random.Generator, times: int) -> list[Trajectory]:
-  """Rows of equal length in which all tokens but the first count."""
-  return [_trajectory(rng, n, [(1, LENGTH - 1)]) for n in range(times * ROWS)]
-
-
-def ragged_load(rng: np.random.Generator, times: int) -> list[Trajectory]:
-  """Agent calls: a prompt, then turns of sampled tokens and results."""
-  calls = []
-  for number in range(times * RAGGED):
-    prompt = int(np.clip(rng.lognormal(3.4, 0.5), 12, 100))
-    parts = [(prompt, int(np.clip(rng.lognormal(2.2, 0.6), 3, 40)))]
-    for _ in range(rng.integers(0, 4)):
-      result = int(np.clip(rng.lognormal(3.0, 0.5), 5, 60))
-      parts.append((result, int(np.clip(rng.lognormal(2.0, 0.6), 3, 30))))
-    calls.append(_trajectory(rng, number, parts))
-  return [call for call in calls if len(call.tokens) <= LENGTH]
+LOADS = ("full", "ragged", "sorted", "group")
 
 
 def ours(
     weights: Any,
-    load: Sequence[Trajectory],
-    targets: int,
+    load: Load,
     *,
     config: TransformerConfig,
     most_rows: int,
 ) -> Callable[[], float]:
   """Compiles the gradient of a load; returns what to time."""
   credits = [
-      packing.Credit(trajectory=one, advantage=1.0, weight=1.0) for one in load
+      packing.Credit(trajectory=one, advantage=1.0, weight=1.0)
+      for one in load.calls
   ]
-  used = sum(len(one.tokens) for one in load)
+  used = sum(len(one.tokens) for one in load.calls)
   one_row = packing.BatchShape(
       rows=1,
-      row_tokens=LENGTH,
-      trajectories=len(load),
-      row_targets=targets,
+      row_tokens=load.row_tokens,
+      trajectories=len(load.calls),
+      row_targets=load.row_targets,
+      least_shared=load.least_shared,
   )
   needed = len(packing.pack(credits, shape=one_row))
+  most_rows = -(-most_rows * LENGTH // load.row_tokens)
   rows = -(-needed // -(-needed // most_rows))  # little is left empty
   shape = dataclasses.replace(one_row, rows=rows)
   batches = packing.pack(credits, shape=shape)
@@ -98,7 +87,7 @@ def ours(
       logprobs.predict,
       config=config,
       temperature=1.0,
-      most_wanted=targets if targets < LENGTH else 0,
+      most_wanted=one_row.most_wanted,
   )
   step = jax.jit(
       functools.partial(
@@ -116,8 +105,9 @@ def ours(
     return float(gradient.loss)
 
   print(
-      f"packed: {len(batches)} micro-batches of {rows} x {LENGTH} for {used}"
-      f" tokens, {int(totals.tokens)} of them sampled",
+      f"packed: {len(batches)} micro-batches of {rows} x {load.row_tokens} for"
+      f" {used} tokens, {int(totals.tokens)} of them sampled,"
+      f" {prefixes.shared_fraction(batches):.0%} shared",
       flush=True,
   )
   return run
@@ -125,7 +115,7 @@ def ours(
 
 def theirs(
     directory: pathlib.Path,
-    load: Sequence[Trajectory],
+    load: Load,
     *,
     device: str,
     dtype: str,
@@ -141,10 +131,10 @@ def theirs(
   )
   model.to(device).train()
   narrow = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
-  ordered = list(load)
+  ordered = list(load.calls)
   if by_length:
     ordered.sort(key=lambda one: len(one.tokens))
-  total = sum(float(np.sum(one.loss_mask)) for one in load)
+  total = sum(float(np.sum(one.loss_mask)) for one in ordered)
   rows = max(ROWS, most_rows // ROWS * ROWS)
   batches = [
       [torch.from_numpy(one).to(device) for one in _padded(ordered[i:][:rows])]
@@ -155,11 +145,16 @@ def theirs(
     model.zero_grad()
     whole = torch.zeros((), device=device)
     for ids, attended, counted in batches:
+      first = int(counted.any(dim=0).nonzero()[0]) if load.prompts else 1
       with narrow:
-        logits = model(input_ids=ids, attention_mask=attended).logits
+        logits = model(
+            input_ids=ids,
+            attention_mask=attended,
+            logits_to_keep=ids.shape[1] - first + 1,
+        ).logits
       logps = torch.log_softmax(logits[:, :-1].float(), dim=-1)
-      chosen = torch.gather(logps, 2, ids[:, 1:, None])[..., 0]
-      loss = -(chosen * counted[:, 1:]).sum() / total
+      chosen = torch.gather(logps, 2, ids[:, first:, None])[..., 0]
+      loss = -(chosen * counted[:, first:]).sum() / total
       loss.backward()
       whole += loss.detach()
     return float(whole)  # waits for the device
@@ -196,32 +191,6 @@ def measure(
   }
 
 
-def _trajectory(
-    rng: np.random.Generator, number: int, parts: Sequence[tuple[int, int]]
-) -> Trajectory:
-  """A call of (unsampled, sampled) stretches of random tokens."""
-  mask = np.concatenate(
-      [np.repeat(np.array([0, 1], np.float32), one) for one in parts]
-  )
-  return Trajectory(
-      task_id=f"t{number}",
-      rollout=0,
-      role="main",
-      call=0,
-      parent=NO_PARENT,
-      request="",
-      tokens=rng.integers(SMOLLM2.vocab_size, size=len(mask), dtype=np.int32),
-      loss_mask=mask,
-      sampler_logprobs=np.zeros(len(mask), np.float32),
-      version_min=0,
-      version_max=0,
-      status=Status.COMPLETED,
-      turns=(),
-      result_text="",
-      seconds=0.0,
-  )
-
-
 def _padded(
     load: Sequence[Trajectory],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -237,6 +206,39 @@ def _padded(
   return tokens, attended, counted
 
 
+def make_load(name: str, arguments: argparse.Namespace) -> Load:
+  """Makes a load of its name.
+
+  Args:
+    name: of `LOADS`.
+    arguments: of the command.
+
+  Returns:
+    The load.
+  """
+  rng, times = np.random.default_rng(0), arguments.times
+  if name == "group":
+    return loads.group(rng, times, recorded.calls(arguments.trace))
+  return (loads.full if name == "full" else loads.ragged)(rng, times)
+
+
+def executed(
+    config: TransformerConfig, load: Load, scan_layers: bool
+) -> TransformerConfig:
+  """Says how a load is run here.
+
+  Args:
+    config: sizes.
+    load: whose logits all stay until the backward pass.
+    scan_layers: whether layers run as a loop.
+
+  Returns:
+    The sizes, executed so.
+  """
+  execution = Execution(scan_layers=scan_layers, logit_columns=load.row_targets)
+  return dataclasses.replace(config, execution=execution)
+
+
 def main() -> None:
   """Prints a table; writes JSON where asked."""
   arguments = _arguments()
@@ -248,19 +250,8 @@ def main() -> None:
     raise SystemExit(2) from error
   device = jax.devices()[0]
   print(f"ours on {device.device_kind}, theirs on {arguments.peer}", flush=True)
-  config = dataclasses.replace(
-      SMOLLM2,
-      dtype=arguments.dtype,
-      execution=Execution(scan_layers=arguments.scan_layers),
-  )
+  config = dataclasses.replace(SMOLLM2, dtype=arguments.dtype)
   weights = jax.jit(params.init, static_argnums=1)(jax.random.key(0), config)
-  rng = np.random.default_rng
-  ragged = ragged_load(rng(0), arguments.times)
-  loads = {
-      "full": (full_load(rng(0), arguments.times), LENGTH),
-      "ragged": (ragged, RAGGED_TARGETS),
-      "sorted": (ragged, RAGGED_TARGETS),
-  }
   results = {}
   with tempfile.TemporaryDirectory() as folder:
     directory = pathlib.Path(folder) / "smollm2"
@@ -274,13 +265,13 @@ def main() -> None:
             system="",
         ),
     )
-    for name, (load, targets) in loads.items():
+    for name in arguments.loads:
+      load = make_load(name, arguments)
       results[name] = measure(
           ours(
               weights,
               load,
-              targets,
-              config=config,
+              config=executed(config, load, arguments.scan_layers),
               most_rows=arguments.most_rows,
           ),
           theirs(
@@ -294,7 +285,7 @@ def main() -> None:
           pairs=arguments.pairs,
           tolerance=1e-4 if arguments.dtype == "float32" else 1e-2,
       )
-      tokens = sum(len(one.tokens) for one in load)
+      tokens = sum(len(one.tokens) for one in load.calls)
       _print(name, results[name], tokens, params.num_params(config))
   if arguments.out:
     arguments.out.write_text(json.dumps(results, indent=2) + "\n")
@@ -327,11 +318,22 @@ def _arguments() -> argparse.Namespace:
   parser.add_argument(
       "--most_rows", type=int, default=12, help="of a micro-batch"
   )
+  parser.add_argument(
+      "--loads", type=lambda text: text.split(","), default=list(LOADS)
+  )
+  parser.add_argument(
+      "--trace",
+      type=pathlib.Path,
+      default=pathlib.Path(tempfile.gettempdir()) / "mgrpo_rollout/calls.json",
+      help="recorded calls; recorded where there are none",
+  )
   parser.add_argument("--out", type=pathlib.Path)
   arguments = parser.parse_args()
   for name in ("pairs", "times", "most_rows"):
     if getattr(arguments, name) < 1:
       parser.error(f"--{name} must be at least 1")
+  if unknown := set(arguments.loads) - set(LOADS):
+    parser.error(f"--loads: {unknown} are not among {LOADS}")
   return arguments
 
 
