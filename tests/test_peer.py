@@ -124,14 +124,19 @@ def test_a_job_that_never_comes_is_waited_for_only_so_long(bucket):
   assert any("no sign of life" in line and "'sub'" in line for line in said)
 
 
-def test_a_job_that_lives_is_waited_for_longer_than_patience(bucket):
+def test_a_job_that_lives_is_waited_for_longer_than_patience(
+    bucket, monkeypatch
+):
+  monkeypatch.setattr(
+      peer, "_SILENT", 15.0
+  )  # where all is busy, beats are late
   said = []
 
   async def work():
-    async with waiting(bucket, said, patience=0.3) as other:
+    async with waiting(bucket, said, patience=2.0) as other:
       with heart(bucket) as beating:
         waits = asyncio.create_task(other.ready(2))
-        await asyncio.sleep(0.9)
+        await asyncio.sleep(3.0)
         assert not waits.done()
         beating.ready(2)
         await asyncio.wait_for(waits, 5)
@@ -236,9 +241,9 @@ def test_a_job_that_waits_for_a_third_one_is_waited_for(bucket):
   async def work():
     with heart(bucket) as theirs, heart(bucket, policy="main") as own:
       with theirs.waiting("third", "to have done 2 steps"):
-        async with waiting(bucket, [], patience=0.3, heart=own) as other:
+        async with waiting(bucket, [], patience=2.0, heart=own) as other:
           waits = asyncio.create_task(other.ready(2))
-          await asyncio.sleep(1.0)
+          await asyncio.sleep(3.0)
           assert not waits.done()
           assert members.read(bucket, "main").waits == "sub"
           theirs.ready(2)
@@ -251,11 +256,11 @@ def test_a_job_that_could_not_look_gives_nobody_up(bucket):
   """Its event loop is blocked for longer than patience, as by compiling."""
 
   async def work():
-    async with waiting(bucket, [], patience=0.5) as other:
+    async with waiting(bucket, [], patience=2.0) as other:
       with heart(bucket) as beating:
         waits = asyncio.create_task(other.ready(1))
         await asyncio.sleep(0.1)
-        time.sleep(1.5)
+        time.sleep(4.0)
         await asyncio.sleep(0.2)
         assert not waits.done()
         beating.ready(1)
