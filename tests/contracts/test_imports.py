@@ -48,6 +48,7 @@ PURE = (
     "policy.attention",
     "policy.cache",
     "policy.decode",
+    "policy.paged",
     "policy.filters",
     "policy.sampling",
     "policy.logprobs",
