@@ -49,6 +49,7 @@ PURE = (
     "policy.attention",
     "policy.cache",
     "policy.decode",
+    "policy.paged",
     "policy.filters",
     "policy.sampling",
     "policy.logprobs",
