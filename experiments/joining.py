@@ -125,7 +125,6 @@ def check(config: ml_collections.ConfigDict) -> None:
   for key, value in {
       "budget.trained_tokens": config.budget.trained_tokens,
       "budget.generated_tokens": config.budget.generated_tokens,
-      "rollout.max_staleness": config.rollout.max_staleness,
       "rollout.spare": config.rollout.spare,
       "tasks.resample": config.tasks.resample,
       "symbolic": len(config.symbolic),

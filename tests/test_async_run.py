@@ -1,7 +1,8 @@
-"""A whole run in miniature whose rollouts run ahead."""
+"""Whole runs in miniature whose rollouts run ahead; killed for real."""
 
 import dataclasses
 import io
+import signal
 
 import pytest
 import test_resume
@@ -110,3 +111,21 @@ def test_tokens_of_a_step_are_its_own(local):
     assert bool(kept) == (row["generated_tokens"] > before)
     before = row["generated_tokens"]
   assert summary["tokens"]["generated"] == before
+
+
+def test_a_run_that_is_killed_goes_on_with_what_had_been_begun(tmp_path):
+  directory = tmp_path / "run"
+
+  def start():
+    return test_resume.start(directory, 7, STALENESS)
+
+  process = start()
+  test_resume.wait_for_step(process, directory, 5)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  test_resume.finish(start())
+  expected = expected_tasks(seed=test_resume.SEED, imitated=2, total=9)
+  assert test_resume.trained_tasks(directory) == expected
+  rows = read_metrics(directory / "metrics.jsonl")
+  assert [row["step"] for row in rows] == list(range(9))
+  check_ages(directory, rows, ("main", "researcher"))

@@ -95,8 +95,8 @@ def test_what_jobs_cannot_do_is_refused_by_name():
   budget = Budget(trained_tokens=5, generated_tokens=0)
   with pytest.raises(ValueError, match="without budget"):
     restricted(replace(setup, budget=budget), "main")
-  with pytest.raises(ValueError, match="without resample, max_staleness"):
-    restricted(replace(setup, resample=1, max_staleness=2), "main")
+  with pytest.raises(ValueError, match="without resample"):
+    restricted(replace(setup, resample=1), "main")
   own = restricted(setup, "researcher")
   assert own.own == ("researcher",) and own.elsewhere == {"main"}
   assert own.policies["main"].params is None

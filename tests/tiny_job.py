@@ -2,12 +2,15 @@
 
 python tiny_job.py DIRECTORY BUCKET POLICY SEED STEPS
 
-POLICY may be `all`: then the run is in one process.
+POLICY may be `all`: then the run is in one process. The environment's STALENESS
+is that of the setup.
 """
 
 import asyncio
+import dataclasses
 import functools
 import json
+import os
 import pathlib
 import sys
 import tempfile
@@ -75,6 +78,8 @@ def main():
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   directory, bucket, policy, seed, steps = sys.argv[1:]
   setup = delegating_setup(seed=int(seed), imitation_steps=2, steps=int(steps))
+  staleness = int(os.environ.get("STALENESS", "0"))
+  setup = dataclasses.replace(setup, max_staleness=staleness)
   print(
       json.dumps(
           train(

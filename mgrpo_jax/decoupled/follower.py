@@ -58,17 +58,23 @@ class Follower(Part):
       groups, scores = found
     if scores is None:
       raise CorruptError(f"the spool of step {step} holds no scores")
-    self._scores = scores
+    self._told.append(scores)
     own = (t for g in groups for t in g.trajectories if t.account is None)
     return groups, sum(t.sampled for t in own)
 
   def _graded(
       self, stage: Stage, groups: Sequence[RolloutGroup]
   ) -> list[Scores]:
-    """The leader's rewards."""
+    """The leader's rewards, but for what this job's policy has outgrown."""
     if stage.objective == "imitate":
       return super()._graded(stage, groups)
-    return self._scores
+    scores = self._scored(stage, groups)
+    old = [self._publisher.outgrew(stage, group) for group in groups]
+    self.meter.values["stale"] = float(sum(old))
+    return [
+        told.uncounted() if outgrown else told
+        for told, outgrown in zip(scores, old, strict=True)
+    ]
 
   async def _examined(
       self, tasks: Sequence[Task], split: str
@@ -81,8 +87,7 @@ class Follower(Part):
       found = await self._answered(
           lambda: self._board.evaluation(split, done),
           f"to evaluate {split} after {done} steps",
-      )
-      self.desk.close()
+      )  # the desk stays open: the leader may be rolling out that step by now
     own = self.resources.learners.keys()
     return found[0], sum(n for p, n in found[1].items() if p in own)
 

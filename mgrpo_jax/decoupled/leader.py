@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mgrpo_jax.agents.call import turn_seed
-from mgrpo_jax.atomic import MismatchError
-from mgrpo_jax.credit import Credits
+from mgrpo_jax.atomic import CorruptError, MismatchError
 from mgrpo_jax.decoupled.part import Part
 from mgrpo_jax.evaluate import Evaluation
+from mgrpo_jax.meter import Meter
 from mgrpo_jax.rewards import Scores
+from mgrpo_jax.run import Run
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.types import RolloutGroup, Status, Task, TrainState
 
@@ -50,7 +51,7 @@ class Leader(Part):
             f"step {step} stands in the bucket, but not in this run directory:"
             " give that which the run began with, or another bucket"
         )
-      await self._ready(step)
+      await self._ready(step, self.drawing)
       groups = await self._roll_out(tasks, seed)
       groups = [
           self._filled(group, seed, groups[:b])
@@ -59,20 +60,19 @@ class Leader(Part):
       self._spool.write(step, groups, None)
     else:
       groups, _ = found
+      if [g.task.id for g in groups] != [t.id for t in tasks]:
+        raise CorruptError(f"the spool of step {step} is of other tasks")
+    self._tell(step, groups, Run._scored(self, stage, groups))
     return groups, sum(t.sampled for g in groups for t in g.trajectories)
 
-  def assign(
-      self,
-      stage: Stage,
-      groups: Sequence[RolloutGroup],
-      scores: Sequence[Scores],
-      step: int,
-  ) -> Credits:
-    """Arrows 4 and 5; before, the step is made a fact for the others."""
-    if stage.objective == "reinforce" and not self._board.has_step(step):
+  def _tell(
+      self, step: int, groups: Sequence[RolloutGroup], scores: list[Scores]
+  ) -> None:
+    """Makes a step a fact for the others, and keeps what it earned."""
+    if not self._board.has_step(step):
       written = self._board.announce(step, groups, scores)
       self._count(written, groups)
-    return super().assign(stage, groups, scores, step)
+    self._told.append(scores)
 
   async def _examined(
       self, tasks: Sequence[Task], split: str
@@ -81,7 +81,7 @@ class Leader(Part):
     found = self._board.evaluation(split, self.done)
     if found is not None:
       return found[0], sum(found[1].values())
-    await self._ready(self.done)
+    await self._ready(self.done, self.meter)
     result, _ = await super()._examined(tasks, split)
     team = self.setup.team
     tokens = dict.fromkeys(team.policies, 0)
@@ -91,10 +91,10 @@ class Leader(Part):
     self._board.write_evaluation(split, self.done, result, tokens)
     return result, sum(tokens.values())
 
-  async def _ready(self, done: int) -> None:
+  async def _ready(self, done: int, meter: Meter) -> None:
     """Waits until all jobs answer calls of a team so many steps old."""
     self._open(done)
-    with self.meter.timed("jobs"):
+    with meter.timed("jobs"):
       for peer in self._peers.values():
         await peer.ready(done)
     self._begun = self._crossed()
@@ -113,7 +113,7 @@ class Leader(Part):
     if not calls:
       return
     trajectories = sum(len(group.trajectories) for group in groups)
-    self.meter.values |= {
+    self.drawing.values |= {
         "crossed_text": text / calls,
         "crossed_besides": (total - text) / calls + written / trajectories,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import pathlib
 import socket
@@ -70,8 +71,11 @@ class Part(Run):
     super().__init__(resources)
     setup = resources.setup
     tasks = {t.id: t for part in setup.tasks.values() for t in part}
-    self.done = 0
+    self.done = 0  # steps that were trained on
+    self.opened = 0  # steps that the team of the calls under way has done
     self._step = 0
+    # Rewards of the steps rolled out and not graded, in their order.
+    self._told: collections.deque[list[Scores]] = collections.deque()
     self._tasks = tasks
     self._peers = peers
     self._heart = heart
@@ -95,6 +99,14 @@ class Part(Run):
         tasks=tasks,
         method=setup.method,
     )
+
+  def _scored(
+      self, stage: Stage, groups: Sequence[RolloutGroup]
+  ) -> list[Scores]:
+    """Rewards as the leader told them."""
+    if stage.objective == "imitate":
+      return super()._scored(stage, groups)
+    return self._told.popleft()
 
   def assign(
       self,
@@ -186,6 +198,7 @@ class Part(Run):
 
   def _open(self, done: int) -> None:
     """Answers other jobs' calls of a team so many steps old."""
+    self.opened = done
     self.desk.open(done)
     self._heart.ready(done)
 

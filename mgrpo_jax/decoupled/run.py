@@ -86,7 +86,7 @@ async def open_job(
     def reach(purpose: str) -> dict[str, Remote]:
       return {
           policy: Remote(
-              peer, purpose, done=lambda: part[0].done, traffic=traffic
+              peer, purpose, done=lambda: part[0].opened, traffic=traffic
           )
           for policy, peer in peers.items()
       }
@@ -133,7 +133,6 @@ def restricted(setup: Setup, policy: str) -> Setup:
       "resample": setup.resample,
       "spares": setup.sampler.spares.count,
       "budget": bool(setup.budget.limits()),
-      "max_staleness": setup.max_staleness,
       "coded": bool(setup.coded),
   }
   if found := [name for name, value in refused.items() if value]:
