@@ -1,5 +1,6 @@
 """The soak does what it says to jobs, and its checks can fail."""
 
+import argparse
 import collections
 import random
 import resource
@@ -11,7 +12,6 @@ import time
 
 import killed
 import pytest
-from absl import flags
 from trajectories import group, task, trajectory
 
 from experiments.bench import soak, soak_checks
@@ -20,11 +20,6 @@ from mgrpo_jax.report import records
 from mgrpo_jax.report.writer import MetricsWriter
 
 SLEEPS = "import time; print('up', flush=True); time.sleep(600)"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def defaults():
-  flags.FLAGS.mark_as_parsed()
 
 
 def run_directory(path, rollouts):
@@ -108,7 +103,8 @@ def state(process):
 def test_jobs_are_killed_stopped_starved_and_started_again(
     tmp_path, monkeypatch
 ):
-  jobs = Dummy(tmp_path, "s3://nowhere", random.Random(0))
+  options = argparse.Namespace(workdir=tmp_path, patience=60.0)
+  jobs = Dummy(options, "s3://nowhere", random.Random(0))
   try:
     jobs.look()
     first = jobs.all[0].process

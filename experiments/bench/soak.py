@@ -18,6 +18,7 @@ command fails unless parameters are equal bit for bit, every trajectory is there
 once, and no version was ever read in two ways.
 """
 
+import argparse
 import collections
 import contextlib
 import dataclasses
@@ -32,8 +33,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-from absl import flags
 
 from experiments import cli
 from experiments.bench import soak_checks
@@ -54,19 +53,6 @@ _SECOND = 90.0  # seconds in which a second job from elsewhere is refused
 _LIMIT = 3600.0  # seconds in which the run ends once it is left alone
 # What is done to jobs, and how often of 20 times.
 _KINDS = {"kill": 8, "stop": 5, "long stop": 1, "full disk": 4, "second": 2}
-_WORKDIR = flags.DEFINE_string("workdir", "", "new directory")
-_FAULTS = flags.DEFINE_integer("faults", 200, "how many to inject, at least")
-_SEED = flags.DEFINE_integer("seed", 0, "of all draws")
-_STEPS = flags.DEFINE_integer("steps", 24, "of training, half in each stage")
-_RATE = flags.DEFINE_float("rate", 0.02, "share of requests that are spoilt")
-_PAUSE = flags.DEFINE_float("pause", 20.0, "mean seconds between job faults")
-_PATIENCE = flags.DEFINE_float(
-    "patience", 60.0, "jobs.patience: more seconds than a job takes to start"
-)
-_ALONE = flags.DEFINE_string(
-    "alone", "", "run directory of the same recipe left alone, if there is one"
-)
-_OUT = flags.DEFINE_string("out", "", "JSON file for the counts")
 
 
 @dataclasses.dataclass
@@ -83,16 +69,17 @@ class Jobs:
   """Runs jobs, starts again what ends, and does things to them."""
 
   def __init__(
-      self, root: pathlib.Path, bucket: str, rng: random.Random
+      self, options: argparse.Namespace, bucket: str, rng: random.Random
   ) -> None:
     """Starts nothing yet."""
     self.counts: collections.Counter[str] = collections.Counter()
     self.ends: collections.Counter[str] = collections.Counter()
-    self._root = root
+    self._options = options
+    self._root = options.workdir
     self._bucket = bucket
     self._rng = rng
     self._undo: list[tuple[float, Callable[[], None]]] = []
-    self.all = [Job(policy, root / policy) for policy in POLICIES]
+    self.all = [Job(policy, options.workdir / policy) for policy in POLICIES]
 
   @property
   def pending(self) -> bool:
@@ -136,7 +123,8 @@ class Jobs:
     else:
       low, high = (0.1, 5 * _HEARTBEAT)
       if kind == "long stop":
-        low, high = _PATIENCE.value, 1.5 * _PATIENCE.value
+        low = self._options.patience
+        high = 1.5 * low
       seconds = self._rng.uniform(low, high)
       process.send_signal(signal.SIGSTOP)
       self._later(seconds, lambda: process.send_signal(signal.SIGCONT))
@@ -191,11 +179,11 @@ class Jobs:
     search = f"{clock}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     extra = {"SOAK_SKEW": str(skew), "PYTHONPATH": search}
     arguments = (f"--policy={policy}", f"--bucket={self._bucket}")
-    return _train(self._root, folder, arguments, extra)
+    return _train(self._options, folder, arguments, extra)
 
 
 def _train(
-    root: pathlib.Path,
+    options: argparse.Namespace,
     folder: pathlib.Path,
     arguments: Sequence[str],
     extra: Mapping[str, str],
@@ -207,11 +195,11 @@ def _train(
           "-m",
           "experiments.train",
           "--config=configs/decoupled_quickstart.py:smoke",
-          f"--config.stages.easy.steps={_STEPS.value // 2}",
-          f"--config.stages.hard.steps={_STEPS.value - _STEPS.value // 2}",
-          f"--config.evaluation.every={max(1, _STEPS.value // 2)}",
+          f"--config.stages.easy.steps={options.steps // 2}",
+          f"--config.stages.hard.steps={options.steps - options.steps // 2}",
+          f"--config.evaluation.every={max(1, options.steps // 2)}",
           f"--config.jobs.heartbeat={_HEARTBEAT}",
-          f"--config.jobs.patience={_PATIENCE.value}",
+          f"--config.jobs.patience={options.patience}",
           f"--workdir={folder}",
           *arguments,
       ],
@@ -220,7 +208,9 @@ def _train(
       stderr=subprocess.STDOUT,
       env={
           **os.environ,
-          "JAX_COMPILATION_CACHE_DIR": str(root.parent / "soak_cache"),
+          "JAX_COMPILATION_CACHE_DIR": str(
+              options.workdir.parent / "soak_cache"
+          ),
           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
           **extra,
       },
@@ -247,13 +237,14 @@ def _said(folder: pathlib.Path, code: int) -> str:
   return f"code {code}: {''.join(last)[:200]}"
 
 
-def soak(root: pathlib.Path) -> dict[str, Any]:
+def soak(options: argparse.Namespace) -> dict[str, Any]:
   """Runs the recipe alone and among faults, and compares."""
-  alone = pathlib.Path(_ALONE.value or root / "alone")
-  if not _ALONE.value and _train(root, alone, (), {}).wait():
+  root = options.workdir
+  alone = options.alone or root / "alone"
+  if not options.alone and _train(options, alone, (), {}).wait():
     raise RuntimeError(f"the run alone failed, see {alone}.log")
-  rng = random.Random(_SEED.value)
-  faults = faulty.Faults(seed=_SEED.value, rate=0.0, seconds=2.0)
+  rng = random.Random(options.seed)
+  faults = faulty.Faults(seed=options.seed, rate=0.0, seconds=2.0)
   began = time.monotonic()
   with (
       object_servers.s3() as server,
@@ -261,11 +252,11 @@ def soak(root: pathlib.Path) -> dict[str, Any]:
   ):
     url = f"s3://{object_servers.BUCKET}/run?endpoint={proxy}"
     like = {name: load(_WEIGHTS / name).params for name in POLICIES}
-    jobs, reader = Jobs(root, url, rng), soak_checks.Reader(url, like)
+    jobs, reader = Jobs(options, url, rng), soak_checks.Reader(url, like)
     with contextlib.closing(jobs), reader.reading():
       jobs.look()
-      faults.rate = _RATE.value
-      _disturb(jobs, faults, rng)
+      faults.rate = options.rate
+      _disturb(jobs, faults, rng, options)
       faults.rate = 0.0
       enough = not jobs.over
       end = time.monotonic() + _LIMIT
@@ -279,7 +270,7 @@ def soak(root: pathlib.Path) -> dict[str, Any]:
         time.sleep(0.2)
   folders = {job.policy: job.folder for job in jobs.all}
   problems = reader.torn() + soak_checks.wrong(
-      alone, folders, steps=_STEPS.value
+      alone, folders, steps=options.steps
   )
   if not enough:
     problems.append("the run was over before enough faults: give more --steps")
@@ -297,37 +288,42 @@ def soak(root: pathlib.Path) -> dict[str, Any]:
   }
 
 
-def _disturb(jobs: Jobs, faults: faulty.Faults, rng: random.Random) -> None:
+def _disturb(
+    jobs: Jobs,
+    faults: faulty.Faults,
+    rng: random.Random,
+    options: argparse.Namespace,
+) -> None:
   """Injects faults until there were enough, or the run is over."""
-  due = time.monotonic() + rng.expovariate(1 / _PAUSE.value)
+  due = time.monotonic() + rng.expovariate(1 / options.pause)
   while not jobs.over:
     jobs.look()
     if time.monotonic() > due and not jobs.over:
       jobs.trouble()
-      due = time.monotonic() + rng.expovariate(1 / _PAUSE.value)
-    if faults.injected.total() + jobs.counts.total() >= _FAULTS.value:
+      due = time.monotonic() + rng.expovariate(1 / options.pause)
+    if faults.injected.total() + jobs.counts.total() >= options.faults:
       return
     time.sleep(0.1)
 
 
 def main() -> None:
   """Prints the tables and writes them."""
-  root = pathlib.Path(_WORKDIR.value).absolute()
-  if root.exists():
-    cli.fail(f"--workdir={root}: exists")
-  root.mkdir(parents=True)
-  found = soak(root)
+  options = _options()
+  if options.workdir.exists():
+    cli.fail(f"--workdir={options.workdir}: exists")
+  options.workdir.mkdir(parents=True)
+  found = soak(options)
   total = sum(found["injected"].values())
   cli.say(
       f"{total} faults, {found['requests']} requests, {found['seconds']} s,"
-      f" seed {_SEED.value}"
+      f" seed {options.seed}"
   )
   for title in ("injected", "ends", "reads"):
     cli.say(f"\n| {title} | times |\n|---|---|")
     for what, times in sorted(found[title].items()):
       cli.say(f"| {what} | {times} |")
-  if _OUT.value:
-    atomic.write_json(pathlib.Path(_OUT.value), found)
+  if options.out:
+    atomic.write_json(options.out, found)
   for problem in found["problems"]:
     cli.say(f"WRONG: {problem}")
   if found["problems"]:
@@ -335,5 +331,38 @@ def main() -> None:
   cli.say("\nparameters equal bit for bit, every trajectory once, none torn")
 
 
+def _path(text: str) -> pathlib.Path:
+  """An absolute path."""
+  return pathlib.Path(text).absolute()
+
+
+def _options() -> argparse.Namespace:
+  """Reads the command line."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--workdir", type=_path, required=True, help="new")
+  parser.add_argument("--faults", type=int, default=200, help="at least")
+  parser.add_argument("--seed", type=int, default=0, help="of all draws")
+  parser.add_argument(
+      "--steps", type=int, default=24, help="of training, half in each stage"
+  )
+  parser.add_argument(
+      "--rate", type=float, default=0.02, help="of requests that are spoilt"
+  )
+  parser.add_argument(
+      "--pause", type=float, default=20.0, help="seconds between job faults"
+  )
+  parser.add_argument(
+      "--patience",
+      type=float,
+      default=60.0,
+      help="jobs.patience: more seconds than a job takes to start",
+  )
+  parser.add_argument(
+      "--alone", type=_path, help="run directory of the recipe left alone"
+  )
+  parser.add_argument("--out", type=_path, help="JSON file for the counts")
+  return parser.parse_args()
+
+
 if __name__ == "__main__":
-  cli.run(main, required=("workdir",))
+  main()
