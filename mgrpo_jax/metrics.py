@@ -40,7 +40,7 @@ class Metric:
   """
 
   name: str
-  per: Literal["", "role", "policy", "split", "phase", "event"]
+  per: Literal["", "role", "policy", "split", "phase", "event", "updates"]
   unit: str
   better: Literal["higher", "lower", ""]
   meaning: str
