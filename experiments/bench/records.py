@@ -117,7 +117,7 @@ def _alone(do: Callable[[], object]) -> float:
 
 async def _unasked(*arguments: Any, **others: Any) -> Any:
   """Stands where a policy would; nothing is sampled here."""
-  raise NotImplementedError
+  raise RuntimeError("a policy was asked, though nothing is sampled here")
 
 
 def _played(work: scaling.Work) -> tuple[list[Any], list[Scores]]:

@@ -100,8 +100,7 @@ async def open_job(
         )
     )
     resources.writer.guard(heart.sure)
-    team = setup.team
-    leads = team[team.root].policy == job.policy
+    leads = setup.team[setup.team.root].policy == job.policy
     run = (Leader if leads else Follower)(
         resources, job=job, peers=peers, heart=heart, traffic=traffic
     )

@@ -69,9 +69,8 @@ def predict(
       entropy[t] = -Σ p log p,   p = softmax(logits[t - 1] / temperature)
       values[t] = value_head · hidden[t - 1]
 
-  Logits are computed for `execution.logit_columns` at a time and recomputed in
-  the backward pass, so [N, T, V] exists in neither; where that is all columns,
-  they are kept.
+  Logits are computed for `execution.logit_columns` at a time, and again in the
+  backward pass unless that is all columns: else [N, T, V] exists in neither.
 
   Args:
     params: weights.
