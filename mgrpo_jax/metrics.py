@@ -104,7 +104,8 @@ METRICS: Mapping[str, Metric] = dict((
     _metric("spread", "role", "1", "",
             "mean standard deviation of the rewards within a task"),
     _metric("flat_groups", "role", "1", "lower",
-            "share of tasks none of whose calls has an advantage"),
+            "share of tasks none of whose calls has an advantage; missing where"
+            " calls are compared with nothing"),
     _metric("stale", "", "tasks", "lower",
             "groups sampled from weights that were too old; tasks put back"),
     _metric("replaced", "", "tasks", "",

@@ -194,10 +194,8 @@ class Run:
       if stage.objective == "imitate":
         return credit.copied(groups, scores, self.setup.team)
       credits = self._compared(stage, groups, scores, step)
-    for role, assignment in credits.assignments.items():
-      self.meter.values |= statistics.of_assignment(role, assignment)
-    self.meter.values |= statistics.staleness(
-        credits.by_policy, self._publisher.numbers
+    self.meter.values |= statistics.of_credits(
+        credits, self.setup.method.comparison, self._publisher.numbers
     )
     return credits
 
