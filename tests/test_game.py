@@ -27,7 +27,7 @@ STRATEGIES = (
     alignment.inverse_count,
 )
 DUPLICATE, MASK, INVERSE = STRATEGIES
-BEYOND = (estimators.no_baseline, advantages.other_rollouts)
+BEYOND = (advantages.plain, advantages.other_rollouts)
 # Advantages, weights and slopes are float32 whatever the game is.
 FLOAT32 = dict(rtol=2e-5, atol=1e-7)
 FLOAT64 = dict(rtol=1e-10, atol=1e-14)
@@ -412,8 +412,8 @@ def test_the_variance_that_copies_add():
   scatter = np.einsum("gkd,gkdp->gk", shares, terms**2) - (centre**2).sum(2)
   removed = np.where(d > 0, (3 - d) / (3 * n) ** 2, 0.0) * scatter
   expected = listed(PAPER, LAW, INVERSE, 3, 3).chance @ removed.sum(1)
-  copies = exactly(PAPER, estimators.no_baseline, align=DUPLICATE)
-  weights = exactly(PAPER, estimators.no_baseline, align=INVERSE)
+  copies = exactly(PAPER, advantages.plain, align=DUPLICATE)
+  weights = exactly(PAPER, advantages.plain, align=INVERSE)
   assert expected > 0
   assert copies.draws == pytest.approx(expected, rel=1e-5)
   assert weights.draws == pytest.approx(0, abs=1e-12)
@@ -474,7 +474,7 @@ def test_the_command_measures_what_it_says():
   rows = list(gradients.measure(case))
   assert len(rows) == 3 * len(gradients.NORMALISERS)
   for row in gradients.measure_copies(case):
-    exact = row["normaliser"] in ("no_baseline", "other_rollouts")
+    exact = row["normaliser"] in ("plain", "other_rollouts")
     assert (row["gap"] < 1e-5) == exact
   (row,) = (
       r

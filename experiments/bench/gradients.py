@@ -56,7 +56,7 @@ ALIGNMENTS = (
     alignment.mask,
 )
 NORMALISERS = (
-    estimators.no_baseline,
+    advantages.plain,
     advantages.other_rollouts,
     advantages.mean_only,
     advantages.leave_one_out,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mgrpo_jax import losses, numerics
+from mgrpo_jax import losses
 from mgrpo_jax.credit import Advantage
 from mgrpo_jax.testing.batches import Enumerated, Slots
 
@@ -58,21 +58,6 @@ class Comparison:
   angle_error: float
   noise: float
   draws: float
-
-
-def no_baseline(
-    rewards: Float[Array, "B K D"], weights: Float[Array, "B K D"]
-) -> Float[Array, "B K D"]:
-  """Takes the reward as it is: REINFORCE, for comparison.
-
-  Args:
-    rewards: R.
-    weights: w, from the alignment.
-
-  Returns:
-    R, 0 on slots of weight 0.
-  """
-  return numerics.masked(rewards, weights)
 
 
 def gradients(slots: Slots, *, advantage: Advantage) -> Float[Array, "G P"]:
