@@ -183,11 +183,12 @@ def per_block(
   counted = queued(weights) > 0
   last = jnp.sum(counted) + jnp.cumsum(~counted)
   place = jnp.where(counted, jnp.cumsum(counted), last) - 1
-  blocks = [
-      jnp.zeros(b * k * d).at[place].set(queued(values)).reshape(-1, k)
-      for values in (rewards, weights)
-  ]
-  gains = _standardised(*blocks, axis=(1,)).ravel()[place]
+
+  def in_blocks(values: Array) -> Array:
+    return jnp.zeros(b * k * d).at[place].set(queued(values)).reshape(-1, k)
+
+  blocks = _standardised(in_blocks(rewards), in_blocks(weights), (1,))
+  gains = blocks.ravel()[place]
   return jnp.swapaxes(gains.reshape(k, b, d), 0, 1)
 
 
