@@ -172,7 +172,8 @@ def _add_tasks(config: ml_collections.ConfigDict) -> None:
   config.tasks = ml_collections.ConfigDict()
   config.tasks.seed = 0  # of which questions are drawn, and their wordings
   config.tasks.per_step = 8  # B, tasks a step, >= 1
-  # Rounds in which groups of equal rewards are replaced by new ones, >= 0.
+  # Rounds in which groups without an advantage are replaced by new ones, >= 0;
+  # 0 with plain and per_batch, under which equal rewards may have advantages.
   config.tasks.resample = 0
   config.tasks.max_retries = 3  # in a row, of a task that was put back, >= 0
   config.tasks.renamed = 0.8  # share of demonstrations under other names

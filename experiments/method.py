@@ -71,6 +71,10 @@ IMPORTANCES = {
     "sequence": importance.by_sequence,
     "sequence_rejection": importance.reject_sequences,
 }
+_UNSPREAD = {  # comparisons under which equal rewards may have advantages
+    "plain": "groups without spread teach, too",
+    "per_batch": "groups without spread teach beside other tasks' groups",
+}
 FORMATS = {"answered": grades.answered, "well_formed": grades.well_formed}
 CORRECT_OF = {"root": rewards.of_root, "parent": rewards.of_parent}
 
@@ -172,10 +176,11 @@ def _comparison(config: ml_collections.ConfigDict) -> Comparison:
         f"config.advantage: {config.advantage!r}, allowed: per_subtask, where"
         " roles have attempts that their callers do not see"
     )
-  if config.tasks.resample and config.advantage == "plain":
+  if config.tasks.resample and config.advantage in _UNSPREAD:
     raise ValueError(
         f"config.tasks.resample: {config.tasks.resample} must be 0 where"
-        " config.advantage is plain: groups without spread teach, too"
+        f" config.advantage is {config.advantage}:"
+        f" {_UNSPREAD[config.advantage]}"
     )
   if config.critic.coefficient and config.advantage != "plain":
     raise ValueError(

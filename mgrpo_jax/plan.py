@@ -62,8 +62,27 @@ class Method:
       return "none"
     return "moving" if self.reference_every else "first"
 
+  def moves_reference(self, number: int) -> bool:
+    """Whether the reference moves to the policy after a stage's step.
+
+    Args:
+      number: of the step within the stage, from 0.
+
+    Returns:
+      True after every `reference_every` steps, where there is a reference.
+    """
+    every = self.reference_every
+    return self.reference == "moving" and (number + 1) % every == 0
+
   def objective(self, stage: Stage) -> objectives.Objective:
-    """What a stage minimises."""
+    """What a stage minimises.
+
+    Args:
+      stage: of the step.
+
+    Returns:
+      The loss of imitation or of reinforcement, as the stage says.
+    """
     imitates = stage.objective == "imitate"
     return self.imitation_loss if imitates else self.policy_loss
 
