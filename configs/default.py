@@ -128,7 +128,13 @@ def stage(objective: str, steps: int) -> ml_collections.ConfigDict:
   config.hasty = 0.0  # imitation: share of calls cut short, see expert.py
   # The rate falls along a cosine to this share of the peak; 1 keeps it.
   config.final_fraction = 1.0  # in [0, 1]
-  return config.lock()
+  # By role, what its rewards count here: any of format_share, correct_share,
+  # expert_share in [0, 1] and overlong_share >= 0, as a recipe says it in
+  # `config.stages.hard.reward.researcher = {"expert_share": 0.2}`; the rest is
+  # the run's. Imitation shows rewards and does not learn from them.
+  config.reward = ml_collections.ConfigDict()
+  config.lock().reward.unlock()
+  return config
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -178,7 +178,7 @@ class Run:
     """Rewards; those of a group that is not whole count nothing."""
     method = self.setup.method
     found = (
-        rewards.score(one, weights=method.reward_weights, rules=method.rules)
+        rewards.score(one, weights=method.rewards_of(stage), rules=method.rules)
         for one in groups
     )
     return [one if np.all(one.weight > 0) else one.uncounted() for one in found]

@@ -1,6 +1,7 @@
 """What a recipe decides, stage by stage."""
 
 import asyncio
+import dataclasses
 
 import jax
 import numpy as np
@@ -63,3 +64,15 @@ def test_what_a_run_compares_with_moves_when_it_is_due(tmp_path, every):
   assert equal(references[0], begun)
   assert equal(references[1], trained[1])
   assert equal(references[2], trained[1])
+
+
+def test_what_a_stage_does_not_say_of_rewards_is_the_runs():
+  setup = make_setup()
+  whole = setup.method.reward_weights
+  other = dataclasses.replace(whole["researcher"], expert=0.0)
+  method = dataclasses.replace(
+      setup.method, stage_rewards={"reinforce": {"researcher": other}}
+  )
+  imitate, reinforce = setup.stages
+  assert method.rewards_of(imitate) == whole
+  assert method.rewards_of(reinforce) == {**whole, "researcher": other}
