@@ -128,7 +128,13 @@ def stage(objective: str, steps: int) -> ml_collections.ConfigDict:
   config.hasty = 0.0  # imitation: share of calls cut short, see expert.py
   # The rate falls along a cosine to this share of the peak; 1 keeps it.
   config.final_fraction = 1.0  # in [0, 1]
-  return config.lock()
+  # By role, what its rewards count here: any of format_share, correct_share,
+  # expert_share in [0, 1] and overlong_share >= 0, as a recipe says it in
+  # `config.stages.hard.reward.researcher = {"expert_share": 0.2}`; the rest is
+  # the run's. Imitation shows rewards and does not learn from them.
+  config.reward = ml_collections.ConfigDict()
+  config.lock().reward.unlock()
+  return config
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -172,7 +178,8 @@ def _add_tasks(config: ml_collections.ConfigDict) -> None:
   config.tasks = ml_collections.ConfigDict()
   config.tasks.seed = 0  # of which questions are drawn, and their wordings
   config.tasks.per_step = 8  # B, tasks a step, >= 1
-  # Rounds in which groups of equal rewards are replaced by new ones, >= 0.
+  # Rounds in which groups without an advantage are replaced by new ones, >= 0;
+  # 0 with plain, per_batch and per_block, where equal rewards may teach.
   config.tasks.resample = 0
   config.tasks.max_retries = 3  # in a row, of a task that was put back, >= 0
   config.tasks.renamed = 0.8  # share of demonstrations under other names

@@ -102,6 +102,7 @@ _COUNTS = (
     "attempts",
 )
 _SHARES = ("format_share", "correct_share", "expert_share")
+_STAGE_SHARES = (*_SHARES, "overlong_share")
 
 
 @contextlib.contextmanager
@@ -163,6 +164,7 @@ def keys_and_types(values: Mapping[str, Any]) -> None:
       "stages": default.stage("reinforce", 1).to_dict(),
   }
   _compare(values, known, "", open_ended)
+  _stage_rewards(values)
 
 
 def ranges(values: Mapping[str, Any]) -> None:
@@ -231,6 +233,12 @@ def _shares(values: Mapping[str, Any]) -> dict[str, float]:
     shares[f"policies.{name}.tokenizer_share"] = policy["tokenizer_share"]
   for name, stage in values["stages"].items():
     shares[f"stages.{name}.hasty"] = stage["hasty"]
+    shares |= {
+        f"stages.{name}.reward.{role}.{key}": share
+        for role, given in stage["reward"].items()
+        for key, share in given.items()
+        if key in _SHARES
+    }
   for name, role in values["team"]["roles"].items():
     shares |= {f"team.roles.{name}.{key}": role[key] for key in _SHARES}
   return shares
@@ -243,11 +251,7 @@ def _compare(
     open_ended: Mapping[str, Mapping[str, Any]],
 ) -> None:
   """Compares one level of a config, and what is below it."""
-  for key in values:
-    if key not in known:
-      near = difflib.get_close_matches(str(key), known, n=1)
-      hint = f"; did you mean {near[0]!r}?" if near else ""
-      raise ValueError(f"config.{prefix}{key}: unknown key{hint}")
+  _check_known(values, known, prefix)
   for key, like in known.items():
     name = f"{prefix}{key}"
     if key not in values:
@@ -258,9 +262,40 @@ def _compare(
       continue
     if not isinstance(value, Mapping):
       raise ValueError(f"config.{name}: {value!r} must be a ConfigDict")
+    if not like and name not in open_ended:
+      continue  # see `_stage_rewards`
     entry = open_ended.get(name)
     below = dict.fromkeys(value, entry) if entry else like
     _compare(value, below, f"{name}.", open_ended)
+
+
+def _stage_rewards(values: Mapping[str, Any]) -> None:
+  """Compares what stages say of rewards: any part of it, for any role."""
+  roles = sorted(values["team"]["roles"])
+  known = dict.fromkeys(_STAGE_SHARES, 0.0)
+  for stage, settings in values["stages"].items():
+    for role, given in settings["reward"].items():
+      name = f"stages.{stage}.reward.{role}"
+      if role not in roles:
+        raise ValueError(
+            f"config.{name}: unknown role {role!r}, allowed: {', '.join(roles)}"
+        )
+      if not isinstance(given, Mapping):
+        raise ValueError(f"config.{name}: {given!r} must be a ConfigDict")
+      _check_known(given, known, f"{name}.")
+      for key, share in given.items():
+        _check_type(f"{name}.{key}", share, known[key])
+
+
+def _check_known(
+    values: Mapping[str, Any], known: Mapping[str, Any], prefix: str
+) -> None:
+  """Raises where a level of a config has a key that there is not."""
+  for key in values:
+    if key not in known:
+      near = difflib.get_close_matches(str(key), known, n=1)
+      hint = f"; did you mean {near[0]!r}?" if near else ""
+      raise ValueError(f"config.{prefix}{key}: unknown key{hint}")
 
 
 def _check_type(name: str, value: Any, like: Any) -> None:

@@ -1,5 +1,6 @@
 """The algorithm of a recipe: names in its config become functions here."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
@@ -23,6 +24,7 @@ from mgrpo_jax.credit import Comparison, alike
 from mgrpo_jax.critic import Critic
 from mgrpo_jax.grades import Matches
 from mgrpo_jax.plan import Method
+from mgrpo_jax.rewards import RewardWeights
 
 ALIGNMENTS = {
     "duplicate_or_drop": alignment.duplicate_or_drop,
@@ -74,6 +76,11 @@ IMPORTANCES = {
     "sequence": importance.by_sequence,
     "sequence_rejection": importance.reject_sequences,
 }
+_UNSPREAD = {  # comparisons under which equal rewards may have advantages
+    "plain": "groups without spread teach, too",
+    "per_batch": "groups without spread teach beside other tasks' groups",
+    "per_block": "calls without spread teach beside other tasks' calls",
+}
 FORMATS = {"answered": grades.answered, "well_formed": grades.well_formed}
 CORRECT_OF = {"root": rewards.of_root, "parent": rewards.of_parent}
 
@@ -106,15 +113,7 @@ def build(config: ml_collections.ConfigDict) -> Method:
     )
   return Method(
       rules=_rules(config),
-      reward_weights={
-          name: rewards.RewardWeights(
-              format=role.format_share,
-              correct=role.correct_share,
-              expert=role.expert_share,
-              overlong=config.reward.overlong_share,
-          )
-          for name, role in config.team.roles.items()
-      },
+      reward_weights=_reward_weights(config),
       align=checks.pick(
           ALIGNMENTS, config.alignment.strategy, "alignment.strategy"
       ),
@@ -127,7 +126,45 @@ def build(config: ml_collections.ConfigDict) -> Method:
       optimizer=optimizer,
       warmup_steps=config.warmup_steps,
       reference_every=config.loss.reference_every,
+      stage_rewards=_stage_rewards(config),
   )
+
+
+def _reward_weights(
+    config: ml_collections.ConfigDict,
+) -> dict[str, RewardWeights]:
+  """What the components of a reward count, by role."""
+  return {
+      name: RewardWeights(
+          format=role.format_share,
+          correct=role.correct_share,
+          expert=role.expert_share,
+          overlong=config.reward.overlong_share,
+      )
+      for name, role in config.team.roles.items()
+  }
+
+
+def _stage_rewards(
+    config: ml_collections.ConfigDict,
+) -> dict[str, dict[str, RewardWeights]]:
+  """The same of stages that say otherwise, by stage and role."""
+  whole = _reward_weights(config)
+  made: dict[str, dict[str, RewardWeights]] = {}
+  for stage, settings in config.stages.items():
+    for role, given in settings.reward.items():
+      key = f"stages.{stage}.reward.{role}"
+      if "overlong_share" in given and not config.reward.overlong_tokens:
+        raise ValueError(
+            f"config.{key}.overlong_share: {given.overlong_share}, allowed:"
+            " nothing where config.reward.overlong_tokens is 0"
+        )
+      changes = {name.removesuffix("_share"): n for name, n in given.items()}
+      with checks.inside(key):
+        made.setdefault(stage, {})[role] = dataclasses.replace(
+            whole[role], **changes
+        )
+  return made
 
 
 def _rules(config: ml_collections.ConfigDict) -> rewards.Rules:
@@ -175,10 +212,11 @@ def _comparison(config: ml_collections.ConfigDict) -> Comparison:
         f"config.advantage: {config.advantage!r}, allowed: per_subtask, where"
         " roles have attempts that their callers do not see"
     )
-  if config.tasks.resample and config.advantage == "plain":
+  if config.tasks.resample and config.advantage in _UNSPREAD:
     raise ValueError(
         f"config.tasks.resample: {config.tasks.resample} must be 0 where"
-        " config.advantage is plain: groups without spread teach, too"
+        f" config.advantage is {config.advantage}:"
+        f" {_UNSPREAD[config.advantage]}"
     )
   if config.critic.coefficient and config.advantage != "plain":
     raise ValueError(

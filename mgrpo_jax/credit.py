@@ -61,6 +61,12 @@ class Assignment:
   rewards: np.ndarray
   advantages: np.ndarray
 
+  @property
+  def teaches(self) -> np.ndarray:
+    """[B] bool: whether a slot of the task that counts has an advantage."""
+    counts = np.asarray(self.alignment.weight) > 0
+    return np.any(counts & (self.advantages != 0), axis=(1, 2))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Credits:
@@ -162,6 +168,10 @@ def compared(
 
   Returns:
     The credits.
+
+  Raises:
+    ValueError: groups differ in K, a rollout has more calls of a role than the
+      team allows, or a role that is compared has no seed.
   """
   inherits = comparison.given == "parents"
   learners = learning(team, trained)

@@ -73,14 +73,18 @@ class Meter:
       made = self.values["events/calls"]
       self.values["refused"] = refused / max(refused + made, 1.0)
 
-  def count_spares(self, groups: Sequence[RolloutGroup]) -> None:
-    """Says how far spares changed the groups of the step so far.
+  def count_rollouts(self, groups: Sequence[RolloutGroup]) -> None:
+    """Adds groups, how fast they came, and how far spares changed them.
 
     Args:
-      groups: just added to `work.rollouts`.
+      groups: drawn for the step, timed as `rollout`, their tokens counted.
     """
-    total = self.work.rollouts - self.before.rollouts
     new = sum(group.num_rollouts for group in groups)
+    self.work.rollouts += new
+    sampled = self.work.generated_tokens - self.before.generated_tokens
+    spent = max(self.values["seconds/rollout"], 1e-9)
+    self.values["tokens_per_second/rollout"] = sampled / spent
+    total = self.work.rollouts - self.before.rollouts
     for name, count in statistics.of_seatings(groups).items():
       earlier = self.values.get(name, 0.0) * (total - new)
       self.values[name] = (earlier + count) / total

@@ -40,6 +40,8 @@ class Method:
     warmup_steps: updates of linear warm-up in every stage.
     reference_every: steps of a stage after which the KL term's reference moves
       to the policy; 0 leaves it where the run began.
+    stage_rewards: by name of stage and role, the weights of roles whose rewards
+      count otherwise there.
   """
 
   rules: Rules
@@ -54,6 +56,9 @@ class Method:
   optimizer: optim.AdamW
   warmup_steps: int
   reference_every: int = 0
+  stage_rewards: Mapping[str, Mapping[str, RewardWeights]] = dataclasses.field(
+      default_factory=dict
+  )
 
   @property
   def reference(self) -> Reference:
@@ -62,8 +67,38 @@ class Method:
       return "none"
     return "moving" if self.reference_every else "first"
 
+  def moves_reference(self, number: int) -> bool:
+    """Whether the reference moves to the policy after a stage's step.
+
+    Args:
+      number: of the step within the stage, from 0.
+
+    Returns:
+      True after every `reference_every` steps, where there is a reference.
+    """
+    every = self.reference_every
+    return self.reference == "moving" and (number + 1) % every == 0
+
+  def rewards_of(self, stage: Stage) -> Mapping[str, RewardWeights]:
+    """What the components of a reward count in a stage.
+
+    Args:
+      stage: that the calls are made in.
+
+    Returns:
+      The weights by role: the stage's own, else the run's.
+    """
+    return {**self.reward_weights, **self.stage_rewards.get(stage.name, {})}
+
   def objective(self, stage: Stage) -> objectives.Objective:
-    """What a stage minimises."""
+    """What a stage minimises.
+
+    Args:
+      stage: of the step.
+
+    Returns:
+      The loss of imitation or of reinforcement, as the stage says.
+    """
     imitates = stage.objective == "imitate"
     return self.imitation_loss if imitates else self.policy_loss
 

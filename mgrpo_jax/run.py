@@ -6,6 +6,7 @@ while it runs. `journal.Journal` keeps the run's files.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -75,6 +76,7 @@ class Run:
       tasks: Sequence[Task],
       step: int,
       meter: Meter | None = None,
+      again: int = 0,
   ) -> list[RolloutGroup]:
     """Arrow 2: K rollouts a task, or a demonstration each.
 
@@ -83,12 +85,14 @@ class Run:
       tasks: of the step.
       step: its number.
       meter: of the rollouts, where another step is being trained on.
+      again: which draw of the step this is, from 0; each has its own seeds.
 
     Returns:
       The groups; those that could not be demonstrated are missing.
     """
     self.drawing = meter = meter or self.meter
-    seed = turn_seed(self.setup.seed, "step", step)
+    draw = ("again", again) if again else ()
+    seed = turn_seed(self.setup.seed, "step", step, *draw)
     counters = self.resources.training.counters
     events = dict(counters)
     with meter.timed("rollout"):
@@ -100,11 +104,7 @@ class Run:
       else:
         groups, sampled = await self._rolled_out(stage, tasks, step, seed)
         meter.work.generated_tokens += sampled
-    meter.work.rollouts += sum(group.num_rollouts for group in groups)
-    meter.count_spares(groups)
-    sampled = meter.work.generated_tokens - meter.before.generated_tokens
-    spent = max(meter.values["seconds/rollout"], 1e-9)
-    meter.values["tokens_per_second/rollout"] = sampled / spent
+    meter.count_rollouts(groups)
     meter.count_events(counters, events)
     return groups
 
@@ -126,22 +126,23 @@ class Run:
 
     What is measured of rollouts and rewards stays that of the first draw.
     """
-    graded = list(zip(groups, scores, strict=True))
-    if stage.objective == "reinforce" and self.setup.resample:
+    if stage.objective == "imitate" or not self.setup.resample:
+      return list(groups), list(scores)
 
-      async def draw(count: int) -> list[dynamic.Graded]:
-        tasks = self.resources.queues[stage.name].take(count)
-        more = await self.collect(stage, tasks, step)
-        return list(zip(more, self._graded(stage, more), strict=True))
+    async def draw(count: int, number: int) -> dynamic.Graded:
+      tasks = self.resources.queues[stage.name].take(count)
+      more = await self.collect(stage, tasks, step, again=number)
+      return more, self._graded(stage, more)
 
-      graded, replaced = await dynamic.resample(
-          graded,
-          roles=credit.learning(self.setup.team, stage.trained),
-          rounds=self.setup.resample,
-          draw=draw,
-      )
-      self.meter.values["replaced"] = float(replaced)
-    return [group for group, _ in graded], [score for _, score in graded]
+    graded, replaced = await dynamic.resample(
+        groups,
+        scores,
+        compare=functools.partial(self._compared, stage, step=step),
+        rounds=self.setup.resample,
+        draw=draw,
+    )
+    self.meter.values["replaced"] = float(replaced)
+    return graded
 
   def _reported(self) -> Sequence[Role]:
     """The roles whose calls can be told of here."""
@@ -177,7 +178,7 @@ class Run:
     """Rewards; those of a group that is not whole count nothing."""
     method = self.setup.method
     found = (
-        rewards.score(one, weights=method.reward_weights, rules=method.rules)
+        rewards.score(one, weights=method.rewards_of(stage), rules=method.rules)
         for one in groups
     )
     return [one if np.all(one.weight > 0) else one.uncounted() for one in found]
@@ -190,10 +191,10 @@ class Run:
       step: int,
   ) -> Credits:
     """Arrows 4 and 5: alignment, then advantages, role by role."""
-    with self.meter.timed("align"):
-      if stage.objective == "imitate":
+    if stage.objective == "imitate":
+      with self.meter.timed("align"):
         return credit.copied(groups, scores, self.setup.team)
-      credits = self._compared(stage, groups, scores, step)
+    credits = self._compared(stage, groups, scores, step)
     self.meter.values |= statistics.of_credits(
         credits, self.setup.method.comparison, self._publisher.numbers
     )
@@ -230,8 +231,7 @@ class Run:
           learning_rates=method.learning_rates(stage, number),
       )
       self.meter.work.trained_tokens += dispatched[policy].tokens
-      every = method.reference_every
-      if method.reference == "moving" and (number + 1) % every == 0:
+      if method.moves_reference(number):
         learner.move_reference()
     return dispatched
 
@@ -275,9 +275,8 @@ class Run:
 
   def host_state(self) -> dict[str, Any]:
     """What a checkpoint keeps beside the arrays, as JSON."""
-    queues = self.resources.queues
     return {
-        "tasks": {name: q.get_state() for name, q in queues.items()},
+        "tasks": {n: q.get_state() for n, q in self.resources.queues.items()},
         "fingerprints": self.resources.fingerprints,
         "versions": self._publisher.versions,
         "recent": self._publisher.recent(),
@@ -368,19 +367,20 @@ class Run:
   ) -> Credits:
     """Aligns and compares the calls of every role whose policy learns."""
     method, team, seed = self.setup.method, self.setup.team, self.setup.seed
-    return credit.compared(
-        groups,
-        scores,
-        team=team,
-        trained=stage.trained & self.resources.learners.keys(),
-        align=method.align,
-        comparison=method.comparison,
-        num_slots=method.num_slots,
-        seeds={
-            role.name: turn_seed(seed, "align", step, position) % 2**32
-            for position, role in enumerate(team.roles)
-        },
-    )
+    with self.meter.timed("align"):
+      return credit.compared(
+          groups,
+          scores,
+          team=team,
+          trained=stage.trained & self.resources.learners.keys(),
+          align=method.align,
+          comparison=method.comparison,
+          num_slots=method.num_slots,
+          seeds={
+              role.name: turn_seed(seed, "align", step, position) % 2**32
+              for position, role in enumerate(team.roles)
+          },
+      )
 
 
 @contextlib.asynccontextmanager

@@ -113,8 +113,7 @@ def of_assignment(
       _spread(weight[b].ravel(), assignment.rewards[b].ravel()) for b in tasks
   ]
   dropped = np.maximum(num_calls - weight.shape[-1], 0).sum()
-  teaches = (assignment.advantages != 0) & (weight > 0)
-  flat = ~teaches.any((1, 2))[tasks]
+  flat = ~assignment.teaches[tasks]
   values = {f"dropped/{role}": float(dropped)}
   if tasks.size:
     values[f"spread/{role}"] = float(np.mean(spreads))

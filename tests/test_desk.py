@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from test_curriculum import stage
 
 from mgrpo_jax.agents.errors import InfrastructureError
 from mgrpo_jax.agents.hermes import HERMES
@@ -18,6 +19,8 @@ from mgrpo_jax.testing.team import chat_of, environment, small_team
 from mgrpo_jax.types import Completion, Status, Task
 
 TEAM = small_team()
+STAGES = (stage("easy", steps=4), stage("hard", steps=2))
+METHOD = small_method(TEAM)
 TASKS = {
     "t": Task(
         id="t",
@@ -76,7 +79,7 @@ def voice():
   return Voice()
 
 
-def desk(folder, voice, done=4):
+def desk(folder, voice, done=4, method=METHOD):
   async def nobody(role, request, context):
     raise AssertionError("the main agent is another job's")
 
@@ -93,7 +96,8 @@ def desk(folder, voice, done=4):
           "testing": dataclasses.replace(own, counters=collections.Counter()),
       },
       tasks=TASKS,
-      method=small_method(TEAM),
+      stages=STAGES,
+      method=method,
   )
   if done is not None:
     made.open(done)
@@ -181,6 +185,7 @@ def test_ordinals_count_on_from_the_callers_ledger(tmp_path, voice):
         (call(role="main"), 4, 400),
         (call(role="nobody"), 4, 400),
         (call(task="u"), 4, 400),
+        (call(done=6), 6, 400),
         (call(earlier={"nobody": 1}), 4, 400),
     ],
 )
@@ -231,6 +236,25 @@ def test_evaluations_are_answered_and_not_kept(tmp_path, voice):
   assert ask(at, asked)["text"] == "1"
   assert ask(at, asked)["text"] == "2"
   assert at.own(identity(11, "held-out", 0, "researcher", 0, 0)) is None
+
+
+def test_a_call_is_graded_by_the_stage_of_its_step(tmp_path, voice):
+  """The last easy step and the first hard one, where its own find counts."""
+  researcher = METHOD.reward_weights["researcher"]
+  method = dataclasses.replace(
+      METHOD,
+      reward_weights={
+          "researcher": dataclasses.replace(researcher, expert=0.0)
+      },
+      stage_rewards={"hard": {"researcher": researcher}},
+  )
+  accounts = {}
+  for done in (3, 4):
+    at = desk(tmp_path, voice, done, method=method)
+    (told,) = read_report(ask(at, call(done=done)), call(done=done))
+    accounts[done] = told.account
+    at.close()
+  assert accounts[3].expert == 0.0 < accounts[4].expert
 
 
 def test_turns_that_came_too_late_are_told_at_the_end_of_a_step(

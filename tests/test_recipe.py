@@ -484,6 +484,22 @@ def test_plain_code_calls_nobody():
     recipe.check(config)
 
 
+@pytest.mark.parametrize("advantage", sorted(method.COMPARISONS))
+def test_nothing_is_drawn_again_where_equal_rewards_may_teach(advantage):
+  config = quickstart.get_config()
+  config.advantage, config.tasks.resample = advantage, 2
+  if advantage == "per_subtask":
+    config.team.roles.researcher.attempts = 2
+    config.rollout.max_concurrent = 64
+  if advantage not in ("plain", "per_batch", "per_block"):
+    recipe.check(config)
+    return
+  with pytest.raises(
+      ValueError, match=f"resample: 2 must be 0 .* is {advantage}: groups with"
+  ):
+    recipe.check(config)
+
+
 def test_rollouts_run_ahead_only_where_that_is_possible():
   config = quickstart.get_config()
   config.rollout.max_staleness = config.evaluation.every - 1

@@ -9,6 +9,7 @@ import tempfile
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_curriculum import stage
 
 from mgrpo_jax import rewards
 from mgrpo_jax.agents.compact import COMPACT
@@ -40,7 +41,16 @@ def three_deep():
 
 
 TEAM = three_deep()
+STAGES = (stage("easy", steps=DONE), stage("hard", steps=1))
 METHOD = small_method(TEAM)
+METHOD = dataclasses.replace(  # what grades matter, only the stage says
+    METHOD,
+    reward_weights={
+        role: dataclasses.replace(weights, expert=0.0)
+        for role, weights in METHOD.reward_weights.items()
+    },
+    stage_rewards={STAGES[1].name: METHOD.reward_weights},
+)
 
 
 def draw(rng):
@@ -103,6 +113,7 @@ def jobs(folder):
         pathlib.Path(folder) / policy,
         environments={"training": own},
         tasks={TASK.id: TASK},
+        stages=STAGES,
         method=METHOD,
     )
     desks[policy].open(DONE)
@@ -151,7 +162,8 @@ def test_groups_and_rewards_are_those_of_one_process(seed):
       desks[policy].close()
   for name in ("rollout", "parent", "role", "call"):
     assert np.array_equal(getattr(group, name), getattr(expected, name))
-  graded = {"weights": METHOD.reward_weights, "rules": METHOD.rules}
+  weights = METHOD.rewards_of(STAGES[1])
+  graded = {"weights": weights, "rules": METHOD.rules}
   one, other = (rewards.score(g, **graded) for g in (expected, group))
   for field in dataclasses.fields(one):
     assert np.array_equal(getattr(one, field.name), getattr(other, field.name))

@@ -79,7 +79,17 @@ def main():
   directory, bucket, policy, seed, steps = sys.argv[1:]
   setup = delegating_setup(seed=int(seed), imitation_steps=2, steps=int(steps))
   staleness = int(os.environ.get("STALENESS", "0"))
-  setup = dataclasses.replace(setup, max_staleness=staleness)
+  method = setup.method  # what grades matter, only the stage says
+  plain = {
+      role: dataclasses.replace(weights, expert=0.0)
+      for role, weights in method.reward_weights.items()
+  }
+  method = dataclasses.replace(
+      method,
+      reward_weights=plain,
+      stage_rewards={"reinforce": method.reward_weights},
+  )
+  setup = dataclasses.replace(setup, max_staleness=staleness, method=method)
   print(
       json.dumps(
           train(

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 from mgrpo_jax import atomic, leaves, rollout
@@ -25,6 +25,8 @@ from mgrpo_jax.decoupled.wire import Call
 from mgrpo_jax.plan import Method
 from mgrpo_jax.rewards import appraise
 from mgrpo_jax.serving.errors import RequestError, wrong
+from mgrpo_jax.tasks import curriculum
+from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.types import NO_PARENT, Account, Status, Task, Trajectory
 
 _CLOSED = -1
@@ -55,6 +57,7 @@ class Desk:
       *,
       environments: Mapping[str, Environment],
       tasks: Mapping[str, Task],
+      stages: Sequence[Stage],
       method: Method,
   ) -> None:
     """Answers nothing yet.
@@ -63,6 +66,7 @@ class Desk:
       folder: where calls are kept.
       environments: by purpose.
       tasks: that may be trained on, by id.
+      stages: of the run; a call is graded by that of its step.
       method: how calls are graded.
     """
     self.text_bytes = 0
@@ -71,6 +75,7 @@ class Desk:
     self._folder = folder
     self._environments = environments
     self._tasks = tasks
+    self._stages = stages
     self._method = method
     self._done = _CLOSED
     self._answers: dict[Identity, _Answer] = {}
@@ -186,8 +191,11 @@ class Desk:
         {*call.earlier} - {role.name for role in environment.team.roles}
     ):
       raise wrong("earlier", unknown, "roles of the team")
-    if call.purpose == "training" and call.task not in self._tasks:
-      raise wrong("task", call.task, "a task of the recipe")
+    if call.purpose == "training":
+      if call.task not in self._tasks:
+        raise wrong("task", call.task, "a task of the recipe")
+      if call.done >= (total := curriculum.num_steps(self._stages)):
+        raise wrong("done", call.done, f"below {total}, the steps of the run")
 
   async def _made(self, call: Call) -> _Answer:
     """Makes a call and keeps it, unless a machine failed on it."""
@@ -225,10 +233,11 @@ class Desk:
     if one.account is not None:
       return one
     if call.purpose == "training" and one.status != Status.FAILED:
+      stage, _ = curriculum.stage_at(self._stages, call.done)
       account = appraise(
           self._tasks[call.task],
           one,
-          weights=self._method.reward_weights[one.role],
+          weights=self._method.rewards_of(stage)[one.role],
           rules=self._method.rules,
       )
     else:  # an evaluation grades only the root; nothing a call that FAILED

@@ -97,6 +97,7 @@ class Part(Run):
             "testing": resources.testing,
         },
         tasks=tasks,
+        stages=setup.stages,
         method=setup.method,
     )
 
