@@ -79,7 +79,7 @@ IMPORTANCES = {
 _UNSPREAD = {  # comparisons under which equal rewards may have advantages
     "plain": "groups without spread teach, too",
     "per_batch": "groups without spread teach beside other tasks' groups",
-    "per_block": "calls without spread teach beside other tasks' calls",
+    "per_block": "groups without spread teach beside other tasks' calls",
 }
 FORMATS = {"answered": grades.answered, "well_formed": grades.well_formed}
 CORRECT_OF = {"root": rewards.of_root, "parent": rewards.of_parent}
