@@ -252,6 +252,32 @@ def compare(
   }
 
 
+def advantages_of(
+    comparison: Comparison,
+    earned: Float[Array, "B K D"],
+    weights: Float[Array, "B K D"],
+    subtasks: Int[Array, "B K D"],
+    roots: Float[Array, "B K 1"],
+) -> Float[Array, "B K D"]:
+  """Compares the aligned calls of a role that is not the root.
+
+  Args:
+    comparison: what slots are compared with.
+    earned: rewards of the slots, float32.
+    weights: of the slots, from the alignment.
+    subtasks: number of what was asked of each, int32.
+    roots: advantages of the rollouts' roots, float32.
+
+  Returns:
+    A, float32.
+  """
+  if comparison.given == "subtasks":
+    return comparison.calls(earned, weights, subtasks=subtasks)
+  if comparison.given == "parents":
+    return comparison.calls(roots, weights)
+  return comparison.calls(earned, weights)
+
+
 def assign(
     calls: RoleCalls,
     alignment: Alignment,
@@ -356,24 +382,13 @@ def _aligned(
     aligned = align(jax.random.key(seed), num_calls, num_slots=num_slots)
     slots, weights = gather(earned, aligned), aligned.weight
     asked = gather(asked, aligned)
-    return aligned, slots, _gains(comparison, slots, weights, asked, roots)
+    return (
+        aligned,
+        slots,
+        advantages_of(comparison, slots, weights, asked, roots),
+    )
 
   found: tuple[Alignment, Array, Array] = jax.vmap(of_role)(
       seeds, num_calls, earned, subtasks
   )
   return found
-
-
-def _gains(
-    comparison: Comparison,
-    gathered: Float[Array, "B K D"],
-    weights: Float[Array, "B K D"],
-    subtasks: Int[Array, "B K D"],
-    roots: Float[Array, "B K 1"],
-) -> Float[Array, "B K D"]:
-  """Calls a normaliser of calls with what it is given."""
-  if comparison.given == "subtasks":
-    return comparison.calls(gathered, weights, subtasks=subtasks)
-  if comparison.given == "parents":
-    return comparison.calls(roots, weights)
-  return comparison.calls(gathered, weights)

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mgrpo_jax import losses, numerics
-from mgrpo_jax.credit import Advantage
+from mgrpo_jax import credit, losses
 from mgrpo_jax.testing.batches import Enumerated, Slots
 
 
@@ -39,7 +38,7 @@ class Moments:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Standing:
   """A gradient beside what it should be on average, g; errors are standard.
 
   Attributes:
@@ -60,22 +59,9 @@ class Comparison:
   draws: float
 
 
-def no_baseline(
-    rewards: Float[Array, "B K D"], weights: Float[Array, "B K D"]
-) -> Float[Array, "B K D"]:
-  """Takes the reward as it is: REINFORCE, for comparison.
-
-  Args:
-    rewards: R.
-    weights: w, from the alignment.
-
-  Returns:
-    R, 0 on slots of weight 0.
-  """
-  return numerics.masked(rewards, weights)
-
-
-def gradients(slots: Slots, *, advantage: Advantage) -> Float[Array, "G P"]:
+def gradients(
+    slots: Slots, *, comparison: credit.Comparison
+) -> Float[Array, "G P"]:
   """Computes the ascent direction of each batch with the library's loss.
 
   The ratio is 1, as in the first update on a batch; a call is one sampled
@@ -84,14 +70,18 @@ def gradients(slots: Slots, *, advantage: Advantage) -> Float[Array, "G P"]:
 
   Args:
     slots: of the batches.
-    advantage: a normaliser of [B, K, D].
+    comparison: what slots are compared with.
 
   Returns:
     The gradients, flat.
   """
 
-  def one(rewards: Array, weights: Array, scores: Array) -> Array:
-    gains = advantage(rewards, weights).reshape(-1, 1)
+  def one(batch: Slots) -> Array:
+    weights = batch.weights
+    roots = comparison.root(batch.roots, jnp.ones_like(batch.roots))
+    gains = credit.advantages_of(
+        comparison, batch.rewards, weights, batch.subtasks, roots
+    ).reshape(-1, 1)
     old = jnp.zeros_like(gains)
 
     def objective(logprobs: Array) -> Array:
@@ -103,9 +93,10 @@ def gradients(slots: Slots, *, advantage: Advantage) -> Float[Array, "G P"]:
       return losses.sequence_mean_token_mean(values, mask, weights.reshape(-1))
 
     slopes = jax.grad(objective)(old).reshape(weights.shape)
-    return jnp.einsum("bkd,bkdp->p", slopes, scores)
+    return jnp.einsum("bkd,bkdp->p", slopes, batch.scores)
 
-  return jax.vmap(one)(slots.rewards, slots.weights, slots.scores)
+  found: Array = jax.vmap(one)(slots)
+  return found
 
 
 def given_rollouts(
@@ -176,7 +167,7 @@ def sampled_moments(
   )
 
 
-def compare(moments: Moments, target: Float[np.ndarray, " P"]) -> Comparison:
+def compare(moments: Moments, target: Float[np.ndarray, " P"]) -> Standing:
   """Sets moments beside the gradient that they should have on average.
 
   Args:
@@ -184,7 +175,7 @@ def compare(moments: Moments, target: Float[np.ndarray, " P"]) -> Comparison:
     target: g, not 0.
 
   Returns:
-    The comparison.
+    Where it stands.
   """
   target = np.asarray(target, np.float64)
   mean, covariance = moments.mean, moments.covariance
@@ -192,7 +183,7 @@ def compare(moments: Moments, target: Float[np.ndarray, " P"]) -> Comparison:
   along = float(target @ covariance @ target) / size**2
   across = max(float(np.trace(covariance)) - along, 0.0)
   samples = math.inf if moments.samples is None else moments.samples
-  return Comparison(
+  return Standing(
       scale=float(target @ mean) / size**2,
       scale_error=math.sqrt(along / samples) / size,
       cosine=float(target @ mean) / (size * length),
