@@ -194,11 +194,11 @@ class Run:
       if stage.objective == "imitate":
         return credit.copied(groups, scores, self.setup.team)
       credits = self._compared(stage, groups, scores, step)
+    values, weights = self.meter.values, self.setup.method.reward_weights
     for role, assignment in credits.assignments.items():
-      self.meter.values |= statistics.of_assignment(role, assignment)
-    self.meter.values |= statistics.staleness(
-        credits.by_policy, self._publisher.numbers
-    )
+      values |= statistics.of_assignment(role, assignment)
+      values |= statistics.of_shares(groups, scores, role, weights[role])
+    values |= statistics.staleness(credits.by_policy, self._publisher.numbers)
     return credits
 
   def update(
