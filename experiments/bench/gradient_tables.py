@@ -11,7 +11,6 @@ from typing import Any
 from mgrpo_jax import atomic
 
 COLUMNS = (
-    "table",
     "role",
     "split",
     "law",
@@ -32,7 +31,7 @@ COLUMNS = (
     "draws",
     "gap",
 )
-DIGITS = 5  # that are kept of a figure
+DIGITS = 4  # that are kept of a figure
 Row = Mapping[str, Any]
 
 
@@ -46,13 +45,13 @@ def write(
     rows: of all tables; a column that a row lacks is null.
     setup: what else to say of all of them.
   """
-  lines = [
-      json.dumps([_short(row.get(name)) for name in COLUMNS], allow_nan=False)
-      for row in rows
+  tables = [
+      f"{json.dumps(title)}: [\n" + ",\n".join(map(_line, found)) + "\n]"
+      for title, found in _by_title(rows).items()
   ]
   head = json.dumps({**setup, "columns": COLUMNS})[:-1]
-  body = ",\n".join(lines)
-  atomic.write(path, f'{head}, "rows": [\n{body}\n]}}\n')
+  body = ",\n".join(tables)
+  atomic.write(path, f'{head}, "tables": {{\n{body}\n}}}}\n')
 
 
 def read(path: str | pathlib.Path) -> list[dict[str, Any]]:
@@ -71,7 +70,11 @@ def read(path: str | pathlib.Path) -> list[dict[str, Any]]:
   found = json.loads(pathlib.Path(path).read_text("utf-8"))
   if not isinstance(found, dict) or found.get("columns") != list(COLUMNS):
     raise ValueError(f"{path}: must be a file of experiments.bench.gradients")
-  return [dict(zip(COLUMNS, row, strict=True)) for row in found["rows"]]
+  return [
+      {"table": title, **dict(zip(COLUMNS, row, strict=True))}
+      for title, rows in found["tables"].items()
+      for row in rows
+  ]
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -83,23 +86,38 @@ def markdown(rows: Sequence[Row]) -> str:
   Returns:
     The tables.
   """
-  titles = dict.fromkeys(row["table"] for row in rows)
   return "\n".join(
-      f"\n{title}\n\n" + _table([r for r in rows if r["table"] == title])
-      for title in titles
+      f"\n{title}\n\n{_table(found)}"
+      for title, found in _by_title(rows).items()
   )
 
 
-def _short(value: Any) -> Any:
-  """Rounds figures to what their errors leave."""
-  return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+def _by_title(rows: Sequence[Row]) -> dict[str, list[Row]]:
+  """Sorts rows into their tables."""
+  tables: dict[str, list[Row]] = {}
+  for row in rows:
+    tables.setdefault(row["table"], []).append(row)
+  return tables
+
+
+def _line(row: Row) -> str:
+  """One row as JSON, figures rounded."""
+  values = [row.get(name) for name in COLUMNS]
+  return json.dumps(
+      [
+          float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+          for value in values
+      ],
+      allow_nan=False,
+      separators=(",", ":"),
+  )
 
 
 def _table(rows: Sequence[Row]) -> str:
   """The rows in Markdown, without the columns that say the same in all."""
   varying = [
       name
-      for name in COLUMNS[2:9]  # from the split to the alignment
+      for name in COLUMNS[1:8]  # from the split to the alignment
       if len({row.get(name) for row in rows}) > 1
   ]
   cells = [
