@@ -237,7 +237,8 @@ def _add_method(config: ml_collections.ConfigDict) -> None:
   config.alignment.num_slots = 8  # D, slots a sub role has; the paper's 8
 
   # per_task, mean_only, leave_one_out, other_rollouts, per_call_index,
-  # per_batch, plain (none); for calls also inherit_parent, per_subtask
+  # per_batch, plain (none); for calls also per_block, inherit_parent,
+  # per_subtask, beside which the root's are compared per_task
   config.advantage = "per_task"
 
   config.loss = ml_collections.ConfigDict()

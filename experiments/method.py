@@ -36,6 +36,9 @@ COMPARISONS: Mapping[str, Comparison] = {
     "other_rollouts": alike(advantages.other_rollouts),
     "per_call_index": alike(advantages.per_call_index),
     "per_batch": alike(advantages.per_batch),
+    "per_block": Comparison(
+        root=advantages.per_task, calls=advantages.per_block
+    ),
     "per_subtask": Comparison(
         root=advantages.per_task,
         calls=advantages.per_subtask,

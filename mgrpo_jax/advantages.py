@@ -140,7 +140,7 @@ def per_batch(
 
       A = (R - mean_w R) / std_w R,   group: the whole block of B tasks
 
-  What the public MrlX code does with its arrival-order blocks; for comparison.
+  REINFORCE++ (Hu et al., arXiv 2501.03262): one baseline and one spread.
 
   Args:
     rewards: R, float32.
@@ -150,6 +150,46 @@ def per_batch(
     A, float32.
   """
   return _standardised(rewards, weights, PER_BATCH)
+
+
+def per_block(
+    rewards: Float[Array, "B K D"], weights: Float[Array, "B K D"]
+) -> Float[Array, "B K D"]:
+  """Standardises rewards over blocks of K slots in order of arrival.
+
+      A = (R - mean_w R) / std_w R,   group: the slots that count with the
+                                      numbers nK to (n + 1)K - 1 in the queue
+
+  What the public MrlX code does with its sub-agent's calls, for comparison: a
+  rollout's calls queue up when it ends and are taken as many at a time as a
+  task has rollouts, whichever tasks they are from.
+
+  Deviation: rollouts end in the order of their numbers, one of each task after
+  the other, for by the clock a seed would not fix the result. The last block
+  may be short of K; there it waits for the calls of the next step.
+
+  Args:
+    rewards: R, float32.
+    weights: w, float32, ≥ 0, from the alignment.
+
+  Returns:
+    A, float32.
+  """
+  b, k, d = rewards.shape
+
+  def queued(values: Array) -> Array:
+    return jnp.swapaxes(values, 0, 1).ravel()
+
+  counted = queued(weights) > 0
+  last = jnp.sum(counted) + jnp.cumsum(~counted)
+  place = jnp.where(counted, jnp.cumsum(counted), last) - 1
+
+  def in_blocks(values: Array) -> Array:
+    return jnp.zeros(b * k * d).at[place].set(queued(values)).reshape(-1, k)
+
+  blocks = _standardised(in_blocks(rewards), in_blocks(weights), (1,))
+  gains = blocks.ravel()[place]
+  return jnp.swapaxes(gains.reshape(k, b, d), 0, 1)
 
 
 def per_subtask(

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mgrpo_jax import packing, rewards
+from mgrpo_jax import advantages, packing, rewards
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.alignment import gather
 from mgrpo_jax.packing import Credit
@@ -38,6 +38,11 @@ class Comparison:
   root: Advantage
   calls: Advantage
   given: Literal["rewards", "subtasks", "parents"] = "rewards"
+
+  @property
+  def in_groups(self) -> bool:
+    """Whether there are groups, or rewards are left as they are."""
+    return self.calls is not advantages.plain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -111,7 +111,8 @@ METRICS: Mapping[str, Metric] = dict((
             "share of the variance of rewards within tasks that the calls'"
             " own grades make, Cov(R, b3 expert) / Var(R)"),
     _metric("flat_groups", "role", "1", "lower",
-            "share of tasks none of whose calls has an advantage"),
+            "share of tasks none of whose calls has an advantage; missing where"
+            " calls are compared with nothing"),
     _metric("stale", "", "tasks", "lower",
             "groups sampled from weights that were too old; tasks put back"),
     _metric("replaced", "", "tasks", "",

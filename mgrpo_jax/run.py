@@ -194,11 +194,11 @@ class Run:
       if stage.objective == "imitate":
         return credit.copied(groups, scores, self.setup.team)
       credits = self._compared(stage, groups, scores, step)
-    values, weights = self.meter.values, self.setup.method.reward_weights
-    for role, assignment in credits.assignments.items():
-      values |= statistics.of_assignment(role, assignment)
-      values |= statistics.of_shares(groups, scores, role, weights[role])
-    values |= statistics.staleness(credits.by_policy, self._publisher.numbers)
+    values, using = self.meter.values, self.setup.method
+    versions = self._publisher.numbers
+    values |= statistics.of_credits(credits, using.comparison, versions)
+    for role in credits.assignments:
+      values |= statistics.of_shares(groups, scores, role, using.reward_weights)
     return credits
 
   def update(

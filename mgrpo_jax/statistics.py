@@ -6,7 +6,7 @@ import numpy as np
 
 from mgrpo_jax import numerics
 from mgrpo_jax.answers import overlap
-from mgrpo_jax.credit import Assignment
+from mgrpo_jax.credit import Assignment, Comparison, Credits
 from mgrpo_jax.packing import Credit
 from mgrpo_jax.rewards import RewardWeights, Scores
 from mgrpo_jax.types import NO_PARENT, RolloutGroup, Status
@@ -71,16 +71,41 @@ def of_seatings(groups: Sequence[RolloutGroup]) -> dict[str, int]:
   }
 
 
-def of_assignment(role: str, assignment: Assignment) -> dict[str, float]:
+def of_credits(
+    credits: Credits,
+    comparison: Comparison,
+    versions: Mapping[str, Sequence[int]],
+) -> dict[str, float]:
+  """Says of what a step trains on how it was compared, and how old it is.
+
+  Args:
+    credits: of the step.
+    comparison: that made their advantages.
+    versions: see `age`.
+
+  Returns:
+    The metrics of `of_assignment`, for each role, and of `staleness`.
+  """
+  values: dict[str, float] = {}
+  for role, assignment in credits.assignments.items():
+    values |= of_assignment(role, assignment, comparison)
+  return values | staleness(credits.by_policy, versions)
+
+
+def of_assignment(
+    role: str, assignment: Assignment, comparison: Comparison
+) -> dict[str, float]:
   """Says what the alignment dropped and how rewards spread within groups.
 
   Args:
     role: its name.
     assignment: of the role's calls.
+    comparison: that made their advantages.
 
   Returns:
-    `dropped`, `spread` and `flat_groups` of the role; the last two are missing
-    where nobody called it.
+    `dropped`, `spread` and `flat_groups` of the role. The last two are missing
+    where nobody called it, the last one also where calls are compared with
+    nothing: a critic learns from equal rewards, too.
   """
   weight = np.asarray(assignment.alignment.weight, np.float64)
   num_calls = np.asarray(assignment.alignment.num_calls)
@@ -94,6 +119,7 @@ def of_assignment(role: str, assignment: Assignment) -> dict[str, float]:
   values = {f"dropped/{role}": float(dropped)}
   if tasks.size:
     values[f"spread/{role}"] = float(np.mean(spreads))
+  if tasks.size and comparison.in_groups:
     values[f"flat_groups/{role}"] = float(np.mean(flat))
   return values
 
@@ -102,7 +128,7 @@ def of_shares(
     groups: Sequence[RolloutGroup],
     scores: Sequence[Scores],
     role: str,
-    weights: RewardWeights,
+    weights: Mapping[str, RewardWeights],
 ) -> dict[str, float]:
   """Says how much of the spread of a role's rewards outcome and grade make.
 
@@ -117,7 +143,7 @@ def of_shares(
     groups: of a step.
     scores: of the groups.
     role: its name.
-    weights: of its reward.
+    weights: of rewards, by role.
 
   Returns:
     `outcome_share`, of the tasks in which outcomes differ, and `grade_share`,
@@ -137,10 +163,10 @@ def of_shares(
       for t in group.trajectories
   )
   differ = [table for table in found if table[1].any()]
-  shares = {"outcome_share": _share(differ, 1, weights.correct)}
+  shares = {"outcome_share": _share(differ, 1, weights[role].correct)}
   if not is_root:
     spread = [table for table in found if table[0].any()]
-    shares["grade_share"] = _share(spread, 2, weights.expert)
+    shares["grade_share"] = _share(spread, 2, weights[role].expert)
   return {
       f"{name}/{role}": share
       for name, share in shares.items()

@@ -16,6 +16,7 @@ NORMALISERS = (
     "other_rollouts",
     "per_call_index",
     "per_batch",
+    "per_block",
 )
 STANDARDISING = ("per_task", "per_call_index", "per_batch")
 SHAPES = ((1, 2, 1), (2, 4, 3), (3, 8, 2))
@@ -96,6 +97,18 @@ def test_worked_by_hand():
   np.testing.assert_array_equal(mean_only, [0.75, -0.25])
   loo = compute("leave_one_out", rewards, weights).ravel()
   np.testing.assert_array_equal(loo, [1.0, -1.0])
+
+
+def test_blocks_of_arrivals_by_hand():
+  # Two tasks, two rollouts, blocks of two. Rollout 0 of task 0 has one call, of
+  # task 1 two; rollout 1 of task 0 two, of task 1 none: the queue is
+  # 4 | 8, 6 | 1, 5 after its first, so (4, 8), (6, 1) and the lone 5.
+  rewards = np.array([[[4.0, 9.0], [1.0, 5.0]], [[8.0, 6.0], [9.0, 9.0]]])
+  weights = np.array([[[1.0, 0.0], [1.0, 1.0]], [[1.0, 1.0], [0.0, 0.0]]])
+  np.testing.assert_array_equal(
+      compute("per_block", rewards, weights),
+      [[[-1.0, 0.0], [-1.0, 0.0]], [[1.0, 1.0], [0.0, 0.0]]],
+  )
 
 
 @pytest.mark.parametrize("name", NORMALISERS)

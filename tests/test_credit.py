@@ -174,6 +174,26 @@ def test_calls_may_inherit_what_their_rollout_is_worth():
   assert set(found.by_policy) == set(found.assignments) == {"researcher"}
 
 
+def test_calls_may_be_compared_with_whatever_arrived_with_them():
+  grids = {
+      "main": [[[1.0], [0.0]], [[0.0], [0.5]]],
+      "researcher": [[[0.0], [1.0]], [[0.5], [0.5]]],
+  }
+  found = credit.compare(
+      {name: role_calls(grid) for name, grid in grids.items()},
+      root="main",
+      align=alignment.mask,
+      comparison=COMPARISONS["per_block"],
+      num_slots=1,
+      seeds={"main": 0, "researcher": 1},
+  )
+  gains = {name: one[2][..., 0] for name, one in found.items()}
+  # The root's with the same task's; calls in blocks of K = 2: the first
+  # rollouts of both tasks, then the second ones.
+  np.testing.assert_allclose(gains["main"], [[1, -1], [-1, 1]], atol=1e-6)
+  np.testing.assert_allclose(gains["researcher"], [[-1, 1], [1, -1]], atol=1e-6)
+
+
 def test_attempts_are_compared_with_each_other():
   found = compared(
       [3, 0.25, 0.75, 0, 9, 8],

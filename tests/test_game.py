@@ -418,7 +418,7 @@ def test_the_command_measures_what_it_says():
   assert {(r["alignment"], r["normaliser"]) for r in rows} == {
       (align.__name__, name)
       for align in STRATEGIES
-      for name in set(COMPARISONS) - {"per_batch", "per_subtask"}
+      for name in set(COMPARISONS) - {"per_batch", "per_block", "per_subtask"}
   }
   for row in estimated.measure_copies(case):
     exact = row["normaliser"] in ("plain", "other_rollouts", "inherit_parent")

@@ -52,11 +52,13 @@ ROUNDING = dict(rtol=1e-4, atol=1e-5)
 #   constant  "none" it leaves no trace; "kept" it stays
 #   unit      "free" of it; "linear" in it
 #   group     "batch", "task", "column" (a slot position in all rollouts),
-#             "rollouts" (whole ones, and slots within each), "any"
+#             "block" (of those that count, as they arrive), "rollouts" (whole
+#             ones, and slots within each), "any"
 #   copies    whether duplicating every slot changes nothing
 # `plain` compares with nothing, so a constant stays and equal rewards are not
 # zeros. To `leave_one_out` a copy is one more of the others, so duplicating
-# moves the baseline to what it is compared with.
+# moves the baseline to what it is compared with; and to `per_block` one more
+# arrival, so that others share a block.
 NORMALISERS = {
     "per_task": ("none", "free", "task", True),
     "mean_only": ("none", "linear", "task", True),
@@ -64,6 +66,7 @@ NORMALISERS = {
     "other_rollouts": ("none", "linear", "rollouts", True),
     "per_call_index": ("none", "free", "column", True),
     "per_batch": ("none", "free", "batch", True),
+    "per_block": ("none", "free", "block", False),
     "per_subtask": ("none", "free", "rollouts", True),
     "inherit_parent": ("none", "free", "rollouts", True),
     "plain": ("kept", "linear", "any", True),
@@ -174,12 +177,24 @@ def test_1_so_does_a_scale(seed, scale):
   assert_all_close(found, compute(slots))
 
 
-def orders(rng, group):
+def blocks_of(weights):
+  """Which K slots that count arrive together, of one case."""
+  places = np.arange(B * K * D).reshape(B, K, D)
+  arrivals = np.swapaxes(places, 0, 1).ravel()
+  queue = arrivals[weights.ravel()[arrivals] > 0]
+  return np.split(queue, range(K, len(queue), K))
+
+
+def orders(rng, group, weights):
   """A permutation of slots for each case, [CASES, B·K·D], within groups."""
   found = []
-  for _ in range(CASES):
+  for case in range(CASES):
     places = np.arange(B * K * D).reshape(B, K, D)
-    if group in ("batch", "any"):
+    if group == "block":
+      places = places.ravel()
+      for block in blocks_of(weights[case]):
+        places[block] = rng.permutation(block)
+    elif group in ("batch", "any"):
       places = rng.permutation(places.ravel())
     elif group == "task":
       places = rng.permuted(places.reshape(B, K * D), axis=1)
@@ -196,12 +211,14 @@ def permuted(values, order):
   return np.take_along_axis(flat, order, axis=1).reshape(values.shape)
 
 
-@pytest.mark.parametrize("kind", ("batch", "task", "column", "rollouts", "any"))
+@pytest.mark.parametrize(
+    "kind", ("batch", "block", "task", "column", "rollouts", "any")
+)
 @RUNS
 @given(SEEDS)
 def test_2_permuting_a_group_permutes_the_result(kind, seed):
   rng, slots = drawn(seed)
-  order = orders(rng, kind)
+  order = orders(rng, kind, slots["weights"])
   moved = {
       name: permuted(slots[name], order)
       for name in ("rewards", "weights", "subtasks")
@@ -218,18 +235,24 @@ def test_2_permuting_a_group_permutes_the_result(kind, seed):
 @given(SEEDS, st.floats(-1e6, 1e6, width=32))
 def test_3_equal_rewards_give_zeros(seed, size):
   rng, slots = drawn(seed)
-  # Equal in a group, else not: rewards of the batch, of each task, column
-  # and sub-task.
+  # Equal in a group, else not: rewards of the batch, of each block, task,
+  # column and sub-task.
   b, k, d = np.ogrid[:B, :K, :D]
   per_case = [slots["subtasks"][c] for c in range(CASES)]
+  arrived = np.zeros((CASES, B * K * D), int)
+  for case, weights in enumerate(slots["weights"]):
+    for number, block in enumerate(blocks_of(weights)):
+      arrived[case, block] = number
   groups = {
       "batch": [b * 0 + k * 0 + d * 0] * CASES,
+      "block": list(arrived.reshape(CASES, B, K, D)),
       "task": [b + k * 0 + d * 0] * CASES,
       "column": [b * D + d + k * 0] * CASES,
       "subtask": [(b * K + k) * 2 + asked for asked in per_case],
   }
   names = {
       "batch": ("per_batch",),
+      "block": ("per_block",),
       "task": ("per_task", "mean_only", "leave_one_out", "other_rollouts"),
       "column": ("per_call_index",),
       "subtask": ("per_subtask",),
@@ -275,8 +298,9 @@ def single_agents(seed, num_tasks=25):
     list(itertools.product(STRATEGIES, NORMALISERS)),
 )
 def test_4_a_team_without_calls_is_a_single_agent(strategy, normaliser):
-  # Both give the main agent `per_task`, for they are about calls.
-  about_calls = normaliser in ("per_subtask", "inherit_parent")
+  # Those that are about calls give the main agent `per_task`.
+  comparison = COMPARISONS[normaliser]
+  about_calls = comparison.calls is not comparison.root
   single = "per_task" if about_calls else normaliser
   for seed in range(4):
     groups, scores, earned = single_agents(seed)
@@ -286,7 +310,7 @@ def test_4_a_team_without_calls_is_a_single_agent(strategy, normaliser):
         team=small_team(),
         trained={"main", "researcher"},
         align=strategy,
-        comparison=COMPARISONS[normaliser],
+        comparison=comparison,
         num_slots=D,
         seeds={"main": seed, "researcher": seed + 1},
     )

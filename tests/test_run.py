@@ -269,6 +269,7 @@ def test_a_critic_learns_beside_the_policy(tmp_path):
       groups = await run.collect(stage, run.take(stage), 0)
       credits = run.assign(stage, groups, run.grade(stage, groups), 0)
       dispatched = run.update(stage, 0, groups, credits)
+      assert not any("flat_groups" in name for name in run.meter.values)
       run.publish(tuple(dispatched), 1)
       run.resources.read_published()
       run.resources.save_policies(tmp_path / "policies")

@@ -73,7 +73,7 @@ def shares(groups, weights):
   scores = [rewards.score(g, weights=weights, rules=RULES) for g in groups]
   values = {}
   for role in weights:
-    values |= statistics.of_shares(groups, scores, role, weights[role])
+    values |= statistics.of_shares(groups, scores, role, weights)
   return values
 
 

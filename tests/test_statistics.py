@@ -2,9 +2,10 @@ import dataclasses
 
 import numpy as np
 
-from mgrpo_jax import statistics
-from mgrpo_jax.credit import Assignment
+from mgrpo_jax import advantages, statistics
+from mgrpo_jax.credit import Assignment, Credits, alike
 from mgrpo_jax.packing import Credit
+from mgrpo_jax.report import alerts
 from mgrpo_jax.rewards import Scores
 from mgrpo_jax.types import (
     Alignment,
@@ -14,6 +15,8 @@ from mgrpo_jax.types import (
     Trajectory,
     Turn,
 )
+
+PER_TASK = alike(advantages.per_task)
 
 
 def trajectory(role, status=Status.COMPLETED, turns=1, sampled=2, version=3):
@@ -134,12 +137,34 @@ def test_alignment_counts_what_it_drops_and_flat_groups():
           [[[-1, 1], [0, 0]], [[0, 0], [0, 0]], [[1, 1], [1, 1]]]
       ),
   )
-  found = statistics.of_assignment("r", assignment)
+  found = statistics.of_assignment("r", assignment, PER_TASK)
   assert found["dropped/r"] == (4 - 2) + (3 - 2)
   assert found["flat_groups/r"] == 0.5  # of two groups with calls
   np.testing.assert_allclose(
       found["spread/r"], np.std([0.0, 1.0, 0.5]) / 2, rtol=1e-12
   )
+
+
+def test_what_is_compared_with_nothing_has_no_flat_groups():
+  # A critic's step in which every call earned 0: rewards are the advantages.
+  nothing = np.zeros((2, 2, 1), np.float32)
+  assignment = Assignment(
+      credits=(),
+      alignment=Alignment(
+          index=nothing.astype(np.int32),
+          weight=nothing + 1,
+          num_calls=np.ones((2, 2), np.int32),
+      ),
+      rewards=nothing,
+      advantages=nothing,
+  )
+  credits = Credits(by_policy={}, advantages=(), assignments={"r": assignment})
+  plain = statistics.of_credits(credits, alike(advantages.plain), {})
+  assert plain == {"dropped/r": 0.0, "spread/r": 0.0}
+  assert alerts.find(plain) == ()
+  compared = statistics.of_credits(credits, PER_TASK, {})
+  assert compared == plain | {"flat_groups/r": 1.0}
+  assert [alert.text for alert in alerts.find(compared)] == ["flat groups r 1"]
 
 
 def test_staleness_is_the_age_of_the_oldest_token():
@@ -180,4 +205,5 @@ def test_a_role_that_nobody_called_has_no_spread_to_speak_of():
       rewards=nothing,
       advantages=nothing,
   )
-  assert statistics.of_assignment("r", assignment) == {"dropped/r": 0.0}
+  found = statistics.of_assignment("r", assignment, PER_TASK)
+  assert found == {"dropped/r": 0.0}

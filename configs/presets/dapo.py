@@ -5,8 +5,12 @@ KL, tokens averaged over the whole batch, groups without spread drawn again, and
 a punishment of up to 1 in the last 4,096 of 20,480 tokens; here in the last
 fifth of the main agent's 192.
 
-Deviation: the paper draws until the batch is full; here three rounds at most,
-and what is left stays.
+Deviation: the paper draws again where all answers of a question are right or
+none is, until the batch is full; here where no role's total rewards differ,
+format, punishment and a call's own grade included, in three rounds at most, and
+what is left stays. It samples 16 answers to each of 512 questions and makes 16
+updates of them; the quickstart's 8 rollouts of 16 tasks and two updates stay.
+Its rewards are -1 and 1, ours 0 to 1, beside which the punishment weighs twice.
 
     python -m experiments.train --workdir=… \
         --config=configs/presets/dapo.py

@@ -2,7 +2,8 @@ r"""Dr. GRPO: no division by the spread, nor by lengths.
 
 Source: Liu et al., arXiv 2503.20783, §3.2: advantages without standard
 deviation, token losses summed and divided by a constant (here the longest
-context), no KL. The clip range is PPO's 0.2.
+context), no KL. The clip range is PPO's 0.2; the two updates a batch are the
+quickstart's.
 
     python -m experiments.train --workdir=… \
         --config=configs/presets/dr_grpo.py

@@ -2,7 +2,7 @@ r"""GSPO: the ratio of the sequence, per token, clipped narrowly.
 
 Source: Zheng et al., arXiv 2507.18071, Eq. 5 to 7 and §5.1: geometric mean of
 the tokens' ratios, clipped at 3e-4 below and 4e-4 above, four updates a batch;
-advantages as in GRPO, no KL.
+advantages as in GRPO. The paper leaves the KL term out of its formulas.
 
     python -m experiments.train --workdir=… \
         --config=configs/presets/gspo.py

@@ -2,7 +2,8 @@ r"""REINFORCE++: one baseline and one spread for the whole batch.
 
 Source: Hu et al., arXiv 2501.03262, §3: advantages standardised over the global
 batch, PPO's clipping of each token's ratio at 0.2, a KL penalty to the first
-policy with β = 0.001, tokens averaged.
+policy with β = 0.001, tokens averaged. The clip range, β and the two updates a
+batch were not read again in the paper's text.
 
 Deviation: the paper subtracts the KL from the tokens' rewards; here `k2` stands
 beside the objective, whose gradient is that of the KL token by token: what a

@@ -81,6 +81,9 @@ class Case:
     left_out = set()
     if self.tasks == 1:
       left_out.add("per_batch")  # it is `per_task` then
+    if self.role == "main" or self.exact:
+      # Of the root it is `per_task`; a list has groups in one order only.
+      left_out.add("per_block")
     if self.attempts == 1:
       left_out.add("per_subtask")  # compares nothing then
     return {

@@ -316,7 +316,7 @@ def _arguments() -> argparse.Namespace:
   parser.add_argument("--scan_layers", action="store_true")
   parser.add_argument("--times", type=int, default=1, help="size of the loads")
   parser.add_argument(
-      "--most_rows", type=int, default=12, help="of a micro-batch"
+      "--most_rows", type=int, default=3, help="of a micro-batch"
   )
   parser.add_argument(
       "--loads", type=lambda text: text.split(","), default=list(LOADS)

@@ -95,7 +95,7 @@ def prefill(
   offsets = jnp.arange(width, dtype=jnp.int32)
   positions = starts[:, None] + offsets[None]
   causal = positions[:, :, None] >= positions[:, None]
-  rotation = _rotations(positions, config=config)
+  rotation = transformer.rotations(positions, config=config)
   x = transformer.embed(params, tokens, config=config)
   keys, values = [], []
   for index, layer in enumerate(params.layers):
@@ -189,21 +189,6 @@ def decode(
       add_tile,
       (cache, _nothing(num_steps, num_slots)),
   )
-
-
-def _rotations(
-    positions: Int[Array, "P T"], *, config: TransformerConfig
-) -> tuple[Rotation, Rotation]:
-  """Computes cosines and sines, see `transformer.rotations`; on CPUs once.
-
-  There compilers compute them anew in every layer that uses them, even behind
-  an optimization barrier. What a loop yields they leave alone.
-  """
-  rotations = functools.partial(transformer.rotations, config=config)
-  if not config.execution.outputs_first:
-    return rotations(positions)
-  by_row = jax.lax.map(rotations, positions[:, None])
-  return jax.tree.map(lambda part: part[:, 0], by_row)
 
 
 def _written(

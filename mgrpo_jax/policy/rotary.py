@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -108,6 +109,10 @@ def rotations(
 
       angle[i] = position · base^(-2 i / D),   i < D / 2
 
+  In two turns of a loop: compilers for CPUs compute a cosine anew wherever it
+  is used, in every layer and even behind an optimization barrier, and leave
+  alone what a loop yields.
+
   Args:
     positions: tokens from the start of the segment.
     head_dim: D.
@@ -117,15 +122,25 @@ def rotations(
   Returns:
     Cosine and sine, each [N, T, D / 2] float32.
   """
+  length = positions.shape[-1]
   half = head_dim // 2
   exponents = jnp.arange(half, dtype=jnp.float32) / half
   frequencies = base**-exponents
   if scaling is not None:
     frequencies = scaling(frequencies)
-  angles = positions[..., None].astype(jnp.float32) * frequencies.reshape(
-      (1,) * positions.ndim + (half,)
+
+  def of_a_part(part: Int[Array, "N half_T"]) -> Rotation:
+    angles = part[..., None].astype(jnp.float32) * frequencies.reshape(
+        (1,) * part.ndim + (half,)
+    )
+    return jnp.cos(angles), jnp.sin(angles)
+
+  even = jnp.pad(positions, ((0, 0), (0, length % 2)))
+  parts = jnp.stack(jnp.split(even, 2, axis=1))
+  done = jax.lax.map(of_a_part, parts)
+  return jax.tree.map(
+      lambda x: jnp.concatenate([x[0], x[1]], axis=1)[:, :length], done
   )
-  return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(

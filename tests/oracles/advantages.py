@@ -44,6 +44,18 @@ def per_batch(rewards, weights):
   return _standardise(rewards, weights, [list(np.ndindex(rewards.shape))])
 
 
+def per_block(rewards, weights):
+  b, k, d = rewards.shape
+  queue = []
+  for rollout in range(k):
+    for task in range(b):
+      for slot in range(d):
+        if weights[task, rollout, slot] > 0:
+          queue.append((task, rollout, slot))
+  blocks = [queue[i : i + k] for i in range(0, len(queue), k)]
+  return _standardise(rewards, weights, blocks)
+
+
 def mean_only(rewards, weights):
   result = np.zeros(rewards.shape)
   for places in _tasks(rewards.shape):
