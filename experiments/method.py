@@ -20,7 +20,7 @@ from mgrpo_jax import (
     packing,
     rewards,
 )
-from mgrpo_jax.credit import Comparison, alike
+from mgrpo_jax.comparison import Comparison, alike
 from mgrpo_jax.critic import Critic
 from mgrpo_jax.grades import Matches
 from mgrpo_jax.plan import Method

@@ -222,7 +222,8 @@ def per_subtask(
 
   # One after the other: all at once would be D × D numbers a rollout.
   count = jnp.max(jnp.where(weights > 0, subtasks, -1)) + 1
-  return jax.lax.fori_loop(0, count, of_subtask, jnp.zeros_like(rewards))
+  none = jnp.zeros(rewards.shape, jnp.float32)
+  return jax.lax.fori_loop(0, count, of_subtask, none)
 
 
 def inherit_parent(

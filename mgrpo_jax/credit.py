@@ -4,45 +4,23 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mgrpo_jax import advantages, packing, rewards
+from mgrpo_jax import packing, rewards
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.alignment import gather
+from mgrpo_jax.comparison import Comparison, alike
 from mgrpo_jax.packing import Credit
 from mgrpo_jax.rewards import RoleCalls, Scores
 from mgrpo_jax.types import Alignment, RolloutGroup
 
 Align = Callable[..., Alignment]
-Advantage = Callable[..., Array]  # one of `advantages`' normalisers
 # Of a role's slots: the alignment, rewards and advantages [B, K, D] float32.
 Compared = tuple[Alignment, np.ndarray, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Comparison:
-  """What the slots of a step are compared with, see `alike`.
-
-  Attributes:
-    root: rewards, weights [B, K, 1] -> advantages of the root's calls.
-    calls: the same of the other roles' calls, [B, K, D].
-    given: what `calls` is given: `rewards` as the root; with `subtasks` also
-      the number of what was asked, by that name; with `parents` the root's
-      advantages in place of the rewards.
-  """
-
-  root: Advantage
-  calls: Advantage
-  given: Literal["rewards", "subtasks", "parents"] = "rewards"
-
-  @property
-  def in_groups(self) -> bool:
-    """Whether there are groups, or rewards are left as they are."""
-    return self.calls is not advantages.plain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,18 +60,6 @@ class Credits:
   by_policy: Mapping[str, tuple[Credit, ...]]
   advantages: tuple[np.ndarray, ...]
   assignments: Mapping[str, Assignment]
-
-
-def alike(advantage: Advantage) -> Comparison:
-  """Compares the calls of every role the same way.
-
-  Args:
-    advantage: a normaliser of rewards and weights.
-
-  Returns:
-    The comparison.
-  """
-  return Comparison(root=advantage, calls=advantage)
 
 
 def learning(team: Team, trained: Collection[str]) -> tuple[str, ...]:
@@ -371,24 +337,10 @@ def _aligned(
     aligned = align(jax.random.key(seed), num_calls, num_slots=num_slots)
     slots, weights = gather(earned, aligned), aligned.weight
     asked = gather(asked, aligned)
-    return aligned, slots, _gains(comparison, slots, weights, asked, roots)
+    gains = comparison.of_calls(slots, weights, subtasks=asked, roots=roots)
+    return aligned, slots, gains
 
   found: tuple[Alignment, Array, Array] = jax.vmap(of_role)(
       seeds, num_calls, earned, subtasks
   )
   return found
-
-
-def _gains(
-    comparison: Comparison,
-    gathered: Float[Array, "B K D"],
-    weights: Float[Array, "B K D"],
-    subtasks: Int[Array, "B K D"],
-    roots: Float[Array, "B K 1"],
-) -> Float[Array, "B K D"]:
-  """Calls a normaliser of calls with what it is given."""
-  if comparison.given == "subtasks":
-    return comparison.calls(gathered, weights, subtasks=subtasks)
-  if comparison.given == "parents":
-    return comparison.calls(roots, weights)
-  return comparison.calls(gathered, weights)

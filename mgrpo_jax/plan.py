@@ -8,6 +8,7 @@ from mgrpo_jax import credit, objectives, optim
 from mgrpo_jax.agents.actor import Actor
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.agents.tools import Tool
+from mgrpo_jax.comparison import Comparison
 from mgrpo_jax.packing import BatchShape
 from mgrpo_jax.policy.lora import LoRA
 from mgrpo_jax.policy.policy import Policy
@@ -48,7 +49,7 @@ class Method:
   reward_weights: Mapping[str, RewardWeights]
   align: credit.Align
   num_slots: int
-  comparison: credit.Comparison
+  comparison: Comparison
   policy_loss: objectives.PolicyLoss
   imitation_loss: objectives.ImitationLoss
   minibatches: int

@@ -197,6 +197,8 @@ class Run:
     credits = self._compared(stage, groups, scores, step)
     self.meter.values |= statistics.of_credits(
         credits, self.setup.method.comparison, self._publisher.numbers
+    ) | statistics.of_shares(
+        groups, scores, credits.assignments, self.setup.method.rewards_of(stage)
     )
     return credits
 

@@ -1,14 +1,16 @@
 """What a step's rollouts say about each role, as metrics."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from mgrpo_jax import numerics
 from mgrpo_jax.answers import overlap
-from mgrpo_jax.credit import Assignment, Comparison, Credits
+from mgrpo_jax.comparison import Comparison
+from mgrpo_jax.credit import Assignment, Credits
 from mgrpo_jax.packing import Credit
-from mgrpo_jax.rewards import Scores
-from mgrpo_jax.types import RolloutGroup, Status
+from mgrpo_jax.rewards import RewardWeights, Scores
+from mgrpo_jax.types import NO_PARENT, RolloutGroup, Status
 
 _PARTS = ("format", "correct", "expert", "overlong")  # of a reward
 _ECHO = 0.8  # F1 of words between a report and its request
@@ -122,6 +124,38 @@ def of_assignment(
   return values
 
 
+def of_shares(
+    groups: Sequence[RolloutGroup],
+    scores: Sequence[Scores],
+    roles: Iterable[str],
+    weights: Mapping[str, RewardWeights],
+) -> dict[str, float]:
+  """Says how much of the spread of roles' rewards outcome and grade make.
+
+      Σ_tasks Cov(R, b2 · format · correct) / Σ_tasks Var(R)      outcome
+      Σ_tasks Cov(R, b3 · format · expert) / Σ_tasks Var(R)       grade
+
+  over the calls of a task that count. R is the sum of its components (M-GRPO,
+  arXiv 2511.13288, Eq. 4-5), so the shares of all of them add up to 1. A share
+  is 0 exactly where its weight is.
+
+  Args:
+    groups: of a step.
+    scores: of the groups.
+    roles: names of those that are told of.
+    weights: of rewards, by role.
+
+  Returns:
+    For each role `outcome_share`, of the tasks in which outcomes differ, and
+    `grade_share`, of those in which rewards do and never of the root, which has
+    no grade; missing where there is no such task.
+  """
+  shares: dict[str, float] = {}
+  for role in roles:
+    shares |= _shares_of(groups, scores, role, weights[role])
+  return shares
+
+
 def staleness(
     by_policy: Mapping[str, Sequence[Credit]],
     versions: Mapping[str, Sequence[int]],
@@ -191,6 +225,72 @@ def _spread(weight: np.ndarray, rewards: np.ndarray) -> float:
   """Weighted population standard deviation."""
   mean = np.average(rewards, weights=weight)
   return float(np.sqrt(np.average((rewards - mean) ** 2, weights=weight)))
+
+
+def _shares_of(
+    groups: Sequence[RolloutGroup],
+    scores: Sequence[Scores],
+    role: str,
+    weights: RewardWeights,
+) -> dict[str, float]:
+  """The shares of one role."""
+  found = [
+      table
+      for group, graded in zip(groups, scores, strict=True)
+      if (table := _components(group, graded, role)) is not None
+  ]
+  if not found:
+    return {}
+  is_root = any(
+      t.role == role and t.parent == NO_PARENT
+      for group in groups
+      for t in group.trajectories
+  )
+  differ = [table for table in found if table[1].any()]
+  shares = {"outcome_share": _share(differ, 1, weights.correct)}
+  if not is_root:
+    spread = [table for table in found if table[0].any()]
+    shares["grade_share"] = _share(spread, 2, weights.expert)
+  return {
+      f"{name}/{role}": share
+      for name, share in shares.items()
+      if share is not None
+  }
+
+
+def _components(
+    group: RolloutGroup, graded: Scores, role: str
+) -> np.ndarray | None:
+  """Reward, outcome and grade of a role's calls, less their means: [3, n].
+
+  What rounding leaves of equal rewards is 0.
+  """
+  at = [
+      m
+      for m, trajectory in enumerate(group.trajectories)
+      if trajectory.role == role and graded.weight[m] > 0
+  ]
+  if not at:
+    return None
+  valid = graded.format[at]
+  rows = np.stack(
+      [graded.total[at], valid * graded.correct[at], valid * graded.expert[at]]
+  ).astype(np.float64)
+  size = np.abs(rows).max(axis=1, keepdims=True)
+  rows -= rows.mean(axis=1, keepdims=True)
+  rounding = numerics.SPREAD_ULPS * np.finfo(np.float32).eps * size
+  return np.where(np.abs(rows) <= rounding, 0.0, rows)
+
+
+def _share(
+    tables: Sequence[np.ndarray], component: int, weight: float
+) -> float | None:
+  """Share of the variance of rewards that a component makes; None of none."""
+  if not tables:
+    return None
+  total = sum(float(table[0] @ table[0]) for table in tables)
+  made = sum(float(table[0] @ table[component]) for table in tables)
+  return weight * made / total if total > 0 else 0.0
 
 
 def _rewards(

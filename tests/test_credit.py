@@ -7,6 +7,7 @@ from trajectories import task, trajectory
 
 from experiments.method import COMPARISONS
 from mgrpo_jax import advantages, alignment, credit, rewards
+from mgrpo_jax.comparison import alike
 from mgrpo_jax.testing.team import small_team
 
 
@@ -131,7 +132,7 @@ def compared(totals, attempts=(0,) * 6, **changes):
       "team": small_team(),
       "trained": {"main", "researcher"},
       "align": alignment.mask,
-      "comparison": credit.alike(advantages.mean_only),
+      "comparison": alike(advantages.mean_only),
       "num_slots": 2,
       "seeds": {"main": 0, "researcher": 1},
   }

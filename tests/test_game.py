@@ -1,36 +1,44 @@
 """Estimators of the team's gradient against sums over all that can happen."""
 
 import dataclasses
-import functools
 import itertools
 
 import jax
 import numpy as np
 import pytest
+from team_game import (
+    BEYOND,
+    DUPLICATE,
+    EXPERT,
+    FAINT,
+    FLOAT32,
+    FLOAT64,
+    INVERSE,
+    LAW,
+    MAIN,
+    MASK,
+    PAPER,
+    STRATEGIES,
+    TEAM,
+    TWICE,
+    calls_of,
+    chance_of,
+    differentiate,
+    exactly,
+    jitted,
+    listed,
+    own,
+    policies,
+    small,
+    true,
+    weights_of,
+)
 from trajectories import group, task, trajectory
 
-from experiments.bench import gradients
-from mgrpo_jax import advantages, alignment, rewards
-from mgrpo_jax.rewards import RewardWeights
+from experiments.bench import estimated, gradient_tables, gradients
+from experiments.method import COMPARISONS
+from mgrpo_jax import advantages, rewards
 from mgrpo_jax.testing import batches, estimators, game
-
-MAIN = RewardWeights(format=0.1, correct=0.9, expert=0.0)
-PAPER = RewardWeights(format=0.1, correct=0.4, expert=0.5)
-EXPERT = RewardWeights(format=0.1, correct=0.0, expert=0.9)
-TEAM = RewardWeights(format=0.0, correct=1.0, expert=0.0)
-FAINT = RewardWeights(format=0.0, correct=1.0, expert=0.01)
-LAW = (0.1, 0.3, 0.6)  # of d = 0, 1, 2
-TWICE = (1e-30, 1e-30, 1.0)
-STRATEGIES = (
-    alignment.duplicate_or_drop,
-    alignment.mask,
-    alignment.inverse_count,
-)
-DUPLICATE, MASK, INVERSE = STRATEGIES
-BEYOND = (advantages.plain, advantages.other_rollouts)
-# Advantages, weights and slopes are float32 whatever the game is.
-FLOAT32 = dict(rtol=2e-5, atol=1e-7)
-FLOAT64 = dict(rtol=1e-10, atol=1e-14)
 
 
 @pytest.fixture(autouse=True)
@@ -39,95 +47,16 @@ def double():
     yield
 
 
-@functools.cache
-def small(max_calls=2):
-  return game.small_game(max_calls), game.outcomes(
-      max_calls=max_calls, num_reports=3
-  )
-
-
-def policies(law=LAW):
-  return game.Policies(
-      calls=np.log(law),
-      reports=np.log([[0.6, 0.3, 0.1], [0.3, 0.4, 0.3]]),
-  )
-
-
-@functools.cache
-def jitted(function, **fixed):
-  return jax.jit(functools.partial(function, **fixed))
-
-
-@functools.cache
-def chance_of(law=LAW):
-  found = jitted(game.probabilities)(policies(law), *small(len(law) - 1))
-  return np.asarray(found)
-
-
-@functools.cache
-def calls_of(split, law=LAW):
-  rules, every = small(len(law) - 1)
-  if split is MAIN:
-    found = jitted(game.main_calls, weights=split)(policies(law), every)
-  else:
-    found = jitted(game.sub_calls, weights=split)(policies(law), rules, every)
-  return jax.device_get(found)
-
-
-def weights_of(calls, align, num_slots):
-  found = batches.call_weights(
-      calls.num_calls, align=align, num_slots=num_slots
-  )
-  return np.asarray(found, np.float64)
-
-
-def differentiate(advantage, slots):
-  found = jitted(estimators.gradients, advantage=advantage)(slots)
-  return np.asarray(found, np.float64)
-
-
-@functools.cache
-def listed(split, law, align, num_rollouts, num_slots):
-  return batches.enumerate_slots(
-      chance_of(law),
-      calls_of(split, law),
-      align=align,
-      num_rollouts=num_rollouts,
-      num_slots=num_slots,
-  )
-
-
-def exactly(split, advantage, *, law=LAW, align=INVERSE, rollouts=3, slots=3):
-  every = listed(split, law, align, rollouts, slots)
-  return estimators.exact_moments(differentiate(advantage, every.slots), every)
-
-
-def own(split, *, law=LAW, align=INVERSE, slots=3):
-  calls = calls_of(split, law)
-  return np.asarray(
-      jitted(game.own_gradient)(
-          chance_of(law).mean(0), calls, weights_of(calls, align, slots)
-      )
-  )
-
-
-def true(split, *, law=LAW, align=INVERSE, slots=3):
-  rules, every = small(len(law) - 1)
-  calls = calls_of(split, law)
-  slopes = jitted(jax.grad(game.expected_reward))(
-      policies(law),
-      game=rules,
-      outcomes=every,
-      calls=calls,
-      call_weights=weights_of(calls, align, slots),
-  )
-  return np.ravel(slopes.calls if split is MAIN else slopes.reports)
-
-
 @pytest.mark.parametrize("max_calls", [2, 4])
 def test_every_outcome_is_listed_once(max_calls):
   rules, every = small(max_calls)
-  rows = np.column_stack([every.num_calls, every.reports, every.correct])
+  rows = np.column_stack(
+      [
+          every.requests,
+          every.reports.reshape(len(every.correct), -1),
+          every.correct,
+      ]
+  )
   assert len(rows) == 2 * sum(3**d for d in range(max_calls + 1))
   assert len(np.unique(rows, axis=0)) == len(rows)
   law = np.full(max_calls + 1, 1 / (max_calls + 1))
@@ -138,26 +67,32 @@ def test_every_outcome_is_listed_once(max_calls):
 
 def test_bad_sizes_are_named():
   with pytest.raises(ValueError, match="num_reports must be >= 1, got 0"):
-    game.outcomes(max_calls=1, num_reports=0)
+    game.outcomes(max_calls=1, num_reports=0, attempts=1)
 
 
-def test_rewards_are_the_librarys():
-  rules, every = small()
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_rewards_are_the_librarys(attempts):
+  rules, every = small(2, attempts)
   trajectories = []
   for k, (d, said, right) in enumerate(
-      zip(every.num_calls, every.reports, every.correct, strict=True)
+      zip(every.requests, every.reports, every.correct, strict=True)
   ):
     root = len(trajectories)
     text = "Lima" if right else "Rome"
     trajectories.append(trajectory(rollout=k, result_text=text))
     trajectories += [
         trajectory(
-            rollout=k, role="researcher", call=n, parent=root, request=str(r)
+            rollout=k,
+            role="researcher",
+            call=n,
+            parent=root,
+            request=str(r),
+            attempt=n % attempts,
         )
-        for n, r in enumerate(said[:d])
+        for n, r in enumerate(said[:d].ravel())
     ]
   scores = rewards.score(
-      whole := group(task(), trajectories, len(every.num_calls)),
+      whole := group(task(), trajectories, len(every.requests)),
       weights={"main": MAIN, "researcher": PAPER},
       rules=rewards.Rules(
           format=lambda t: not t.request or rules.valid[int(t.request)] > 0,
@@ -166,11 +101,16 @@ def test_rewards_are_the_librarys():
           correct_of=rewards.of_root,
       ),
   )
-  for role, split, most in (("main", MAIN, 1), ("researcher", PAPER, 2)):
-    expected = rewards.by_role([whole], [scores], max_calls={role: most})[role]
-    found = calls_of(split)
-    np.testing.assert_array_equal(found.num_calls, expected.num_calls[0])
-    np.testing.assert_allclose(found.rewards, expected.rewards[0], rtol=1e-6)
+  sizes = {"main": 1, "researcher": 2 * attempts}
+  expected = rewards.by_role([whole], [scores], max_calls=sizes)
+  roots = expected["main"].rewards[0, :, 0]
+  for role, split in (("main", MAIN), ("researcher", PAPER)):
+    found = calls_of(split, attempts=attempts)
+    alike = expected[role]
+    np.testing.assert_array_equal(found.num_calls, alike.num_calls[0])
+    np.testing.assert_array_equal(found.subtasks, alike.subtasks[0])
+    np.testing.assert_allclose(found.rewards, alike.rewards[0], rtol=1e-6)
+    np.testing.assert_allclose(found.roots, roots, rtol=1e-6)
 
 
 @pytest.mark.parametrize("split", [MAIN, PAPER])
@@ -226,7 +166,9 @@ def test_a_call_credited_alone_gets_one_of_d_shares_of_the_teams_reward():
   # d = 2, formats always valid, nothing but main_correct counts.
   rules, every = small()
   rules = rules.replace(valid=np.ones(3))
-  calls = jitted(game.sub_calls, weights=TEAM)(policies(TWICE), rules, every)
+  calls = jitted(game.sub_calls, weights=TEAM)(
+      policies(TWICE), rules, every, roots=every.correct
+  )
   chance = chance_of(TWICE).mean(0)
   ones = np.ones(len(chance))
   alone = jitted(game.own_gradient)(chance, calls, ones)
@@ -252,6 +194,8 @@ def test_listing_multisets_is_listing_ordered_groups():
       rewards=calls.rewards[places][:, None],
       weights=aligned.weight[:, None],
       scores=calls.scores[places][:, None],
+      subtasks=calls.subtasks[places][:, None],
+      roots=calls.roots[pairs][:, None, :, None],
   )
   likely = chance[:, pairs].prod(2).mean(0)
   expected = likely @ differentiate(advantages.per_task, every)
@@ -468,13 +412,16 @@ def test_standardising_magnifies_a_faint_grade():
 
 
 def test_the_command_measures_what_it_says():
-  case = gradients.Case(
-      role="sub", split="paper", law="base", tasks=1, rollouts=3, slots=3
-  )
-  rows = list(gradients.measure(case))
-  assert len(rows) == 3 * len(gradients.NORMALISERS)
-  for row in gradients.measure_copies(case):
-    exact = row["normaliser"] in ("plain", "other_rollouts")
+  case = dataclasses.replace(gradients.SUB, rollouts=3)
+  draws = estimated.Draws(batches=1, seed=0)
+  rows = list(estimated.measure(case, draws))
+  assert {(r["alignment"], r["normaliser"]) for r in rows} == {
+      (align.__name__, name)
+      for align in STRATEGIES
+      for name in set(COMPARISONS) - {"per_batch", "per_block", "per_subtask"}
+  }
+  for row in estimated.measure_copies(case):
+    exact = row["normaliser"] in ("plain", "other_rollouts", "inherit_parent")
     assert (row["gap"] < 1e-5) == exact
   (row,) = (
       r
@@ -488,3 +435,30 @@ def test_the_command_measures_what_it_says():
     assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-6)
   with pytest.raises(ValueError, match="--rollouts must be numbers >= 2"):
     gradients._positive(["4", "1"])
+
+
+def test_every_comparison_is_measured_with_every_split_slots_and_spread():
+  found = {}
+  for cases in gradients._parts([2, 4, 8]).values():
+    for case in cases:
+      for name in case.normalisers if case.role == "sub" else ():
+        for axis in ("rollouts", "slots", "law"):
+          seen = found.setdefault((name, case.split, axis), set())
+          seen.add(getattr(case, axis))
+  for name in COMPARISONS:
+    for split in gradients.CROSSED:
+      for axis in ("slots", "law"):
+        assert len(found[name, split, axis]) >= 3
+    assert {2, 4, 8} & found[name, "paper", "rollouts"]
+
+
+def test_what_was_measured_is_read_again(tmp_path):
+  case = dataclasses.replace(gradients.SUB, role="main", split="", slots=1)
+  draws = estimated.Draws(batches=1, seed=0)
+  rows = [{"table": "Main", **row} for row in estimated.measure(case, draws)]
+  gradient_tables.write(tmp_path / "file", rows, setup={"seed": 0})
+  again = gradient_tables.read(tmp_path / "file")
+  assert gradient_tables.markdown(again) == gradient_tables.markdown(rows)
+  (tmp_path / "file").write_text("{}")
+  with pytest.raises(ValueError, match=r"experiments\.bench\.gradients"):
+    gradient_tables.read(tmp_path / "file")

@@ -8,7 +8,8 @@ import pytest
 
 from configs import presets, quickstart
 from experiments import method, recipe
-from mgrpo_jax import advantages, alignment, credit, losses
+from mgrpo_jax import advantages, alignment, losses
+from mgrpo_jax.comparison import alike
 
 FOLDER = pathlib.Path(presets.__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
@@ -160,7 +161,7 @@ def test_no_two_presets_are_the_same():
 def test_the_papers_method():
   made = method.build(config_of("mgrpo"))
   assert made.align is alignment.duplicate_or_drop and made.num_slots == 8
-  assert made.comparison == credit.alike(advantages.per_task)
+  assert made.comparison == alike(advantages.per_task)
   assert made.policy_loss.ratio is losses.sequence_ratio
   assert made.policy_loss.kl is made.policy_loss.importance is None
   main, calls = (made.reward_weights[n] for n in ("main", "researcher"))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from trajectories import group, random_trajectory
 
-from mgrpo_jax import advantages, credit, metrics, packing, rollout, store
+from mgrpo_jax import advantages, metrics, packing, rollout, store
+from mgrpo_jax.comparison import alike
 from mgrpo_jax.credit import Credits
 from mgrpo_jax.critic import Critic
 from mgrpo_jax.meter import Meter
@@ -257,7 +258,7 @@ def test_a_critic_learns_beside_the_policy(tmp_path):
       policies={n: p.with_critic() for n, p in setup.policies.items()},
       method=dataclasses.replace(
           setup.method,
-          comparison=credit.alike(advantages.plain),
+          comparison=alike(advantages.plain),
           policy_loss=loss,
       ),
   )

@@ -3,7 +3,8 @@ import dataclasses
 import numpy as np
 
 from mgrpo_jax import advantages, statistics
-from mgrpo_jax.credit import Assignment, Credits, alike
+from mgrpo_jax.comparison import alike
+from mgrpo_jax.credit import Assignment, Credits
 from mgrpo_jax.packing import Credit
 from mgrpo_jax.report import alerts
 from mgrpo_jax.rewards import Scores

@@ -21,6 +21,7 @@ from mgrpo_jax.agents.context import Environment
 from mgrpo_jax.agents.hermes import HERMES
 from mgrpo_jax.agents.protocol import Action, answer
 from mgrpo_jax.agents.team import Role, Team
+from mgrpo_jax.comparison import alike
 from mgrpo_jax.testing.setup import CONTEXT, small_method, small_setup, tasks
 from mgrpo_jax.testing.team import chat_of, small_tools
 from mgrpo_jax.types import NO_PARENT, Status
@@ -147,7 +148,7 @@ def compare(team, group, trained):
       team=team,
       trained=trained,
       align=alignment.inverse_count,
-      comparison=credit.alike(advantages.per_task),
+      comparison=alike(advantages.per_task),
       num_slots=4,
       seeds=dict.fromkeys((one.name for one in team.roles), 0),
   )

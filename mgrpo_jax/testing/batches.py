@@ -32,6 +32,8 @@ class Slots:
   rewards: Any  # [G, B, K, D] float
   weights: Any  # [G, B, K, D] float, the alignment's
   scores: Any  # [G, B, K, D, P] float, ∇ log π of the slot's call
+  subtasks: Any  # [G, B, K, D] int32, the request it answers
+  roots: Any  # [G, B, K, 1] float, what the rollout's root earned
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,8 @@ def sample_slots(
       rewards=gather(calls.rewards[happened], aligned),
       weights=aligned.weight,
       scores=calls.scores[happened[..., None], aligned.index],
+      subtasks=gather(calls.subtasks[happened], aligned),
+      roots=calls.roots[happened][..., None],
   )
   return jax.tree.map(
       lambda x: x.reshape(num_batches, num_tasks, *x.shape[1:]), slots
@@ -150,10 +154,13 @@ def enumerate_slots(
   orders = _orders(members)
   likely = np.mean(orders * np.prod(each[:, members], axis=2), axis=0)
   weights = np.asarray(_weights(calls.num_calls, align, num_slots))
+  where = parent[:, None], index
   slots = Slots(
-      rewards=calls.rewards[parent[:, None], index][members][:, None],
+      rewards=calls.rewards[where][members][:, None],
       weights=weights[parent][members][:, None],
-      scores=calls.scores[parent[:, None], index][members][:, None],
+      scores=calls.scores[where][members][:, None],
+      subtasks=calls.subtasks[where][members][:, None],
+      roots=calls.roots[parent][members][:, None, :, None],
   )
   _, rollouts = np.unique(parent[members], axis=0, return_inverse=True)
   return Enumerated(slots=slots, chance=likely, rollouts=rollouts.ravel())

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mgrpo_jax import losses
-from mgrpo_jax.credit import Advantage
+from mgrpo_jax.comparison import Comparison
 from mgrpo_jax.testing.batches import Enumerated, Slots
 
 
@@ -39,7 +39,7 @@ class Moments:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Standing:
   """A gradient beside what it should be on average, g; errors are standard.
 
   Attributes:
@@ -60,7 +60,7 @@ class Comparison:
   draws: float
 
 
-def gradients(slots: Slots, *, advantage: Advantage) -> Float[Array, "G P"]:
+def gradients(slots: Slots, *, comparison: Comparison) -> Float[Array, "G P"]:
   """Computes the ascent direction of each batch with the library's loss.
 
   The ratio is 1, as in the first update on a batch; a call is one sampled
@@ -69,14 +69,18 @@ def gradients(slots: Slots, *, advantage: Advantage) -> Float[Array, "G P"]:
 
   Args:
     slots: of the batches.
-    advantage: a normaliser of [B, K, D].
+    comparison: what slots are compared with.
 
   Returns:
     The gradients, flat.
   """
 
-  def one(rewards: Array, weights: Array, scores: Array) -> Array:
-    gains = advantage(rewards, weights).reshape(-1, 1)
+  def one(batch: Slots) -> Array:
+    weights = batch.weights
+    roots = comparison.root(batch.roots, jnp.ones_like(batch.roots))
+    gains = comparison.of_calls(
+        batch.rewards, weights, subtasks=batch.subtasks, roots=roots
+    ).reshape(-1, 1)
     old = jnp.zeros_like(gains)
 
     def objective(logprobs: Array) -> Array:
@@ -88,9 +92,10 @@ def gradients(slots: Slots, *, advantage: Advantage) -> Float[Array, "G P"]:
       return losses.sequence_mean_token_mean(values, mask, weights.reshape(-1))
 
     slopes = jax.grad(objective)(old).reshape(weights.shape)
-    return jnp.einsum("bkd,bkdp->p", slopes, scores)
+    return jnp.einsum("bkd,bkdp->p", slopes, batch.scores)
 
-  return jax.vmap(one)(slots.rewards, slots.weights, slots.scores)
+  found: Array = jax.vmap(one)(slots)
+  return found
 
 
 def given_rollouts(
@@ -161,7 +166,7 @@ def sampled_moments(
   )
 
 
-def compare(moments: Moments, target: Float[np.ndarray, " P"]) -> Comparison:
+def compare(moments: Moments, target: Float[np.ndarray, " P"]) -> Standing:
   """Sets moments beside the gradient that they should have on average.
 
   Args:
@@ -169,7 +174,7 @@ def compare(moments: Moments, target: Float[np.ndarray, " P"]) -> Comparison:
     target: g, not 0.
 
   Returns:
-    The comparison.
+    Where it stands.
   """
   target = np.asarray(target, np.float64)
   mean, covariance = moments.mean, moments.covariance
@@ -177,7 +182,7 @@ def compare(moments: Moments, target: Float[np.ndarray, " P"]) -> Comparison:
   along = float(target @ covariance @ target) / size**2
   across = max(float(np.trace(covariance)) - along, 0.0)
   samples = math.inf if moments.samples is None else moments.samples
-  return Comparison(
+  return Standing(
       scale=float(target @ mean) / size**2,
       scale_error=math.sqrt(along / samples) / size,
       cosine=float(target @ mean) / (size * length),

@@ -1,11 +1,12 @@
 """A team of two whose every outcome can be listed, so gradients are known.
 
-The main agent decides how often to call, d of 0..C. The n-th call gets one of
-R reports; the first request and the later ones have logits of their own. The
-chance that the main agent is right grows with the useful reports and depends
-on the kind of task. Rewards are M-GRPO's (arXiv 2511.13288, Eq. 4–5).
+The main agent decides how often to ask, d of 0..C. Each of A attempts at the
+n-th request gets one of R reports; the first request and the later ones have
+logits of their own. The main agent sees the first attempt at each; the chance
+that it is right grows with the useful reports among these and depends on the
+kind of task. Rewards are M-GRPO's (arXiv 2511.13288, Eq. 4–5).
 
-    p(d, r, c) = π_main(d) Π_{n<d} π_sub(r_n | n) P(c | useful reports, kind)
+    p(d, r, c) = π_main(d) Π_{n<d} Π_a π_sub(r_na | n) P(c | useful r_n0, kind)
 
 Everything after `outcomes` is a pure function of arrays, of any float type.
 """
@@ -30,7 +31,7 @@ REQUESTS = 2  # the first one, and all that follow
 class Policies:
   """The parameters of both policies."""
 
-  calls: Any  # [C + 1] float, logits of the number of calls
+  calls: Any  # [C + 1] float, logits of the number of requests
   reports: Any  # [REQUESTS, R] float, logits of a call's report
 
 
@@ -48,18 +49,23 @@ class Game:
 class Outcomes:
   """All N that one rollout can have."""
 
-  num_calls: Any  # [N] int32, d
-  reports: Any  # [N, C] int32, 0 beyond d
+  requests: Any  # [N] int32, d
+  reports: Any  # [N, C, A] int32, 0 beyond d
   correct: Any  # [N] float, 1 where the main agent is right
 
 
 @flax.struct.dataclass
 class Calls:
-  """One role's calls in each outcome; P parameters of its policy."""
+  """One role's calls in each outcome; P parameters of its policy.
 
-  num_calls: Any  # [N] int32
-  rewards: Any  # [N, C] float, 0 where there is no call
-  scores: Any  # [N, C, P] float, ∇ log π of each call, likewise
+  At most M of them: 1 of the main agent, C·A of the sub-agent.
+  """
+
+  num_calls: Any  # [N] int32, A d
+  rewards: Any  # [N, M] float, 0 where there is no call
+  scores: Any  # [N, M, P] float, ∇ log π of each call, likewise
+  subtasks: Any  # [N, M] int32, number of the request, -1 likewise
+  roots: Any  # [N] float, what the rollout's root earned
 
 
 def small_game(max_calls: int) -> Game:
@@ -84,32 +90,35 @@ def small_game(max_calls: int) -> Game:
   )
 
 
-def outcomes(*, max_calls: int, num_reports: int) -> Outcomes:
+def outcomes(*, max_calls: int, num_reports: int, attempts: int) -> Outcomes:
   """Lists every outcome of a rollout, on the host.
 
   Args:
-    max_calls: C ≥ 1.
+    max_calls: C ≥ 1, of the main agent.
     num_reports: R ≥ 1.
+    attempts: A ≥ 1, at each request.
 
   Returns:
-    N = 2 Σ_{d ≤ C} R^d outcomes.
+    N = 2 Σ_{d ≤ C} R^(A d) outcomes.
 
   Raises:
     ValueError: if a size is out of range, naming it.
   """
-  for name, size in (("max_calls", max_calls), ("num_reports", num_reports)):
+  sizes = dict(max_calls=max_calls, num_reports=num_reports, attempts=attempts)
+  for name, size in sizes.items():
     if size < 1:
       raise ValueError(f"{name} must be >= 1, got {size}")
   rows = [
-      (d, said + (0,) * (max_calls - d), right)
+      (d, said + (0,) * (attempts * (max_calls - d)), right)
       for d in range(max_calls + 1)
-      for said in itertools.product(range(num_reports), repeat=d)
+      for said in itertools.product(range(num_reports), repeat=attempts * d)
       for right in (0.0, 1.0)
   ]
-  num_calls, reports, correct = zip(*rows, strict=True)
+  requests, reports, correct = zip(*rows, strict=True)
+  said = np.array(reports, np.int32)
   return Outcomes(
-      num_calls=np.array(num_calls, np.int32),
-      reports=np.array(reports, np.int32),
+      requests=np.array(requests, np.int32),
+      reports=said.reshape(len(rows), max_calls, attempts),
       correct=np.array(correct),
   )
 
@@ -129,11 +138,10 @@ def probabilities(
   """
   real = _real(outcomes)
   said = _report_logprobs(policies.reports, outcomes)
-  main = jax.nn.log_softmax(policies.calls)[outcomes.num_calls]
-  chosen = jnp.exp(main + jnp.sum(jnp.where(real, said, 0.0), axis=1))
-  useful = jnp.sum(
-      jnp.where(real, jnp.asarray(game.useful)[outcomes.reports], 0), axis=1
-  )
+  main = jax.nn.log_softmax(policies.calls)[outcomes.requests]
+  chosen = jnp.exp(main + jnp.sum(jnp.where(real, said, 0.0), axis=(1, 2)))
+  helps = jnp.where(real, jnp.asarray(game.useful)[outcomes.reports], 0)
+  useful = jnp.sum(helps[..., 0], axis=1)  # the others are not seen
   right = jnp.asarray(game.correct)[:, useful]
   return chosen[None] * jnp.where(outcomes.correct > 0, right, 1 - right)
 
@@ -156,14 +164,21 @@ def main_calls(
   rewards = weights.format + weights.correct * jnp.asarray(outcomes.correct)
   slopes = jax.jacobian(jax.nn.log_softmax)(policies.calls)
   return Calls(
-      num_calls=jnp.ones_like(outcomes.num_calls),
+      num_calls=jnp.ones_like(outcomes.requests),
       rewards=rewards[:, None],
-      scores=slopes[outcomes.num_calls][:, None],
+      scores=slopes[outcomes.requests][:, None],
+      subtasks=jnp.zeros_like(outcomes.requests)[:, None],
+      roots=rewards,
   )
 
 
 def sub_calls(
-    policies: Policies, game: Game, outcomes: Outcomes, weights: RewardWeights
+    policies: Policies,
+    game: Game,
+    outcomes: Outcomes,
+    weights: RewardWeights,
+    *,
+    roots: Float[Array, " N"],
 ) -> Calls:
   """Sees each outcome as the calls of the sub-agent.
 
@@ -175,21 +190,29 @@ def sub_calls(
     game: grades and formats.
     outcomes: all of them.
     weights: b1, b2 and b3.
+    roots: what the main agent earned, see `main_calls`.
 
   Returns:
-    d calls in each outcome, P = REQUESTS · R.
+    A d calls in each outcome, attempts at a request side by side as the
+    library orders them; P = REQUESTS · R.
   """
-  real = _real(outcomes)
+  number, most, attempts = outcomes.reports.shape
+  shape = (number, most * attempts)
+  said = outcomes.reports.reshape(shape)
+  real = _real(outcomes).reshape(shape)
   alone = weights.format + weights.expert * jnp.asarray(game.expert)
   shared = weights.correct * jnp.asarray(outcomes.correct)
-  earned = alone[outcomes.reports] + shared[:, None]
-  counted = real * jnp.asarray(game.valid)[outcomes.reports]
-  slopes = jax.jacobian(_report_logprobs)(policies.reports, outcomes)
-  slopes = slopes.reshape(*real.shape, -1)
+  earned = alone[said] + shared[:, None]
+  counted = real * jnp.asarray(game.valid)[said]
+  slopes = jax.jacfwd(_report_logprobs)(policies.reports, outcomes)
+  slopes = slopes.reshape(*shape, -1)
+  asked = jnp.arange(shape[1], dtype=jnp.int32) // attempts
   return Calls(
-      num_calls=jnp.asarray(outcomes.num_calls),
+      num_calls=jnp.asarray(outcomes.requests) * attempts,
       rewards=earned * counted,
       scores=jnp.where(real[..., None], slopes, 0.0),
+      subtasks=jnp.where(real, asked[None], -1),
+      roots=jnp.asarray(roots),
   )
 
 
@@ -253,13 +276,14 @@ def own_gradient(
 
 
 def _real(outcomes: Outcomes) -> Array:
-  """Marks the calls that were made, [N, C] bool."""
+  """Marks the reports that were given, [N, C, A] bool."""
   order = jnp.arange(outcomes.reports.shape[1])
-  return order[None] < jnp.asarray(outcomes.num_calls)[:, None]
+  asked = order[None] < jnp.asarray(outcomes.requests)[:, None]
+  return jnp.broadcast_to(asked[..., None], outcomes.reports.shape)
 
 
 def _report_logprobs(reports: Array, outcomes: Outcomes) -> Array:
-  """Looks up log π of every report, [N, C]."""
+  """Looks up log π of every report, [N, C, A]."""
   order = jnp.arange(outcomes.reports.shape[1])
   request = jnp.minimum(order, REQUESTS - 1)
-  return jax.nn.log_softmax(reports)[request[None], outcomes.reports]
+  return jax.nn.log_softmax(reports)[request[:, None], outcomes.reports]

@@ -12,7 +12,6 @@ from mgrpo_jax import (
     advantages,
     alignment,
     answers,
-    credit,
     importance,
     losses,
     objectives,
@@ -27,6 +26,7 @@ from mgrpo_jax.agents.chat import Chat
 from mgrpo_jax.agents.compact import COMPACT
 from mgrpo_jax.agents.protocol import Action
 from mgrpo_jax.agents.team import Team
+from mgrpo_jax.comparison import alike
 from mgrpo_jax.plan import Adaptation, Method, Sampler, Setup
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import Params
@@ -186,7 +186,7 @@ def small_method(team: Team) -> Method:
       reward_weights={role.name: share for role in team.roles},
       align=alignment.duplicate_or_drop,
       num_slots=2,
-      comparison=credit.alike(advantages.per_task),
+      comparison=alike(advantages.per_task),
       policy_loss=objectives.PolicyLoss(
           ratio=losses.token_ratio,
           aggregation=losses.sequence_mean_token_mean,
