@@ -26,9 +26,11 @@ DEADLINE = 900  # seconds; a start takes 5 to 20, many more where all is busy
 class Team:
   """The jobs of a run, by policy; `all` is the run in one process."""
 
-  def __init__(self, root):
+  def __init__(self, root, *, url="", steps=STEPS):
     self.root = root
+    self.steps = steps
     self.bucket = root / "bucket"
+    self.url = url or self.bucket.as_uri()
     self.running = {}
     self.second = None
     self.said = collections.defaultdict(str)
@@ -45,10 +47,10 @@ class Team:
               sys.executable,
               PROGRAM,
               str(self.root / folder),
-              self.bucket.as_uri(),
+              self.url,
               job,
               str(SEED),
-              str(STEPS),
+              str(self.steps),
           ],
           stdout=subprocess.PIPE,
           stderr=log,
