@@ -148,6 +148,7 @@ def take_turns(config: ml_collections.ConfigDict) -> None:
     config.stages[name] = default.stage("reinforce", steps=TURN)
     config.stages[name].families = hard.families
     config.stages[name].learning_rate = hard.learning_rate
+    config.stages[name].reward.update(hard.reward)
     config.stages[name].trained = ("main", "researcher")[number % 2 :][:1]
     turns.append(name)
   del config.stages["hard"]

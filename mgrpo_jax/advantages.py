@@ -142,6 +142,8 @@ def per_batch(
 
   REINFORCE++ (Hu et al., arXiv 2501.03262): one baseline and one spread.
 
+  Deviation: of all calls of a step; `per_block` has blocks in arrival order.
+
   Args:
     rewards: R, float32.
     weights: w, float32, ≥ 0, from the alignment.
@@ -185,7 +187,12 @@ def per_block(
   place = jnp.where(counted, jnp.cumsum(counted), last) - 1
 
   def in_blocks(values: Array) -> Array:
-    return jnp.zeros(b * k * d).at[place].set(queued(values)).reshape(-1, k)
+    return (
+        jnp.zeros(b * k * d, jnp.float32)
+        .at[place]
+        .set(queued(values))
+        .reshape(-1, k)
+    )
 
   blocks = _standardised(in_blocks(rewards), in_blocks(weights), (1,))
   gains = blocks.ravel()[place]

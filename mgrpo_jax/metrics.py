@@ -104,12 +104,12 @@ METRICS: Mapping[str, Metric] = dict((
     _metric("spread", "role", "1", "",
             "mean standard deviation of the rewards within a task"),
     _metric("outcome_share", "role", "1", "",
-            "share of the variance of rewards within tasks that correctness"
-            " makes, Cov(R, b2 correct) / Var(R); of tasks whose outcomes"
-            " differ"),
+            "share of correctness among what makes rewards differ within"
+            " tasks, |Cov(R, b2 format correct)| over the sum of all parts';"
+            " of tasks whose outcomes differ"),
     _metric("grade_share", "role", "1", "",
-            "share of the variance of rewards within tasks that the calls'"
-            " own grades make, Cov(R, b3 expert) / Var(R)"),
+            "likewise of the calls' own grades, |Cov(R, b3 format expert)|; of"
+            " tasks whose grades differ"),
     _metric("flat_groups", "role", "1", "lower",
             "share of tasks none of whose calls has an advantage; missing where"
             " calls are compared with nothing"),

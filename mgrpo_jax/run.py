@@ -124,7 +124,7 @@ class Run:
   ) -> tuple[list[RolloutGroup], list[Scores]]:
     """Arrows 1 to 3 again, for groups that teach nothing.
 
-    What is measured of rollouts and rewards stays that of the first draw.
+    What is measured of rollouts and grades stays that of the first draw.
     """
     if stage.objective == "imitate" or not self.setup.resample:
       return list(groups), list(scores)
@@ -155,9 +155,8 @@ class Run:
     queue = self.resources.queues[stage.name]
     scores, stale = [], 0
     with self.meter.timed("reward"):
-      for group, graded in zip(
-          groups, self._scored(stage, groups), strict=True
-      ):
+      found = zip(groups, self._scored(stage, groups), strict=True)
+      for group, graded in found:
         old = self._publisher.outgrew(stage, group)
         stale += old
         if np.all(graded.weight > 0) and not old:
@@ -195,10 +194,11 @@ class Run:
       with self.meter.timed("align"):
         return credit.copied(groups, scores, self.setup.team)
     credits = self._compared(stage, groups, scores, step)
+    method, found = self.setup.method, credits.assignments
     self.meter.values |= statistics.of_credits(
-        credits, self.setup.method.comparison, self._publisher.numbers
+        credits, method.comparison, self._publisher.numbers
     ) | statistics.of_shares(
-        groups, scores, credits.assignments, self.setup.method.rewards_of(stage)
+        groups, scores, found, method.rewards_of(stage), method.comparison
     )
     return credits
 

@@ -1,5 +1,6 @@
 """What a step's rollouts say about each role, as metrics."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -129,30 +130,45 @@ def of_shares(
     scores: Sequence[Scores],
     roles: Iterable[str],
     weights: Mapping[str, RewardWeights],
+    comparison: Comparison,
 ) -> dict[str, float]:
   """Says how much of the spread of roles' rewards outcome and grade make.
 
-      Σ_tasks Cov(R, b2 · format · correct) / Σ_tasks Var(R)      outcome
-      Σ_tasks Cov(R, b3 · format · expert) / Σ_tasks Var(R)       grade
+  A reward (M-GRPO, arXiv 2511.13288, Eq. 4-5) is the sum of what the outcome
+  gives, b2 · format · correct, the grade, b3 · format · expert, and the rest.
 
-  over the calls of a task that count. R is the sum of its components (M-GRPO,
-  arXiv 2511.13288, Eq. 4-5), so the shares of all of them add up to 1. A share
-  is 0 exactly where its weight is.
+      share of a part p = |C_p| / Σ_q |C_q|,   C_p = Σ_tasks Cov(R, p)
+
+  with covariances over the calls of a task that count. A share is 0 where its
+  weight is.
 
   Args:
     groups: of a step.
     scores: of the groups.
     roles: names of those that are told of.
     weights: of rewards, by role.
+    comparison: of the step; where it gives calls something else than rewards,
+      only the root's shares are told.
 
   Returns:
     For each role `outcome_share`, of the tasks in which outcomes differ, and
-    `grade_share`, of those in which rewards do and never of the root, which has
+    `grade_share`, of those in which grades do and never of the root, which has
     no grade; missing where there is no such task.
   """
+  parts, roots = _parts(groups, scores, weights)
   shares: dict[str, float] = {}
   for role in roles:
-    shares |= _shares_of(groups, scores, role, weights[role])
+    found = parts.get(role)
+    if not found or (role not in roots and comparison.given != "rewards"):
+      continue
+    differ = [one.made for one in found if one.outcomes]
+    if differ:
+      shares[f"outcome_share/{role}"] = _share(differ, 0)
+    if role in roots:
+      continue
+    differ = [one.made for one in found if one.grades]
+    if differ or not weights[role].expert:  # then nobody is graded
+      shares[f"grade_share/{role}"] = _share(differ, 1)
   return shares
 
 
@@ -227,70 +243,57 @@ def _spread(weight: np.ndarray, rewards: np.ndarray) -> float:
   return float(np.sqrt(np.average((rewards - mean) ** 2, weights=weight)))
 
 
-def _shares_of(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Parts:
+  """What makes the rewards of a role's calls differ within a task."""
+
+  outcomes: bool  # whether they differ
+  grades: bool
+  made: np.ndarray  # [3] covariances with the reward: outcome, grade, rest
+
+
+def _parts(
     groups: Sequence[RolloutGroup],
     scores: Sequence[Scores],
-    role: str,
-    weights: RewardWeights,
-) -> dict[str, float]:
-  """The shares of one role."""
-  found = [
-      table
-      for group, graded in zip(groups, scores, strict=True)
-      if (table := _components(group, graded, role)) is not None
-  ]
-  if not found:
-    return {}
-  is_root = any(
-      t.role == role and t.parent == NO_PARENT
-      for group in groups
-      for t in group.trajectories
+    weights: Mapping[str, RewardWeights],
+) -> tuple[dict[str, list[_Parts]], set[str]]:
+  """Takes rewards apart, by role and task; and the roles of the roots."""
+  parts: dict[str, list[_Parts]] = {}
+  roots = set()
+  for group, graded in zip(groups, scores, strict=True):
+    places: dict[str, list[int]] = {}
+    for m, one in enumerate(group.trajectories):
+      if one.parent == NO_PARENT:
+        roots.add(one.role)
+      if graded.weight[m] > 0:
+        places.setdefault(one.role, []).append(m)
+    for role, at in places.items():
+      parts.setdefault(role, []).append(_apart(graded, at, weights[role]))
+  return parts, roots
+
+
+def _apart(graded: Scores, at: Sequence[int], weights: RewardWeights) -> _Parts:
+  """Takes the rewards of some calls of a task apart."""
+  total = graded.total[at].astype(np.float64)
+  outcome = weights.correct * graded.format[at] * graded.correct[at]
+  grade = weights.expert * graded.format[at] * graded.expert[at]
+  rows = np.stack([outcome, grade, total - outcome - grade])
+  apart = total - total.mean()
+  # What rounding leaves of equal rewards is 0.
+  rounding = numerics.SPREAD_ULPS * np.finfo(np.float32).eps
+  apart[np.abs(apart) <= rounding * np.abs(total).max()] = 0.0
+  return _Parts(
+      outcomes=bool(np.ptp(graded.correct[at]) > 0),
+      grades=bool(np.ptp(graded.expert[at]) > 0),
+      made=rows @ apart / len(at),
   )
-  differ = [table for table in found if table[1].any()]
-  shares = {"outcome_share": _share(differ, 1, weights.correct)}
-  if not is_root:
-    spread = [table for table in found if table[0].any()]
-    shares["grade_share"] = _share(spread, 2, weights.expert)
-  return {
-      f"{name}/{role}": share
-      for name, share in shares.items()
-      if share is not None
-  }
 
 
-def _components(
-    group: RolloutGroup, graded: Scores, role: str
-) -> np.ndarray | None:
-  """Reward, outcome and grade of a role's calls, less their means: [3, n].
-
-  What rounding leaves of equal rewards is 0.
-  """
-  at = [
-      m
-      for m, trajectory in enumerate(group.trajectories)
-      if trajectory.role == role and graded.weight[m] > 0
-  ]
-  if not at:
-    return None
-  valid = graded.format[at]
-  rows = np.stack(
-      [graded.total[at], valid * graded.correct[at], valid * graded.expert[at]]
-  ).astype(np.float64)
-  size = np.abs(rows).max(axis=1, keepdims=True)
-  rows -= rows.mean(axis=1, keepdims=True)
-  rounding = numerics.SPREAD_ULPS * np.finfo(np.float32).eps * size
-  return np.where(np.abs(rows) <= rounding, 0.0, rows)
-
-
-def _share(
-    tables: Sequence[np.ndarray], component: int, weight: float
-) -> float | None:
-  """Share of the variance of rewards that a component makes; None of none."""
-  if not tables:
-    return None
-  total = sum(float(table[0] @ table[0]) for table in tables)
-  made = sum(float(table[0] @ table[component]) for table in tables)
-  return weight * made / total if total > 0 else 0.0
+def _share(made: Sequence[np.ndarray], part: int) -> float:
+  """Share of one part; 0 where nothing moves rewards."""
+  sizes = np.abs(np.sum(made, axis=0)) if made else np.zeros(3)
+  total = float(sizes.sum())
+  return float(sizes[part]) / total if total > 0 else 0.0
 
 
 def _rewards(

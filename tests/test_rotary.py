@@ -1,15 +1,19 @@
 import dataclasses
+import functools
 import math
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import transformer as oracle
 
-from mgrpo_jax.policy import rotary
+from mgrpo_jax.policy import params, rotary, transformer
 from mgrpo_jax.policy.rotary import LinearScaling, Llama3Scaling
+from mgrpo_jax.testing.sizes import tiny_config
 
 # Llama 3.1's own, and what its reference code makes of its frequencies.
 LLAMA3 = Llama3Scaling(
@@ -128,3 +132,19 @@ def test_impossible_scalings_are_named(field, value):
   if field == "factor":
     with pytest.raises(ValueError, match=f"factor.*{value!r}"):
       LinearScaling(factor=value)
+
+
+def test_angles_are_computed_once_however_many_layers_use_them():
+  def cosines(layers):
+    config = tiny_config(num_layers=layers)
+    hidden = functools.partial(transformer.hidden_states, config=config)
+    ids = jnp.ones((2, 32), jnp.int32)
+
+    def total(weights):
+      return jnp.sum(hidden(weights, ids, ids, ids))
+
+    weights = params.init(jax.random.key(0), config)
+    text = jax.jit(jax.grad(total)).lower(weights).compile().as_text()
+    return len(re.findall(r" cosine\(", text))
+
+  assert cosines(4) == cosines(2) > 0

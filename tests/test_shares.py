@@ -9,6 +9,7 @@ import pytest
 from trajectories import group, task, trajectory
 
 from configs import quickstart
+from experiments.method import COMPARISONS
 from mgrpo_jax import rewards, statistics
 from mgrpo_jax.report import alerts
 from mgrpo_jax.rewards import RewardWeights
@@ -69,9 +70,11 @@ def recorded():
   ]
 
 
-def shares(groups, weights):
+def shares(groups, weights, comparison="per_task"):
   scores = [rewards.score(g, weights=weights, rules=RULES) for g in groups]
-  return statistics.of_shares(groups, scores, weights, weights)
+  return statistics.of_shares(
+      groups, scores, weights, weights, COMPARISONS[comparison]
+  )
 
 
 def names(groups, weights):
@@ -144,11 +147,38 @@ def test_shares_by_hand():
   assert of_researcher(CROSSED, CROSSED, **PAPER) == pytest.approx(
       expected, rel=1e-6
   )
-  # A malformed call earns 0: Var R = 1/4, Cov(R, c) = Cov(R, e) = 1/4 of 1.
-  malformed = rollouts((1, 1, 1), (1, 0, 1))
+  # A malformed call earns 0: parts of 0.1, 0.4 and 0.5 move together.
+  malformed = rollouts((1, 1, 1), (0, 0, 0))
   assert of_researcher(malformed, **PAPER) == pytest.approx(
       [0.4, 0.5], rel=1e-6
   )
+  # R moves by 0.15, the outcome's part by 0.4, the grade's by -0.25.
+  against = rollouts((1, 1, 0.5), (0, 1, 1))
+  assert of_researcher(against, **PAPER) == pytest.approx(
+      [0.4 / 0.65, 0.25 / 0.65], rel=1e-5
+  )
+
+
+def test_tasks_count_alike_however_many_calls_they_have():
+  outcome = rollouts((1, 1, 1), (0, 1, 1))
+  grade = rollouts(*[(1, 1, 1), (1, 1, 0)] * 8)
+  both = rollouts((1, 1, 1), (0, 1, 0))
+  many = rollouts(*[(1, 1, 1), (0, 1, 0)] * 8)
+  assert of_researcher(outcome, many, **PAPER) == pytest.approx(
+      of_researcher(outcome, both, **PAPER)
+  )
+  assert of_researcher(grade, **PAPER) == [None, pytest.approx(1.0)]
+
+
+def test_who_makes_no_mistakes_is_not_warned_of():
+  perfect = rollouts((1, 1, 1), (0, 1, 1))
+  assert of_researcher(perfect, **PAPER) == [pytest.approx(1.0), None]
+
+
+@pytest.mark.parametrize("comparison", ["inherit_parent", "per_subtask"])
+def test_where_calls_are_not_compared_by_reward_nothing_is_said(comparison):
+  found = shares(recorded()[0], default(), comparison)
+  assert set(found) == {"outcome_share/main"}
 
 
 def test_tasks_that_cannot_tell_are_left_out():

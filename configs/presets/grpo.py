@@ -3,7 +3,7 @@ r"""GRPO of one agent (Shao et al., DeepSeekMath, arXiv 2402.03300).
 Source: Eq. 3 and 4: each token's ratio clipped, k3 to a frozen reference, means
 over tokens and then over outputs; §4.1.2: rewards standardised over the group;
 §4.2: β = 0.04 and a single update on what was sampled, so that every ratio is 1
-and the clip does not act. It is not printed; 0.2 is PPO's.
+and the clip does not act. Its range is not printed; 0.2 is PPO's.
 
 Deviation: the paper samples 64 outputs a question; the quickstart's 8 stay.
 

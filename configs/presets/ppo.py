@@ -1,9 +1,9 @@
 r"""PPO: a critic judges every token, on the same trajectories.
 
-Source: Schulman et al., arXiv 1707.06347: ε = 0.2 and λ = 0.95 (Table 3), an
-entropy bonus of 0.01 (Table 5), several updates a batch; values clipped as in
-the authors' code. The critic is a head on the policy's own trunk and begins at
-0; its error counts 0.5. γ is 1, for a longer turn costs nothing.
+Source: Schulman et al., arXiv 1707.06347: ε = 0.2 (§6.1), λ = 0.95 (Table 3),
+an entropy bonus of 0.01 (Table 5), several updates a batch; values clipped as
+in the authors' code. The critic is a head on the policy's own trunk and begins
+at 0; its error counts 0.5. γ is 1, for a longer turn costs nothing.
 
 Deviation: the paper goes over a batch 3 to 15 times; here once, in two updates.
 

@@ -35,7 +35,7 @@ SPARE = 4  # slots that the most talkative rollout would need beside D
 ROLES = (1, 16, 64, 256)
 ROLLOUTS = (16, 64, 128)
 SLOTS = (4, 16, 32)
-NORMALISERS = ("leave_one_out", "other_rollouts", "per_subtask")
+NORMALISERS = ("leave_one_out", "other_rollouts", "per_subtask", "per_block")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

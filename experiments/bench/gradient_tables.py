@@ -68,7 +68,8 @@ def read(path: str | pathlib.Path) -> list[dict[str, Any]]:
     OSError: it cannot be read.
   """
   found = json.loads(pathlib.Path(path).read_text("utf-8"))
-  if not isinstance(found, dict) or found.get("columns") != list(COLUMNS):
+  known = isinstance(found, dict) and {"columns", "tables"} <= found.keys()
+  if not known or found["columns"] != list(COLUMNS):
     raise ValueError(f"{path}: must be a file of experiments.bench.gradients")
   return [
       {"table": title, **dict(zip(COLUMNS, row, strict=True))}

@@ -33,12 +33,12 @@ RULES = (
     Rule(name="format collapse", metric="format", below=0.5),
     Rule(name="echo", metric="echoed", above=0.5),
     Rule(name="flat groups", metric="flat_groups", above=0.8),
-    Rule(name="outcome idle", metric="outcome_share", below=0.05),
-    Rule(name="grade idle", metric="grade_share", below=0.05),
     Rule(name="clipped", metric="clip_fraction", above=0.5),
     Rule(name="stale data", metric="stale", above=0.0),
     Rule(name="late rollouts", metric="late", above=0.05),
     Rule(name="sampler drift", metric="logprob_gap_mean", above=0.05),
+    Rule(name="outcome idle", metric="outcome_share", below=0.05),
+    Rule(name="grade idle", metric="grade_share", below=0.05),
 )
 
 

@@ -15,6 +15,7 @@ PURE = (
     "numerics",
     "alignment",
     "advantages",
+    "comparison",
     "losses",
     "importance",
     "critic",
