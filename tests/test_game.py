@@ -36,7 +36,7 @@ from team_game import (
 from trajectories import group, task, trajectory
 
 from experiments.bench import estimated, gradient_tables, gradients
-from experiments.method import COMPARISONS
+from experiments.method import ALIGNMENTS, COMPARISONS
 from mgrpo_jax import advantages, rewards
 from mgrpo_jax.testing import batches, estimators, game
 
@@ -452,6 +452,32 @@ def test_every_comparison_is_measured_with_every_split_slots_and_spread():
     assert found[name, "paper", "rollouts"] == {
         "per_batch": {8},  # not of one task: it is `per_task` there
     }.get(name, {2, 4, 8})
+
+
+def test_what_is_recorded_is_what_would_be_measured():
+  fields = [field.name for field in dataclasses.fields(gradients.Case)]
+  recorded = gradient_tables.read("experiments/results/gradients.json")
+  found = [
+      (
+          row["table"],
+          *(row[name] for name in fields),
+          row["alignment"],
+          row["normaliser"],
+      )
+      for row in recorded
+  ]
+  planned = [
+      (title, *dataclasses.astuple(case), alignment, normaliser)
+      for title, cases in gradients._parts([2, 4, 8]).items()
+      for case in cases
+      for alignment in (ALIGNMENTS if case.role == "sub" else [""])
+      for normaliser in case.normalisers
+  ] + [
+      (gradients.COPIES, *dataclasses.astuple(case), None, normaliser)
+      for case in gradients._copied([2, 4, 8])
+      for normaliser in case.normalisers
+  ]
+  assert sorted(found, key=str) == sorted(planned, key=str)
 
 
 def test_what_was_measured_is_read_again(tmp_path):
