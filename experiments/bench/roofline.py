@@ -26,16 +26,14 @@ import itertools
 import json
 import pathlib
 import statistics
-import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import decode
-from mgrpo_jax.policy import params, products, sampling, transformer
+from experiments.bench import alone, decode
+from mgrpo_jax.policy import params, products, sampling
 from mgrpo_jax.policy.config import Execution, TransformerConfig
 
 ORDERS = ("inputs first", "outputs first")
@@ -52,47 +50,7 @@ def of_memory(weights: params.Params) -> Callable[[], float]:
     A function that runs it and returns seconds.
   """
   program = jax.jit(lambda tree: jax.tree.map(jnp.sum, tree))
-  return lambda: _timed(program, weights)
-
-
-def of_products(
-    weights: params.Params, rows: int, config: TransformerConfig
-) -> Callable[[], float]:
-  """Multiplies as many rows with every kernel of a step.
-
-  Args:
-    weights: of the policy, turned where the config says so.
-    rows: tokens of a step.
-    config: sizes.
-
-  Returns:
-    A function that runs it and returns seconds.
-  """
-  draw = np.random.default_rng(0).normal
-
-  def tokens(*shape: int) -> jax.Array:
-    return jnp.asarray(draw(size=(rows, 1, *shape)), jnp.float32)
-
-  heads = (config.num_kv_heads, config.num_heads // config.num_kv_heads)
-  narrow = tokens(config.embed_dim)
-  wide = tokens(config.mlp_dim)
-  attended = tokens(*heads, config.head_dim)
-
-  def multiply(weights: params.Params, *tokens: Any) -> list[Any]:
-    narrow, wide, attended = tokens
-    found = []
-    for layer in weights.layers:
-      for into in (
-          (layer.query, layer.key, layer.value),
-          (layer.gate, layer.up),
-      ):
-        found += products.multiply_each(narrow, into, [()] * len(into))
-      found.append(products.multiply(attended, layer.output))
-      found.append(products.multiply(wide, layer.down))
-    return [*found, transformer.unembed(weights, narrow, config=config)]
-
-  program = jax.jit(multiply)
-  return lambda: _timed(program, weights, narrow, wide, attended)
+  return lambda: alone.timed(program, weights)
 
 
 def of_drawing(rows: int, config: TransformerConfig) -> Callable[[], float]:
@@ -109,7 +67,7 @@ def of_drawing(rows: int, config: TransformerConfig) -> Callable[[], float]:
   logits = jnp.asarray(rng.normal(size=(rows, config.vocab_size)), jnp.float32)
   uniform = jnp.asarray(rng.random(rows), jnp.float32)
   program = jax.jit(sampling.sample)
-  return lambda: _timed(program, logits, uniform, sampling.plainly(rows))
+  return lambda: alone.timed(program, logits, uniform, sampling.plainly(rows))
 
 
 def of_step(
@@ -163,7 +121,9 @@ def measure(
     used_weights = products.turn(weights, config=config) if first else weights
     for count in rows:
       name = f"{ORDERS[first]} {count}"
-      runs[f"products {name}"] = of_products(used_weights, count, config)
+      runs[f"products {name}"] = alone.forward(
+          used_weights, alone.Rows(layers=count, head=count), config
+      )
       for length in used:
         runs[f"step {name} {length}"] = of_step(
             used_weights, count, length, config
@@ -216,13 +176,6 @@ def table(
     ]
     lines.append(f"| {' | '.join(cells)} |")
   return lines
-
-
-def _timed(program: Callable[..., Any], *arguments: Any) -> float:
-  """Seconds that a compiled program takes."""
-  start = time.perf_counter()
-  jax.block_until_ready(program(*arguments))
-  return time.perf_counter() - start
 
 
 def _numbers(text: str) -> list[int]:

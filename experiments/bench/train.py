@@ -23,7 +23,10 @@ and on a GPU, the peer under autocast, a load that fills the card:
 
 Prints seconds of each side, interleaved, the ratio of real tokens a second, and
 what forward and backward of the real tokens are in FLOP/s (6 for each weight
-and token, attention left out); compile time apart.
+and token, attention left out); compile time apart. Beside them, in the same
+rounds, the products of our micro-batches with nothing between them, and the
+ratio that a step of nothing else would have: no program that leaves products
+to the compiler gets beyond it.
 """
 
 import argparse
@@ -35,39 +38,42 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.bench import loads, recorded
+from experiments.bench import alone, loads, recorded
 from experiments.bench.decode import POLICIES
 from experiments.bench.loads import LENGTH, ROWS, Load
-from mgrpo_jax import objectives, packing, prefixes, update
+from mgrpo_jax import losses, objectives, packing, prefixes, update
 from mgrpo_jax.policy import logprobs, params
 from mgrpo_jax.policy.config import DTYPES, Execution, TransformerConfig
 from mgrpo_jax.policy.load import save_directory
 from mgrpo_jax.policy.policy import Policy
-from mgrpo_jax.types import Trajectory
+from mgrpo_jax.types import TrainBatch, Trajectory
 
 SMOLLM2 = POLICIES["smollm2"]
 LOADS = ("full", "ragged", "sorted", "group")
 
 
-def ours(
-    weights: Any,
-    load: Load,
-    *,
-    config: TransformerConfig,
-    most_rows: int,
-) -> Callable[[], float]:
-  """Compiles the gradient of a load; returns what to time."""
+def packed(
+    load: Load, most_rows: int
+) -> tuple[packing.BatchShape, Sequence[TrainBatch], losses.Totals]:
+  """Packs a load in micro-batches that leave little empty, and prints how.
+
+  Args:
+    load: what is trained on.
+    most_rows: rows of 256 tokens that a micro-batch has at most.
+
+  Returns:
+    The micro-batches' shape, the micro-batches, and the whole load's totals.
+  """
   credits = [
       packing.Credit(trajectory=one, advantage=1.0, weight=1.0)
       for one in load.calls
   ]
-  used = sum(len(one.tokens) for one in load.calls)
   one_row = packing.BatchShape(
       rows=1,
       row_tokens=load.row_tokens,
@@ -77,17 +83,36 @@ def ours(
   )
   needed = len(packing.pack(credits, shape=one_row))
   most_rows = -(-most_rows * LENGTH // load.row_tokens)
-  rows = -(-needed // -(-needed // most_rows))  # little is left empty
+  rows = -(-needed // -(-needed // most_rows))
   shape = dataclasses.replace(one_row, rows=rows)
   batches = packing.pack(credits, shape=shape)
   totals = packing.count(credits)
+  print(
+      f"packed: {len(batches)} micro-batches of {rows} x {load.row_tokens} for"
+      f" {sum(len(one.tokens) for one in load.calls)} tokens,"
+      f" {int(totals.tokens)} of them sampled,"
+      f" {prefixes.shared_fraction(batches):.0%} shared",
+      flush=True,
+  )
+  return shape, batches, totals
+
+
+def ours(
+    weights: Any,
+    batches: Sequence[TrainBatch],
+    totals: losses.Totals,
+    *,
+    most_wanted: int,
+    config: TransformerConfig,
+) -> Callable[[], float]:
+  """Compiles the gradient of micro-batches; returns what to time."""
   # A mean over sampled tokens is imitation that reads no context.
   objective = objectives.ImitationLoss(context_weight=0.0)
   predict_fn = functools.partial(
       logprobs.predict,
       config=config,
       temperature=1.0,
-      most_wanted=one_row.most_wanted,
+      most_wanted=most_wanted,
   )
   step = jax.jit(
       functools.partial(
@@ -104,12 +129,6 @@ def ours(
     jax.block_until_ready(gradient)
     return float(gradient.loss)
 
-  print(
-      f"packed: {len(batches)} micro-batches of {rows} x {load.row_tokens} for"
-      f" {used} tokens, {int(totals.tokens)} of them sampled,"
-      f" {prefixes.shared_fraction(batches):.0%} shared",
-      flush=True,
-  )
   return run
 
 
@@ -162,33 +181,55 @@ def theirs(
   return run
 
 
+def products(
+    weights: Any,
+    shape: packing.BatchShape,
+    batches: int,
+    config: TransformerConfig,
+) -> Callable[[], float]:
+  """Compiles the products of micro-batches, with nothing between them."""
+  head = shape.rows * (shape.most_wanted or shape.row_tokens)
+  rows = alone.Rows(layers=shape.rows * shape.row_tokens, head=head)
+  once = alone.both_ways(weights, rows, config)
+  return lambda: sum(once() for _ in range(batches))
+
+
 def measure(
-    ours_run: Callable[[], float],
-    theirs_run: Callable[[], float],
+    runs: Mapping[str, Callable[[], float]],
     *,
     pairs: int,
     tolerance: float,
 ) -> dict[str, Any]:
-  """Runs both in turn after one warm-up each; checks that losses agree."""
-  started = time.perf_counter()
-  loss = ours_run()
-  compiled = time.perf_counter() - started
-  other = theirs_run()
+  """Runs all in turn after one warm-up each; checks that losses agree."""
+  loss, compiled = _timed(runs["ours"])
+  other, _ = _timed(runs["theirs"])
   if not np.isclose(loss, other, rtol=tolerance):
     raise SystemExit(f"losses differ: {loss} and {other}")
-  seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+  runs["products"]()
+  seconds: dict[str, list[float]] = {name: [] for name in runs}
   for _ in range(pairs):
-    for name, run in (("ours", ours_run), ("theirs", theirs_run)):
-      started = time.perf_counter()
-      run()
-      seconds[name].append(time.perf_counter() - started)
-  ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
+    for name, run in runs.items():
+      seconds[name].append(_timed(run)[1])
   return {
       "first_call_seconds": compiled,
       "loss": [loss, other],
       "seconds": seconds,
-      "ratio": ratios,
+      "ratio": _ratios(seconds, "ours"),
+      "most": _ratios(seconds, "products"),
   }
+
+
+def _timed(run: Callable[[], float]) -> tuple[float, float]:
+  """What a run returns, and its seconds."""
+  started = time.perf_counter()
+  found = run()
+  return found, time.perf_counter() - started
+
+
+def _ratios(seconds: Mapping[str, Sequence[float]], name: str) -> list[float]:
+  """How many times as long the peer takes, round by round."""
+  both = zip(seconds[name], seconds["theirs"], strict=True)
+  return [other / mine for mine, other in both]
 
 
 def _padded(
@@ -267,14 +308,17 @@ def main() -> None:
     )
     for name in arguments.loads:
       load = make_load(name, arguments)
-      results[name] = measure(
-          ours(
+      ran = executed(config, load, arguments.scan_layers)
+      shape, batches, totals = packed(load, arguments.most_rows)
+      runs = {
+          "ours": ours(
               weights,
-              load,
-              config=executed(config, load, arguments.scan_layers),
-              most_rows=arguments.most_rows,
+              batches,
+              totals,
+              most_wanted=shape.most_wanted,
+              config=ran,
           ),
-          theirs(
+          "theirs": theirs(
               directory,
               load,
               device=arguments.peer,
@@ -282,6 +326,10 @@ def main() -> None:
               most_rows=arguments.most_rows,
               by_length=name == "sorted",
           ),
+          "products": products(weights, shape, len(batches), ran),
+      }
+      results[name] = measure(
+          runs,
           pairs=arguments.pairs,
           tolerance=1e-4 if arguments.dtype == "float32" else 1e-2,
       )
@@ -295,13 +343,15 @@ def _print(
     name: str, result: dict[str, Any], tokens: int, weights: int
 ) -> None:
   """Prints what was measured of a load."""
-  ratio = result["ratio"]
-  mine, other = map(statistics.median, result["seconds"].values())
+  ratio, most = result["ratio"], statistics.median(result["most"])
+  seconds = result["seconds"]
+  mine, other, least = map(statistics.median, seconds.values())
   rate = 6 * weights * tokens / 1e12
   print(
       f"{name:8} ours {mine:.3g} s ({rate / mine:.3g} TFLOP/s), theirs"
       f" {other:.3g} s ({rate / other:.3g}), ratio"
       f" {statistics.median(ratio):.2f} ({min(ratio):.2f} to {max(ratio):.2f});"
+      f" products alone {least:.3g} s, so {most:.2f} at most;"
       f" first call {result['first_call_seconds']:.0f} s",
       flush=True,
   )
