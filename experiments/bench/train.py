@@ -82,8 +82,8 @@ def packed(
       least_shared=load.least_shared,
   )
   needed = len(packing.pack(credits, shape=one_row))
-  most_rows = -(-most_rows * LENGTH // load.row_tokens)
-  rows = -(-needed // -(-needed // most_rows))
+  allowed = range(1, -(-most_rows * LENGTH // load.row_tokens) + 1)
+  rows = min(allowed, key=lambda rows: (-needed % rows, -rows))
   shape = dataclasses.replace(one_row, rows=rows)
   batches = packing.pack(credits, shape=shape)
   totals = packing.count(credits)
