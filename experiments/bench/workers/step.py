@@ -1,8 +1,8 @@
 """A whole GRPO step of this project: sample, reward, compare, update, publish.
 
 What is trained is what TRL trains with one update a batch: token ratios to the
-sampler's own log-probabilities, a mean over tokens, no KL. Every trajectory is
-a row of its own, as there.
+sampler's own log-probabilities, a mean over tokens, no KL. The completions of a
+prompt share a row, in which the prompt stands once.
 """
 
 from __future__ import annotations
@@ -55,19 +55,26 @@ class Steps:
       policy: to train.
       engine: gets the weights after each step.
       sample: samples so many tokens after each prompt, in that engine.
-      settings: see `of_trl`; `ids` in place of `prompts`, and `rows` of a
-        micro-batch.
+      settings: see `of_trl`; `ids` in place of `prompts`, and `rows`, prompts
+        of a micro-batch.
     """
     self._engine, self._sample, self._settings = engine, sample, settings
-    row = len(settings["ids"][0]) + settings["new"]
+    completions, new = settings["completions"], settings["new"]
+    sampled = completions * new
+    # A prompt's last token stands in every completion: its next one differs.
+    shared = len(settings["ids"][0]) - 1
     self._shape = BatchShape(
         rows=settings["rows"],
-        row_tokens=row,
-        trajectories=settings["rows"],
-        row_targets=settings["new"],
+        row_tokens=shared + completions * (new + 1),
+        trajectories=settings["rows"] * completions,
+        row_targets=sampled,
+        least_shared=8,
+    )
+    execution = dataclasses.replace(
+        policy.config.execution, logit_columns=sampled
     )
     self._learner = Learner(
-        policy.config,
+        dataclasses.replace(policy.config, execution=execution),
         policy.params,
         lora=None,
         shape=self._shape,
