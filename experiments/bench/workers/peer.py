@@ -82,7 +82,7 @@ class Peer:
       self._process.stdin.write(json.dumps(request) + "\n")
       self._process.stdin.flush()
     except BrokenPipeError as error:
-      raise PeerError(f"{self.name} ended; see {self._log}") from error
+      raise self._ended() from error
     told = self._answer()
     self._signal(signal.SIGSTOP)
     return told
@@ -97,10 +97,15 @@ class Peer:
     assert self._process.stdout is not None
     line = self._process.stdout.readline()
     if not line:
-      self._process.wait()
-      raise PeerError(f"{self.name} ended; see {self._log}")
+      raise self._ended()
     told: dict[str, Any] = json.loads(line)
     return told
+
+  def _ended(self) -> PeerError:
+    """Says how the worker ended; its log may not outlive its caller."""
+    code = self._process.wait()
+    last = self._log.read_text(errors="replace").strip().splitlines()[-1:]
+    return PeerError(f"{self.name} ended with {code}: {''.join(last)}")
 
   def _signal(self, number: int) -> None:
     """Tells the worker's whole process group."""
