@@ -20,19 +20,15 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
 
-from mgrpo_jax import atomic, leaves
+from mgrpo_jax import atomic, leaves, orbax_manager
 from mgrpo_jax.keys import check_name
 from mgrpo_jax.types import TrainState
 
 FORMAT = 1
 _LOG = logging.getLogger(__name__)
-_NOTES = "_CHECKPOINT_METADATA"  # a file of orbax's
-_ORBAX = os.path.dirname(os.path.dirname(ocp.__file__))
 
 
 class CheckpointError(atomic.StorageError):
@@ -82,23 +78,12 @@ class Checkpoints:
     """
     if max_to_keep < 1:
       raise ValueError(f"max_to_keep: {max_to_keep} must be at least 1")
-    _quieten()
     self._saving: int | None = None
     self._directory = pathlib.Path(directory).absolute()
-    self._options = ocp.CheckpointManagerOptions(
-        max_to_keep=max_to_keep,
-        create=False,
-        cleanup_tmp_directories=True,
-        multiprocessing_options=_alone(),
-    )
-    self._dropped: tuple[str, ...] = ()
     try:
-      try:
-        self._directory.mkdir(parents=True, exist_ok=True)
-        self._manager = self._open()
-      except (ValueError, RecursionError):
-        self._dropped = _drop_notes(self._directory)
-        self._manager = self._open()
+      self._manager, self._dropped = orbax_manager.open_manager(
+          self._directory, max_to_keep=max_to_keep
+      )
     except (OSError, ValueError) as error:
       what = f"cannot open checkpoints in {directory}"
       raise CheckpointError(f"{what}: {atomic.reason(error)}") from error
@@ -228,21 +213,10 @@ class Checkpoints:
     finally:
       self._manager.close()
 
-  def _open(self) -> ocp.CheckpointManager:
-    """Opens the directory with orbax."""
-    return ocp.CheckpointManager(
-        self._directory,
-        options=self._options,
-        item_handlers={
-            "arrays": ocp.PyTreeCheckpointHandler(),
-            "record": ocp.JsonCheckpointHandler(),
-        },
-    )
-
   def _read(self, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Reads and verifies one checkpoint."""
     try:
-      _probe(self._directory / str(step) / "arrays")
+      orbax_manager.probe(self._directory / str(step) / "arrays")
       found = self._manager.restore(
           step,
           args=ocp.args.Composite(
@@ -339,32 +313,9 @@ class Checkpoints:
     )
 
 
-def _alone() -> ocp.options.MultiprocessingOptions:
-  """Has orbax wait for no other process: they have no part in this."""
-  if jax.process_count() == 1:
-    return ocp.options.MultiprocessingOptions()
-  this = jax.process_index()
-  return ocp.options.MultiprocessingOptions(
-      primary_host=this,
-      active_processes={this},
-      barrier_sync_key_prefix=f"process_{this}",
-  )
-
-
 def _aside(path: pathlib.Path, number: int) -> pathlib.Path:
   """Returns the name of a corrupt checkpoint that was set aside."""
   return path.with_name(f"{path.name}.corrupt" + (f".{number}" * (number > 0)))
-
-
-def _drop_notes(directory: pathlib.Path) -> tuple[str, ...]:
-  """Removes orbax's notes on checkpoints, at whose damage it fails to open.
-
-  Reading a checkpoint does not take them. Returns a line that names them.
-  """
-  for path in (notes := sorted(directory.glob(f"*/{_NOTES}"))):
-    path.unlink()
-  names = ", ".join(path.parent.name for path in notes)
-  return (f"damaged {_NOTES} of checkpoints {names} in {directory}",)
 
 
 def _check_host(host: Mapping[str, Any]) -> None:
@@ -385,34 +336,3 @@ def _has_tuple(value: Any) -> bool:
   if isinstance(value, list):
     return any(_has_tuple(item) for item in value)
   return isinstance(value, tuple)
-
-
-def _probe(path: pathlib.Path) -> None:
-  """Raises ValueError where stored values cannot be read at all.
-
-  Orbax reads on an event loop that it closes at the first failure; the reads
-  still under way then complain on the console. So failures are found first.
-  """
-  base = {"driver": "file", "path": f"{path}/"}
-  kvstore = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
-  keys = kvstore.list().result()
-  if not keys:
-    raise ValueError("the arrays are missing")
-  for read in [kvstore.read(key) for key in keys]:
-    if not read.result().value:  # empty where the file that held it is gone
-      raise ValueError("stored values are missing")
-
-
-class _NotOrbax(logging.Filter):
-  """Drops what orbax says; what matters reaches the caller as an error."""
-
-  def filter(self, record: logging.LogRecord) -> bool:
-    """Returns whether to keep a record."""
-    return not record.pathname.startswith(_ORBAX)
-
-
-def _quieten() -> None:
-  """Keeps orbax's log off the console."""
-  logger = logging.getLogger("absl")
-  if not any(isinstance(f, _NotOrbax) for f in logger.filters):
-    logger.addFilter(_NotOrbax())
