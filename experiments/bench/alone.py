@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -41,13 +42,7 @@ def forward(
   Returns:
     A function that runs it and returns seconds.
   """
-  inputs = _inputs(rows, config)
-
-  @jax.jit
-  def program(weights: params.Params, inputs: Any) -> Any:
-    return _multiply(weights, inputs, config)
-
-  return lambda: timed(program, weights, inputs)
+  return _runner(_multiply, weights, rows, config)
 
 
 def both_ways(
@@ -63,17 +58,7 @@ def both_ways(
   Returns:
     A function that runs it and returns seconds.
   """
-  inputs = _inputs(rows, config)
-
-  @jax.jit
-  def program(weights: params.Params, inputs: Any) -> Any:
-    found, pull = jax.vjp(
-        lambda one, other: _multiply(one, other, config), weights, inputs
-    )
-    # What comes back must not be a constant, nor known before the products.
-    return pull(found)
-
-  return lambda: timed(program, weights, inputs)
+  return _runner(_there_and_back, weights, rows, config)
 
 
 def timed(program: Callable[..., Any], *arguments: Any) -> float:
@@ -89,6 +74,18 @@ def timed(program: Callable[..., Any], *arguments: Any) -> float:
   start = time.perf_counter()
   jax.block_until_ready(program(*arguments))
   return time.perf_counter() - start
+
+
+def _runner(
+    function: Callable[..., Any],
+    weights: params.Params,
+    rows: Rows,
+    config: TransformerConfig,
+) -> Callable[[], float]:
+  """Compiles (weights, inputs, config) -> products; returns what to time."""
+  program = jax.jit(functools.partial(function, config=config))
+  inputs = _inputs(rows, config)
+  return lambda: timed(program, weights, inputs)
 
 
 def _inputs(rows: Rows, config: TransformerConfig) -> dict[str, Any]:
@@ -122,3 +119,13 @@ def _multiply(
     found.append(products.multiply(inputs["attended"], layer.output))
     found.append(products.multiply(inputs["wide"], layer.down))
   return [*found, transformer.unembed(weights, inputs["last"], config=config)]
+
+
+def _there_and_back(
+    weights: params.Params, inputs: dict[str, Any], config: TransformerConfig
+) -> Any:
+  """All products, then those for the gradients of weights and inputs."""
+  multiply = functools.partial(_multiply, config=config)
+  found, pull = jax.vjp(multiply, weights, inputs)
+  # What comes back must not be a constant, nor known before the products.
+  return pull(found)
