@@ -259,7 +259,7 @@ def _add_method(config: ml_collections.ConfigDict) -> None:
   # gradient of the reverse KL, token by token.
   config.loss.kl = "none"  # or k1, k2, k3, against the reference
   config.loss.kl_coefficient = 0.0  # > 0 with a kl, 0 without
-  config.loss.reference_every = 0  # steps until it moves, >= 0; 0 for never
+  config.loss.reference_every = 0  # of a stage's steps, then it moves; 0 never
   config.loss.entropy_coefficient = 0.0  # of the exact entropy, >= 0
   config.loss.importance = "token"  # none, sequence, sequence_rejection
   config.loss.importance_cap = 2.0  # on exp(old - sampler), >= 1

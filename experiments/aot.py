@@ -1,6 +1,6 @@
 r"""Compiles a recipe for TPUs, on a machine without any.
 
-    pip install -e .[tpu]
+    pip install -e '.[tpu]'
     python -m experiments.aot --config=configs/pods/smollm2.py \
         --topology=v5e-4 [--out=DIR] [--programs=accumulate,apply]
 

@@ -90,7 +90,7 @@ def placed(
   for package in ("httpx2", "starlette", "uvicorn"):
     if importlib.util.find_spec(package) is None:
       raise ValueError(
-          f"the package {package!r} is missing: pip install -e .[decoupled]"
+          f"the package {package!r} is missing: pip install -e '.[decoupled]'"
       )
   from mgrpo_jax.serving import limits, listen
 

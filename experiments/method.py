@@ -134,6 +134,12 @@ def _reward_weights(
     config: ml_collections.ConfigDict,
 ) -> dict[str, RewardWeights]:
   """What the components of a reward count, by role."""
+  for name, role in config.team.roles.items():
+    if name == config.team.root and role.expert_share:
+      raise ValueError(
+          f"config.team.roles.{name}.expert_share: {role.expert_share},"
+          " allowed: 0, nobody called it"
+      )
   return {
       name: RewardWeights(
           format=role.format_share,
@@ -163,6 +169,11 @@ def _stage_rewards(
       with checks.inside(key):
         made.setdefault(stage, {})[role] = dataclasses.replace(
             whole[role], **changes
+        )
+      if role == config.team.root and made[stage][role].expert:
+        raise ValueError(
+            f"config.{key}.expert_share: {given.expert_share}, allowed: 0,"
+            " nobody called it"
         )
   return made
 
@@ -231,6 +242,11 @@ def _policy_loss(
 ) -> objectives.PolicyLoss:
   """What is minimised in stages that reinforce."""
   loss = config.loss
+  if loss.reference_every and loss.kl == "none":
+    raise ValueError(
+        f"config.loss.reference_every: {loss.reference_every}, allowed: 0 where"
+        " config.loss.kl is 'none': nothing is compared with a reference"
+    )
   aggregation = checks.pick(AGGREGATIONS, loss.aggregation, "loss.aggregation")
   if aggregation is losses.sequence_mean_token_sum_norm:
     longest = max(_contexts(config).values(), default=1)

@@ -204,7 +204,7 @@ def _need(*packages: str) -> None:
   for package in packages:
     if importlib.util.find_spec(package) is None:
       raise ValueError(
-          f"the package {package!r} is missing: pip install -e .[serve]"
+          f"the package {package!r} is missing: pip install -e '.[serve]'"
       )
 
 

@@ -175,7 +175,7 @@ def _launch() -> None:
     from experiments import fleet, joining, launch, ray_fleet, recipe
 
     if _LAUNCH.value == "ray" and importlib.util.find_spec("ray") is None:
-      raise ValueError("the package 'ray' is missing: pip install -e .[ray]")
+      raise ValueError("the package 'ray' is missing: pip install -e '.[ray]'")
     config, hosts = _config(), _HOSTS.value
     joining.check(config)
     team = recipe.build_team(config)

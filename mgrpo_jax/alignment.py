@@ -93,7 +93,9 @@ def inverse_count(
       weight = 1 / min(d, D) on the first min(d, D) slots, 0 on the others
 
   Deviation: not in the paper. It is the expectation of `duplicate_or_drop`
-  (up to the factor D, which mean losses divide out) without its noise.
+  (up to the factor D, which mean losses divide out) without its noise. D does
+  not divide out where one policy plays the root as well, whose D is 1: copies
+  then let the other roles count D times as much beside it.
 
   Args:
     key: randomness of drops, where d > D.

@@ -52,8 +52,8 @@ class Credits:
 
   Attributes:
     by_policy: trajectories with advantage and weight.
-    advantages: for each group [M] float32, NaN where the update does not see
-      the call.
+    advantages: for each group [M] float64, NaN where the update does not see
+      the call; the mean over its slots where they differ.
     assignments: by role; of roles whose calls were compared.
   """
 
@@ -187,7 +187,8 @@ def compare(
 
   Args:
     calls: by role; all of the same B tasks and K rollouts.
-    root: name of the root, which may be missing from the calls.
+    root: name of the root, which may be missing from the calls, unless the
+      others inherit its advantages.
     align: one of `alignment`'s strategies.
     comparison: what slots are compared with.
     num_slots: D of every role but the root, which has 1.
@@ -197,11 +198,14 @@ def compare(
     By role, on the host: the alignment, rewards and advantages of the slots.
 
   Raises:
-    ValueError: roles differ in B or K, or one has no seed.
+    ValueError: roles differ in B or K, one has no seed, or the root is missing
+      whose advantages the others inherit.
   """
   if not calls:
     return {}
   _check(calls, seeds)
+  if comparison.given == "parents" and root not in calls:
+    raise ValueError(f"calls must have those of {root!r}, to inherit from")
   others = tuple(name for name in calls if name != root)
   shape = next(iter(calls.values())).num_calls.shape
   roots: Any = np.zeros((*shape, 1), np.float32)
@@ -265,6 +269,9 @@ def scatter(
 ) -> None:
   """Writes each call's advantage to the call's place in its group.
 
+      Σ w A / Σ w   over the slots that the call fills
+
+
   Args:
     assignment: of the calls.
     calls: the same that were assigned.
@@ -272,15 +279,16 @@ def scatter(
       are left as they are.
   """
   index = np.asarray(assignment.alignment.index)
-  counted = np.asarray(assignment.alignment.weight) > 0
-  held = zip(
-      np.argwhere(counted)[:, :2].tolist(),
-      index[counted].tolist(),
-      assignment.advantages[counted].tolist(),
-      strict=True,
+  weight = np.asarray(assignment.alignment.weight)
+  b, k, slot = np.nonzero(weight > 0)
+  called, place = np.unique(
+      np.stack([b, k, index[b, k, slot]]), axis=1, return_inverse=True
   )
-  for (b, k), call, gain in held:
-    gains[b][calls.positions[b][k][call]] = gain
+  counted = weight[b, k, slot].astype(np.float64)
+  weighted = np.bincount(place, counted * assignment.advantages[b, k, slot])
+  means = weighted / np.bincount(place, counted)
+  for (task, rollout, call), gain in zip(called.T.tolist(), means, strict=True):
+    gains[task][calls.positions[task][rollout][call]] = gain
 
 
 def _check(calls: Mapping[str, RoleCalls], seeds: Mapping[str, int]) -> None:

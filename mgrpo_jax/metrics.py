@@ -133,7 +133,7 @@ METRICS: Mapping[str, Metric] = dict((
     _metric("ratio_mean", "policy", "1", "", "mean probability ratio"),
     _metric("ratio_max", "policy", "1", "", "largest probability ratio"),
     _metric("truncated_weights", "policy", "1", "lower",
-            "share of importance weights cut to their cap"),
+            "share of importance weights cut to their cap, or rejected"),
     _metric("entropy", "policy", "nats", "",
             "mean -log-prob of a sampled token, an estimate of the entropy;"
             " the exact one where it has a coefficient"),

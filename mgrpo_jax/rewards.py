@@ -89,7 +89,7 @@ class Scores:
     overlong: [M] float32, 0..1; 0 where that costs nothing.
     total: [M] float32.
     weight: [M] float32, 1, or 0 where something failed; the other entries
-      are then 0 and mean nothing.
+      then mean nothing.
   """
 
   format: PerCall

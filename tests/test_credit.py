@@ -9,6 +9,7 @@ from experiments.method import COMPARISONS
 from mgrpo_jax import advantages, alignment, credit, rewards
 from mgrpo_jax.comparison import alike
 from mgrpo_jax.testing.team import small_team
+from mgrpo_jax.types import Alignment
 
 
 def researched(question, rollout, call):
@@ -93,6 +94,38 @@ def test_advantages_go_to_the_call_they_belong_to():
     where = 10 * one.trajectory.rollout + one.trajectory.call
     assert gains[0][where] == np.float32(one.advantage)
   assert np.isnan(gains[0]).sum() == 12 - 3
+
+
+def test_a_call_with_several_advantages_gets_their_mean():
+  # Rollout 0's call fills three slots, of weights 2, 1, 1 in three groups.
+  calls = role_calls([[[1.0], [0.0, 0.5, 1.0]]])
+  found = credit.Assignment(
+      credits=(),
+      alignment=Alignment(
+          index=np.array([[[0, 0, 0], [0, 2, 1]]]),
+          weight=np.array([[[2.0, 1.0, 1.0], [1.0, 1.0, 0.0]]], np.float32),
+          num_calls=calls.num_calls,
+      ),
+      rewards=np.zeros((1, 2, 3), np.float32),
+      advantages=np.array([[[1.0, -1.0, 0.5], [0.25, -0.5, 9.0]]], np.float32),
+  )
+  gains = [np.full(13, np.nan)]
+  credit.scatter(found, calls, gains)
+  first, *others = (calls.positions[0][0][0], *calls.positions[0][1])
+  assert gains[0][first] == 1.5 / 4
+  np.testing.assert_array_equal(gains[0][others], [0.25, np.nan, -0.5])
+
+
+def test_what_is_inherited_must_be_there():
+  with pytest.raises(ValueError, match="those of 'main', to inherit from"):
+    credit.compare(
+        {"researcher": role_calls([[[1.0], [0.0]]])},
+        root="main",
+        align=alignment.mask,
+        comparison=COMPARISONS["inherit_parent"],
+        num_slots=2,
+        seeds={"researcher": 0},
+    )
 
 
 def test_one_program_for_all_batches_of_a_shape():

@@ -135,7 +135,7 @@ def test_presets_are_recipes_that_say_where_they_are_from(name, arm):
   recipe.check(config)
   text = module(name).__doc__
   assert "Source:" in text and f"configs/presets/{name}.py" in text
-  assert re.search(r"arXiv \d{4}\.\d{5}|ALGORITHM", text)
+  assert re.search(r"arXiv \d{4}\.\d{5}", text)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -188,3 +188,32 @@ def test_the_main_agent_of_mrlx_is_compared_with_its_task():
 
 def test_grpo_is_one_agents_by_default():
   assert list(module("grpo").get_config().team.roles) == ["solo"]
+
+
+def test_what_a_preset_names_reaches_the_loss():
+  whole = method.build(config_of("dr_grpo"))
+  longest = max(r.max_context for r in config_of("dr_grpo").team.roles.values())
+  assert whole.policy_loss.aggregation.keywords == {"max_tokens": longest}
+  config = config_of("mgrpo")
+  config.loss.surrogate = "dual_clipped"
+  config.loss.dual_floor = 2.5
+  made = method.build(config).policy_loss
+  assert made.surrogate.func is losses.dual_clipped_surrogate
+  assert made.surrogate.keywords == {"floor": 2.5}
+  config.loss.dual_floor = 1 + config.loss.clip_high
+  with pytest.raises(ValueError, match="dual_floor: 1.2 must be above"):
+    method.build(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("loss.reference_every", 5, "reference_every: 5, allowed: 0 where"),
+        ("team.roles.main.expert_share", 0.5, "expert_share: 0.5, allowed: 0"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(key, value, message):
+  config = config_of("mgrpo")
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(ValueError, match=message):
+    recipe.check(config)

@@ -58,6 +58,7 @@ def test_a_stage_may_charge_otherwise_for_long_streams():
         ("boss", {}, "boss: unknown role 'boss', allowed: main, researcher"),
         ("main", {"expert": 0.1}, "main.expert: unknown key; did you mean 'ex"),
         ("main", {"format_share": 1.5}, "main.format_share: 1.5 must be in"),
+        ("main", {"expert_share": 0.1}, "main.expert_share: 0.1, allowed: 0, "),
         ("main", {"expert_share": -0.1}, "main.expert_share: -0.1 must be in"),
         ("main", {"format_share": "a"}, "main.format_share: 'a' must be a num"),
         ("main", {"format_share": True}, "main.format_share: True must be a n"),

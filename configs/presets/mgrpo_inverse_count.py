@@ -1,7 +1,7 @@
 r"""M-GRPO without copies: a call weighs 1 / d instead.
 
-Source: ALGORITHM §3 of this project, derived in docs/estimators.md: what the
-paper's alignment is on average, less noise. All else is
+Source: this project; what the alignment of arXiv 2511.13288 is on average, less
+noise, derived in docs/estimators.md. All else is
 configs/presets/mgrpo.py.
 
     python -m experiments.train --workdir=… \
