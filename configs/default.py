@@ -130,8 +130,9 @@ def stage(objective: str, steps: int) -> ml_collections.ConfigDict:
   config.final_fraction = 1.0  # in [0, 1]
   # By role, what its rewards count here: any of format_share, correct_share,
   # expert_share in [0, 1] and overlong_share >= 0, as a recipe says it in
-  # `config.stages.hard.reward.researcher = {"expert_share": 0.2}`; the rest is
-  # the run's. Imitation shows rewards and does not learn from them.
+  # `config.stages.hard.reward.researcher = {"expert_share": 0.2}`, a command as
+  # `--config.stages.hard.reward='{"researcher": {"expert_share": 0.2}}'`; the
+  # rest is the run's. Imitation shows rewards and does not learn from them.
   config.reward = ml_collections.ConfigDict()
   config.lock().reward.unlock()
   return config

@@ -135,6 +135,8 @@ def _choose(config: ml_collections.ConfigDict, arm: str) -> None:
   elif arm == "frozen":
     for stage in config.stages.values():
       stage.steps = 0
+    for policy in config.policies.values():
+      policy.trainable = False  # else a stage that is given steps would train
   elif arm == "smoke":
     shrink(config)
 

@@ -85,6 +85,7 @@ def main() -> None:
     grid.check_directory(out, settings)
     for cell in cells:
       workdir.check(_workdir(out, cell), cell.values)
+      _check_finished(out, cell)
   with cli.user_errors(OSError), atomic.exclusive(out / workdir.LOCK_FILE):
     if not (out / grid.SETTINGS_FILE).exists():
       atomic.write_json(out / grid.SETTINGS_FILE, settings)
@@ -94,6 +95,18 @@ def main() -> None:
     cli.say(f"page: {page}")
   if failed:
     sys.exit(FAILED)
+
+
+def _check_finished(out: pathlib.Path, cell: Cell) -> None:
+  """Raises where a run is finished but no longer says what it came to."""
+  from mgrpo_jax.report import sweep
+
+  directory = _workdir(out, cell)
+  if sweep.finished(directory, cell.values) and not sweep.outcome(directory):
+    raise ValueError(
+        f"{directory}: finished, but its metrics.jsonl or a part of its"
+        " summary.json is gone; remove the directory to run it again"
+    )
 
 
 def _run(

@@ -69,6 +69,10 @@ def test_arms_train_what_they_say():
   assert trained("shared") == {frozenset({"team"})}
   frozen = recipe.build_stages(quickstart.get_config("frozen"))
   assert sum(stage.steps for stage in frozen) == 0
+  config = quickstart.get_config("frozen")
+  config.stages.hard.steps = 2
+  with pytest.raises(ValueError, match="hard"):
+    recipe.check(config)
 
 
 def test_arms_take_the_same_number_of_steps():

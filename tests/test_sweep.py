@@ -93,6 +93,11 @@ def test_a_sweep_goes_on_until_all_of_it_is_there(sweep):
   assert "set.loss.ratio: ['token', 'sequence'] ->" in complained
   assert sweep.attempts() == [1, 2, 1, 1]
 
+  (sweep.out / "runs" / unlucky / "metrics.jsonl").unlink()
+  code, said, complained = sweep.run()
+  assert (code, said, len(complained.splitlines())) == (2, "", 1)
+  assert f"{unlucky}: finished, but its metrics.jsonl or" in complained
+
 
 def test_a_sweep_that_is_told_to_end_ends_its_runs(sweep):
   (sweep.tmp_path / sweep.names[1]).write_text("wait")

@@ -201,7 +201,7 @@ def main() -> None:
   parser.add_argument("--step-seconds", type=float, default=STEP_SECONDS)
   parser.add_argument("--out", type=pathlib.Path)
   arguments = parser.parse_args()
-  if arguments.rounds < 1 or arguments.step_seconds <= 0:
+  if arguments.rounds < 1 or not arguments.step_seconds > 0:
     parser.error("--rounds must be at least 1, --step-seconds above 0")
   groups = tables()
   rows = measure(

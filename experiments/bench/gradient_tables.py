@@ -67,7 +67,11 @@ def read(path: str | pathlib.Path) -> list[dict[str, Any]]:
     ValueError: the file is something else.
     OSError: it cannot be read.
   """
-  found = json.loads(pathlib.Path(path).read_text("utf-8"))
+  text = pathlib.Path(path).read_text("utf-8")
+  try:
+    found = json.loads(text)
+  except json.JSONDecodeError:
+    found = None
   known = isinstance(found, dict) and {"columns", "tables"} <= found.keys()
   if not known or found["columns"] != list(COLUMNS):
     raise ValueError(f"{path}: must be a file of experiments.bench.gradients")

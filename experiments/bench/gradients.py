@@ -73,7 +73,7 @@ COPIES = "Copies on average beside inverse_count, the rollouts held fixed"
 def main() -> None:
   """Measures; see the module."""
   with cli.user_errors(ValueError, OSError):
-    if _READ.value:
+    if _READ.value is not None:
       for flag in (_ROLLOUTS, _BATCHES, _SEED, _OUT):
         if flag.present:
           raise ValueError(f"--{flag.name} goes without --read only")
