@@ -271,7 +271,6 @@ def scatter(
 
       Σ w A / Σ w   over the slots that the call fills
 
-
   Args:
     assignment: of the calls.
     calls: the same that were assigned.
