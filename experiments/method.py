@@ -63,7 +63,7 @@ RATIOS = {
     "sequence": losses.sequence_ratio,
     "geometric": losses.geometric_ratio,
 }
-AGGREGATIONS = {
+AGGREGATIONS: dict[str, Callable[..., Array]] = {
     "token_mean": losses.token_mean,
     "sequence_mean_token_mean": losses.sequence_mean_token_mean,
     "sequence_mean_token_sum": losses.sequence_mean_token_sum,

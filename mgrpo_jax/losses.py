@@ -350,8 +350,8 @@ def sequence_mean_token_sum_norm(
     mask: Float[Array, "N T"],
     weight: Float[Array, " N"],
     *,
+    max_tokens: float,
     totals: Totals | None = None,
-    max_tokens: float | None = None,
 ) -> Float[Array, ""]:
   """Sums over tokens, divides by a constant, averages over trajectories.
 
@@ -364,16 +364,15 @@ def sequence_mean_token_sum_norm(
     values: v, float32.
     mask: m, float32, 1 on sampled tokens.
     weight: w, float32, ≥ 0, of each trajectory.
+    max_tokens: L, > 0, the token budget of a trajectory.
     totals: of the whole optimizer batch, when these rows are part of one;
       None if they are all of it.
-    max_tokens: L, the token budget of a trajectory; None takes T, the width
-      of the arrays, and then the result changes with padding.
 
   Returns:
     Scalar; summed over micro-batches it is the whole batch's mean.
   """
-  norm = values.shape[1] if max_tokens is None else max_tokens
-  return sequence_mean_token_sum(values, mask, weight, totals=totals) / norm
+  total = sequence_mean_token_sum(values, mask, weight, totals=totals)
+  return total / max_tokens
 
 
 def _totals(mask: Array, weight: Array) -> Totals:

@@ -86,9 +86,9 @@ class PolicyLoss:
   kl_coefficient: float
   importance: Callable[..., Array] | None
   importance_cap: float
-  surrogate: Callable[..., Array] = losses.clipped_surrogate
-  entropy_coefficient: float = 0.0
-  critic: Critic | None = None
+  surrogate: Callable[..., Array]
+  entropy_coefficient: float
+  critic: Critic | None
 
   def __post_init__(self) -> None:
     """Checks every number."""

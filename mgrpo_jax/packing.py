@@ -56,7 +56,7 @@ class BatchShape:
   row_tokens: int
   trajectories: int
   row_targets: int
-  least_shared: int = 0
+  least_shared: int
 
   def __post_init__(self) -> None:
     """Checks every field."""

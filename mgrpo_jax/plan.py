@@ -56,7 +56,7 @@ class Method:
   shape: BatchShape
   optimizer: optim.AdamW
   warmup_steps: int
-  reference_every: int = 0
+  reference_every: int
   stage_rewards: Mapping[str, Mapping[str, RewardWeights]] = dataclasses.field(
       default_factory=dict
   )

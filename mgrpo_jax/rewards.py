@@ -45,7 +45,7 @@ class RewardWeights:
   format: float
   correct: float
   expert: float
-  overlong: float = 0.0
+  overlong: float
 
   def __post_init__(self) -> None:
     """Checks every field."""
@@ -75,7 +75,7 @@ class Rules:
   correct: Callable[[str, Sequence[str]], bool | None]
   expert: Callable[[Task, Trajectory], float | None]
   correct_of: Callable[[RolloutGroup], Positions]
-  overlong: Callable[[Trajectory], float] | None = None
+  overlong: Callable[[Trajectory], float] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,4 +12,5 @@ RULES = rewards.Rules(
     correct=answers.matches,
     expert=grade,
     correct_of=rewards.of_root,
+    overlong=None,
 )

@@ -10,11 +10,11 @@ from mgrpo_jax.comparison import Comparison, alike
 from mgrpo_jax.rewards import RewardWeights
 from mgrpo_jax.testing import batches, estimators, game
 
-MAIN = RewardWeights(format=0.1, correct=0.9, expert=0.0)
-PAPER = RewardWeights(format=0.1, correct=0.4, expert=0.5)
-EXPERT = RewardWeights(format=0.1, correct=0.0, expert=0.9)
-TEAM = RewardWeights(format=0.0, correct=1.0, expert=0.0)
-FAINT = RewardWeights(format=0.0, correct=1.0, expert=0.01)
+MAIN = RewardWeights(format=0.1, correct=0.9, expert=0.0, overlong=0.0)
+PAPER = RewardWeights(format=0.1, correct=0.4, expert=0.5, overlong=0.0)
+EXPERT = RewardWeights(format=0.1, correct=0.0, expert=0.9, overlong=0.0)
+TEAM = RewardWeights(format=0.0, correct=1.0, expert=0.0, overlong=0.0)
+FAINT = RewardWeights(format=0.0, correct=1.0, expert=0.01, overlong=0.0)
 LAW = (0.1, 0.3, 0.6)  # of d = 0, 1, 2
 TWICE = (1e-30, 1e-30, 1.0)
 STRATEGIES = (

@@ -166,7 +166,9 @@ def tiny_plan(**changes):
       "mesh": {"data": 1, "fsdp": 2, "tensor": 2, "expert": 1},
       "devices": jax.devices()[:4],
       "sampler_tensor": 2,
-      "shape": BatchShape(rows=4, row_tokens=8, trajectories=4, row_targets=8),
+      "shape": BatchShape(
+          rows=4, row_tokens=8, trajectories=4, row_targets=8, least_shared=0
+      ),
       "objective": objectives.ImitationLoss(context_weight=0.1),
       "optimizer": optim.AdamW(
           b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=1.0
@@ -294,7 +296,11 @@ def test_rows_of_a_traced_update_share_where_a_runs_would():
         (
             {
                 "shape": BatchShape(
-                    rows=3, row_tokens=8, trajectories=4, row_targets=8
+                    rows=3,
+                    row_tokens=8,
+                    trajectories=4,
+                    row_targets=8,
+                    least_shared=0,
                 )
             },
             "multiple of 2",

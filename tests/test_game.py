@@ -99,6 +99,7 @@ def test_rewards_are_the_librarys(attempts):
           correct=lambda text, accepted: text in accepted,
           expert=lambda _, t: float(rules.expert[int(t.request)]),
           correct_of=rewards.of_root,
+          overlong=None,
       ),
   )
   sizes = {"main": 1, "researcher": 2 * attempts}

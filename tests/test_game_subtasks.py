@@ -35,7 +35,7 @@ from mgrpo_jax.testing import batches, estimators, game
 SUBTASK = COMPARISONS["per_subtask"]
 INHERIT = COMPARISONS["inherit_parent"]
 # Right and vague reports are equal, malformed ones worse.
-OUTCOME = RewardWeights(format=0.1, correct=0.9, expert=0.0)
+OUTCOME = RewardWeights(format=0.1, correct=0.9, expert=0.0, overlong=0.0)
 ONCE = (1e-30, 1.0, 1e-30)  # d = 1
 
 

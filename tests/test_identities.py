@@ -286,7 +286,9 @@ def single_agents(seed, num_tasks=25):
       )
       for row in texts
   ]
-  weights = rewards.RewardWeights(format=0.1, correct=0.9, expert=0.0)
+  weights = rewards.RewardWeights(
+      format=0.1, correct=0.9, expert=0.0, overlong=0.0
+  )
   scores = [
       rewards.score(g, weights={"main": weights}, rules=RULES) for g in groups
   ]

@@ -216,6 +216,7 @@ def shape_of(rows, row_tokens, trajectories):
       row_tokens=row_tokens,
       trajectories=trajectories,
       row_targets=row_tokens,
+      least_shared=0,
   )
 
 

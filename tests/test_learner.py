@@ -17,7 +17,7 @@ from mgrpo_jax.testing.sizes import tiny_config
 
 CONFIG = tiny_config(vocab_size=11, num_layers=1, mlp_dim=16)
 SHAPE = packing.BatchShape(
-    rows=2, row_tokens=16, trajectories=4, row_targets=16
+    rows=2, row_tokens=16, trajectories=4, row_targets=16, least_shared=0
 )
 TEMPERATURE = 0.7  # not 1: a trainer that forgets to divide by it is seen
 CREDITS = random_credits([7, 16, 3], vocab_size=11, weights=(1.0,))
@@ -30,6 +30,9 @@ REGULARISED = objectives.PolicyLoss(
     kl_coefficient=0.1,
     importance=None,
     importance_cap=1.0,
+    surrogate=losses.clipped_surrogate,
+    entropy_coefficient=0.0,
+    critic=None,
 )
 FLOAT32 = dict(rtol=1e-5, atol=1e-5)  # nats; of programs compiled apart
 

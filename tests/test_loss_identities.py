@@ -170,7 +170,7 @@ accumulate = jit(accumulate_each)
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30])
 def test_6_nor_does_garbage_in_packed_rows(garbage):
   shape = packing.BatchShape(
-      rows=2, row_tokens=40, trajectories=16, row_targets=40
+      rows=2, row_tokens=40, trajectories=16, row_targets=40, least_shared=0
   )
   rng = np.random.default_rng(5)
   rows = (shape.rows, shape.row_tokens)

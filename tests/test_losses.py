@@ -21,6 +21,11 @@ AGGREGATIONS = (
 SHAPE = (3, 5)
 
 
+def norm(name, max_tokens):
+  """The constant that one of the aggregations divides by."""
+  return {"max_tokens": max_tokens} if name.endswith("norm") else {}
+
+
 @functools.cache
 def jitted(name, **keywords):
   return jax.jit(functools.partial(getattr(losses, name), **keywords))
@@ -195,7 +200,7 @@ def test_as_a_loss_k1_pulls_nowhere_and_k2_to_the_reference():
 @given(table(st.floats(-4.0, 4.0)), MASK, WEIGHT)
 @settings(max_examples=40, deadline=None)
 def test_aggregation_equals_its_sums(name, values, mask, weight):
-  keywords = {"max_tokens": 7} if name.endswith("norm") else {}
+  keywords = norm(name, 7.0)
   np.testing.assert_allclose(
       call(name, values, mask, weight, **keywords),
       getattr(oracle, name)(values, mask, weight, **keywords),
@@ -208,7 +213,7 @@ def test_aggregations_worked_by_hand():
   values, weight = [[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]], [1.0, 1.0]
   mask = [[1, 1, 1], [1, 0, 0]]
   for name, expected in zip(AGGREGATIONS, (2.5, 3.0, 5.0, 5 / 3), strict=True):
-    found = call(name, values, mask, weight)
+    found = call(name, values, mask, weight, **norm(name, 3.0))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
@@ -223,7 +228,7 @@ def test_micro_batches_add_up_with_the_whole_batchs_totals(name):
       tokens=(weight * mask.sum(1)).sum(),
       context_tokens=np.float32(0),
   )
-  run = jitted(name)
+  run = jitted(name, **norm(name, 5.0))
   parts = [
       run(values[s], mask[s], weight[s], totals=totals)
       for s in (slice(0, 1), slice(1, 2), slice(2, 6))

@@ -299,7 +299,9 @@ def test_loaded_weights_stay_only_where_they_are_read(reference, lora, stays):
       config,
       loaded,
       lora=lora,
-      shape=BatchShape(rows=2, row_tokens=8, trajectories=2, row_targets=8),
+      shape=BatchShape(
+          rows=2, row_tokens=8, trajectories=2, row_targets=8, least_shared=0
+      ),
       optimizer=optim.AdamW(
           b1=0.9, b2=0.99, eps=1e-2, weight_decay=0.0, clip_norm=1.0
       ),

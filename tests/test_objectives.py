@@ -21,6 +21,9 @@ PLAIN = objectives.PolicyLoss(
     kl_coefficient=0.0,
     importance=None,
     importance_cap=2.0,
+    surrogate=losses.clipped_surrogate,
+    entropy_coefficient=0.0,
+    critic=None,
 )
 FULL = dataclasses.replace(
     PLAIN,

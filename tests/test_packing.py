@@ -62,7 +62,11 @@ def expected(credit):
 @settings(max_examples=80, deadline=None)
 def test_every_trajectory_stands_once_and_alone(lengths, rows, entries):
   shape = packing.BatchShape(
-      rows=rows, row_tokens=16, trajectories=entries, row_targets=16
+      rows=rows,
+      row_tokens=16,
+      trajectories=entries,
+      row_targets=16,
+      least_shared=0,
   )
   credits = credits_of(lengths)
   batches = packing.pack(credits, shape=shape)
@@ -79,7 +83,7 @@ def test_every_trajectory_stands_once_and_alone(lengths, rows, entries):
 
 def test_neighbours_in_a_row_have_segments_of_their_own():
   shape = packing.BatchShape(
-      rows=1, row_tokens=16, trajectories=4, row_targets=16
+      rows=1, row_tokens=16, trajectories=4, row_targets=16, least_shared=0
   )
   (batch,) = packing.pack(credits_of([5, 6, 4]), shape=shape)
   assert list(batch.segment_ids[0]) == [2] * 6 + [1] * 5 + [3] * 4 + [0]
@@ -89,7 +93,7 @@ def test_packing_is_tight_and_deterministic():
   rng = np.random.default_rng(0)
   lengths = rng.integers(10, 128, 200)
   shape = packing.BatchShape(
-      rows=8, row_tokens=128, trajectories=64, row_targets=128
+      rows=8, row_tokens=128, trajectories=64, row_targets=128, least_shared=0
   )
   first, second = (
       packing.pack(credits_of(lengths), shape=shape) for _ in range(2)
@@ -106,7 +110,7 @@ def test_packing_is_tight_and_deterministic():
 
 def test_nothing_packs_to_nothing():
   shape = packing.BatchShape(
-      rows=2, row_tokens=16, trajectories=4, row_targets=16
+      rows=2, row_tokens=16, trajectories=4, row_targets=16, least_shared=0
   )
   assert packing.pack([], shape=shape) == ()
   totals = packing.count([])
@@ -150,7 +154,9 @@ def test_copies_fold_into_weights():
   ]
 
 
-SHAPE = packing.BatchShape(rows=2, row_tokens=4, trajectories=2, row_targets=4)
+SHAPE = packing.BatchShape(
+    rows=2, row_tokens=4, trajectories=2, row_targets=4, least_shared=0
+)
 NAMED = "task 't' rollout 3 researcher 1"
 
 
@@ -173,11 +179,18 @@ def test_bad_trajectories_are_named(fields, advantage, problem):
 
 
 @pytest.mark.parametrize(
-    "field", ["rows", "row_tokens", "trajectories", "row_targets"]
+    "field, value",
+    [
+        ("rows", 0),
+        ("row_tokens", 0),
+        ("trajectories", 0),
+        ("row_targets", 0),
+        ("least_shared", -1),
+    ],
 )
-def test_bad_shapes_are_named(field):
+def test_bad_shapes_are_named(field, value):
   sizes = dict.fromkeys(("rows", "trajectories", "row_targets"), 1)
-  sizes |= {"row_tokens": 2, field: 0}
+  sizes |= {"row_tokens": 2, "least_shared": 0, field: value}
   with pytest.raises(ValueError, match=f"^{field} must be >= "):
     packing.BatchShape(**sizes)
 
@@ -197,14 +210,18 @@ def test_no_row_has_more_targets_than_it_may():
   ]
   for targets, rows in ((6, 1), (5, 2), (2, 3)):
     shape = packing.BatchShape(
-        rows=3, row_tokens=16, trajectories=4, row_targets=targets
+        rows=3,
+        row_tokens=16,
+        trajectories=4,
+        row_targets=targets,
+        least_shared=0,
     )
     (batch,) = packing.pack(credits, shape=shape)
     assert np.sum(np.any(batch.sampled, axis=1)) == rows
     assert np.max(np.sum(batch.sampled, axis=1)) <= targets
     assert np.sum(batch.sampled) == np.sum(batch.loss_mask) == 6
   narrow = packing.BatchShape(
-      rows=3, row_tokens=16, trajectories=4, row_targets=1
+      rows=3, row_tokens=16, trajectories=4, row_targets=1, least_shared=0
   )
   with pytest.raises(ValueError, match="2 sampled tokens, .* row_targets = 1"):
     packing.pack(credits, shape=narrow)

@@ -31,7 +31,7 @@ ALIKE = begun_alike(
     ((12, 0), (9, 0), (11, 0), (10, 9)),
 )
 SHAPE = packing.BatchShape(
-    rows=4, row_tokens=40, trajectories=10, row_targets=40
+    rows=4, row_tokens=40, trajectories=10, row_targets=40, least_shared=0
 )
 SHARING = dataclasses.replace(SHAPE, least_shared=8)
 POLICY_LOSS = objectives.PolicyLoss(
@@ -44,6 +44,8 @@ POLICY_LOSS = objectives.PolicyLoss(
     importance=None,
     importance_cap=1.0,
     entropy_coefficient=0.1,
+    surrogate=losses.clipped_surrogate,
+    critic=None,
 )
 
 

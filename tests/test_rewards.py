@@ -13,8 +13,12 @@ from mgrpo_jax import answers, grades, rewards
 from mgrpo_jax.types import Status
 
 PAPER = {
-    "main": rewards.RewardWeights(format=0.1, correct=0.9, expert=0.0),
-    "researcher": rewards.RewardWeights(format=0.1, correct=0.4, expert=0.5),
+    "main": rewards.RewardWeights(
+        format=0.1, correct=0.9, expert=0.0, overlong=0.0
+    ),
+    "researcher": rewards.RewardWeights(
+        format=0.1, correct=0.4, expert=0.5, overlong=0.0
+    ),
 }
 CAPITAL = evidence("peru/government#capital", "capital of Peru", "Lima")
 AREA = evidence("peru/geography#area", "area of Peru", "1,285,216 sq km")
@@ -61,8 +65,12 @@ def test_totals_equal_the_equations(
 ):
   a1, a2, b1, b2, b3 = shares
   weights = {
-      "main": rewards.RewardWeights(format=a1, correct=a2, expert=0.0),
-      "researcher": rewards.RewardWeights(format=b1, correct=b2, expert=b3),
+      "main": rewards.RewardWeights(
+          format=a1, correct=a2, expert=0.0, overlong=0.0
+      ),
+      "researcher": rewards.RewardWeights(
+          format=b1, correct=b2, expert=b3, overlong=0.0
+      ),
   }
   bad = (turn("malformed"),)
   scores = score(
@@ -328,7 +336,9 @@ def test_bad_input_is_named():
   with pytest.raises(ValueError, match=r"\['researcher'\]"):
     score([root(), call()], weights={"main": PAPER["main"]})
   with pytest.raises(ValueError, match="expert must be >= 0, got nan"):
-    rewards.RewardWeights(format=0.1, correct=0.1, expert=float("nan"))
+    rewards.RewardWeights(
+        format=0.1, correct=0.1, expert=float("nan"), overlong=0.0
+    )
   groups = [group(TASK, [root()], k) for k in (1, 2)]
   scores = [rewards.score(g, weights=PAPER, rules=RULES) for g in groups]
   with pytest.raises(ValueError, match=r"same number of rollouts, got \[1, 2"):

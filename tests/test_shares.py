@@ -16,12 +16,13 @@ from mgrpo_jax.rewards import RewardWeights
 from mgrpo_jax.types import Account
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "quickstart_rewards.json"
-MAIN = RewardWeights(format=0.1, correct=0.9, expert=0.0)
+MAIN = RewardWeights(format=0.1, correct=0.9, expert=0.0, overlong=0.0)
 RULES = rewards.Rules(  # never asked: every call brings its account
     format=NotImplemented,
     correct=NotImplemented,
     expert=NotImplemented,
     correct_of=rewards.of_root,
+    overlong=None,
 )
 
 
@@ -33,6 +34,7 @@ def default():
           format=role.format_share,
           correct=role.correct_share,
           expert=role.expert_share,
+          overlong=0.0,
       )
       for name, role in roles.items()
   }
@@ -136,7 +138,7 @@ def of_researcher(*groups, **weights):
   ]
 
 
-PAPER = dict(format=0.1, correct=0.4, expert=0.5)
+PAPER = dict(format=0.1, correct=0.4, expert=0.5, overlong=0.0)
 CROSSED = rollouts((1, 1, 1), (1, 1, 0), (0, 1, 1), (0, 1, 0))
 
 

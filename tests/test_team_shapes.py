@@ -136,7 +136,10 @@ def graded(task, trajectory):
 def compare(team, group, trained):
   weights = {  # every role in its own unit, so that a pooled group would show
       one.name: rewards.RewardWeights(
-          format=0.1, correct=0.9 / (1 + number), expert=number / 3
+          format=0.1,
+          correct=0.9 / (1 + number),
+          expert=number / 3,
+          overlong=0.0,
       )
       for number, one in enumerate(team.roles)
   }
@@ -223,7 +226,9 @@ def test_correctness_of_the_parent_reaches_the_third_level():
   """`of_parent` grades a call by its caller, `of_root` by the whole rollout."""
   group = play(DEEP)
   weights = {
-      one.name: rewards.RewardWeights(format=0.0, correct=1.0, expert=0.0)
+      one.name: rewards.RewardWeights(
+          format=0.0, correct=1.0, expert=0.0, overlong=0.0
+      )
       for one in DEEP.roles
   }
   rules = dataclasses.replace(

@@ -26,7 +26,7 @@ from mgrpo_jax.types import Prediction, TrainState
 
 VOCAB = 11
 SHAPE = packing.BatchShape(
-    rows=3, row_tokens=16, trajectories=8, row_targets=16
+    rows=3, row_tokens=16, trajectories=8, row_targets=16, least_shared=0
 )
 # An eps that is not tiny: Adam divides by the root of the second moment, and
 # a gradient that is nothing but rounding would become a full step.
@@ -43,6 +43,9 @@ PLAIN = objectives.PolicyLoss(
     kl_coefficient=0.0,
     importance=None,
     importance_cap=2.0,
+    surrogate=losses.clipped_surrogate,
+    entropy_coefficient=0.0,
+    critic=None,
 )
 RICH = dataclasses.replace(
     PLAIN,
@@ -259,7 +262,7 @@ def assert_same_update(found, expected):
 
 
 WHOLE = packing.BatchShape(
-    rows=8, row_tokens=16, trajectories=16, row_targets=16
+    rows=8, row_tokens=16, trajectories=16, row_targets=16, least_shared=0
 )
 
 

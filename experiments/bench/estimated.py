@@ -19,12 +19,12 @@ from mgrpo_jax.testing import batches, estimators, game
 
 CHUNK = 4000  # batches at a time, so that programs compile once
 EXACT_CALLS = 4  # K·A; more calls of a sub-agent cannot be listed in time
-MAIN_SPLIT = RewardWeights(format=0.1, correct=0.9, expert=0.0)
+MAIN_SPLIT = RewardWeights(format=0.1, correct=0.9, expert=0.0, overlong=0.0)
 SPLITS = {  # b1, b2, b3
-    "paper": RewardWeights(format=0.1, correct=0.4, expert=0.5),
-    "expert": RewardWeights(format=0.1, correct=0.0, expert=0.9),
-    "team": RewardWeights(format=0.1, correct=0.9, expert=0.0),
-    "faint": RewardWeights(format=0.1, correct=0.89, expert=0.01),
+    "paper": RewardWeights(format=0.1, correct=0.4, expert=0.5, overlong=0.0),
+    "expert": RewardWeights(format=0.1, correct=0.0, expert=0.9, overlong=0.0),
+    "team": RewardWeights(format=0.1, correct=0.9, expert=0.0, overlong=0.0),
+    "faint": RewardWeights(format=0.1, correct=0.89, expert=0.01, overlong=0.0),
 }
 LAWS = {  # of the number of calls; the last three have mean 2
     "base": (0.1, 0.3, 0.6),

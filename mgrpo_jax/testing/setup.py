@@ -175,13 +175,16 @@ def small_setup(
 
 def small_method(team: Team) -> Method:
   """M-GRPO with rewards that even an untrained policy earns some of."""
-  share = rewards.RewardWeights(format=0.1, correct=0.4, expert=0.5)
+  share = rewards.RewardWeights(
+      format=0.1, correct=0.4, expert=0.5, overlong=0.0
+  )
   return Method(
       rules=rewards.Rules(
           format=anything,
           correct=answers.matches,
           expert=evenness,
           correct_of=rewards.of_root,
+          overlong=None,
       ),
       reward_weights={role.name: share for role in team.roles},
       align=alignment.duplicate_or_drop,
@@ -196,16 +199,24 @@ def small_method(team: Team) -> Method:
           kl_coefficient=0.01,
           importance=importance.by_token,
           importance_cap=2.0,
+          surrogate=losses.clipped_surrogate,
+          entropy_coefficient=0.0,
+          critic=None,
       ),
       imitation_loss=objectives.ImitationLoss(context_weight=0.1),
       minibatches=2,
       shape=packing.BatchShape(
-          rows=4, row_tokens=CONTEXT, trajectories=16, row_targets=CONTEXT
+          rows=4,
+          row_tokens=CONTEXT,
+          trajectories=16,
+          row_targets=CONTEXT,
+          least_shared=0,
       ),
       optimizer=optim.AdamW(
           b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=1.0
       ),
       warmup_steps=2,
+      reference_every=0,
   )
 
 

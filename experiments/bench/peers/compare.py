@@ -159,9 +159,21 @@ def objective(**changes: Any) -> PolicyLoss:
       "kl_coefficient": 0.0,
       "importance": None,
       "importance_cap": CAP,
+      "surrogate": losses.clipped_surrogate,
+      "entropy_coefficient": 0.0,
+      "critic": None,
       **CLIP,
   }
   return PolicyLoss(**(fields | changes))
+
+
+def sequence_mean_token_sum_norm(
+    values: Any, mask: Any, weight: Any, *, totals: Any = None
+) -> Any:
+  """Ours where L is the arrays' width, as the peers have it."""
+  return losses.sequence_mean_token_sum_norm(
+      values, mask, weight, max_tokens=values.shape[1], totals=totals
+  )
 
 
 def policy_loss(

@@ -28,7 +28,7 @@ AGGREGATIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "token-mean": (losses.token_mean, ""),
     "sequence-mean-token-mean": (losses.sequence_mean_token_mean, EMPTY),
     "seq-mean-token-sum": (losses.sequence_mean_token_sum, EMPTY),
-    "sequence-mean-token-scale": (losses.sequence_mean_token_sum_norm, EMPTY),
+    "sequence-mean-token-scale": (compare.sequence_mean_token_sum_norm, EMPTY),
     "sequence-mean-token-sum-norm": (
         losses.sequence_mean_token_sum,
         f"{EMPTY}; divides by trajectories, not by a length",

@@ -24,7 +24,7 @@ AGGREGATIONS = {
     "token-mean": losses.token_mean,
     "seq-mean-token-mean": losses.sequence_mean_token_mean,
     "seq-mean-token-sum": losses.sequence_mean_token_sum,
-    "seq-mean-token-sum-norm": losses.sequence_mean_token_sum_norm,
+    "seq-mean-token-sum-norm": compare.sequence_mean_token_sum_norm,
 }
 tensor = torch_side.tensor
 

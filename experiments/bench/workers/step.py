@@ -36,6 +36,9 @@ _LOSS = objectives.PolicyLoss(
     kl_coefficient=0.0,
     importance=None,
     importance_cap=1.0,
+    surrogate=losses.clipped_surrogate,
+    entropy_coefficient=0.0,
+    critic=None,
 )
 
 
