@@ -203,6 +203,8 @@ def main() -> None:
   arguments = parser.parse_args()
   if arguments.rounds < 1 or not arguments.step_seconds > 0:
     parser.error("--rounds must be at least 1, --step-seconds above 0")
+  if arguments.out and not arguments.out.parent.is_dir():
+    parser.error(f"--out: {arguments.out.parent} is not a directory")
   groups = tables()
   rows = measure(
       [c for cases in groups.values() for c in cases], arguments.rounds

@@ -1,8 +1,8 @@
 r"""Tokens per second of the sampler, part by part.
 
     python -m experiments.bench.decode [--policy=quickstart|smollm2] \
-        [--num_slots=128] [--busy=25] [--decode_rows=0,16,32] \
-        [--rounds=7] [--out=decode.json]
+        [--dtype=bfloat16] [--num_slots=128] [--busy=25] \
+        [--decode_rows=0,16,32] [--rounds=7] [--out=decode.json]
 
 Measured in turn (A B C A B C …) after a warm-up: `prefill`, full calls of one
 bucket onto streams that are already half filled; and for each number of rows
@@ -299,7 +299,9 @@ def start(bench: Bench) -> Engine:
 def main() -> None:
   """Prints a table; writes JSON where asked."""
   arguments = _arguments()
-  config = POLICIES[arguments.policy]
+  config = dataclasses.replace(
+      POLICIES[arguments.policy], dtype=arguments.dtype
+  )
   init = jax.jit(params.init, static_argnums=1)
   with metrics.count_compilations() as compiled:
     weights = init(jax.random.key(0), config)
@@ -358,6 +360,9 @@ def _arguments() -> argparse.Namespace:
   """Reads the command line."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--policy", choices=POLICIES, default="quickstart")
+  parser.add_argument(
+      "--dtype", choices=("float32", "bfloat16"), default="float32"
+  )
   for name, default in {
       "num_slots": 128,
       "context": 256,
