@@ -137,8 +137,11 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def flag_errors() -> Iterator[None]:
+def flag_errors(what: str = "--config") -> Iterator[None]:
   """Turns what parsing flags and recipes raises inside into one line, exit 2.
+
+  Args:
+    what: is read, as the user gave it.
 
   Yields:
     Nothing.
@@ -147,7 +150,7 @@ def flag_errors() -> Iterator[None]:
     yield
   except flags.Error as error:
     if "Traceback" in str(error):  # a recipe's, quoted whole
-      fail(f"cannot read --config: {_last_line(error)}")
+      fail(f"cannot read {what}: {_last_line(error)}")
     fail(str(error))
   except (
       AttributeError,
@@ -157,11 +160,11 @@ def flag_errors() -> Iterator[None]:
     while isinstance(reason, Exception) and reason.args:
       reason = reason.args[0]  # a KeyError would quote its message
     reason = str(reason).replace("\n", ". ")
-    fail(f"unknown config key {reason}")
+    fail(f"{what}: unknown config key {reason}")
   except SyntaxError as error:  # in the recipe
-    fail(f"cannot read --config: {error}")
+    fail(f"cannot read {what}: {error}")
   except (OSError, TypeError, ValueError, ImportError) as error:
-    fail(f"cannot read --config: {_last_line(error)}")
+    fail(f"cannot read {what}: {_last_line(error)}")
 
 
 def config_of(holder: typing.Any) -> ml_collections.ConfigDict:
@@ -185,12 +188,18 @@ def _last_line(error: Exception) -> str:
   return lines[-1] if lines else type(error).__name__
 
 
-def run(main: Callable[[], None], *, required: Sequence[str] = ()) -> None:
+def run(
+    main: Callable[[], None],
+    *,
+    required: Sequence[str] = (),
+    resumes: bool = False,
+) -> None:
   """Parses flags and runs a command.
 
   Args:
     main: the command; reads its flags from `absl.flags.FLAGS`.
     required: flags that must be given.
+    resumes: whether the same command goes on where this one was interrupted.
 
   Raises:
     SystemExit: code 2 after one line, on wrong input.
@@ -226,7 +235,8 @@ def run(main: Callable[[], None], *, required: Sequence[str] = ()) -> None:
     with _stdout():
       sys.stdout.flush()
   except KeyboardInterrupt:
-    print("interrupted; the same command continues", file=sys.stderr)
+    hint = "; the same command continues" if resumes else ""
+    print(f"interrupted{hint}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -123,7 +123,10 @@ def plan(
           *(f"--config.{key}={value}" for key, value in given.items()),
       )
       config = _read(arguments)
-      recipe.check(config, num_devices=_DEVICES)
+      try:
+        recipe.check(config, num_devices=_DEVICES)
+      except ValueError as error:
+        raise ValueError(f"{arguments[0]}: {error}") from error
       if any(axis.key.endswith(".families") for axis in axes):
         _check_families(config)
       cells.append(
@@ -235,7 +238,7 @@ def _read(arguments: Sequence[str]) -> ml_collections.ConfigDict:
   holder = config_flags.DEFINE_config_file(
       "config", flag_values=values, sys_argv=argv
   )
-  with cli.flag_errors():
+  with cli.flag_errors(arguments[0]):
     values(argv)
   return cli.config_of(holder)
 

@@ -208,4 +208,4 @@ def _budgets() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-  cli.run(main, required=("config", "out"))
+  cli.run(main, required=("config", "out"), resumes=True)

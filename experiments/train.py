@@ -367,4 +367,4 @@ def _train(
 
 
 if __name__ == "__main__":
-  cli.run(main, required=("config", "workdir"))
+  cli.run(main, required=("config", "workdir"), resumes=True)

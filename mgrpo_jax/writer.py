@@ -87,8 +87,7 @@ class Writer:
     """Waits for what is under way, not for ever; `settle` says how it went."""
     if any(not one.done() for one in self._pending):
       _LOG.warning(
-          "%s: the last versions are given up if they are not written in %.0f"
-          " s",
+          "%s: writing the last versions, for %.0f s at most",
           self._store.url,
           _LAST,
       )

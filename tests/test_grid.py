@@ -112,6 +112,15 @@ def test_what_cannot_be_read_ends_with_one_line(text, capsys):
   assert error.startswith("error: ") and len(error.splitlines()) == 1
 
 
+def test_the_arm_that_lacks_a_key_or_refuses_a_value_is_named(capsys):
+  arms = ("co_train", "alternating")
+  with pytest.raises(SystemExit):
+    plan("stages.hard.steps=9", recipe=QUICKSTART, arms=arms)
+  assert "quickstart.py:alternating: unknown" in capsys.readouterr().err
+  with pytest.raises(ValueError, match="quickstart.py:co_train: config.loss"):
+    plan("loss.clip_low=7", recipe=QUICKSTART, arms=arms)
+
+
 def test_names_are_safe_and_never_alike():
   sources = ("../up", "a b", "a_b", "A_b", "x" * 300, "x" * 301, "né")
   cells = plan(f"policies.main.source={','.join(sources)}")

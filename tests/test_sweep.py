@@ -19,7 +19,7 @@ PROGRAM = """
 import sys
 from experiments import cli, sweep
 sweep.TRAIN = (sys.executable, {fake!r}, {plan!r})
-cli.run(sweep.main, required=("config", "out"))
+cli.run(sweep.main, required=("config", "out"), resumes=True)
 """
 
 

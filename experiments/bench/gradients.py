@@ -28,6 +28,7 @@ standard error behind ±.
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -82,6 +83,8 @@ def main() -> None:
     rollouts = _positive(_ROLLOUTS.value)
     if _BATCHES.value < 1:
       raise ValueError(f"--batches must be >= 1, got {_BATCHES.value}")
+    if _OUT.value and not pathlib.Path(_OUT.value).absolute().parent.is_dir():
+      raise ValueError(f"--out: {_OUT.value} is in no directory that exists")
     rows = []
     for table in _tables(rollouts):
       cli.say(gradient_tables.markdown(table))

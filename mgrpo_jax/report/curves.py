@@ -51,7 +51,7 @@ CHARTS = (
     Chart(name="accuracy", title="Held-out accuracy", families=("accuracy",)),
     Chart(
         name="calls",
-        title="Delegation",
+        title="Calls of a rollout",
         families=("calls",),
         smooth=True,
     ),
