@@ -196,7 +196,7 @@ def test_tasks_that_cannot_tell_are_left_out():
 
 def test_outcomes_that_move_no_reward_count_for_nothing():
   differ = rollouts((1, 1, 1), (0, 1, 1))
-  found = of_researcher(differ, format=1.0, correct=0.0, expert=0.5)
+  found = of_researcher(differ, **{**PAPER, "format": 1.0, "correct": 0.0})
   assert found == [0.0, None]
 
 
