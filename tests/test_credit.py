@@ -186,6 +186,35 @@ def test_every_role_is_compared_with_itself():
   assert found.assignments["main"].alignment.index.shape == (1, 2, 1)
 
 
+@pytest.mark.parametrize(
+    "align, share",
+    [
+        (alignment.duplicate_or_drop, 8),  # D
+        (alignment.mask, 2),  # d
+        (alignment.inverse_count, 1),
+    ],
+)
+def test_how_much_a_called_role_weighs_in_a_policy_it_shares(align, share):
+  team = small_team()
+  team = dataclasses.replace(
+      team,
+      roles=tuple(
+          dataclasses.replace(role, policy="both") for role in team.roles
+      ),
+  )
+  found = compared(
+      [1, 0, 0.5, 0, 0.5, 1],
+      team=team,
+      trained={"both"},
+      align=align,
+      num_slots=8,
+  )
+  weights = {"main": 0.0, "researcher": 0.0}
+  for one in found.by_policy["both"]:
+    weights[one.trajectory.role] += one.weight
+  assert weights == pytest.approx({"main": 2.0, "researcher": 2.0 * share})
+
+
 def test_a_role_that_does_not_learn_has_no_credit_and_no_advantage():
   found = compared([1, 0, 0.5, 0, 0.5, 1], trained={"main"})
   np.testing.assert_allclose(
