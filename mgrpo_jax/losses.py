@@ -370,7 +370,12 @@ def sequence_mean_token_sum_norm(
 
   Returns:
     Scalar; summed over micro-batches it is the whole batch's mean.
+
+  Raises:
+    ValueError: if max_tokens is not positive.
   """
+  if not max_tokens > 0:
+    raise ValueError(f"max_tokens must be > 0, got {max_tokens!r}")
   total = sequence_mean_token_sum(values, mask, weight, totals=totals)
   return total / max_tokens
 

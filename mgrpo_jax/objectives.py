@@ -61,7 +61,8 @@ class PolicyLoss:
 
   Attributes:
     ratio: ρ; `losses.token_ratio`, `sequence_ratio` or `geometric_ratio`.
-    aggregation: agg; one of the four of `losses`, or a partial of one.
+    aggregation: agg; `losses.token_mean`, `sequence_mean_token_mean`,
+      `sequence_mean_token_sum`, or a partial of `sequence_mean_token_sum_norm`.
     clip_low: ε_low, in 0..1.
     clip_high: ε_high, ≥ 0.
     kl: `losses.kl_k1`, `kl_k2` or `kl_k3` to the reference, or None.

@@ -57,9 +57,7 @@ class Method:
   optimizer: optim.AdamW
   warmup_steps: int
   reference_every: int
-  stage_rewards: Mapping[str, Mapping[str, RewardWeights]] = dataclasses.field(
-      default_factory=dict
-  )
+  stage_rewards: Mapping[str, Mapping[str, RewardWeights]]
 
   @property
   def reference(self) -> Reference:

@@ -134,6 +134,7 @@ BUDGETS = {
     "max_new_tokens": 20,
     "max_context": 200,
     "trainable": True,
+    "attempts": 1,
 }
 
 
@@ -152,7 +153,17 @@ def test_a_sub_task_may_be_attempted_several_times():
   team = Team(
       roles=(
           Role(name="main", calls=("researcher",), max_calls=2, **BUDGETS),
-          Role(name="researcher", calls=(), max_calls=0, attempts=3, **BUDGETS),
+          Role(
+              name="researcher",
+              calls=(),
+              max_calls=0,
+          Role(
+              name="researcher",
+              calls=(),
+              max_calls=0,
+              **(BUDGETS | {"attempts": 3}),
+          ),
+          ),
       ),
       root="main",
   )

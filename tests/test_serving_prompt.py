@@ -60,7 +60,7 @@ def test_a_conversation_with_tools_is_the_stream_of_an_agent_call():
       name="main", policy="main", prompt="Be brief.", tools=("calculate",),
       calls=(), max_turns=4, max_new_tokens=100, max_context=3000,
       max_calls=0, trainable=True,
-  )  # fmt: skip
+  attempts=1)  # fmt: skip
   turns = [
       Action(kind="tool", name="calculate", arguments={"expression": "2+3"}),
       answer("It is 5."),

@@ -19,6 +19,7 @@ def role(name, **changes):
       "max_context": 100,
       "max_calls": 2 if changes.get("calls") else 0,
       "trainable": True,
+      "attempts": 1,
   }
   return Role(name=name, **(fields | changes))
 

@@ -38,6 +38,7 @@ def role(name, policy, *, calls=(), tools=(), **changes):
       max_context=CONTEXT,
       max_calls=3 if calls else 0,
       trainable=True,
+      attempts=1,
   )
   return Role(
       name=name, policy=policy, calls=calls, tools=tools, **(fields | changes)

@@ -39,7 +39,7 @@ class Role:
   max_context: int
   max_calls: int
   trainable: bool
-  attempts: int = 1
+  attempts: int
 
   def __post_init__(self) -> None:
     """Checks names and budgets."""

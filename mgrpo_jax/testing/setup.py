@@ -217,6 +217,7 @@ def small_method(team: Team) -> Method:
       ),
       warmup_steps=2,
       reference_every=0,
+      stage_rewards={},
   )
 
 

@@ -47,6 +47,7 @@ def small_team(**budgets: int) -> Team:
       calls=("researcher",),
       max_calls=max_calls,
       trainable=True,
+      attempts=1,
       **shared,
   )
   researcher = Role(
@@ -57,6 +58,7 @@ def small_team(**budgets: int) -> Team:
       calls=(),
       max_calls=0,
       trainable=True,
+      attempts=1,
       **shared,
   )
   return Team(roles=(main, researcher), root="main")
