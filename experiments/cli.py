@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import logging
@@ -99,6 +100,26 @@ def secret(file: str, name: str) -> str:
   return token
 
 
+def out_file(text: str) -> pathlib.Path:
+  """Reads the path of a file that is written when all is done.
+
+  Args:
+    text: as the user gave it.
+
+  Returns:
+    The path.
+
+  Raises:
+    ArgumentTypeError: its directory is not there, or it is a directory itself.
+  """
+  path = pathlib.Path(text)
+  if not path.absolute().parent.is_dir():
+    raise argparse.ArgumentTypeError(f"{path.parent} is not a directory")
+  if path.is_dir():
+    raise argparse.ArgumentTypeError(f"{path} is a directory")
+  return path
+
+
 def need(package: str) -> None:
   """Raises ModuleNotFoundError where a package is not installed.
 
@@ -137,20 +158,21 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def flag_errors(what: str = "--config") -> Iterator[None]:
+def flag_errors(what: str = "") -> Iterator[None]:
   """Turns what parsing flags and recipes raises inside into one line, exit 2.
 
   Args:
-    what: is read, as the user gave it.
+    what: is read, where that is not the command's own --config.
 
   Yields:
     Nothing.
   """
+  source = what or "--config"
   try:
     yield
   except flags.Error as error:
     if "Traceback" in str(error):  # a recipe's, quoted whole
-      fail(f"cannot read {what}: {_last_line(error)}")
+      fail(f"cannot read {source}: {_last_line(error)}")
     fail(str(error))
   except (
       AttributeError,
@@ -160,11 +182,11 @@ def flag_errors(what: str = "--config") -> Iterator[None]:
     while isinstance(reason, Exception) and reason.args:
       reason = reason.args[0]  # a KeyError would quote its message
     reason = str(reason).replace("\n", ". ")
-    fail(f"{what}: unknown config key {reason}")
+    fail(f"unknown config key {reason}" + (f", in {what}" if what else ""))
   except SyntaxError as error:  # in the recipe
-    fail(f"cannot read {what}: {error}")
+    fail(f"cannot read {source}: {error}")
   except (OSError, TypeError, ValueError, ImportError) as error:
-    fail(f"cannot read {what}: {_last_line(error)}")
+    fail(f"cannot read {source}: {_last_line(error)}")
 
 
 def config_of(holder: typing.Any) -> ml_collections.ConfigDict:

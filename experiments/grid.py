@@ -125,10 +125,10 @@ def plan(
       config = _read(arguments)
       try:
         recipe.check(config, num_devices=_DEVICES)
+        if any(axis.key.endswith(".families") for axis in axes):
+          _check_families(config)
       except ValueError as error:
         raise ValueError(f"{arguments[0]}: {error}") from error
-      if any(axis.key.endswith(".families") for axis in axes):
-        _check_families(config)
       cells.append(
           Cell(
               name=f"{combination},seed={config.seed}",

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -91,6 +92,35 @@ def test_train_names_weights_that_are_not_there(tmp_path):
   )
   assert "config.policies.main.source" in refused(result)
   assert not (tmp_path / "run").exists()  # mended, the command must run
+
+
+INTERRUPTED = """
+import os, signal
+from experiments import cli
+
+cli.run(lambda: os.kill(os.getpid(), signal.SIGTERM), resumes={resumes})
+"""
+
+
+@pytest.mark.parametrize(
+    ("resumes", "told"),
+    [
+        (False, "interrupted\n"),
+        (True, "interrupted; the same command continues\n"),
+    ],
+)
+def test_only_what_resumes_says_so_where_it_is_interrupted(resumes, told):
+  ended = python("-c", INTERRUPTED.format(resumes=resumes))
+  assert ended.returncode == 128 + signal.SIGTERM
+  assert ended.stderr == told
+
+
+@pytest.mark.parametrize("name", ["credit", "gradients", "decode"])
+def test_benchmarks_try_where_to_write_before_they_begin(tmp_path, name):
+  out = tmp_path / "missing" / "found.json"
+  ended = command(f"bench.{name}", f"--out={out}")
+  assert ended.returncode == 2 and not ended.stdout
+  assert f"{out.parent} is not a directory" in ended.stderr
 
 
 FAILING = """

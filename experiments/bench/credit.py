@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import pathlib
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments import cli
 from experiments.method import ALIGNMENTS, COMPARISONS
 from mgrpo_jax import credit, metrics, packing
 from mgrpo_jax.rewards import RoleCalls
@@ -199,12 +199,10 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--step-seconds", type=float, default=STEP_SECONDS)
-  parser.add_argument("--out", type=pathlib.Path)
+  parser.add_argument("--out", type=cli.out_file)
   arguments = parser.parse_args()
   if arguments.rounds < 1 or not arguments.step_seconds > 0:
     parser.error("--rounds must be at least 1, --step-seconds above 0")
-  if arguments.out and not arguments.out.parent.is_dir():
-    parser.error(f"--out: {arguments.out.parent} is not a directory")
   groups = tables()
   rows = measure(
       [c for cases in groups.values() for c in cases], arguments.rounds

@@ -1,7 +1,7 @@
 r"""Tokens per second of the sampler, part by part.
 
     python -m experiments.bench.decode [--policy=quickstart|smollm2] \
-        [--dtype=bfloat16] [--num_slots=128] [--busy=25] \
+        [--dtype=float32|bfloat16] [--num_slots=128] [--busy=25] \
         [--decode_rows=0,16,32] [--rounds=7] [--out=decode.json]
 
 Measured in turn (A B C A B C …) after a warm-up: `prefill`, full calls of one
@@ -19,7 +19,6 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import pathlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from experiments import cli
 from mgrpo_jax import metrics
 from mgrpo_jax.policy import params
 from mgrpo_jax.policy.cache import KVCache
@@ -379,7 +379,7 @@ def _arguments() -> argparse.Namespace:
       type=lambda text: [int(part) for part in text.split(",")],
       default=[0, 16, 32],
   )
-  parser.add_argument("--out", type=pathlib.Path)
+  parser.add_argument("--out", type=cli.out_file)
   return parser.parse_args()
 
 

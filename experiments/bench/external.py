@@ -41,7 +41,7 @@ import numpy as np
 import uvicorn
 
 from configs import default, quickstart
-from experiments import recipe
+from experiments import cli, recipe
 from mgrpo_jax import run, store
 from mgrpo_jax.learner import Step
 from mgrpo_jax.policy.load import load, save_directory
@@ -349,7 +349,7 @@ def main() -> None:
   parser.add_argument("--folder", default="")
   parser.add_argument("--dialect", default="vllm")
   parser.add_argument("--steps", type=int, default=4)
-  parser.add_argument("--out", type=pathlib.Path)
+  parser.add_argument("--out", type=cli.out_file)
   arguments = parser.parse_args()
   config = make_recipe(arguments)
   if arguments.write:

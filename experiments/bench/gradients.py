@@ -27,8 +27,8 @@ standard error behind ±.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -73,7 +73,7 @@ COPIES = "Copies on average beside inverse_count, the rollouts held fixed"
 
 def main() -> None:
   """Measures; see the module."""
-  with cli.user_errors(ValueError, OSError):
+  with cli.user_errors(ValueError, OSError, argparse.ArgumentTypeError):
     if _READ.value is not None:
       for flag in (_ROLLOUTS, _BATCHES, _SEED, _OUT):
         if flag.present:
@@ -83,8 +83,8 @@ def main() -> None:
     rollouts = _positive(_ROLLOUTS.value)
     if _BATCHES.value < 1:
       raise ValueError(f"--batches must be >= 1, got {_BATCHES.value}")
-    if _OUT.value and not pathlib.Path(_OUT.value).absolute().parent.is_dir():
-      raise ValueError(f"--out: {_OUT.value} is in no directory that exists")
+    if _OUT.value:
+      cli.out_file(_OUT.value)
     rows = []
     for table in _tables(rollouts):
       cli.say(gradient_tables.markdown(table))

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from experiments import cli
 from mgrpo_jax.report.writer import read_metrics
 
 MODES = {"one process": (), "jobs": ("--launch=local",)}
@@ -135,7 +136,7 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
   )
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
   parser.add_argument("--pairs", type=int, default=3)
-  parser.add_argument("--out", type=pathlib.Path)
+  parser.add_argument("--out", type=cli.out_file)
   return parser.parse_known_args()
 
 

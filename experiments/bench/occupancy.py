@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import pathlib
 import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
+from experiments import cli
 from experiments.bench import decode
 from experiments.bench.decode import POLICIES, Bench
 from mgrpo_jax.policy import params
@@ -137,7 +137,7 @@ def _arguments() -> argparse.Namespace:
       "rounds": 7,
   }.items():
     parser.add_argument(f"--{name}", type=int, default=default)
-  parser.add_argument("--out", type=pathlib.Path)
+  parser.add_argument("--out", type=cli.out_file)
   return parser.parse_args()
 
 

@@ -32,6 +32,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments import cli
 from mgrpo_jax.report.writer import read_metrics
 
 _ONE_CORE = "--xla_cpu_multi_thread_eigen=false"
@@ -196,7 +197,7 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
   parser.add_argument("--pairs", type=int, default=3)
   parser.add_argument("--staleness", type=int, default=1)
   parser.add_argument("--every_core", action="store_true")
-  parser.add_argument("--out", type=pathlib.Path)
+  parser.add_argument("--out", type=cli.out_file)
   arguments, rest = parser.parse_known_args()
   if arguments.staleness < 1 or arguments.pairs < 0:
     parser.error("--staleness: allowed: 1 or more; --pairs: 0 or more")

@@ -16,7 +16,6 @@ import asyncio
 import dataclasses
 import functools
 import json
-import pathlib
 import time
 from typing import Any
 
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments import cli
 from mgrpo_jax.policy import logprobs
 from mgrpo_jax.policy.config import Execution, TransformerConfig
 from mgrpo_jax.policy.load import load
@@ -172,7 +172,7 @@ def main() -> None:
   """Prints a table; writes JSON where asked."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--source", default="smollm2")
-  parser.add_argument("--out", type=pathlib.Path)
+  parser.add_argument("--out", type=cli.out_file)
   arguments = parser.parse_args()
   policy = load(arguments.source)
   policy = dataclasses.replace(

@@ -36,6 +36,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments import cli
 from experiments.bench import compared, recorded
 from experiments.bench.workers import traffic
 from experiments.bench.workers.peer import Peer, PeerError
@@ -333,7 +334,7 @@ def _arguments() -> argparse.Namespace:
   work = pathlib.Path(tempfile.gettempdir()) / "mgrpo_rollout"
   parser.add_argument("--weights", type=pathlib.Path, default=work / "smollm2")
   parser.add_argument("--trace", type=pathlib.Path, default=work / "calls.json")
-  parser.add_argument("--out", type=pathlib.Path, default=work / "rollout.json")
+  parser.add_argument("--out", type=cli.out_file, default=work / "rollout.json")
   arguments = parser.parse_args()
   if unknown := set(arguments.case) - set(CASES):
     parser.error(f"--case: {unknown} are not among {CASES}")

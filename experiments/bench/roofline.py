@@ -24,7 +24,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import pathlib
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -32,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import cli
 from experiments.bench import alone, decode
 from mgrpo_jax.policy import params, products, sampling
 from mgrpo_jax.policy.config import Execution, TransformerConfig
@@ -189,7 +189,7 @@ def main() -> None:
   parser.add_argument("--rows", type=_numbers, default=[8, 32, 64])
   parser.add_argument("--used", type=_numbers, default=[48, 320])
   parser.add_argument("--rounds", type=int, default=5)
-  parser.add_argument("--out", type=pathlib.Path)
+  parser.add_argument("--out", type=cli.out_file)
   arguments = parser.parse_args()
   seconds = measure(arguments.rows, arguments.used, arguments.rounds)
   print("\n".join(table(seconds, arguments.rows, arguments.used)))

@@ -22,7 +22,6 @@ import asyncio
 import collections
 import contextlib
 import json
-import pathlib
 import sys
 import time
 import urllib.parse
@@ -30,6 +29,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from experiments import cli
 
 KINDS = (
     *("whole",) * 5,
@@ -287,7 +288,7 @@ def parser() -> argparse.ArgumentParser:
   made.add_argument("--minutes", type=float, default=0.0)
   made.add_argument("--turns", type=int, default=1)
   made.add_argument("--max_tokens", type=int, default=16)
-  made.add_argument("--out", type=pathlib.Path)
+  made.add_argument("--out", type=cli.out_file)
   return made
 
 

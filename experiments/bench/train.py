@@ -44,6 +44,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments import cli
 from experiments.bench import alone, loads, recorded
 from experiments.bench.decode import POLICIES
 from experiments.bench.loads import LENGTH, ROWS, Load
@@ -377,7 +378,7 @@ def _arguments() -> argparse.Namespace:
       default=pathlib.Path(tempfile.gettempdir()) / "mgrpo_rollout/calls.json",
       help="recorded calls; recorded where there are none",
   )
-  parser.add_argument("--out", type=pathlib.Path)
+  parser.add_argument("--out", type=cli.out_file)
   arguments = parser.parse_args()
   for name in ("pairs", "times", "most_rows"):
     if getattr(arguments, name) < 1:
