@@ -10,6 +10,7 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 import typing
 from collections.abc import Callable, Iterator, Sequence
 
@@ -183,6 +184,8 @@ def flag_errors(what: str = "") -> Iterator[None]:
       reason = reason.args[0]  # a KeyError would quote its message
     reason = str(reason).replace("\n", ". ")
     fail(f"unknown config key {reason}" + (f", in {what}" if what else ""))
+  except IndexError as error:  # curriculum[9]=…
+    fail(f"cannot read {source}: config key: {_last_line(error)}")
   except SyntaxError as error:  # in the recipe
     fail(f"cannot read {source}: {error}")
   except (OSError, TypeError, ValueError, ImportError) as error:
@@ -252,6 +255,7 @@ def run(
     signal.raise_signal(signal.SIGINT)
 
   signal.signal(signal.SIGTERM, terminate)
+  sys.unraisablehook = _interrupt_again
   try:
     main()
     with _stdout():
@@ -260,6 +264,16 @@ def run(
     hint = "; the same command continues" if resumes else ""
     print(f"interrupted{hint}", file=sys.stderr)
     sys.exit(code)
+
+
+def _interrupt_again(lost: sys.UnraisableHookArgs) -> None:
+  """Repeats a Ctrl-C that came in a callback, where Python drops it."""
+  if issubclass(lost.exc_type, KeyboardInterrupt):
+    again = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+    again.daemon = True
+    again.start()
+  else:
+    sys.__unraisablehook__(lost)
 
 
 def _open_streams() -> None:

@@ -115,6 +115,29 @@ def test_only_what_resumes_says_so_where_it_is_interrupted(resumes, told):
   assert ended.stderr == told
 
 
+LOST = """
+import os, signal, time
+from experiments import cli
+
+class Callback:
+  def __del__(self):  # as Python ends XLA's callbacks when it collects garbage
+    os.kill(os.getpid(), signal.SIGINT)
+
+def main():
+  Callback()
+  time.sleep(30)
+  print("went on")
+
+cli.run(main)
+"""
+
+
+def test_an_interrupt_that_a_callback_drops_comes_again():
+  ended = python("-c", LOST)
+  assert ended.returncode == 128 + signal.SIGINT
+  assert ended.stderr == "interrupted\n" and not ended.stdout
+
+
 @pytest.mark.parametrize("name", ["credit", "gradients", "decode"])
 def test_benchmarks_try_where_to_write_before_they_begin(tmp_path, name):
   out = tmp_path / "missing" / "found.json"
