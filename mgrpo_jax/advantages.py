@@ -178,6 +178,8 @@ def per_block(
     A, float32.
   """
   b, k, d = rewards.shape
+  if not rewards.size:
+    return rewards
 
   def queued(values: Array) -> Array:
     return jnp.swapaxes(values, 0, 1).ravel()
@@ -228,7 +230,7 @@ def per_subtask(
     return jnp.where(asked, _standardised(rewards, attempts, (-1,)), found)
 
   # One after the other: all at once would be D × D numbers a rollout.
-  count = jnp.max(jnp.where(weights > 0, subtasks, -1)) + 1
+  count = jnp.max(jnp.where(weights > 0, subtasks, -1), initial=-1) + 1
   none = jnp.zeros(rewards.shape, jnp.float32)
   return jax.lax.fori_loop(0, count, of_subtask, none)
 

@@ -105,7 +105,8 @@ def unit_scaled(
   Returns:
     x, 0 on entries of weight 0 and in groups without spread; the spread
     max v - min v; and whether it is more than rounding of equal values. A
-    group with fewer than two weighted entries has none.
+    group with fewer than two weighted entries has none, nor has one whose
+    spread float32 cannot hold.
   """
   values = jnp.asarray(values, jnp.float32)
   counted = jnp.asarray(weights) > 0
@@ -117,7 +118,9 @@ def unit_scaled(
   )
   spread = high - low  # -inf where nothing is counted
   size = jnp.maximum(jnp.abs(high), jnp.abs(low))
-  spreads = spread > SPREAD_ULPS * jnp.finfo(values.dtype).eps * size
+  spreads = jnp.isfinite(spread) & (
+      spread > SPREAD_ULPS * jnp.finfo(values.dtype).eps * size
+  )
   safe = jnp.where(spreads, spread, 1.0)
   scaled = jnp.where(counted & spreads, (values - low) / safe, 0.0)
   return scaled, jnp.where(spreads, spread, 0.0), spreads

@@ -157,3 +157,25 @@ def test_standardised_groups_have_unit_spread_at_any_scale(name, scale):
   axes = {"per_task": (1, 2), "per_call_index": 1, "per_batch": None}[name]
   np.testing.assert_allclose(result.mean(axes), 0.0, atol=1e-6)
   np.testing.assert_allclose((result**2).mean(axes), 1.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 2), (2, 0, 2), (2, 2, 0)])
+@pytest.mark.parametrize("name", ["per_task", "per_block", "mean_only"])
+def test_nothing_has_no_advantage(name, shape):
+  found = getattr(advantages, name)(np.zeros(shape), np.zeros(shape))
+  assert found.shape == shape
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 2), (2, 0, 2), (2, 2, 0)])
+def test_no_sub_tasks_have_no_advantage(shape):
+  nothing = np.zeros(shape, np.float32)
+  subtasks = np.zeros(shape, np.int32)
+  found = advantages.per_subtask(nothing, nothing, subtasks=subtasks)
+  assert found.shape == shape
+
+
+@pytest.mark.parametrize("name", ["per_task", "mean_only", "leave_one_out"])
+def test_a_spread_beyond_float32_counts_as_none(name):
+  rewards = np.float32([[[3e38], [-3e38], [0]]])
+  found = getattr(advantages, name)(rewards, np.ones_like(rewards))
+  np.testing.assert_array_equal(found, 0.0)

@@ -157,12 +157,7 @@ def test_a_sub_task_may_be_attempted_several_times():
               name="researcher",
               calls=(),
               max_calls=0,
-          Role(
-              name="researcher",
-              calls=(),
-              max_calls=0,
               **(BUDGETS | {"attempts": 3}),
-          ),
           ),
       ),
       root="main",
