@@ -14,8 +14,10 @@ from absl import flags
 
 from experiments import cli
 
-_RUNS = flags.DEFINE_list(
-    "runs", [], "directories that hold run directories, at any depth"
+_RUNS = flags.DEFINE_multi_string(
+    "runs",
+    [],
+    "directory that holds run directories, at any depth; may be repeated",
 )
 _TO = flags.DEFINE_string("to", "", "file of results; made, or replaced")
 _MACHINE = flags.DEFINE_string(

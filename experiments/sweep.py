@@ -102,10 +102,10 @@ def _check_finished(out: pathlib.Path, cell: Cell) -> None:
   from mgrpo_jax.report import sweep
 
   directory = _workdir(out, cell)
-  if sweep.finished(directory, cell.values) and not sweep.outcome(directory):
+  if sweep.finished(directory, cell.values) and not sweep.whole(directory):
     raise ValueError(
-        f"{directory}: finished, but its metrics.jsonl or a part of its"
-        " summary.json is gone; remove the directory to run it again"
+        f"{directory}: finished, but its metrics.jsonl or summary.json is gone"
+        " or damaged; remove the directory to run it again"
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import jax
 import numpy as np
@@ -488,6 +489,10 @@ def test_what_was_measured_is_read_again(tmp_path):
   gradient_tables.write(tmp_path / "file", rows, setup={"seed": 0})
   again = gradient_tables.read(tmp_path / "file")
   assert gradient_tables.markdown(again) == gradient_tables.markdown(rows)
-  (tmp_path / "file").write_text("{}")
-  with pytest.raises(ValueError, match=r"experiments\.bench\.gradients"):
-    gradient_tables.read(tmp_path / "file")
+  whole = json.loads((tmp_path / "file").read_text())
+  row = whole["tables"]["Main"][0]
+  for tables in (None, [], {"x": None}, {"x": []}, {"x": [row[1:]]}):
+    damaged = json.dumps(whole | {"tables": tables})
+    (tmp_path / "file").write_text(damaged)
+    with pytest.raises(ValueError, match=r"experiments\.bench\.gradients"):
+      gradient_tables.read(tmp_path / "file")

@@ -102,7 +102,13 @@ def test_impossible_sweeps_are_refused(given, told):
 
 
 @pytest.mark.parametrize(
-    "text", ["loss.clip_lo=0.2", "loss.clip_low=much", "nothing.at.all=1"]
+    "text",
+    [
+        "loss.clip_lo=0.2",
+        "loss.clip_low=much",
+        "nothing.at.all=1",
+        "curriculum[9]=easy",
+    ],
 )
 def test_what_cannot_be_read_ends_with_one_line(text, capsys):
   with pytest.raises(SystemExit) as ended:

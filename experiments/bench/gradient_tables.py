@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mgrpo_jax import atomic
+from mgrpo_jax.report import shapes
 
 COLUMNS = (
     "role",
@@ -33,6 +34,22 @@ COLUMNS = (
 )
 DIGITS = 4  # that are kept of a figure
 Row = Mapping[str, Any]
+
+_ROW = shapes.tuple_of(
+    *[shapes.is_text] * 3,
+    *[shapes.is_count] * 4,
+    *[shapes.is_text] * 2,
+    lambda value: isinstance(value, bool),
+    *[shapes.optional(shapes.is_number)] * (len(COLUMNS) - 10),
+)
+_FILE = shapes.object_of(
+    {
+        "columns": shapes.list_of(shapes.is_text),
+        "tables": shapes.mapping_of(
+            lambda rows: bool(rows) and shapes.list_of(_ROW)(rows)
+        ),
+    }
+)
 
 
 def write(
@@ -67,13 +84,8 @@ def read(path: str | pathlib.Path) -> list[dict[str, Any]]:
     ValueError: the file is something else.
     OSError: it cannot be read.
   """
-  text = pathlib.Path(path).read_text("utf-8")
-  try:
-    found = json.loads(text)
-  except json.JSONDecodeError:
-    found = None
-  known = isinstance(found, dict) and {"columns", "tables"} <= found.keys()
-  if not known or found["columns"] != list(COLUMNS):
+  found = atomic.read_json(pathlib.Path(path))
+  if not _FILE(found) or found["columns"] != list(COLUMNS):
     raise ValueError(f"{path}: must be a file of experiments.bench.gradients")
   return [
       {"table": title, **dict(zip(COLUMNS, row, strict=True))}

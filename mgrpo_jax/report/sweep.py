@@ -296,6 +296,28 @@ def outcome(directory: pathlib.Path) -> Outcome | None:
   )
 
 
+def whole(directory: pathlib.Path) -> bool:
+  """Whether a finished run still says everything that a table shows of it.
+
+  Args:
+    directory: of the run.
+
+  Returns:
+    Whether its scores, tokens and seconds are there, and a row of each step.
+  """
+  found, problems = summary.read(directory / workdir.SUMMARY_FILE)
+  scores, tokens = found.get("eval", {}), found.get("tokens", {})
+  path = directory / writer.METRICS_FILE
+  named = {"steps", "seconds"} <= found.keys() and (
+      {"before", "after"} <= scores.keys()
+      and {"generated", "trained"} <= tokens.keys()
+  )
+  if problems or not named or not path.is_file():
+    return False
+  steps = [row["step"] for row in writer.read_metrics(path)]
+  return steps == list(range(found["steps"]))
+
+
 def _last_means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
   """Means over the last steps of the metrics that a table shows."""
   last = rows[-LAST_STEPS:]
