@@ -51,7 +51,7 @@ CHARTS = (
     Chart(name="accuracy", title="Held-out accuracy", families=("accuracy",)),
     Chart(
         name="calls",
-        title="Calls of a rollout",
+        title="Calls",
         families=("calls",),
         smooth=True,
     ),
