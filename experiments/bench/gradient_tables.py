@@ -38,7 +38,8 @@ Row = Mapping[str, Any]
 _ROW = shapes.tuple_of(
     *[shapes.is_text] * 3,
     *[shapes.is_count] * 4,
-    *[shapes.is_text] * 2,
+    shapes.optional(shapes.is_text),  # none where two are set side by side
+    shapes.is_text,
     lambda value: isinstance(value, bool),
     *[shapes.optional(shapes.is_number)] * (len(COLUMNS) - 10),
 )
