@@ -7,6 +7,7 @@ import pytest
 from mgrpo_jax.decoupled import server
 from mgrpo_jax.decoupled.ending import Ending
 from mgrpo_jax.decoupled.errors import ServerError
+from mgrpo_jax.serving import internal
 from mgrpo_jax.serving.listen import bind
 
 
@@ -33,7 +34,7 @@ def test_a_server_that_dies_ends_the_job(monkeypatch):
     await asyncio.sleep(0.05)
     raise OSError("too many open files")
 
-  monkeypatch.setattr(server._Server, "serve", dies)
+  monkeypatch.setattr(internal.Server, "serve", dies)
   with pytest.raises(ServerError, match="too many open files"):
     asyncio.run(serve(Desk(), lambda: asyncio.sleep(60)))
 
