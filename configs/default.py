@@ -214,6 +214,9 @@ def _add_sampling(config: ml_collections.ConfigDict) -> None:
   # put back, at most tasks.max_retries times in a row.
   config.rollout.max_staleness = 0
   config.rollout.max_concurrent = 64  # rollouts in progress at a time, >= 1
+  # Whether samplers of other processes, which come and go, are looked for in
+  # the bucket (experiments.replica); they have what publish.every publishes.
+  config.rollout.replicas = False
 
   config.engine = ml_collections.ConfigDict()
   config.engine.num_slots = 64  # token streams of a policy; >= its open calls

@@ -21,6 +21,7 @@ from mgrpo_jax.hosts.channel import Channel
 from mgrpo_jax.journal import Journal
 from mgrpo_jax.plan import Setup
 from mgrpo_jax.run import Run, open_run
+from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.store import Store
 from mgrpo_jax.workdir import Workdir
 
@@ -63,6 +64,15 @@ def token(file: str, *, new: bool) -> str:
   return secrets.token_hex(16) if new else os.environ.get(TOKEN, "")
 
 
+def need_packages(*packages: str) -> None:
+  """Raises ValueError where a package of the extra is not installed."""
+  for package in packages:
+    if importlib.util.find_spec(package) is None:
+      raise ValueError(
+          f"the package {package!r} is missing: pip install -e '.[decoupled]'"
+      )
+
+
 @contextlib.contextmanager
 def placed(
     policy: str, *, host: str, port: int, reached_as: str, token: str
@@ -87,11 +97,7 @@ def placed(
   if not policy:
     yield Place(policy="", where=None, address="", token="")
     return
-  for package in ("httpx2", "starlette", "uvicorn"):
-    if importlib.util.find_spec(package) is None:
-      raise ValueError(
-          f"the package {package!r} is missing: pip install -e '.[decoupled]'"
-      )
+  need_packages("httpx2", "starlette", "uvicorn")
   from mgrpo_jax.serving import limits, listen
 
   limits.check_exposure(host, token)
@@ -180,6 +186,46 @@ def restrict(setup: Setup, place: Place) -> Setup:
   from mgrpo_jax.decoupled.run import restricted
 
   return restricted(setup, place.policy)
+
+
+def pooled(
+    setup: Setup, config: ml_collections.ConfigDict, token: str
+) -> Setup:
+  """Lets samplers of other processes help, where the recipe says so.
+
+  Args:
+    setup: of this process.
+    config: the whole recipe.
+    token: that they want to see; empty for none.
+
+  Returns:
+    The setup.
+
+  Raises:
+    ValueError: there is no bucket that replicas could be found in, or a package
+      of the extra is not installed.
+  """
+  if not config.rollout.replicas:
+    return setup
+  if not config.publish.bucket:
+    raise ValueError(
+        "config.rollout.replicas: True needs --bucket, where replicas are found"
+    )
+  need_packages("httpx2")
+  from mgrpo_jax.replicas.pool import Pool
+
+  def pool(name: str, engine: Engine, store: Store) -> Pool:
+    return Pool(
+        engine,
+        store,
+        name,
+        slots=config.engine.num_slots,
+        token=token,
+        every=config.jobs.heartbeat,
+        timeout=config.rollout.turn_deadline,
+    )
+
+  return dataclasses.replace(setup, pooled=pool)
 
 
 def opened(

@@ -147,6 +147,8 @@ def _run(started: float) -> None:
       with _passing(place):  # the bucket may be back in a while
         naming = joining.naming(store, directory, values, place)
       setup = joining.restrict(recipe.build(config, only=place.policy), place)
+      token = place.token or joining.token(_TOKEN_FILE.value, new=False)
+      setup = joining.pooled(setup, config, token)
     with (
         cli.user_errors(*_failures()),  # closing may fail as well
         _passing(place),

@@ -48,9 +48,9 @@ def claim(store: Store, run_id: str, config: Mapping[str, Any]) -> None:
       }
   )
   value = json.dumps(record).encode()
-  found = store.read(KEY)
-  if found.value is None:
-    store.replace(found, value)  # `check` says whether we came first
+  before = store.read(KEY)
+  if before.value is None:
+    store.replace(before, value)  # `check` says whether we came first
   check(store, run_id)
 
 
@@ -74,9 +74,30 @@ def join(store: Store, config: Mapping[str, Any]) -> str:
       claim(store, uuid.uuid4().hex, config)
     except TakenError:  # another job came first
       pass
+  run = found(store, config)
+  if not run:
+    raise atomic.StorageError(f"{store.url}/{KEY} cannot be read back")
+  return run
+
+
+def found(store: Store, config: Mapping[str, Any]) -> str:
+  """Reads which run a bucket is of, for who helps it.
+
+  Args:
+    store: the bucket.
+    config: nested dictionaries of JSON values, the run's.
+
+  Returns:
+    The id of the run; empty where the bucket is nobody's yet.
+
+  Raises:
+    CorruptError: the bucket's record cannot be read.
+    StorageError: the bucket cannot be read.
+    TakenError: it is of a run with another config.
+  """
   record = _read(store)
   if record is None:
-    raise atomic.StorageError(f"{store.url}/{KEY} cannot be read back")
+    return ""
   if record["config"] != leaves.seal(config)["digest"]:
     raise TakenError(
         f"bucket {store.url} belongs to a run with another config; all jobs of"

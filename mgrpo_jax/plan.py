@@ -13,9 +13,11 @@ from mgrpo_jax.packing import BatchShape
 from mgrpo_jax.policy.lora import LoRA
 from mgrpo_jax.policy.policy import Policy
 from mgrpo_jax.rewards import RewardWeights, Rules
-from mgrpo_jax.sampler.interface import RolloutEngine
+from mgrpo_jax.sampler.engine import Engine
+from mgrpo_jax.sampler.interface import PooledEngine, RolloutEngine
 from mgrpo_jax.sharding import Meshes
 from mgrpo_jax.spares import Spares
+from mgrpo_jax.store import Store
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.types import Reference, RolloutGroup, Task
 from mgrpo_jax.work import Budget
@@ -203,6 +205,8 @@ class Setup:
     publish_short: whether they are rounded to bfloat16.
     elsewhere: policies that other jobs sample and train; of these, `policies`
       has the tokenizer and sizes, and no weights.
+    pooled: makes of a policy's engine one that has replicas, which are found in
+      the store; None where there are none.
   """
 
   seed: int
@@ -234,6 +238,7 @@ class Setup:
   keep_versions: int
   publish_short: bool
   elsewhere: frozenset[str] = frozenset()
+  pooled: Callable[[str, Engine, Store], PooledEngine] | None = None
 
   @property
   def own(self) -> tuple[str, ...]:

@@ -197,15 +197,15 @@ def read(
   raise NoVersionError(f"no good version of {policy} in {store.url}: {found}")
 
 
-def latest(store: Store, policy: str) -> int | None:
-  """Returns the number LATEST points at, None where nothing is published.
+def latest(store: Store, policy: str) -> PolicyVersion | None:
+  """Returns what LATEST points at, None where nothing is published.
 
   Args:
     store: the bucket.
     policy: the policy's name.
 
   Returns:
-    The number.
+    The version, which may be corrupt.
 
   Raises:
     CorruptError: the pointer is corrupt.
@@ -296,22 +296,23 @@ def _read_number(store: Store, policy: str, number: int, like: Any) -> Weights:
   ) from error
 
 
-def _pointed(store: Store, policy: str, pointer: bytes) -> int:
-  """Returns the number a pointer holds."""
+def _pointed(store: Store, policy: str, pointer: bytes) -> PolicyVersion:
+  """Returns the version a pointer holds."""
   try:
     found = json.loads(pointer)
-    number, path = found["number"], found["path"]
+    number, path, digest = (found[k] for k in ("number", "path", "digest"))
   except (ValueError, KeyError, TypeError, RecursionError):
-    number, path = None, ""
+    number, path, digest = None, "", ""
   if (
       type(number) is not int
       or number < 0
       or path != manifests.path(policy, number)
+      or type(digest) is not str
   ):
     raise atomic.CorruptError(
         f"pointer {store.url}/{_pointer_key(policy)} is corrupt"
     )
-  return number
+  return PolicyVersion(policy=policy, number=number, path=path, digest=digest)
 
 
 def _candidates(
@@ -321,7 +322,7 @@ def _candidates(
   if pointer is None:
     raise NoVersionError(f"nothing is published for {policy} in {store.url}")
   try:
-    newest = _pointed(store, policy, pointer)
+    newest = _pointed(store, policy, pointer).number
     if newest not in skipped:
       yield newest
     older = [n for n in versions(store, policy) if n < newest]

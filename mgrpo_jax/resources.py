@@ -23,10 +23,10 @@ from mgrpo_jax.policy.load.peft import save_adapter
 from mgrpo_jax.policy.load.safetensors import save_directory
 from mgrpo_jax.publish import NoVersionError
 from mgrpo_jax.sampler.engine import Engine
-from mgrpo_jax.sampler.interface import RolloutEngine
+from mgrpo_jax.sampler.interface import PooledEngine, RolloutEngine
 from mgrpo_jax.store import Store
 from mgrpo_jax.tasks.pipeline import TaskQueue
-from mgrpo_jax.types import TrainState
+from mgrpo_jax.types import PolicyVersion, TrainState
 from mgrpo_jax.writer import Writer
 
 
@@ -80,7 +80,10 @@ class Resources:
     self.setup = setup
     self.store = store
     self.writer = Writer(
-        store, keep=setup.keep_versions, short=setup.publish_short
+        store,
+        keep=setup.keep_versions,
+        short=setup.publish_short,
+        tell=self._published,
     )
     loras = {name: one.lora for name, one in setup.adaptations.items()}
     if unknown := sorted(loras.keys() - setup.policies.keys()):
@@ -94,6 +97,8 @@ class Resources:
     self.learners = {
         name: make_learner(setup, name, learner) for name in setup.own
     }
+    self._own: dict[str, Engine] = {}
+    self._pools: dict[str, PooledEngine] = {}
     self.engines = {name: self._engine(name) for name in self.learners}
     self.queues = {
         stage.name: TaskQueue(
@@ -125,7 +130,7 @@ class Resources:
 
   def own_engines(self) -> dict[str, Engine]:
     """By policy, without those that another program samples."""
-    return {n: e for n, e in self.engines.items() if isinstance(e, Engine)}
+    return dict(self._own)
 
   def sampled(self) -> int:
     """Tokens that this process has sampled so far."""
@@ -237,13 +242,22 @@ class Resources:
     if name in setup.external:
       policy = dataclasses.replace(setup.policies[name], params=learner.weights)
       return setup.external[name](policy)
-    return Engine(
+    self._own[name] = engine = Engine(
         learner.config,
         learner.weights,
         0,
         mesh=setup.meshes[name].sampler,
         **setup.sampler.engine,
     )
+    if setup.pooled is None:
+      return engine
+    self._pools[name] = pool = setup.pooled(name, engine, self.store)
+    return pool
+
+  def _published(self, version: PolicyVersion) -> None:
+    """Has those who sample elsewhere take a version that is in the store."""
+    if version.policy in self._pools:
+      self._pools[version.policy].published(version)
 
   def _environment(
       self,

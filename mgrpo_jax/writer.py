@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mgrpo_jax import publish
+from mgrpo_jax.publish import Published
 from mgrpo_jax.store import Store
+from mgrpo_jax.types import PolicyVersion
 
 _LAST = 30.0  # seconds for what is under way when the run leaves
 _LOG = logging.getLogger(__name__)
@@ -20,17 +22,26 @@ class Writer:
   hands over faster than the store takes waits in `settle`.
   """
 
-  def __init__(self, store: Store, *, keep: int, short: bool) -> None:
+  def __init__(
+      self,
+      store: Store,
+      *,
+      keep: int,
+      short: bool,
+      tell: Callable[[PolicyVersion], None],
+  ) -> None:
     """Starts with nothing to write.
 
     Args:
       store: where to.
       keep: how many versions of a policy stay.
       short: whether float32 is rounded to bfloat16.
+      tell: takes every version that is in the store, from the thread.
     """
     self._store = store
     self._keep = keep
     self._short = short
+    self._tell = tell
     self._thread = concurrent.futures.ThreadPoolExecutor(
         1, thread_name_prefix="publish"
     )
@@ -57,17 +68,7 @@ class Writer:
       meta: JSON kept beside them.
     """
     self._pending.append(
-        self._thread.submit(
-            publish.publish,
-            self._store,
-            policy,
-            number,
-            params,
-            keep=self._keep,
-            short=self._short,
-            meta=meta,
-            sure=self._sure,
-        )
+        self._thread.submit(self._publish, policy, number, params, meta)
     )
 
   def settle(self) -> list[str]:
@@ -93,6 +94,23 @@ class Writer:
       )
       self._store.hurry(_LAST)
     self._thread.shutdown()
+
+  def _publish(
+      self, policy: str, number: int, params: Any, meta: Mapping[str, Any]
+  ) -> Published:
+    """Writes a version, in the thread."""
+    published = publish.publish(
+        self._store,
+        policy,
+        number,
+        params,
+        keep=self._keep,
+        short=self._short,
+        meta=meta,
+        sure=self._sure,
+    )
+    self._tell(published.version)
+    return published
 
 
 def _always() -> None:

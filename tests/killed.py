@@ -30,7 +30,7 @@ def publish_forever(directory: pathlib.Path, report: int) -> None:
   """Publishes version after version, from where the last one stopped."""
   bucket = store.open_folder(directory)
   newest = publish.latest(bucket, "main")
-  number = 0 if newest is None else newest + 1
+  number = 0 if newest is None else newest.number + 1
   while True:
     publish.publish(
         bucket, "main", number, tree(number), keep=2, meta={"n": number}

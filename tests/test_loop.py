@@ -225,7 +225,7 @@ def test_the_last_version_is_published_whatever_the_rhythm(tmp_path):
   bucket = store.open_folder(tmp_path / "run/bucket")
   for name in setup.policies:
     assert publish.versions(bucket, name) == [0, 2]
-    assert publish.latest(bucket, name) == 2
+    assert publish.latest(bucket, name).number == 2
 
 
 @pytest.mark.parametrize("name", ["trained", "generated"])

@@ -176,7 +176,8 @@ class Claim:
 
   def _check_untrained(self, found: Record) -> None:
     """Raises where this directory would replace what another one trained."""
-    newest = publish.latest(self._store, self._policy) or 0
+    latest = publish.latest(self._store, self._policy)
+    newest = 0 if latest is None else latest.number
     if newest > 0:
       raise ClaimedError(
           f"policy {self._policy!r} was trained to version {newest} in"

@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 
 from mgrpo_jax.policy.params import Params
 from mgrpo_jax.policy.sampling import Sampling
-from mgrpo_jax.types import Completion
+from mgrpo_jax.types import Completion, PolicyVersion
 
 Generate = Callable[..., Coroutine[Any, Any, Completion]]  # `RolloutEngine`'s
 Until = Callable[[int], bool]
@@ -63,3 +63,10 @@ class RolloutEngine(Protocol):
 
   def stats(self) -> dict[str, Any]:
     """Counts what was done so far; the keys are those of `Engine.stats`."""
+
+
+class PooledEngine(RolloutEngine, Protocol):
+  """Samples here and in other processes, which take weights from the store."""
+
+  def published(self, version: PolicyVersion) -> None:
+    """Has them take a version that is in the store; from any thread."""

@@ -1,0 +1,1 @@
+"""Samplers of a policy that come and go while a run lasts."""

@@ -1,0 +1,330 @@
+"""An engine and its replicas in other processes, which come and go.
+
+A request goes to whoever is least busy of those that have the weights of this
+moment, to the very digest; its session's next ones go there, too, for the
+cache. The seed determines what is sampled, not who samples: a request whose
+replica is gone is sampled elsewhere, and nothing is lost but time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Coroutine, Sequence
+from typing import Any, Self
+
+from mgrpo_jax import atomic
+from mgrpo_jax.policy.params import Params
+from mgrpo_jax.policy.sampling import Sampling
+from mgrpo_jax.replicas import records, wire
+from mgrpo_jax.replicas.records import Entry
+from mgrpo_jax.sampler.connection import Address, Connection, UnreachableError
+from mgrpo_jax.sampler.engine import Engine
+from mgrpo_jax.sampler.interface import EngineError, OnTokens
+from mgrpo_jax.store import Store
+from mgrpo_jax.types import Completion, PolicyVersion
+
+_SILENT = 3  # looks in a row without a sign of life
+_LOOK = 0.5  # seconds between looks at whether a replica that is asked lives
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class _Member:
+  """A replica, as it is seen from here."""
+
+  entry: Entry
+  connection: Connection
+  has: tuple[int, str]  # version and digest of its weights
+  busy: int = 0  # requests of ours
+  misses: int = 0  # looks since its last sign of life
+  lost: bool = False  # did not answer; until its next sign of life
+
+
+class Pool:
+  """Samples from one policy, here and wherever there are replicas.
+
+  The same calls as `engine.Engine`; use it within `async with`.
+  """
+
+  def __init__(
+      self,
+      engine: Engine,
+      store: Store,
+      policy: str,
+      *,
+      slots: int,
+      token: str,
+      every: float,
+      timeout: float,
+  ) -> None:
+    """Knows of no replicas yet.
+
+    Args:
+      engine: of this process; entered and left with the pool.
+      store: the bucket, where replicas say that they are there.
+      policy: its name.
+      slots: of the engine.
+      token: that replicas want to see; empty for none.
+      every: seconds between looks for replicas, > 0: those between their signs
+        of life.
+      timeout: seconds that an answer may take, > 0.
+
+    Raises:
+      ValueError: the token cannot be sent.
+    """
+    self.engine = engine
+    self._store = store
+    self._policy = policy
+    self._slots = slots
+    self._every = every
+    self._address = Address(
+        url="http://127.0.0.1:1",  # the replica's own, once there is one
+        token=token,
+        max_concurrent=1,
+        timeout=timeout,
+        attempts=1,  # others can be asked
+    )
+    self._here = 0  # requests
+    self._elsewhere = 0  # tokens
+    self._version = 0
+    self._published = (0, "")  # number and digest of what is in the store
+    self._members: dict[str, _Member] = {}
+    self._held: dict[str, _Member | None] = {}  # by session; None: is here
+    self._aside: set[asyncio.Task[None]] = set()
+    self._loop: asyncio.AbstractEventLoop | None = None
+
+  async def __aenter__(self) -> Self:
+    """Starts the engine, and to look for replicas."""
+    await self.engine.__aenter__()
+    self._loop = asyncio.get_running_loop()
+    self._do_aside(self._look_always())
+    return self
+
+  async def __aexit__(self, *exception: object) -> None:
+    """Leaves the replicas to themselves, and ends the engine."""
+    self._loop = None
+    for task in self._aside:
+      task.cancel()
+    await asyncio.gather(*self._aside, return_exceptions=True)
+    for member in self._members.values():
+      await member.connection.__aexit__(None, None, None)
+    self._members.clear()
+    await self.engine.__aexit__(*exception)
+
+  async def generate(
+      self,
+      tokens: Sequence[int],
+      sampling: Sampling,
+      seed: int,
+      *,
+      session: str | None = None,
+      on_tokens: OnTokens | None = None,
+  ) -> Completion:
+    """Samples what follows a stream of tokens; see `Engine.generate`.
+
+    Args:
+      tokens: the whole stream.
+      sampling: temperature, filters, budget, stop tokens.
+      seed: 0 to 2^64 - 1.
+      session: names the stream that later calls extend.
+      on_tokens: called with what was drawn; once, where a replica drew it.
+
+    Returns:
+      The completion.
+
+    Raises:
+      ValueError: if an argument is out of range; nothing has been done.
+      EngineError: if the engine of this process failed or was closed.
+    """
+    while (member := self._choose(session)) is not None:
+      asked = wire.Question(
+          version=member.has[0],
+          digest=member.has[1],
+          tokens=tuple(tokens),
+          seed=seed,
+          session=session or "",
+          sampling=sampling,
+      )
+      try:
+        completion = await self._ask(member, asked)
+      except (EngineError, UnreachableError, wire.AnswerError) as error:
+        self._lose(member, error)
+        continue
+      self._elsewhere += len(completion.tokens)
+      if on_tokens is not None and len(completion.tokens):
+        on_tokens(completion.tokens.tolist(), completion.logprobs.tolist())
+      return completion
+    self._here += 1
+    try:
+      return await self.engine.generate(
+          tokens, sampling, seed, session=session, on_tokens=on_tokens
+      )
+    finally:
+      self._here -= 1
+
+  def release(self, session: str) -> None:
+    """Ends a session; unknown ones are ignored."""
+    member = self._held.pop(session, None)
+    if member is None:
+      self.engine.release(session)
+    elif not member.lost:
+      self._do_aside(self._tell(member, "release", {"session": session}))
+
+  def update(self, params: Params, version: int) -> None:
+    """Samples from other weights from now on.
+
+    Replicas do once they have them: `published` tells them where.
+
+    Args:
+      params: weights.
+      version: their number.
+    """
+    self.engine.update(params, version)
+    self._version = version
+
+  def published(self, version: PolicyVersion) -> None:
+    """Has replicas take a version that is in the store; from any thread.
+
+    Args:
+      version: the one that was written last.
+    """
+    if self._loop is not None and not self._loop.is_closed():
+      self._loop.call_soon_threadsafe(self._spread, version)
+
+  def stats(self) -> dict[str, Any]:
+    """Counts what was done so far.
+
+    Returns:
+      What `Engine.stats` has; `generated` counts everybody's tokens,
+      `elsewhere` those of replicas, and `replicas` those that have the weights
+      of this moment.
+    """
+    found = self.engine.stats()
+    return found | {
+        "generated": found["generated"] + self._elsewhere,
+        "elsewhere": self._elsewhere,
+        "replicas": len(self._usable()),
+    }
+
+  def _usable(self) -> list[_Member]:
+    """The replicas that live and have the weights of this moment."""
+    if self._published[0] != self._version or not self._published[1]:
+      return []
+    return [
+        one
+        for one in self._members.values()
+        if one.has == self._published and not one.lost
+    ]
+
+  def _choose(self, session: str | None) -> _Member | None:
+    """Who samples a request; None for the engine of this process."""
+    usable = self._usable()
+    if session in self._held:
+      held = self._held[session]
+      if held is None or held in usable:
+        return held
+    chosen, least = None, self._here / self._slots
+    for one in usable:
+      if one.busy / one.entry.slots < least:
+        chosen, least = one, one.busy / one.entry.slots
+    if session is not None:
+      self._held[session] = chosen
+    return chosen
+
+  async def _ask(self, member: _Member, asked: wire.Question) -> Completion:
+    """Asks a replica, as long as it gives signs of life."""
+    body = wire.write_question(asked)
+    request = asyncio.create_task(member.connection.post("generate", body))
+    member.busy += 1
+    try:
+      while not (await asyncio.wait({request}, timeout=_LOOK))[0]:
+        if member.lost:
+          raise UnreachableError(f"{member.entry.address}: is silent")
+      answer = request.result()
+    finally:
+      member.busy -= 1
+      request.cancel()
+      await asyncio.gather(request, return_exceptions=True)
+    return wire.read_answer(answer, asked, newest=self._version)
+
+  def _lose(self, member: _Member, error: Exception) -> None:
+    """Asks a replica nothing until its next sign of life."""
+    if not member.lost:
+      member.lost = True
+      _LOG.warning("a replica of %s was lost: %s", self._policy, error)
+
+  def _spread(self, version: PolicyVersion) -> None:
+    """Tells all replicas of a version."""
+    self._published = (version.number, version.digest)
+    for member in self._members.values():
+      self._do_aside(self._bring(member))
+
+  async def _bring(self, member: _Member) -> None:
+    """Has a replica take what was published last."""
+    version, digest = wanted = self._published
+    if member.has == wanted or not digest:
+      return
+    body = {"version": version, "digest": digest}
+    if await self._tell(member, "follow", body):
+      member.has, member.lost = wanted, False
+
+  async def _tell(
+      self, member: _Member, path: str, body: dict[str, Any]
+  ) -> bool:
+    """Asks for something that a replica may also do later; says if it did."""
+    try:
+      await member.connection.post(path, body)
+    except (EngineError, UnreachableError) as error:
+      _LOG.debug("%s/%s: %s", member.entry.address, path, error)
+      return False
+    return True
+
+  async def _look_always(self) -> None:
+    """Keeps track of who is there."""
+    while True:
+      try:
+        found = await asyncio.to_thread(records.read, self._store, self._policy)
+      except atomic.StorageError as error:  # who is there is asked all the same
+        _LOG.debug("replicas of %s: %s", self._policy, error)
+      else:
+        await self._see(found)
+      await asyncio.sleep(self._every)
+
+  async def _see(self, found: dict[str, Entry]) -> None:
+    """Takes in what replicas say of themselves."""
+    for name, entry in found.items():
+      member = self._members.get(name)
+      if member is None:
+        self._members[name] = member = await self._met(entry)
+      elif entry.beat != member.entry.beat:
+        member.entry, member.misses, member.lost = entry, 0, False
+        member.has = (entry.version, entry.weights)
+      else:
+        member.misses += 1
+      self._do_aside(self._bring(member))
+    for name, member in list(self._members.items()):
+      if name not in found:  # it has left
+        member.lost = True
+        if not member.busy:
+          await self._members.pop(name).connection.__aexit__(None, None, None)
+      elif member.misses >= _SILENT:
+        self._lose(member, UnreachableError(f"{member.entry.address}: silent"))
+
+  async def _met(self, entry: Entry) -> _Member:
+    """Makes a new replica's acquaintance."""
+    address = dataclasses.replace(
+        self._address,
+        url=f"{entry.address}/v1",
+        max_concurrent=4 * entry.slots,
+    )
+    connection = await Connection(address).__aenter__()
+    has = (entry.version, entry.weights)
+    return _Member(entry=entry, connection=connection, has=has)
+
+  def _do_aside(self, work: Coroutine[Any, Any, Any]) -> None:
+    """Does something beside what requests wait for."""
+    task = asyncio.create_task(work)
+    self._aside.add(task)
+    task.add_done_callback(self._aside.discard)
