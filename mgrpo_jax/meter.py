@@ -30,13 +30,13 @@ class Meter:
     self.work = Work()
     self.before = Work()
     self._resources = resources
-    self._lost = resources.lost_caches()  # when the step began
+    self._counts = resources.counts()  # when the step began
 
   def begin(self) -> None:
     """Forgets the metrics of the step before."""
     self.values = {}
     self.before = dataclasses.replace(self.work)
-    self._lost = self._resources.lost_caches()
+    self._counts = self._resources.counts()
 
   def add(self, other: "Meter") -> None:
     """Takes in what was measured apart, of rollouts of the step."""
@@ -103,10 +103,11 @@ class Meter:
     tokens += done.generated_tokens - before.generated_tokens
     work = dataclasses.asdict(done)
     queues = self._resources.queues.values()
-    lost, lost_before = self._resources.lost_caches(), self._lost
+    now, then = self._resources.counts(), self._counts
     return (
         self.values
-        | {name: float(n - lost_before[name]) for name, n in lost.items()}
+        | {name: float(count - then[name]) for name, count in now.items()}
+        | {n: float(c) for n, c in self._resources.replicas().items()}
         | {name: float(count) for name, count in work.items()}
         | {
             "seconds/step": seconds,

@@ -163,6 +163,10 @@ METRICS: Mapping[str, Metric] = dict((
             " rollouts depend on timing"),
     _metric("mismatched", "policy", "sessions", "lower",
             "sessions whose tokens did not extend their cache in the step"),
+    _metric("replicas", "policy", "samplers", "",
+            "that can be asked at the step's end; with rollout.replicas"),
+    _metric("replica_tokens", "policy", "tokens", "higher",
+            "that replicas sampled in the step"),
     _metric("nonfinite", "policy", "updates", "lower",
             "updates whose loss or gradient was not finite"),
     # Between jobs, see docs/decoupled.md.

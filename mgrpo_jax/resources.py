@@ -136,12 +136,22 @@ class Resources:
     """Tokens that this process has sampled so far."""
     return sum(engine.stats()["generated"] for engine in self.engines.values())
 
-  def lost_caches(self) -> dict[str, int]:
-    """Sessions that had to be prefilled anew so far, by metric."""
-    stats = {name: engine.stats() for name, engine in self.engines.items()}
-    evicted = {f"evicted/{name}": s["evictions"] for name, s in stats.items()}
-    return evicted | {
-        f"mismatched/{name}": s["mismatches"] for name, s in stats.items()
+  def counts(self) -> dict[str, int]:
+    """Counts what happened in engines so far, by metric."""
+    found: dict[str, int] = {}
+    for name, engine in self.engines.items():
+      stats = engine.stats()
+      found[f"evicted/{name}"] = stats["evictions"]
+      found[f"mismatched/{name}"] = stats["mismatches"]
+      if name in self._pools:
+        found[f"replica_tokens/{name}"] = stats["elsewhere"]
+    return found
+
+  def replicas(self) -> dict[str, int]:
+    """Replicas that can be asked now, by metric."""
+    return {
+        f"replicas/{name}": pool.stats()["replicas"]
+        for name, pool in self._pools.items()
     }
 
   def read_published(

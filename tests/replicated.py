@@ -1,7 +1,11 @@
-"""A pool and its replicas in one process, over real sockets."""
+"""Replicas of a policy: in this process, over real sockets, and as commands."""
 
 import asyncio
 import contextlib
+import os
+import pathlib
+import subprocess
+import sys
 
 from mgrpo_jax import publish
 from mgrpo_jax.policy import fingerprint
@@ -11,6 +15,8 @@ from mgrpo_jax.replicas.weights import Weights
 from mgrpo_jax.serving import internal
 from mgrpo_jax.serving.listen import bind
 
+ROOT = pathlib.Path(__file__).parents[1]
+SMOKE = "--config=configs/decoupled_quickstart.py:smoke"
 TOKEN = "0123456789abcdef"
 EVERY = 0.05  # seconds
 
@@ -70,3 +76,15 @@ async def until(true, seconds=20.0):
   async with asyncio.timeout(seconds):
     while not true():
       await asyncio.sleep(0.01)
+
+
+def command(directory, *arguments):
+  """`experiments.replica` as a process, which logs to `replica.log`."""
+  with open(directory / "replica.log", "a") as log:
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.replica", SMOKE, *arguments],
+        cwd=ROOT,
+        stdout=log,
+        stderr=log,
+        env=dict(os.environ) | {"PYTHONPATH": str(ROOT)},
+    )

@@ -2,21 +2,22 @@
 
 import json
 import os
-import pathlib
+import signal
 import subprocess
 import sys
 import threading
 import time
 
 import pytest
+import replicated
+from replicated import ROOT, SMOKE
 
 from experiments import jobs, joining, launch
 from mgrpo_jax import atomic, ownership, store, workdir
+from mgrpo_jax.replicas import records
+from mgrpo_jax.report.writer import read_metrics
 from mgrpo_jax.testing.setup import small_setup
 from mgrpo_jax.work import Budget
-
-ROOT = pathlib.Path(__file__).parents[1]
-SMOKE = "--config=configs/decoupled_quickstart.py:smoke"
 
 
 def train(*arguments, timeout=120):
@@ -227,3 +228,49 @@ def test_jobs_end_with_the_parameters_of_one_process(runs, policy, folder):
   file = f"policies/{policy}/model.safetensors"
   expected = (runs / "one" / file).read_bytes()
   assert (runs / folder / file).read_bytes() == expected
+
+
+def test_replicas_help_a_job_and_are_killed(runs, tmp_path):
+  """Two samplers of the researcher; one dies when the job has met both."""
+  url = (tmp_path / "bucket").as_uri()
+  (tmp_path / "token").write_text("0123456789abcdef")
+  shared = (
+      f"--bucket={url}", f"--token_file={tmp_path / 'token'}",
+      "--config.rollout.replicas=True", "--config.jobs.heartbeat=1.0",
+  )  # fmt: skip
+  steady, killed = (
+      replicated.command(tmp_path, *shared, "--policy=researcher")
+      for _ in range(2)
+  )
+
+  def kill():
+    while killed.poll() is None:
+      entries = records.read(store.open(url), "researcher").values()
+      if sum(entry.weights != "" for entry in entries) == 2:
+        time.sleep(2.0)
+        killed.kill()
+      time.sleep(0.2)
+
+  killer = threading.Thread(target=kill)
+  killer.start()
+  try:
+    folder = f"--workdir={tmp_path / 'run'}"
+    result = train(SMOKE, folder, "--launch=local", *shared, timeout=280)
+    assert result.returncode == 0, result.stderr
+  finally:
+    killed.kill()
+    killer.join()
+    steady.terminate()
+    assert steady.wait(60) == 128 + signal.SIGTERM
+  one, helped = (
+      json.loads((where / "summary.json").read_text())
+      for where in (runs / "one", tmp_path / "run")
+  )
+  assert helped["tokens"] == one["tokens"] and helped["eval"] == one["eval"]
+  log = (tmp_path / "replica.log").read_text()
+  assert "waits for a run to begin" in log and "samples from version 0" in log
+  assert "Traceback" not in log
+  rows = read_metrics(tmp_path / "run/jobs/researcher/metrics.jsonl")
+  assert sum(row["replica_tokens/researcher"] for row in rows) > 0
+  assert max(row["replicas/researcher"] for row in rows) >= 1
+  assert len(records.read(store.open(url), "researcher")) == 1  # the killed

@@ -34,6 +34,8 @@ def full(tmp_path, monkeypatch) -> store.Store:
   ):
     record = told | {"address": "http://127.0.0.1:1", "time": NOW - 5}
     made.put(f"members/{policy}/0.json", json.dumps(record).encode())
+  record = {"address": "http://127.0.0.1:2", "version": 2, "time": NOW - 1}
+  made.put("replicas/main/a1.json", json.dumps(record).encode())
   for step in range(3):
     made.put(f"steps/{step}.json", b"{}")
   return made
@@ -53,6 +55,8 @@ def test_versions_members_and_leases_are_told(full):
   assert by_policy["main"]["heartbeat"] == "5 s ago"
   assert by_policy["main"]["lag"] == "1 steps"
   assert by_policy["researcher"]["lag"] == "0 versions"
+  (helper,) = found.replicas
+  assert (helper["id"], helper["lag"]) == ("a1", "1 versions")
   baseline, replica = found.leases
   assert (baseline["left"], baseline["lag"]) == ("for good", "2 versions")
   assert (replica["left"], replica["lag"]) == ("over (4 min ago)", "1 versions")

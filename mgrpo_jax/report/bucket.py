@@ -22,6 +22,7 @@ _MOST = 1e15  # of counts and seconds
 _VERSION = re.compile(r"policies/([^/]+)/v(\d+)/manifest\.json")
 _LEASE = re.compile(r"policies/([^/]+)/leases/v(\d+)/([^/]+)")
 _MEMBER = re.compile(r"members/([^/]+)/([^/]+)\.json")
+_REPLICA = re.compile(r"replicas/([^/]+)/([^/]+)\.json")
 _STEP = re.compile(r"steps/(\d+)\.json")
 _POINTER = re.compile(r"policies/([^/]+)/LATEST")
 
@@ -35,6 +36,7 @@ class Bucket:
     run: what run.json says; empty where there is none.
     versions: a row for each version, by policy.
     members: a row for each process.
+    replicas: a row for each sampler that helps.
     leases: a row for each lease.
     records: how many keys lie in each folder.
     damaged: a line for each record that does not parse.
@@ -44,6 +46,7 @@ class Bucket:
   run: Mapping[str, Any]
   versions: Mapping[str, Sequence[Mapping[str, Any]]]
   members: Sequence[Mapping[str, Any]]
+  replicas: Sequence[Mapping[str, Any]]
   leases: Sequence[Mapping[str, Any]]
   records: Mapping[str, int]
   damaged: Sequence[str]
@@ -92,7 +95,7 @@ def look(store: Store, *, now: float) -> Bucket:
   }
   steps = [int(match[1]) + 1 for key in keys if (match := _STEP.fullmatch(key))]
   versions: dict[str, list[dict[str, Any]]] = {name: [] for name in latest}
-  held, members = list[dict[str, Any]](), list[dict[str, Any]]()
+  held, members, replicas = (list[dict[str, Any]]() for _ in range(3))
   for key in keys:
     if match := _VERSION.fullmatch(key):
       row = _version(reader, key, int(match[2]), now)
@@ -106,6 +109,12 @@ def look(store: Store, *, now: float) -> Bucket:
           {"policy": match[1], "process": match[2]}
           | _member(told, latest.get(match[1]), max(steps, default=0), now)
       )
+    elif match := _REPLICA.fullmatch(key):
+      told = reader.read(key)
+      replicas.append(
+          {"policy": match[1], "id": match[2]}
+          | _member(told, latest.get(match[1]), 0, now)
+      )
   for rows in versions.values():
     rows.sort(key=lambda row: row["number"])
   folders = collections.Counter(k.partition("/")[0] for k in keys if "/" in k)
@@ -114,6 +123,7 @@ def look(store: Store, *, now: float) -> Bucket:
       run=reader.read("run.json"),
       versions=versions,
       members=members,
+      replicas=replicas,
       leases=held,
       records=dict(sorted(folders.items())),
       damaged=tuple(reader.damaged),
@@ -132,6 +142,11 @@ def text(found: Bucket) -> str:
           "members",
           found.members,
           ("policy", "process", "address", "heartbeat", "lag"),
+      ),
+      (
+          "replicas",
+          found.replicas,
+          ("policy", "id", "address", "heartbeat", "lag"),
       ),
       ("leases", found.leases, ("policy", "number", "holder", "left", "lag")),
   ):
