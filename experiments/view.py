@@ -5,7 +5,8 @@ Commands:
   python -m experiments.view --bucket=gs://bucket/run
 
 The first writes WORKDIR/report/index.html and its curves. The second prints
-versions, members, replicas and leases; it only reads, also while a run is under way.
+versions, members, replicas and leases; it only reads, also while a run is under
+way.
 """
 
 import time
