@@ -1,8 +1,9 @@
-"""Starts every process of every job on this machine, and again if one dies.
+"""Starts the processes of jobs on this machine, and again if one dies.
 
-WORKDIR                 the run directory of the root's policy's job
-WORKDIR/jobs/NAME       that of any other policy's
-WORKDIR/jobs/NAME.N.log what process N of a policy's job printed
+WORKDIR                  the run directory of the root's policy's job
+WORKDIR/jobs/NAME        that of any other policy's
+WORKDIR/jobs/NAME.log    what a policy's job printed, or of several processes
+WORKDIR/jobs/NAME.N.log  what process N did
 
 The processes of a job end and begin together: `jax.distributed` knows no other
 way. Jobs outlive each other.
@@ -18,16 +19,19 @@ import pathlib
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import ml_collections
 
 from experiments import cli, jobs, joining
 from experiments.jobs import Job, Running
+from mgrpo_jax import atomic
+from mgrpo_jax.workdir import LOCK_FILE
 
 _SILENCE = 900  # seconds borne of a process that lives: this machine is busy
 _RESTARTS = 3  # of each job
-_LOOK = 0.5  # seconds between looks at them
+LOOK = 0.5  # seconds between looks at them
+_LEFT = 90.0  # seconds in which those that an earlier command left end
 _SETTLING = 10.0  # seconds in which one process of a job ends after another
 _GRACE = 120.0  # seconds in which they end after the first has
 _DEVICES = "--xla_force_host_platform_device_count"
@@ -44,14 +48,21 @@ class Plan:
   Attributes:
     policy: of the job.
     arguments: of every process of it.
-    log: of process N, `{log}.N.log`.
+    directory: of the run, this job's own.
+    log: of its processes, but for the suffix.
     devices: virtual ones of each process, where there are no others.
   """
 
   policy: str
   arguments: tuple[str, ...]
+  directory: pathlib.Path
   log: pathlib.Path
   devices: int
+
+  def log_of(self, process: int, hosts: int) -> pathlib.Path:
+    """What a process prints into."""
+    number = f".{process}" if hosts > 1 else ""
+    return self.log.with_name(f"{self.log.name}{number}.log")
 
 
 def plans(
@@ -95,6 +106,7 @@ def plans(
                 f"--bucket={config.publish.bucket}",
                 f"--policy={policy}",
             ),
+            directory=own,
             log=workdir / "jobs" / policy,
             devices=size // hosts,
         )
@@ -116,11 +128,11 @@ def command(
   Returns:
     The command.
   """
+  alone = (sys.executable, "-m", "experiments.train", *plan.arguments)
+  if hosts == 1:
+    return alone
   return (
-      sys.executable,
-      "-m",
-      "experiments.train",
-      *plan.arguments,
+      *alone,
       f"--coordinator={meeting}",
       f"--processes={hosts}",
       f"--process={process}",
@@ -157,15 +169,18 @@ def run(plans: Sequence[Plan], *, hosts: int, token: str) -> None:
   Raises:
     FleetError: a job died more often than it may, or was used wrongly.
     OSError: a process cannot be started.
+    StorageError: one that an earlier command started still runs.
   """
-  groups = [_Group(plan, hosts, token) for plan in plans]
-  follow = _Follower(pathlib.Path(f"{plans[0].log}.0.log"))
+  groups = [Group(plan, hosts=hosts, token=token, tell=_tell) for plan in plans]
+  follow = _Follower(plans[0].log_of(0, hosts))
   try:
+    for group in groups:
+      group.wait_until_free()
     for group in groups:
       group.start()
     end = math.inf
     while not all(group.is_over() for group in groups):
-      time.sleep(_LOOK)
+      time.sleep(LOOK)
       follow.show()
       for group in groups:
         group.look()
@@ -180,29 +195,67 @@ def run(plans: Sequence[Plan], *, hosts: int, token: str) -> None:
     jobs.stop([one.process for group in groups for one in group.running])
 
 
-class _Group:
-  """The processes of one job."""
+class Group:
+  """The processes of one job.
 
-  def __init__(self, plan: Plan, hosts: int, token: str) -> None:
-    """Starts none yet."""
+  Attributes:
+    policy: whose job it is.
+    running: what was started last.
+  """
+
+  def __init__(
+      self, plan: Plan, *, hosts: int, token: str, tell: Callable[[str], None]
+  ) -> None:
+    """Starts none yet.
+
+    Args:
+      plan: of the job.
+      hosts: its processes, >= 1; one alone has the devices that there are.
+      token: that jobs show each other; handed on in their environment.
+      tell: takes a line about a job that is started again, or waited for.
+    """
     self.policy = plan.policy
     self.running: list[Running] = []
     self._plan = plan
     self._hosts = hosts
+    self._tell = tell
     self._left = _RESTARTS
-    own = environment(plan, token, virtual=True)
+    own = environment(plan, token, virtual=hosts > 1)
     self._environment = {**os.environ, **own}
 
+  def wait_until_free(self) -> None:
+    """Waits for a job that an earlier command left to end; none is doubled.
+
+    Raises:
+      StorageError: it does not.
+    """
+    end, told = time.monotonic() + _LEFT, False
+    while self._plan.directory.is_dir():
+      try:
+        with atomic.exclusive(self._plan.directory / LOCK_FILE):
+          return
+      except atomic.StorageError as error:
+        if time.monotonic() > end:
+          raise
+        if not told:
+          self._tell(f"{error}: waits {_LEFT:.0f} s for it to end")
+        told = True
+      time.sleep(LOOK)
+
   def start(self) -> None:
-    """Starts all of them."""
+    """Starts all of them.
+
+    Raises:
+      OSError: one cannot be started, or its log not be written.
+    """
     meeting = f"127.0.0.1:{_free_port()}"
     for process in range(self._hosts):
       job = Job(
-          name=f"{self.policy}.{process}",
+          name=f"{self.policy}.{process}" if self._hosts > 1 else self.policy,
           command=command(
               self._plan, meeting=meeting, hosts=self._hosts, process=process
           ),
-          log=pathlib.Path(f"{self._plan.log}.{process}.log"),
+          log=self._plan.log_of(process, self._hosts),
       )
       self.running.append(jobs.start(job, (), self._environment))
 
@@ -213,27 +266,36 @@ class _Group:
     )
 
   def look(self) -> None:
-    """Starts all of them again where one has died."""
+    """Starts all of them again where one has died.
+
+    Raises:
+      FleetError: it died too often, or was used wrongly.
+      OSError: it cannot be started again.
+    """
     if not any(one.process.poll() for one in self.running):
       return
     end = time.monotonic() + _SETTLING
     while time.monotonic() < end and any(
         one.process.poll() is None for one in self.running
     ):
-      time.sleep(_LOOK)
+      time.sleep(LOOK)
     # Process 0, which comes first, knows best why they end.
     one = next(one for one in self.running if one.process.poll())
     code = one.process.returncode
-    what = (
-        f"{one.job.name} ended with code {code}: {jobs.last_line(one.job.log)}"
-    )
+    said = jobs.last_line(one.job.log)
+    what = f"job of policy {one.job.name} ended with code {code}: {said}"
     if code == cli.USAGE_ERROR or not self._left:
       raise FleetError(what)
-    print(f"{what}; starting its job again", file=sys.stderr, flush=True)
+    self._tell(f"{what}; it is started again")
     self._left -= 1
     jobs.kill([one.process for one in self.running])  # it is of no use
     self.running = []
     self.start()
+
+
+def _tell(line: str) -> None:
+  """Prints a line beside what the first job prints."""
+  print(line, file=sys.stderr, flush=True)
 
 
 class _Follower:

@@ -253,7 +253,7 @@ class _Group:
       if cli.USAGE_ERROR in died:
         raise FleetError(
             f"job of {self._plan.policy!r} ended with code {cli.USAGE_ERROR};"
-            f" see {self._plan.log}.*.log"
+            f" see {self._plan.log}*.log"
         )
       self._again(f"code {died[0]}")
 
@@ -291,7 +291,7 @@ class _Group:
                     ),
                     f"--listen={node}",
                 ],
-                f"{self._plan.log}.{number}.log",
+                str(self._plan.log_of(number, len(self._hosts))),
             )
             for number, (host, (node, _)) in enumerate(
                 zip(self._hosts, nodes, strict=True)

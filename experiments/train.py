@@ -329,18 +329,18 @@ def _others(
     journal: Journal,
 ) -> contextlib.AbstractContextManager[None]:
   """Runs the other jobs, if this process is to."""
-  from experiments import launch
+  from experiments import fleet, launch
 
   if not _LAUNCH.value:
     return contextlib.nullcontext()
-  return launch.others(
-      sorted(setup.elsewhere),
+  plans = fleet.plans(
+      config,
+      [place.policy, *sorted(setup.elsewhere)],
+      hosts=1,
       workdir=journal.workdir.path,
-      bucket=config.publish.bucket,
-      token=place.token,
       arguments=launch.recipe_arguments(sys.argv[1:]),
-      tell=journal.progress.note,
   )
+  return launch.others(plans[1:], token=place.token, tell=journal.progress.note)
 
 
 def _train(

@@ -28,7 +28,7 @@ def jobs(tmp_path, monkeypatch):
   program.write_text(SCRIPT.replace("DIRECTORY", str(tmp_path)))
   program.chmod(0o755)
   monkeypatch.setattr(fleet.sys, "executable", str(program))
-  monkeypatch.setattr(fleet, "_LOOK", 0.05)
+  monkeypatch.setattr(fleet, "LOOK", 0.05)
   monkeypatch.setattr(fleet, "_SETTLING", 0.2)
 
   def run(**does):
@@ -38,6 +38,7 @@ def jobs(tmp_path, monkeypatch):
         Plan(
             policy=name,
             arguments=(f"--policy={name}",),
+            directory=tmp_path / "runs" / name,
             log=tmp_path / "logs" / name,
             devices=2,
         )
@@ -116,7 +117,8 @@ def test_devices_are_shared_out_among_hosts(tmp_path):
 
 
 def test_virtual_devices_are_only_where_there_are_no_others():
-  plan = Plan(policy="main", arguments=(), log=pathlib.Path("log"), devices=3)
+  path = pathlib.Path("log")
+  plan = Plan(policy="main", arguments=(), directory=path, log=path, devices=3)
   told = fleet.environment(plan, "0123456789abcdef", virtual=False)
   assert told == {joining.TOKEN: "0123456789abcdef"}
   told = fleet.environment(plan, "0123456789abcdef", virtual=True)

@@ -1,5 +1,6 @@
 """Jobs of a team as a user starts them, and what is refused."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +13,8 @@ import pytest
 import replicated
 from replicated import ROOT, SMOKE
 
-from experiments import jobs, joining, launch
+from experiments import fleet, joining, launch
+from experiments.fleet import Plan
 from mgrpo_jax import atomic, ownership, store, workdir
 from mgrpo_jax.replicas import records
 from mgrpo_jax.report.writer import read_metrics
@@ -135,16 +137,21 @@ def test_wrong_flags_end_with_one_line(tmp_path, arguments, told):
   assert told in line
 
 
-def others(folder, program, *, said):
-  """A job that is a program of one line, as `launch.others` runs it."""
-  return (
-      jobs.Job(
-          name="researcher",
-          command=(sys.executable, "-c", program),
-          log=folder / "researcher.log",
-      ),
-      said.append,
+@pytest.fixture
+def others(tmp_path, monkeypatch):
+  """Runs a job that is a program of one line, as `launch.others` does."""
+  monkeypatch.setattr(fleet, "LOOK", 0.02)
+  folder = tmp_path / "jobs/researcher"
+  plan = Plan(
+      policy="researcher", arguments=(), directory=folder, log=folder, devices=1
   )
+
+  def run(program, said):
+    command = (sys.executable, "-c", program)
+    monkeypatch.setattr(fleet, "command", lambda *_, **__: command)
+    return launch.others([plan], token="0123456789abcdef", tell=said.append)
+
+  return run
 
 
 @pytest.mark.parametrize(
@@ -156,45 +163,44 @@ def others(folder, program, *, said):
     ],
 )
 def test_a_job_is_started_again_unless_its_command_is_wrong(
-    tmp_path, monkeypatch, program, starts, ends
+    tmp_path, monkeypatch, others, program, starts, ends
 ):
-  monkeypatch.setattr(launch, "_LOOK", 0.02)
   signals, said = threading.Event(), []
   monkeypatch.setattr(launch.os, "kill", lambda *_: signals.set())
-  job, tell = others(tmp_path, program, said=said)
-  keeper = launch._Keeper([job], dict(os.environ), tell)
-  if ends:
-    assert signals.wait(60)
-  else:
-    keeper.finish()
-  keeper.close()
-  assert job.log.read_text().count("$ ") == starts
+  with contextlib.ExitStack() as stack:
+    if ends:
+      monkeypatch.setattr(launch, "_finish", lambda _: None)
+    stack.enter_context(others(program, said))
+    if ends:
+      assert signals.wait(60)
+  log = (tmp_path / "jobs/researcher.log").read_text()
+  assert log.count("$ ") == starts
   assert signals.is_set() == ends
+  assert len(said) == (starts if ends else 0)
 
 
-def test_a_job_that_is_cut_off_is_told(tmp_path, monkeypatch):
-  monkeypatch.setattr(launch, "_LOOK", 0.02)
+def test_a_job_that_is_cut_off_is_told(monkeypatch, others):
   monkeypatch.setattr(launch, "_GRACE", 0.2)
-  program = "import time; time.sleep(60)"
-  job, tell = others(tmp_path, program, said=[])
-  keeper = launch._Keeper([job], dict(os.environ), tell)
   with pytest.raises(launch.CutOffError, match="jobs of researcher"):
-    keeper.finish()
-  keeper.close()
+    with others("import time; time.sleep(60)", []):
+      pass
 
 
-def test_no_job_is_doubled(tmp_path, monkeypatch):
+def test_no_job_is_doubled(tmp_path, monkeypatch, others):
   """One of an earlier command still runs: it is waited for, then named."""
-  monkeypatch.setattr(launch, "_LOOK", 0.02)
-  monkeypatch.setattr(launch, "_LEFT", 0.2)
+  monkeypatch.setattr(fleet, "_LEFT", 0.2)
   said, folder = [], tmp_path / "jobs/researcher"
-  launch._wait_until_free(folder, said.append)
+  with others("pass", said):
+    pass
   assert not said and not folder.exists()
   with atomic.exclusive(folder / workdir.LOCK_FILE):
     with pytest.raises(atomic.StorageError, match="researcher is in use"):
-      launch._wait_until_free(folder, said.append)
+      with others("pass", said):
+        pass
   assert len(said) == 1 and "waits" in said[0]
-  launch._wait_until_free(folder, said.append)
+  with others("pass", said):
+    pass
+  assert (tmp_path / "jobs/researcher.log").read_text().count("$ ") == 2
 
 
 @pytest.fixture(scope="module")

@@ -62,6 +62,7 @@ def run(cluster, tmp_path, monkeypatch):
         Plan(
             policy=name,
             arguments=(f"--policy={name}",),
+            directory=tmp_path / "runs" / name,
             log=tmp_path / "logs" / name,
             devices=1,
         )
