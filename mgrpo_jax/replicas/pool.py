@@ -40,6 +40,7 @@ class _Member:
   busy: int = 0  # requests of ours
   misses: int = 0  # looks since its last sign of life
   lost: bool = False  # did not answer; until its next sign of life
+  refuses: bool = False  # or answers nonsense; lost for good
 
 
 class Pool:
@@ -150,6 +151,7 @@ class Pool:
       try:
         completion = await self._ask(member, asked)
       except (EngineError, UnreachableError, wire.AnswerError) as error:
+        member.refuses |= not isinstance(error, UnreachableError)
         self._lose(member, error)
         continue
       self._elsewhere += len(completion.tokens)
@@ -250,7 +252,7 @@ class Pool:
     return wire.read_answer(answer, asked, newest=self._version)
 
   def _lose(self, member: _Member, error: Exception) -> None:
-    """Asks a replica nothing until its next sign of life."""
+    """Asks a replica nothing until its next sign of life, if ever."""
     if not member.lost:
       member.lost = True
       _LOG.warning("a replica of %s was lost: %s", self._policy, error)
@@ -264,7 +266,7 @@ class Pool:
   async def _bring(self, member: _Member) -> None:
     """Has a replica take what was published last."""
     version, digest = wanted = self._published
-    if member.has == wanted or not digest:
+    if member.has == wanted or not digest or member.refuses:
       return
     body = {"version": version, "digest": digest}
     if await self._tell(member, "follow", body):
@@ -299,7 +301,7 @@ class Pool:
       if member is None:
         self._members[name] = member = await self._met(entry)
       elif entry.beat != member.entry.beat:
-        member.entry, member.misses, member.lost = entry, 0, False
+        member.entry, member.misses, member.lost = entry, 0, member.refuses
         member.has = (entry.version, entry.weights)
       else:
         member.misses += 1
