@@ -274,7 +274,7 @@ def test_replicas_help_a_job_and_are_killed(runs, tmp_path):
   )
   assert helped["tokens"] == one["tokens"] and helped["eval"] == one["eval"]
   log = (tmp_path / "replica.log").read_text()
-  assert "waits for a run to begin" in log and "samples from version 0" in log
+  assert "samples from version 0" in log
   assert "Traceback" not in log
   rows = read_metrics(tmp_path / "run/jobs/researcher/metrics.jsonl")
   assert sum(row["replica_tokens/researcher"] for row in rows) > 0
