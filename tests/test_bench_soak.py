@@ -151,7 +151,7 @@ class Dummy(soak_jobs.Jobs):
   """Jobs that sleep; every one takes its policy's job at once."""
 
   def __init__(self, folder, *, patience=60.0):
-    options = argparse.Namespace(workdir=folder, patience=patience)
+    options = argparse.Namespace(workdir=folder, patience=patience, steps=3)
     self.started = collections.Counter()
     super().__init__(
         options,
@@ -284,3 +284,25 @@ def test_jobs_end_as_they_may(jobs, code, problems):
   first.returncode = code
   jobs.look()
   assert len(jobs.problems) == problems
+
+
+def test_jobs_are_killed_once_when_they_have_made_their_last_step(jobs):
+  first = jobs.all[0].process
+  for step in (1, 2):
+    assert not jobs.pending
+    path = records.step_path(jobs.all[0].folder / "rollouts", step)
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    jobs.look()
+  undo(jobs)
+  assert first.wait(30) == -signal.SIGKILL
+  jobs.look()
+  assert jobs.all[0].process.poll() is None and not jobs.pending
+  assert jobs.counts["kill at the end"] == 1
+
+
+def test_the_words_of_an_end_are_those_of_others_like_it(tmp_path):
+  log = tmp_path / "log"
+  log.write_text("error: version 12 is at vm:/tmp/soak/main_3, not\n\n")
+  assert soak_jobs._said(log, 2) == "code 2: error: version N is at main_N, not"
+  assert soak_jobs._said(log, -9) == "code -9"

@@ -8,7 +8,8 @@ of its weights. Then each policy has its job; their bucket is an emulator of S3
 (moto) behind a proxy that spoils requests (`mgrpo_jax.testing.faulty`).
 Besides, at moments drawn from a seed, something happens to a job:
 
-    kill               it is killed, and started again
+    kill               it is killed, and started again; every job once more when
+                       it has made its last step, while it winds up
     stop               it is stopped, for longer than a heartbeat perhaps
     long stop          it is stopped for longer than `jobs.patience`
     full disk          its files may grow no more (RLIMIT_FSIZE)
@@ -20,10 +21,10 @@ Besides, at moments drawn from a seed, something happens to a job:
                        (Python's `time.time`; libfaketime makes sleeps hang)
 
 Jobs that end otherwise than with 0 are started again. A reader reads the newest
-versions all the while. When enough was injected everything is left alone until
-the run is over. The command fails unless parameters are equal bit for bit,
-every trajectory is there once, whatever version was read is the one of that
-number of the run left alone, and every process ended as it should.
+versions all the while. When enough was injected everything else is left alone
+until the run is over. The command fails unless parameters are equal bit for
+bit, every trajectory is there once, whatever version was read is the one of
+that number of the run left alone, and every process ended as it should.
 """
 
 import argparse

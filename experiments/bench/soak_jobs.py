@@ -9,6 +9,7 @@ import dataclasses
 import os
 import pathlib
 import random
+import re
 import resource
 import shutil
 import signal
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from mgrpo_jax import atomic
+from mgrpo_jax.report import records
 
 POLICIES = ("main", "researcher")
 HEARTBEAT = 1.0  # jobs.heartbeat, seconds
@@ -38,7 +40,9 @@ time.time = lambda: _straight() + _skew
 """
 _SKEWS = (-300.0, 0.0, 300.0)  # seconds that a job's clock is off
 _GROWTH = 4096  # bytes that a file may have on the disk that is full
+_FULL = 2.0, 20.0  # seconds that it is full
 _LEAVES = 90.0  # seconds in which a job that was taken over ends
+_END = 4.0  # seconds, at most, from a job's last step until it is killed
 _AGAIN = (0, -signal.SIGKILL, 75)  # how jobs may end: done, killed, in trouble
 _REFUSED = {  # how those may that find another one in their place
     "second directory": (2, -signal.SIGKILL, 75),
@@ -57,6 +61,7 @@ class Job:
     process: that runs.
     before: the incarnation that had the job when the process was started.
     done: whether it has come to its end.
+    killed: whether that was done to it after its last step.
   """
 
   policy: str
@@ -64,6 +69,7 @@ class Job:
   process: subprocess.Popen[bytes] | None = None
   before: str = ""
   done: bool = False
+  killed: bool = False
 
 
 @dataclasses.dataclass
@@ -144,7 +150,10 @@ class Jobs:
     for old in list(self._old):
       self._watch(old)
     for job in self.all:
-      if job.done or (job.process and job.process.poll() is None):
+      if job.done:
+        continue
+      if job.process and job.process.poll() is None:
+        self._end(job, job.process)
         continue
       if job.process:
         job.done = job.process.returncode == 0
@@ -187,6 +196,14 @@ class Jobs:
     for process in [*running, *self._spares]:
       process.kill()
 
+  def _end(self, job: Job, process: subprocess.Popen[bytes]) -> None:
+    """Kills a job once after its last step, while it winds up."""
+    last = records.step_path(job.folder / "rollouts", self._options.steps - 1)
+    if not job.killed and last.exists():
+      job.killed = True
+      self._later(self._rng.uniform(0.0, _END), process.kill)
+      self.counts["kill at the end"] += 1
+
   def _later(self, seconds: float, undo: Callable[[], None]) -> None:
     """Undoes something after a while."""
     self._undo.append((time.monotonic() + seconds, undo))
@@ -225,7 +242,7 @@ class Jobs:
       with contextlib.suppress(ProcessLookupError):
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (hard, hard))
 
-    self._later(self._rng.uniform(1.0, 5.0), lift)
+    self._later(self._rng.uniform(*_FULL), lift)
 
   def _second(self, kind: str, job: Job, folder: pathlib.Path) -> None:
     """Starts a job a second time, for less than `jobs.patience`."""
@@ -363,4 +380,5 @@ def _said(log: pathlib.Path, code: int) -> str:
   time.sleep(0.2)  # until the log has the last line
   lines = log.read_text("utf-8", "replace").splitlines()
   last = [line for line in lines if line.strip()][-1:]
-  return f"code {code}: {''.join(last)[:200]}"
+  plain = re.sub(r"\d+", "N", re.sub(r"\S*/", "", "".join(last)))
+  return f"code {code}: {plain[:200]}"
