@@ -112,6 +112,18 @@ def test_the_reader_remembers_what_a_version_was(tmp_path, like):
   assert reader.wrong(expected) == ["version 0 of main was read as another one"]
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)
+def test_a_reader_that_breaks_is_told(tmp_path, like):
+  bucket = store.open_folder(tmp_path)
+  reader = soak_checks.Reader(bucket.url, like)
+  reader._read = lambda policy: 1 / 0
+  with reader.reading():
+    time.sleep(1.5)
+  assert "the reader broke, see above" in reader.wrong({})
+
+
 def test_the_reader_says_how_it_went(tmp_path, like):
   bucket = store.open_folder(tmp_path)
   reader = soak_checks.Reader(bucket.url, like)
@@ -184,7 +196,7 @@ def jobs(tmp_path):
   jobs.look()
   yield jobs
   jobs.close()
-  for process in [*jobs._spares, *[job.process for job in jobs.all]]:
+  for _, process in [*jobs._spares, *[(j, j.process) for j in jobs.all]]:
     process.wait(30)
 
 
@@ -235,7 +247,7 @@ def test_jobs_are_killed_stopped_starved_and_started_again(jobs):
 @pytest.mark.parametrize("kind", ["second directory", "same directory"])
 def test_jobs_are_started_twice(jobs, kind):
   jobs.do(kind)
-  (second,) = jobs._spares
+  ((_, second),) = jobs._spares
   assert second.poll() is None and jobs.pending
   undo(jobs)
   assert second.returncode == -signal.SIGKILL
@@ -274,6 +286,20 @@ def test_what_has_not_taken_the_job_is_not_taken_over(jobs):
   jobs.do("taken over")
   assert jobs.all[0].process is first and becomes(first, "SR")
   assert not jobs.pending and not jobs.counts["taken over"]
+
+
+def test_the_second_does_not_come_first(jobs):
+  jobs.started.clear()
+  jobs._incarnation = lambda policy: ""
+  jobs.do("second directory")
+  assert not jobs._spares and not jobs.counts["second directory"]
+
+
+def test_what_may_have_a_rival_is_not_taken_over(jobs):
+  first = jobs.all[0].process
+  jobs.do("same directory")
+  jobs.do("taken over")
+  assert jobs.all[0].process is first and not jobs.counts["taken over"]
 
 
 @pytest.mark.parametrize(("code", "problems"), [(75, 0), (1, 1), (2, 1)])

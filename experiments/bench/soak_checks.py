@@ -35,6 +35,7 @@ class Reader:
     self._bucket = store.open(bucket, patience=20.0)
     self._like = like
     self._over = threading.Event()
+    self._broke = False
 
   @contextlib.contextmanager
   def reading(self) -> Iterator[None]:
@@ -53,7 +54,7 @@ class Reader:
     Args:
       expected: digests of the versions of a run left alone.
     """
-    found = []
+    found = ["the reader broke, see above"] if self._broke else []
     if not self.seen:
       found.append("no version was read among faults")
     for (policy, number), digests in sorted(self.seen.items()):
@@ -66,9 +67,11 @@ class Reader:
 
   def _run(self) -> None:
     """Reads until told to stop."""
+    self._broke = True  # unless it comes to its end
     while not self._over.wait(1.0):
       for policy in self._like:
         self.counts[self._read(policy)] += 1
+    self._broke = False
 
   def _read(self, policy: str) -> str:
     """Reads the newest version, and says how that went."""

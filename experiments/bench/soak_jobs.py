@@ -40,6 +40,7 @@ time.time = lambda: _straight() + _skew
 """
 _SKEWS = (-300.0, 0.0, 300.0)  # seconds that a job's clock is off
 _GROWTH = 4096  # bytes that a file may have on the disk that is full
+_LONG = 3600.0  # seconds that no stop takes
 _FULL = 2.0, 20.0  # seconds that it is full
 _LEAVES = 90.0  # seconds in which a job that was taken over ends
 _END = 4.0  # seconds, at most, from a job's last step until it is killed
@@ -128,7 +129,7 @@ class Jobs:
     self._incarnation = incarnation
     self._undo: list[tuple[float, Callable[[], None]]] = []
     self._old: list[Old] = []
-    self._spares: list[subprocess.Popen[bytes]] = []
+    self._spares: list[tuple[str, subprocess.Popen[bytes]]] = []
     self.all = [Job(policy, options.workdir / policy) for policy in POLICIES]
 
   @property
@@ -193,7 +194,8 @@ class Jobs:
     """Kills what still runs."""
     running = [job.process for job in self.all if job.process]
     running += [old.process for old in self._old]
-    for process in [*running, *self._spares]:
+    running += [process for _, process in self._spares]
+    for process in running:
       process.kill()
 
   def _end(self, job: Job, process: subprocess.Popen[bytes]) -> None:
@@ -244,11 +246,13 @@ class Jobs:
 
     self._later(self._rng.uniform(*_FULL), lift)
 
-  def _second(self, kind: str, job: Job, folder: pathlib.Path) -> None:
+  def _second(self, kind: str, job: Job, folder: pathlib.Path) -> bool:
     """Starts a job a second time, for less than `jobs.patience`."""
+    if not self._incarnation(job.policy):
+      return False  # the second might come first
     log = self._root / f"second_{self.counts.total()}_{job.policy}.log"
     process = self._start(job.policy, folder, log)
-    self._spares.append(process)
+    self._spares.append((job.policy, process))
 
     def end() -> None:
       if process.poll() is None:
@@ -257,6 +261,7 @@ class Jobs:
       self._ended(kind, process, log, _REFUSED[kind])
 
     self._later(self._options.patience, end)
+    return True
 
   def _take_over(
       self, kind: str, job: Job, process: subprocess.Popen[bytes]
@@ -266,6 +271,11 @@ class Jobs:
     The process goes on as well, as soon as the copy's has taken the job: then
     there are two, and the first must find out before it writes anything.
     """
+    if any(
+        policy == job.policy and spare.poll() is None
+        for policy, spare in self._spares
+    ):
+      return False  # it may be that one which has the job
     process.send_signal(signal.SIGSTOP)
     os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
     incarnation = self._incarnation(job.policy)
@@ -339,6 +349,9 @@ def train(
           f"--config.stages.easy.steps={options.steps // 2}",
           f"--config.stages.hard.steps={options.steps - options.steps // 2}",
           f"--config.evaluation.every={max(1, options.steps // 2)}",
+          # What a job that is stopped must not miss: it would end otherwise.
+          f"--config.rollout.turn_deadline={_LONG}",
+          f"--config.tools.deadline={_LONG}",
           f"--config.jobs.heartbeat={HEARTBEAT}",
           f"--config.jobs.patience={options.patience}",
           f"--workdir={folder}",
