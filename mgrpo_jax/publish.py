@@ -89,8 +89,8 @@ def publish(
   """Writes a version of a policy's weights and points LATEST at it.
 
   Publishing equal weights under the same number again writes nothing but the
-  pointer, so a run that resumes may repeat itself. Versions newer than
-  `number` belong to a past that a resumed run has left; retention removes them.
+  pointer, so a run that resumes may repeat itself. Versions newer than `number`
+  belong to a past that a resumed run has left; retention removes them.
 
   Args:
     store: the bucket.
@@ -99,8 +99,7 @@ def publish(
     params: pytree of arrays.
     keep: how many versions stay, ≥ 1; leased ones stay besides.
     meta: JSON kept beside the weights (step, stage, …).
-    short: whether float32 is rounded to bfloat16, half the bytes; what is read
-      is float32 again.
+    short: whether float32 is rounded to bfloat16, and read as float32 again.
     sure: raises where this process may publish no more.
 
   Returns:
@@ -134,11 +133,13 @@ def publish(
       store.put(f"{path}/manifest.json", json.dumps(manifest).encode())
     except atomic.StorageError:
       with contextlib.suppress(atomic.StorageError):
+        sure()  # else it is another process's by now
         _remove(store, path)  # on a full disk, what was written only harms
       raise
   pointer = {"number": number, "path": path, "digest": version.digest}
   sure()
   if not store.replace(before, json.dumps(pointer).encode()):
+    sure()  # whose job another process has taken is told that
     raise OvertakenError(
         f"{before.key} in {store.url} was changed while version {number} was"
         " written: another process publishes this policy"

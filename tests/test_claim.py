@@ -8,7 +8,7 @@ import killed
 import pytest
 
 from mgrpo_jax import publish, store
-from mgrpo_jax.atomic import CorruptError
+from mgrpo_jax.atomic import CorruptError, StorageError
 from mgrpo_jax.decoupled import claim, members
 from mgrpo_jax.decoupled.claim import Home
 from mgrpo_jax.decoupled.ending import Ending
@@ -120,6 +120,43 @@ def test_who_was_away_looks_before_it_publishes(bucket):
             sure=first.sure,
         )
   assert publish.versions(bucket, "sub") == [0]
+
+
+@pytest.mark.parametrize("key", ["LATEST", "v1/manifest.json"])
+def test_who_loses_the_job_while_it_publishes_is_told_that(
+    bucket, monkeypatch, key
+):
+  """Not that a pointer changed, which would have it started again."""
+
+  def lose(number):
+    publish.publish(bucket, "sub", 1, killed.tree(1), keep=2, meta={})
+    first._stop.set()  # as by SIGSTOP
+    first._thread.join()
+    with heart(bucket, OURS):
+      time.sleep(0.6)
+    if number:
+      raise StorageError("cannot write")
+
+  def once(name, number, write):
+    def changed(where, value):
+      place = where if isinstance(where, str) else where.key
+      if place == f"policies/sub/{key}":
+        monkeypatch.undo()
+        monkeypatch.setattr(claim, "_LOOK", 0.02)
+        lose(number)
+      return write(where, value)
+
+    monkeypatch.setattr(bucket, name, changed)
+
+  with heart(bucket, OURS, every=0.2) as first:
+    publish.publish(bucket, "sub", 0, killed.tree(0), keep=2, meta={})
+    once("replace", 0, bucket.replace)
+    once("put", 1, bucket.put)
+    with pytest.raises(ClaimedError, match="taken over"):
+      publish.publish(
+          bucket, "sub", 1, killed.tree(1), keep=2, meta={}, sure=first.sure
+      )
+  assert publish.versions(bucket, "sub") == [0, 1]
 
 
 def test_a_beat_that_arrives_late_undoes_no_later_one(bucket):

@@ -13,7 +13,7 @@ import killed
 import numpy as np
 import pytest
 
-from mgrpo_jax import atomic, publish, store
+from mgrpo_jax import atomic, attempts, publish, store
 from mgrpo_jax.testing import faulty
 from mgrpo_jax.writer import Writer
 
@@ -54,6 +54,41 @@ def test_what_a_server_spoils_is_done_again(s3_endpoint, kind):
       assert weights.skipped == ()
     assert bucket.can_swap
     assert faults.injected[kind] >= 3
+
+
+def test_what_has_nothing_to_spoil_is_not_counted_as_spoilt(s3_endpoint):
+  faults = faulty.Faults(seed=0, rate=1, seconds=0, kinds=("cut", "short"))
+  with behind(s3_endpoint, faults) as bucket:
+    for kind in ("cut", "short"):
+      faults.kinds = (kind,)
+      if kind == "cut":
+        bucket.put("k", b"value")  # its answer has no body
+      else:
+        assert bucket.get("k") == b"value"  # the question has none
+    assert not faults.injected
+
+
+def test_an_upload_may_be_slow(s3_endpoint):
+  faults = faulty.Faults(seed=0, rate=1, seconds=1.0, kinds=("slow",))
+  with behind(s3_endpoint, faults) as bucket:
+    begun = time.monotonic()
+    bucket.put("k", b"sixteen letters!")
+    assert time.monotonic() - begun >= 1.0
+    assert faults.injected == {"slow": 1}
+    faults.rate = 0
+    assert bucket.get("k") == b"sixteen letters!"
+
+
+def test_a_server_that_is_silent_is_given_up(s3_endpoint, monkeypatch):
+  monkeypatch.setattr(attempts, "_ATTEMPT", 1.0)
+  faults = faulty.Faults(seed=0, rate=1, seconds=0, kinds=("silent",))
+  with behind(s3_endpoint, faults) as bucket:
+    threading.Timer(0.5, lambda: setattr(faults, "rate", 0)).start()
+    begun = time.monotonic()
+    bucket.put("k", b"value")
+    assert 1.0 <= time.monotonic() - begun < 20
+    assert faults.injected == {"silent": 1}
+    assert bucket.get("k") == b"value"
 
 
 def test_a_bit_that_flips_on_its_way_is_never_believed(s3_endpoint):

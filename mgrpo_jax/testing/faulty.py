@@ -6,10 +6,14 @@ the requests that go through it, drawn from a seed:
     500, 503     an error in place of the server's answer; nothing is done
     lost         the request is carried out and answered with 500
     hang         no answer for a while, then the connection is closed
-    slow         the answer trickles
+    silent       no answer at all: it is for the client to give up
+    slow         the upload trickles to the server, and its answer back
     cut          the answer ends half-way through its body
     short        the upload ends half-way, and the connection with it
     flip         one bit of an object differs (listings carry no digest)
+
+What a request has nothing of, no body to cut for example, is neither spoilt nor
+counted.
 """
 
 import collections
@@ -22,12 +26,14 @@ import socket
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 KINDS = ("500", "503", "lost", "hang", "slow", "cut", "short", "flip")
+ALL_KINDS = (*KINDS, "silent")  # which costs as long as a client waits
 _HOP = {"connection", "content-length", "host", "transfer-encoding", "expect"}
-_PIECES = 8  # of an answer that trickles
+_PIECES = 8  # of a body that trickles
+_SILENCE = 300.0  # seconds in which a client gives up
 
 
 class Faults:
@@ -111,16 +117,35 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
     if kind in ("500", "503"):
       self.faults.count(kind)
       self._send(_Answer(int(kind), [], b"injected"))
-    elif kind == "hang":
+    elif kind in ("hang", "silent"):
       self.faults.count(kind)
-      time.sleep(self.faults.seconds)
+      if kind == "silent":
+        self._outwait()
+      else:
+        time.sleep(self.faults.seconds)
       self.close_connection = True
     elif kind == "short" and body:
       self.faults.count(kind)
-      self._forward(body, upto=len(body) // 2)
+      self._forward(body, [body[: len(body) // 2]], leaves=True)
       self.close_connection = True
+    elif kind == "slow" and body:
+      self.faults.count(kind)
+      self._send(self._forward(body, self._trickling(body)), kind)
     else:
-      self._spoil(kind, self._forward(body))
+      self._spoil(kind, self._forward(body, [body]))
+
+  def _outwait(self) -> None:
+    """Returns when the client hangs up."""
+    self.connection.settimeout(_SILENCE)
+    with contextlib.suppress(OSError):
+      self.connection.recv(1, socket.MSG_PEEK)
+
+  def _trickling(self, body: bytes) -> Iterator[bytes]:
+    """Yields a body piece by piece, a pause before each."""
+    size = max(1, -(-len(body) // _PIECES))
+    for start in range(0, len(body), size):
+      time.sleep(self.faults.seconds / _PIECES)
+      yield body[start : start + size]
 
   def _spoil(self, kind: str, answer: _Answer) -> None:
     """Passes the server's answer on, spoilt where that is its kind."""
@@ -131,14 +156,16 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
       spoilt = bytearray(answer.body)
       spoilt[middle] ^= 4
       answer = dataclasses.replace(answer, body=bytes(spoilt))
-    elif kind not in ("slow", "cut"):
+    elif kind not in ("slow", "cut") or not answer.body:
       kind = ""
     if kind:
       self.faults.count(kind)
     self._send(answer, kind)
 
-  def _forward(self, body: bytes, upto: int | None = None) -> _Answer:
-    """Asks the server; with `upto`, hangs up on it after so many bytes."""
+  def _forward(
+      self, body: bytes, pieces: Iterable[bytes], *, leaves: bool = False
+  ) -> _Answer:
+    """Asks the server; who `leaves` hangs up on it after the pieces."""
     where = urllib.parse.urlsplit(self.upstream)
     assert where.hostname
     server = http.client.HTTPConnection(where.hostname, where.port, timeout=60)
@@ -151,8 +178,10 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
           server.putheader(name, value)
       server.putheader("Host", self.headers.get("Host", where.netloc))
       server.putheader("Content-Length", str(len(body)))
-      server.endheaders(body[:upto])
-      if upto is not None:
+      server.endheaders()
+      for piece in pieces:
+        server.send(piece)
+      if leaves:
         return _Answer(0, [], b"")
       found = server.getresponse()
       data = found.read()
@@ -174,10 +203,8 @@ class _Proxy(http.server.BaseHTTPRequestHandler):
       self.wfile.write(answer.body[: len(answer.body) // 2])
       self.close_connection = True
     elif kind == "slow":
-      size = max(1, -(-len(answer.body) // _PIECES))
-      for start in range(0, len(answer.body), size):
-        time.sleep(self.faults.seconds / _PIECES)
-        self.wfile.write(answer.body[start : start + size])
+      for piece in self._trickling(answer.body):
+        self.wfile.write(piece)
         self.wfile.flush()
     else:
       self.wfile.write(answer.body)
