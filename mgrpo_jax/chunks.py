@@ -190,6 +190,20 @@ def finer(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
   return tuple(chunk)
 
 
+def touched(cut: Grid, where: Any) -> list[int]:
+  """Numbers of the chunks that this process's devices need.
+
+  Args:
+    cut: of the array.
+    where: its `jax.sharding.Sharding`.
+
+  Returns:
+    Ascending.
+  """
+  regions = where.addressable_devices_indices_map(cut.shape).values()
+  return sorted({n for region in regions for n in cut.within(region)})
+
+
 def parts(array: np.ndarray, cut: Grid) -> Parts:
   """All chunks of an array, without copying it."""
   return Parts(
