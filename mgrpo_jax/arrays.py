@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -13,6 +14,8 @@ import tensorstore as ts
 from mgrpo_jax import atomic, attempts, chunks, zarr
 from mgrpo_jax.chunks import Grid, Parts
 from mgrpo_jax.keys import check_key
+
+_MOMENT = 5.0  # seconds for other writes, where one has failed
 
 
 class Wait(Protocol):
@@ -204,17 +207,30 @@ class Arrays:
     """Does something to many keys at the same time, and waits for all."""
     begun = {key: start() for key, start in starts.items()}
     found = {}
-    for key, start in starts.items():
-      found[key] = self._wait(
-          verb, key, start, started=begun[key], nbytes=sizes.get(key, 0)
-      )
-      done(key, found[key])
+    try:
+      for key, start in starts.items():
+        found[key] = self._wait(
+            verb, key, start, started=begun[key], nbytes=sizes.get(key, 0)
+        )
+        done(key, found[key])
+    except atomic.StorageError:
+      if verb == "write":
+        _finish(begun.values())
+      raise
     return found
 
 
 def _key(folder: str, name: str) -> str:
   """Where an array lies."""
   return check_key(f"{folder}/{name}")
+
+
+def _finish(begun: Iterable[attempts.Pending]) -> None:
+  """Waits a moment for what is under way, so that it can be removed."""
+  end = time.monotonic() + _MOMENT
+  for one in begun:
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+      one.result(timeout=max(0.0, end - time.monotonic()))
 
 
 @contextlib.contextmanager

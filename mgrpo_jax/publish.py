@@ -153,7 +153,8 @@ def read(
     number: a version, or `latest`: the version LATEST points at or, where that
       is corrupt, the newest good one before it.
     like: pytree of arrays or `jax.ShapeDtypeStruct`s, as `policy.abstract`
-      gives; weights go to its shardings.
+      gives; weights go to its shardings. Where those are of several processes
+      each reads, by number, only chunks that its devices take.
 
   Returns:
     The weights, all of one version.

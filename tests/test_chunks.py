@@ -1,15 +1,18 @@
 """How arrays are cut, and put together from some of their chunks."""
 
 import dataclasses
+import errno
 import hashlib
 import itertools
+import os
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mgrpo_jax import atomic, chunks, store
+from mgrpo_jax import atomic, chunks, store, zarr
 from mgrpo_jax.chunks import Grid, Parts
 
 SIZES = st.lists(st.tuples(st.integers(0, 7), st.integers(1, 4)), max_size=3)
@@ -112,3 +115,34 @@ def test_an_array_of_another_form_is_not_read_in_parts(tmp_path):
     other = dataclasses.replace(grid, **change)
     with pytest.raises(atomic.CorruptError, match="v/w is another array"):
       arrays.read_parts("v", {"w": (other, [0])}, lambda *_: None)
+
+
+def test_where_one_write_fails_the_others_are_waited_for(tmp_path, monkeypatch):
+  array, grid = cut([(7, 3), (4, 2)])
+  arrays = store.open_folder(tmp_path).arrays
+  arrays.create("v", {"w": grid})
+  straight, ended = zarr.write, []
+
+  class Slow:
+    """A write that takes a while."""
+
+    def __init__(self, target, piece):
+      self.write = straight(target, piece)
+
+    def result(self, timeout):
+      time.sleep(0.02)
+      ended.append(self.write.result(timeout=timeout))
+
+  class Full:
+    """A write that fails at once."""
+
+    def result(self, timeout):
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  def write(target, piece):
+    return Full() if piece[0, 0] == 0 else Slow(target, piece)
+
+  monkeypatch.setattr(zarr, "write", write)
+  with pytest.raises(atomic.StorageError, match="v/w/c/0/0: No space left"):
+    arrays.write_parts("v", {"w": chunks.parts(array, grid)})
+  assert len(ended) == len(grid) - 1
