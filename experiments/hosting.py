@@ -11,6 +11,7 @@ import ml_collections
 from mgrpo_jax.hosts import crew, group
 from mgrpo_jax.plan import Setup
 from mgrpo_jax.resources import make_learner
+from mgrpo_jax.store import Store
 
 
 def check(config: ml_collections.ConfigDict, policy: str) -> None:
@@ -40,12 +41,15 @@ def check(config: ml_collections.ConfigDict, policy: str) -> None:
     )
 
 
-def assist(setup: Setup, policy: str, *, patience: float) -> None:
+def assist(
+    setup: Setup, policy: str, bucket: Store, *, patience: float
+) -> None:
   """Does this process's part of what process 0 of the job does.
 
   Args:
     setup: the recipe, restricted to the policy.
     policy: of the job.
+    bucket: that the jobs share.
     patience: seconds that it waits for the others to come.
 
   Raises:
@@ -62,4 +66,5 @@ def assist(setup: Setup, policy: str, *, patience: float) -> None:
           "imitate": setup.method.imitation_loss,
           "reinforce": setup.method.policy_loss,
       },
+      store=bucket,
   )

@@ -205,13 +205,15 @@ def _assist() -> None:
   """Does this process's part of a job that another one decides for."""
   with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
     from experiments import hosting, recipe
+    from mgrpo_jax import store
     from mgrpo_jax.decoupled.run import restricted
     from mgrpo_jax.hosts.crew import DrivenError
 
     config, policy = _checked(), _POLICY.value
+    bucket = store.open(config.publish.bucket)
     setup = restricted(recipe.build(config, only=policy), policy)
   try:
-    hosting.assist(setup, policy, patience=config.jobs.patience)
+    hosting.assist(setup, policy, bucket, patience=config.jobs.patience)
   except DrivenError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(1)  # process 0's own code says whether to try again

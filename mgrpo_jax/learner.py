@@ -145,8 +145,21 @@ class Learner:
 
   @property
   def trained(self) -> Any:
-    """What is trained, as it is now: what is published."""
+    """What is trained, as it is now."""
     return self.state.params
+
+  def offered(self, folder: str, *, short: bool) -> Any:
+    """Gives what is trained to be published.
+
+    Args:
+      folder: of the version in the store.
+      short: whether float32 is rounded to bfloat16.
+
+    Returns:
+      Arrays, or an `Offer` of what other processes have.
+    """
+    del folder, short  # whoever publishes arrays knows that, too
+    return self.trained
 
   @property
   def whole(self) -> TrainState:

@@ -10,7 +10,7 @@ import concurrent.futures
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -71,11 +71,12 @@ def to_host(tree: Any) -> dict[str, np.ndarray]:
   return {name: np.asarray(x, order="C") for name, x in fetched.items()}
 
 
-def from_host(arrays: Mapping[str, np.ndarray], like: Any, *, what: str) -> Any:
+def from_host(arrays: Mapping[str, Any], like: Any, *, what: str) -> Any:
   """Rebuilds a pytree from named arrays.
 
   Args:
-    arrays: what `to_host` returned; every leaf of `like` and no other.
+    arrays: what `to_host` returned; every leaf of `like` and no other. Of what
+      goes to devices of several processes, `chunks.Parts` are enough.
     like: pytree of arrays or `jax.ShapeDtypeStruct`s. A leaf goes to
       the sharding of its likeness where that has one, else to the default
       device.
@@ -124,27 +125,40 @@ def describe(array: np.ndarray) -> dict[str, Any]:
 
 def describe_all(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
   """Describes arrays by name, on as many threads as there are cores."""
+  return threaded(describe, arrays)
+
+
+def threaded(
+    work: Callable[[np.ndarray], Any], arrays: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+  """Does something to arrays by name, on as many threads as there are cores."""
   if sum(array.nbytes for array in arrays.values()) < _THREADED:
-    return {name: describe(array) for name, array in arrays.items()}
+    return {name: work(array) for name, array in arrays.items()}
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-    found = threads.map(describe, arrays.values())
+    found = threads.map(work, arrays.values())
     return dict(zip(arrays, found, strict=True))
 
 
 class Checker:
-  """Compares arrays with their descriptions, in threads; a context manager.
+  """Compares arrays with what they should be, in threads; a context manager.
 
   Leaving it waits for them, and raises CorruptError where an array is missing,
   unexpected or different.
   """
 
-  def __init__(self, described: Mapping) -> None:
+  def __init__(
+      self,
+      names: Iterable[str],
+      differing: Callable[[str, Any], Sequence[str]],
+  ) -> None:
     """Begins with nothing.
 
     Args:
-      described: what `describe` said of the arrays when they were written.
+      names: of the arrays.
+      differing: names what of an array is not as it should be.
     """
-    self._described = described
+    self._names = set(names)
+    self._differing = differing
     self._found: dict[str, concurrent.futures.Future] = {}
     self._threads = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
 
@@ -152,24 +166,19 @@ class Checker:
     """Returns itself."""
     return self
 
-  def add(self, name: str, array: np.ndarray) -> None:
+  def add(self, name: str, array: Any) -> None:
     """Starts comparing an array, which must not change meanwhile."""
-    self._found[name] = self._threads.submit(describe, array)
+    self._found[name] = self._threads.submit(self._differing, name, array)
 
   def __exit__(self, kind: object, *_: object) -> None:
     """Waits, and says what differs unless something else went wrong."""
     self._threads.shutdown(cancel_futures=kind is not None)
     if kind is not None:
       return
-    if self._found.keys() != self._described.keys():
-      names = sorted(self._found.keys() ^ self._described.keys())
+    if self._found.keys() != self._names:
+      names = sorted(self._found.keys() ^ self._names)
       raise CorruptError(f"arrays missing or unexpected: {_some(names)}")
-    bad = [
-        name
-        for name, found in self._found.items()
-        if found.result() != self._described[name]
-    ]
-    if bad:
+    if bad := [one for found in self._found.values() for one in found.result()]:
       raise CorruptError(f"digests differ: {_some(bad)}")
 
 
@@ -183,7 +192,11 @@ def verify(arrays: Mapping[str, np.ndarray], described: Mapping) -> None:
   Raises:
     CorruptError: an array is missing, unexpected or different.
   """
-  with Checker(described) as checker:
+
+  def differing(name: str, array: np.ndarray) -> list[str]:
+    return [] if describe(array) == described.get(name) else [name]
+
+  with Checker(described, differing) as checker:
     for name, array in arrays.items():
       checker.add(name, array)
 
@@ -237,14 +250,18 @@ def _key_form(leaf: Any) -> tuple[jax.ShapeDtypeStruct, Any]:
   return jax.eval_shape(words, leaf), kinds[0]
 
 
-def _to_device(array: np.ndarray, like: Any) -> jax.Array:
+def _to_device(array: Any, like: Any) -> jax.Array:
   """Puts an array where `like` lives; uncommitted where `like` is."""
   if is_key(like):
     _, kind = _key_form(like)
     return jax.random.wrap_key_data(jax.device_put(array), impl=kind)
   committed = getattr(like, "committed", True)
   sharding = getattr(like, "sharding", None) if committed else None
-  return jax.device_put(array, sharding)
+  if sharding is None or sharding.is_fully_addressable:
+    return jax.device_put(array, sharding)
+  return jax.make_array_from_callback(
+      array.shape, sharding, lambda region: array[region]
+  )
 
 
 def _some(items: list[str]) -> str:

@@ -1,15 +1,17 @@
 """What a version's manifest says: shapes, dtypes and digests of its arrays."""
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from mgrpo_jax import atomic, leaves
+from mgrpo_jax import atomic, chunks, leaves
+from mgrpo_jax.chunks import Grid, Parts
 
-FORMAT = 1
+FORMAT = 2
 NAMES = {"manifest.json", "published.json"}  # beside a version's arrays
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -19,36 +21,74 @@ def path(policy: str, number: int) -> str:
   return f"policies/{policy}/v{number}"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contents:
+  """What a version holds.
+
+  Attributes:
+    arrays: JSON of each array by name: `shape`, `dtype`, shape of a `chunk` and
+      `digests`, of the chunks in C order.
+    rounded: dtypes that arrays had before they were rounded, by name.
+  """
+
+  arrays: Mapping[str, Mapping[str, Any]]
+  rounded: Mapping[str, str]
+
+
+def describe(grid: Grid, digests: Iterable[str]) -> dict[str, Any]:
+  """Returns what a manifest says of an array.
+
+  Args:
+    grid: of the array.
+    digests: of its chunks.
+  """
+  return {
+      "shape": list(grid.shape),
+      "dtype": grid.dtype.name,
+      "chunk": list(grid.chunk),
+      "digests": list(digests),
+  }
+
+
+def contents(
+    arrays: Mapping[str, np.ndarray], rounded: Mapping[str, str]
+) -> Contents:
+  """Describes arrays by name, on as many threads as there are cores."""
+
+  def one(array: np.ndarray) -> dict[str, Any]:
+    grid = chunks.grid(array)
+    pieces = chunks.parts(array, grid).pieces
+    return describe(grid, map(chunks.digest, pieces.values()))
+
+  found = leaves.threaded(one, arrays)
+  return Contents(arrays=found, rounded=rounded)
+
+
 def make(
-    policy: str,
-    number: int,
-    arrays: Mapping[str, np.ndarray],
-    *,
-    rounded: Mapping[str, str],
-    meta: Mapping[str, Any],
+    policy: str, number: int, held: Contents, *, meta: Mapping[str, Any]
 ) -> dict[str, Any]:
   """Returns a sealed manifest.
 
   Args:
     policy: the policy's name.
     number: of the version.
-    arrays: as they are written, by name.
-    rounded: dtypes that arrays had before they were rounded, by name.
-    meta: JSON kept beside them.
+    held: what the version holds, as it is written.
+    meta: JSON kept beside the arrays.
 
   Raises:
     ValueError: an array has a name that is taken.
   """
-  if taken := sorted(NAMES & {name.split("/")[-1] for name in arrays}):
+  if taken := sorted(NAMES & {name.split("/")[-1] for name in held.arrays}):
     raise ValueError(f"params: a leaf may not be named {taken[0]!r}")
   body = {
       "format": FORMAT,
       "policy": policy,
       "number": number,
       "meta": dict(meta),
-      "arrays": leaves.describe_all(arrays),
+      "arrays": dict(held.arrays),
   }
-  return leaves.seal(body | ({"rounded": dict(rounded)} if rounded else {}))
+  rounded = {"rounded": dict(held.rounded)} if held.rounded else {}
+  return leaves.seal(body | rounded)
 
 
 def parse(data: bytes, policy: str, number: int) -> dict[str, Any]:
@@ -64,9 +104,59 @@ def parse(data: bytes, policy: str, number: int) -> dict[str, Any]:
     raise atomic.CorruptError("the manifest is not JSON") from error
   if (manifest["policy"], manifest["number"]) != (policy, number):
     raise atomic.CorruptError("the manifest is another version's")
+  if manifest["format"] == 1:
+    arrays = {n: _in_one(one) for n, one in manifest["arrays"].items()}
+    return manifest | {"arrays": arrays}
   if manifest["format"] != FORMAT:
-    raise atomic.MismatchError(f"format {manifest['format']}, not {FORMAT}")
+    raise atomic.MismatchError(
+        f"version {number} of {policy} has format {manifest['format']},"
+        f" allowed: 1, {FORMAT}"
+    )
   return manifest
+
+
+def grids(manifest: Mapping[str, Any]) -> dict[str, Grid]:
+  """How the arrays of a version are cut, by name."""
+  return {
+      name: Grid(
+          shape=tuple(one["shape"]),
+          dtype=np.dtype(one["dtype"]),
+          chunk=tuple(one["chunk"]),
+      )
+      for name, one in manifest["arrays"].items()
+  }
+
+
+def checker(manifest: Mapping[str, Any]) -> leaves.Checker:
+  """Compares arrays that are read, or chunks of them, with what was written.
+
+  Args:
+    manifest: of the version.
+
+  Returns:
+    The checker of all of its arrays, which names chunks that differ.
+  """
+  cuts = grids(manifest)
+
+  def differing(name: str, found: np.ndarray | Parts) -> list[str]:
+    if name not in cuts:
+      return [name]
+    grid, said = cuts[name], manifest["arrays"][name]["digests"]
+    if (found.shape, found.dtype) != (grid.shape, grid.dtype):
+      return [name]
+    held = found if isinstance(found, Parts) else chunks.parts(found, grid)
+    return [
+        f"{name}/{grid.key(number)}"
+        for number, piece in held.pieces.items()
+        if chunks.digest(piece) != said[number]
+    ]
+
+  return leaves.Checker(cuts, differing)
+
+
+def narrowed(dtype: np.dtype) -> np.dtype:
+  """The dtype that short weights have in place of another."""
+  return _BFLOAT16 if dtype == np.float32 else dtype
 
 
 def round_off(
@@ -80,20 +170,34 @@ def round_off(
   Returns:
     All arrays, and the dtypes of those that were rounded.
   """
-  wide = {n for n, array in arrays.items() if array.dtype == np.float32}
   done = {
-      name: array.astype(_BFLOAT16) if name in wide else array
+      name: array.astype(narrowed(array.dtype), copy=False)
       for name, array in arrays.items()
   }
-  return done, {name: arrays[name].dtype.name for name in sorted(wide)}
+  return done, {
+      name: arrays[name].dtype.name
+      for name in sorted(arrays)
+      if done[name].dtype != arrays[name].dtype
+  }
 
 
 def widened(
-    arrays: Mapping[str, np.ndarray], manifest: Mapping[str, Any]
-) -> dict[str, np.ndarray]:
+    arrays: Mapping[str, np.ndarray | Parts], manifest: Mapping[str, Any]
+) -> dict[str, np.ndarray | Parts]:
   """Gives arrays that were rounded the dtype back that they had."""
   before = manifest.get("rounded", {})
   return {
       name: array.astype(before[name]) if name in before else array
       for name, array in arrays.items()
+  }
+
+
+def _in_one(described: Mapping[str, Any]) -> dict[str, Any]:
+  """What format 1 said of an array, which had one digest, as of one chunk."""
+  shape, digest = described["shape"], described["digest"]
+  return {
+      "shape": shape,
+      "dtype": described["dtype"],
+      "chunk": [max(1, size) for size in shape],
+      "digests": [digest] if 0 not in shape else [],
   }

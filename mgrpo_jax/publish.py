@@ -18,14 +18,15 @@ import contextlib
 import dataclasses
 import json
 import logging
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-from mgrpo_jax import atomic, leases, leaves
+from mgrpo_jax import atomic, chunks, leases, leaves, retention
 from mgrpo_jax import manifest as manifests
+from mgrpo_jax.chunks import Grid
 from mgrpo_jax.keys import check_name
+from mgrpo_jax.offer import Offer, Whole
 from mgrpo_jax.store import Store
 from mgrpo_jax.types import PolicyVersion
 
@@ -33,7 +34,6 @@ _ATTEMPTS = 5  # reads overtaken by the publisher's retention
 _READINGS = 2  # of a version, before what was damaged counts as stored so
 _NO_NUMBER = -1  # stands for LATEST itself among what was skipped
 _LOG = logging.getLogger(__name__)
-_VERSION = re.compile(r"v(\d+)/")
 
 
 class OvertakenError(atomic.StorageError):
@@ -96,7 +96,7 @@ def publish(
     store: the bucket.
     policy: the policy's name, one path segment.
     number: version number, ≥ 0.
-    params: pytree of arrays.
+    params: pytree of arrays, or an `Offer` of weights that lie elsewhere.
     keep: how many versions stay, ≥ 1; leased ones stay besides.
     meta: JSON kept beside the weights (step, stage, …).
     short: whether float32 is rounded to bfloat16, and read as float32 again.
@@ -110,32 +110,22 @@ def publish(
     StorageError: the store cannot be written; LATEST is then as before.
     ValueError: a name, number or count is out of range.
   """
-  _check(policy, number)
-  if keep < 1:
-    raise ValueError(f"keep: {keep} must be at least 1")
-  arrays = leaves.to_host(params)
-  arrays, rounded = manifests.round_off(arrays) if short else (arrays, {})
-  manifest = manifests.make(policy, number, arrays, rounded=rounded, meta=meta)
-  path = manifests.path(policy, number)
-  version = PolicyVersion(
-      policy=policy, number=number, path=path, digest=manifest["digest"]
-  )
-  sure()
-  store.settle()
-  before = store.read(_pointer_key(policy))
-  if not _is_whole(store, version):
-    _remove(store, path)
+  offer = params if isinstance(params, Offer) else Whole(params, short=short)
+  with contextlib.closing(offer):
+    _check(policy, number)
+    if keep < 1:
+      raise ValueError(f"keep: {keep} must be at least 1")
+    held = offer.describe(store)
+    manifest = manifests.make(policy, number, held, meta=meta)
+    path = manifests.path(policy, number)
+    version = PolicyVersion(
+        policy=policy, number=number, path=path, digest=manifest["digest"]
+    )
+    sure()
     store.settle()
-    try:
-      store.write_arrays(path, arrays)
-      when = json.dumps({"time": time.time()}).encode()
-      store.put(f"{path}/published.json", when)
-      store.put(f"{path}/manifest.json", json.dumps(manifest).encode())
-    except atomic.StorageError:
-      with contextlib.suppress(atomic.StorageError):
-        sure()  # else it is another process's by now
-        _remove(store, path)  # on a full disk, what was written only harms
-      raise
+    before = store.read(_pointer_key(policy))
+    if not _is_whole(store, version):
+      _write(store, offer, path, manifest, sure)
   pointer = {"number": number, "path": path, "digest": version.digest}
   sure()
   if not store.replace(before, json.dumps(pointer).encode()):
@@ -144,7 +134,7 @@ def publish(
         f"{before.key} in {store.url} was changed while version {number} was"
         " written: another process publishes this policy"
     )
-  damaged = _retain(store, policy, number, keep, sure)
+  damaged = retention.retain(store, policy, number, keep, sure)
   return Published(version=version, damaged=damaged)
 
 
@@ -163,7 +153,8 @@ def read(
     number: a version, or `latest`: the version LATEST points at or, where that
       is corrupt, the newest good one before it.
     like: pytree of arrays or `jax.ShapeDtypeStruct`s, as `policy.abstract`
-      gives; weights go to its shardings.
+      gives; weights go to its shardings. Where those are of several processes
+      each reads, by number, only chunks that its devices take.
 
   Returns:
     The weights, all of one version.
@@ -222,7 +213,7 @@ def versions(store: Store, policy: str) -> list[int]:
   """Returns the numbers of all versions that have a manifest, ascending."""
   root = f"policies/{check_name(policy, 'policy')}/"
   keys = [key.removeprefix(root) for key in store.list(root.rstrip("/"))]
-  return sorted(_whole_among(keys))
+  return sorted(retention.whole_among(keys))
 
 
 def lease(
@@ -258,6 +249,28 @@ def release(store: Store, policy: str, number: int, *, holder: str) -> None:
   leases.remove(store, f"policies/{policy}", number, holder=holder)
 
 
+def _write(
+    store: Store,
+    offer: Offer,
+    path: str,
+    manifest: Mapping[str, Any],
+    sure: Callable[[], None],
+) -> None:
+  """Writes a version, its manifest last; what lay there goes before."""
+  retention.remove(store, path)
+  store.settle()
+  try:
+    offer.write(store, path)
+    when = json.dumps({"time": time.time()}).encode()
+    store.put(f"{path}/published.json", when)
+    store.put(f"{path}/manifest.json", json.dumps(manifest).encode())
+  except atomic.StorageError:
+    with contextlib.suppress(atomic.StorageError):
+      sure()  # else it is another process's by now
+      retention.remove(store, path)  # on a full disk, it only harms
+    raise
+
+
 def _read_number(store: Store, policy: str, number: int, like: Any) -> Weights:
   """Reads one version; what changed while being read is read again."""
   path = manifests.path(policy, number)
@@ -272,9 +285,8 @@ def _read_number(store: Store, policy: str, number: int, like: Any) -> Weights:
     seen[found] += 1
     try:
       manifest = manifests.parse(found, policy, number)
-      described = manifest["arrays"]
-      with leaves.Checker(described) as checker:
-        arrays = store.read_arrays(path, described, checker.add)
+      with manifests.checker(manifest) as checker:
+        arrays = _fetch(store, path, manifest, like, checker.add)
     except atomic.CorruptError as caught:
       error = caught
       continue
@@ -295,6 +307,32 @@ def _read_number(store: Store, policy: str, number: int, like: Any) -> Weights:
   raise atomic.CorruptError(
       f"version {number} of {policy} in {store.url} is corrupt: {error}"
   ) from error
+
+
+def _fetch(
+    store: Store,
+    path: str,
+    manifest: Mapping[str, Any],
+    like: Any,
+    seen: Callable[[str, Any], object],
+) -> dict[str, Any]:
+  """Reads arrays; of those for several processes, what this one's devices take.
+
+  Returns:
+    Arrays or `Parts` by name.
+  """
+  grids = manifests.grids(manifest)
+  wanted: dict[str, tuple[Grid, list[int]]] = {}
+  for name, leaf in leaves.named(like).items():
+    where = getattr(leaf, "sharding", None)
+    if where is None or where.is_fully_addressable or name not in grids:
+      continue
+    grid = grids[name]
+    if leaf.shape == grid.shape:  # else it is an error, told in a moment
+      wanted[name] = grid, chunks.touched(grid, where)
+  whole = [name for name in grids if name not in wanted]
+  found: dict[str, Any] = store.read_arrays(path, whole, seen)
+  return found | store.arrays.read_parts(path, wanted, seen)
 
 
 def _pointed(store: Store, policy: str, pointer: bytes) -> PolicyVersion:
@@ -334,59 +372,20 @@ def _candidates(
   yield from (n for n in reversed(older) if n not in skipped)
 
 
-def _whole_among(keys: Iterable[str]) -> set[int]:
-  """The versions that have a manifest, of keys below a policy's folder."""
-  found = [_VERSION.match(k) for k in keys if k.endswith("/manifest.json")]
-  return {int(match[1]) for match in found if match}
-
-
 def _is_whole(store: Store, version: PolicyVersion) -> bool:
   """Returns whether exactly this version already lies in the store."""
   found = store.get(f"{version.path}/manifest.json")
   if found is None:
     return False
   try:
-    described = manifests.parse(found, version.policy, version.number)["arrays"]
+    manifest = manifests.parse(found, version.policy, version.number)
     if json.loads(found)["digest"] != version.digest:
       return False
-    with leaves.Checker(described) as checker:
-      store.read_arrays(version.path, described, checker.add)
+    with manifests.checker(manifest) as checker:
+      store.read_arrays(version.path, manifest["arrays"], checker.add)
   except atomic.CorruptError:
     return False
   return True
-
-
-def _retain(
-    store: Store, policy: str, number: int, keep: int, sure: Callable[[], None]
-) -> tuple[str, ...]:
-  """Deletes what is neither new, nor leased, nor pointed to."""
-  root = f"policies/{policy}"
-  keys = [key.removeprefix(f"{root}/") for key in store.list(root)]
-  present = {int(m[1]) for m in map(_VERSION.match, keys) if m}
-  past = sorted(n for n in _whole_among(keys) if n <= number)
-  held = leases.held(store, root)
-  gone = set(held.over.values()) - present
-  for old in sorted(present - {number, *past[-keep:], *held.versions}):
-    path = manifests.path(policy, old)
-    sure()
-    manifest = store.get(f"{path}/manifest.json")
-    if manifest is not None:
-      store.delete(f"{path}/manifest.json")
-      if old in leases.held(store, root, old).versions:  # taken in between
-        store.put(f"{path}/manifest.json", manifest)
-        continue
-    store.discard(path)  # gone by the next publication
-    gone.add(old)
-  for key in (k for k, old in held.over.items() if old in gone):
-    store.delete(key)
-  return held.damaged
-
-
-def _remove(store: Store, path: str) -> None:
-  """Removes a version; its manifest first, so that nobody starts on it."""
-  if store.get(f"{path}/manifest.json") is not None:
-    store.delete(f"{path}/manifest.json")
-  store.discard(path)
 
 
 def _check(policy: str, number: int) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from mgrpo_jax import credit, statistics
+from mgrpo_jax import credit, manifest, statistics
 from mgrpo_jax.resources import Resources
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.types import RolloutGroup
@@ -115,4 +115,7 @@ class Publisher:
     meta = {"step": version - 1, "fingerprint": resources.fingerprints[policy]}
     if learner.lora is not None:  # what else it takes to merge it
       meta["adapter"] = dataclasses.asdict(learner.lora)
-    resources.writer.write(policy, version, learner.trained, meta=meta)
+    weights = learner.offered(
+        manifest.path(policy, version), short=resources.setup.publish_short
+    )
+    resources.writer.write(policy, version, weights, meta=meta)

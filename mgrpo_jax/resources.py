@@ -16,6 +16,7 @@ from mgrpo_jax.agents.activity import Activity
 from mgrpo_jax.agents.actor import Actor
 from mgrpo_jax.agents.context import Elsewhere, Environment
 from mgrpo_jax.agents.team import Team
+from mgrpo_jax.hosts import spread
 from mgrpo_jax.learner import Learner
 from mgrpo_jax.plan import Setup
 from mgrpo_jax.policy import fingerprint
@@ -185,9 +186,10 @@ class Resources:
     for name, engine in self.engines.items():
       learner, meshes = self.learners[name], self.setup.meshes[name]
       merges = learner.lora is not None  # which its base's mesh does
-      like = sharding.shapes(
-          learner.specs, meshes.learner if merges else meshes.sampler
-      )
+      place = meshes.learner if merges else meshes.sampler
+      if spread.is_spread(place):
+        place = None  # others do not read now; the learner hands it to them
+      like = sharding.shapes(learner.specs, place)
       number: int | Literal["latest"] = "latest"
       if version != "latest":
         number = max((n for n in kept[name] if n <= version), default=version)

@@ -11,7 +11,6 @@ Operations end: failures of a server are retried for as long as `open` is told
 """
 
 import dataclasses
-import functools
 import math
 import os
 import pathlib
@@ -24,7 +23,8 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from mgrpo_jax import atomic, attempts, bucket, removal, zarr
+from mgrpo_jax import atomic, attempts, bucket, removal
+from mgrpo_jax.arrays import Arrays
 from mgrpo_jax.keys import check_key
 
 
@@ -48,6 +48,7 @@ class Store:
 
   Attributes:
     url: where it is, without a trailing slash.
+    arrays: its arrays, also in parts.
   """
 
   def __init__(
@@ -68,11 +69,12 @@ class Store:
       url: where it is.
       patience: seconds that an operation may take.
     """
-    self._kvstore, self._bulk, self._whole = kvstore, bulk, whole
+    self._kvstore, self._whole = kvstore, whole
     self.url = url
     self._patience, self._limit = patience, math.inf
     local = pathlib.Path(kvstore.path) if url.startswith("file://") else None
     self._removal = removal.Removal(bulk, local)
+    self.arrays = Arrays(bulk, self._wait, self._clear)
     self._asking = threading.Lock()
     self._can_swap: bool | None = whole is None or None  # None: not asked yet
 
@@ -87,6 +89,10 @@ class Store:
       if self._can_swap is None:
         self._can_swap = self._keeps_conditions()
     return self._can_swap
+
+  def limit(self) -> float:
+    """When every operation ends at the latest, by `time.monotonic`."""
+    return self._limit
 
   def hurry(self, seconds: float) -> None:
     """Has every operation end so many seconds from now; for who leaves."""
@@ -246,19 +252,7 @@ class Store:
       StorageError: the store cannot be written.
       ValueError: a name is not a relative path.
     """
-    keys = {name: check_key(f"{prefix}/{name}") for name in arrays}
-    self._removal.begin(removal.below(self.list(prefix), keys.values()))
-    self.settle()
-    creating = {
-        n: functools.partial(zarr.create, self._bulk, keys[n], arrays[n])
-        for n in keys
-    }
-    opened = self._all("write", keys, creating)
-    filling = {
-        n: functools.partial(zarr.write, opened[n], arrays[n]) for n in keys
-    }
-    sizes = {n: array.nbytes for n, array in arrays.items()}
-    self._all("write", keys, filling, sizes)
+    self.arrays.write(prefix, arrays)
 
   def read_arrays(
       self,
@@ -281,38 +275,12 @@ class Store:
       StorageError: the store cannot be read.
       ValueError: a name is not a relative path.
     """
-    keys = {name: check_key(f"{prefix}/{name}") for name in names}
-    begin = {n: functools.partial(zarr.open, self._bulk, keys[n]) for n in keys}
-    try:
-      opened = self._all("read", keys, begin)
-      return self._all(
-          "read",
-          keys,
-          {n: functools.partial(zarr.Reading, opened[n]) for n in keys},
-          {n: zarr.nbytes(opened[n]) for n in keys},
-          seen,
-      )
-    except attempts.UndecodedError as error:
-      raise atomic.CorruptError(str(error)) from error
+    return self.arrays.read(prefix, names, seen)
 
-  def _all(
-      self,
-      verb: str,
-      keys: Mapping[str, str],
-      starts: Mapping[str, Callable[[], attempts.Pending]],
-      sizes: Mapping[str, int] | None = None,
-      done: Callable[[str, Any], object] = lambda *_: None,
-  ) -> dict[str, Any]:
-    """Does something to many arrays at the same time, and waits for all."""
-    begun = {name: start() for name, start in starts.items()}
-    found = {}
-    for name, start in starts.items():
-      size = (sizes or {}).get(name, 0)
-      found[name] = self._wait(
-          verb, keys[name], start, started=begun[name], nbytes=size
-      )
-      done(name, found[name])
-    return found
+  def _clear(self, prefix: str, folders: Iterable[str]) -> None:
+    """Removes what lies in folders below a prefix."""
+    self._removal.begin(removal.below(self.list(prefix), folders))
+    self.settle()
 
   def _keeps_conditions(self) -> bool:
     """Asks the server whether it minds a condition that does not hold."""
@@ -351,7 +319,7 @@ class Store:
         patience=self._patience,
         nbytes=nbytes,
         started=started,
-        limit=lambda: self._limit,
+        limit=self.limit,
     )
 
   def _where(self, key: str) -> str:

@@ -64,7 +64,7 @@ class Writer:
     Args:
       policy: the policy's name.
       number: of the version.
-      params: pytree of arrays that do not change.
+      params: pytree of arrays that do not change, or an `Offer`.
       meta: JSON kept beside them.
     """
     self._pending.append(

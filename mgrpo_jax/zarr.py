@@ -1,15 +1,17 @@
 """An array of the store: a folder in the zarr3 format, raw and in chunks."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
-MAX_CHUNK_BYTES = 64 << 20
+from mgrpo_jax.chunks import Grid
+
 _ALIGNED = 64  # bytes
 
 
-def create(kvstore: ts.KvStore, key: str, array: np.ndarray) -> ts.Future:
+def create(kvstore: ts.KvStore, key: str, grid: Grid) -> ts.Future:
   """Starts making the place for an array, or opens it where it is made.
 
   An array of another shape or dtype must be removed before. `delete_existing`
@@ -19,9 +21,9 @@ def create(kvstore: ts.KvStore, key: str, array: np.ndarray) -> ts.Future:
   return ts.open(
       {"driver": "zarr3", "metadata": {"codecs": ["bytes"]}},
       kvstore=kvstore / f"{key}/",
-      dtype=array.dtype,
-      shape=array.shape,
-      chunk_layout=ts.ChunkLayout(chunk_shape=_chunk_shape(array)),
+      dtype=grid.dtype,
+      shape=grid.shape,
+      chunk_layout=ts.ChunkLayout(chunk_shape=grid.chunk),
       open=True,
       create=True,
   )
@@ -36,6 +38,11 @@ def open(kvstore: ts.KvStore, key: str) -> ts.Future:
 def write(target: Any, array: np.ndarray) -> ts.Future:
   """Starts writing all of an array, which must not change until it is done."""
   return target.write(array, can_reference_source_data_indefinitely=True).commit
+
+
+def region(source: Any, where: Sequence[slice]) -> Any:
+  """A part of an open array."""
+  return source[tuple(where)][ts.d[:].translate_to[0]] if where else source
 
 
 def nbytes(source: Any) -> int:
@@ -66,12 +73,3 @@ class Reading:
   def cancel(self) -> None:
     """Gives it up."""
     self._future.cancel()
-
-
-def _chunk_shape(array: np.ndarray) -> list[int]:
-  """Cuts the first dimension so that a chunk stays below its limit."""
-  shape = [max(1, size) for size in array.shape]
-  if array.nbytes > MAX_CHUNK_BYTES:
-    row = max(1, array.nbytes // shape[0])
-    shape[0] = max(1, MAX_CHUNK_BYTES // row)
-  return shape

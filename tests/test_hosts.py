@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import queue
 import threading
+import time
 
 import jax
 import numpy as np
@@ -19,12 +20,13 @@ from test_learner import (
 
 from configs import decoupled_quickstart
 from experiments import hosting
-from mgrpo_jax import objectives, optim, packing
+from mgrpo_jax import objectives, optim, packing, publish, store
 from mgrpo_jax.hosts import channel as channels
 from mgrpo_jax.hosts import crew, group
 from mgrpo_jax.hosts.channel import Channel, SilentError
 from mgrpo_jax.hosts.crew import Crew, DrivenError
 from mgrpo_jax.hosts.driver import Driver, driving
+from mgrpo_jax.hosts.sharing import Helper
 from mgrpo_jax.learner import Learner
 from mgrpo_jax.policy.lora import LoRA
 from mgrpo_jax.types import TrainBatch
@@ -115,6 +117,11 @@ def same(one, other):
   return all(np.array_equal(a, b) for a, b in pairs)
 
 
+@pytest.fixture
+def bucket(tmp_path):
+  return store.open_folder(tmp_path)
+
+
 @pytest.mark.parametrize("piece", [1 << 24, 8192])
 def test_an_order_comes_as_it_was_given(monkeypatch, piece):
   monkeypatch.setattr(channels, "_PIECE", piece)
@@ -153,8 +160,28 @@ def test_who_takes_no_orders_is_named():
       first.tell("kind")
 
 
+def test_what_is_said_is_heard_once_or_by_all():
+  first, second, keys = pair(patience=0.01)
+  second.say("a", {"x": 1})
+  assert first.listen("a", 1) == {"x": 1}
+  first.say("b", {})
+  for _ in range(2):
+    assert second.listen("b", 0, keeps=True) == {}
+  first.forget("b")
+  assert not keys.values
+
+
+def test_who_says_nothing_is_named():
+  first, _, _ = pair(patience=0.01)
+  with pytest.raises(SilentError, match="process 1 .* has not said 'a'"):
+    first.listen("a", 1)
+  begun = time.monotonic()
+  with pytest.raises(SilentError, match="process 1"):
+    first.listen("a", 1, more=600.0, limit=lambda: begun)
+
+
 @pytest.mark.parametrize("lora", [None, ADAPTED])
-def test_the_crew_ends_with_the_drivers_state(lora):
+def test_the_crew_ends_with_the_drivers_state(lora, bucket):
   first, second, _ = pair()
   driver = make(Driver, lora=lora, channel=first)
   alone, helper = make(lora=lora), make(lora=lora)
@@ -165,6 +192,7 @@ def test_the_crew_ends_with_the_drivers_state(lora):
         mesh=None,
         make=lambda: helper,
         objectives=OBJECTIVES,
+        store=bucket,
     )
     with driving(first):
       for learner in (driver, alone):
@@ -174,6 +202,10 @@ def test_the_crew_ends_with_the_drivers_state(lora):
         found = train(learner, REGULARISED).metrics()
         assert found["kl"] > 0  # the reference is older than the first of them
       assert same(driver.weights, alone.weights)
+      offered = driver.offered("policies/main/v0", short=False)
+      publish.publish(bucket, "main", 0, offered, keep=1, meta={})
+      found = publish.read(bucket, "main", 0, like=alone.trained)
+      assert same(found.params, alone.trained)
       kept = driver.whole
       train(driver, REGULARISED)
       assert not same(driver.trained, alone.trained)
@@ -187,17 +219,19 @@ def test_the_crew_ends_with_the_drivers_state(lora):
   assert same(helper.state, alone.state)
 
 
-def test_the_crew_ends_with_the_reason_of_process_0():
+def test_the_crew_ends_with_the_reason_of_process_0(bucket):
   first, second, _ = pair()
   with pytest.raises(OSError, match="disk"):
     with driving(first):
       raise OSError("no disk")
   with pytest.raises(DrivenError, match="process 0 ended: no disk"):
-    crew.assist(second, mesh=None, make=make, objectives=OBJECTIVES)
+    crew.assist(
+        second, mesh=None, make=make, objectives=OBJECTIVES, store=bucket
+    )
 
 
-def test_orders_that_do_not_fit_are_refused():
-  helper = Crew(make(), OBJECTIVES)
+def test_orders_that_do_not_fit_are_refused(bucket):
+  helper = Crew(make(), OBJECTIVES, Helper(bucket, pair()[1]))
   order = channels.Order(kind="dance", values={}, arrays=())
   with pytest.raises(ValueError, match="'dance'"):
     helper.obey(order)

@@ -12,7 +12,9 @@ import jax
 import numpy as np
 import pytest
 
+from mgrpo_jax import publish, sharding, store
 from mgrpo_jax.policy.load import load
+from mgrpo_jax.policy.params import param_specs
 from mgrpo_jax.report.writer import read_metrics
 
 PROGRAM = pathlib.Path(__file__).parent / "tiny_hosts.py"
@@ -75,8 +77,11 @@ class Team:
   def log(self, job, number):
     return (self.root / f"{job}.{number}.log").read_text()[-5000:]
 
+  def policy(self, name, job="all"):
+    return load(self.root / job / "policies" / name)
+
   def weights(self, job, policy):
-    found = load(self.root / job / "policies" / policy)
+    found = self.policy(policy, job)
     return [np.asarray(leaf) for leaf in jax.tree.leaves(found.params)]
 
 
@@ -104,6 +109,30 @@ def test_parameters_are_those_of_one_process_bit_for_bit(teams, policy):
   expected = whole.weights("all", policy)
   actual = spread.weights(policy, policy)
   assert all(map(np.array_equal, expected, actual))
+
+
+def chunks(bucket, policy, number):
+  """How many a version has."""
+  text = bucket.get(f"policies/{policy}/v{number}/manifest.json")
+  arrays = json.loads(text)["arrays"].values()
+  return sum(len(one["digests"]) for one in arrays)
+
+
+@pytest.mark.parametrize("policy", JOBS)
+def test_what_two_processes_published_is_what_one_did(teams, policy):
+  whole, spread, _, _ = teams
+  like = sharding.shapes(param_specs(whole.policy(policy).config), None)
+  buckets = [store.open_folder(one.root / "bucket") for one in (whole, spread)]
+  numbers = publish.versions(buckets[0], policy)
+  assert numbers == publish.versions(buckets[1], policy)
+  for number in numbers:
+    expected, actual = (
+        jax.tree.leaves(publish.read(one, policy, number, like=like).params)
+        for one in buckets
+    )
+    assert all(map(np.array_equal, expected, actual))
+  one, several = (chunks(one, policy, numbers[-1]) for one in buckets)
+  assert several > 2 * one  # each shard is one
 
 
 def test_the_leader_ends_with_the_summary_of_one_process(teams):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mgrpo_jax import atomic, store, zarr
+from mgrpo_jax import atomic, chunks, store
 from mgrpo_jax.keys import check_key, check_name
 from mgrpo_jax.testing import object_servers
 
@@ -153,7 +153,7 @@ def test_arrays_come_back_bit_for_bit(bucket):
 
 
 def test_large_arrays_are_cut_into_chunks(tmp_path, monkeypatch):
-  monkeypatch.setattr(zarr, "MAX_CHUNK_BYTES", 1000)
+  monkeypatch.setattr(chunks, "MAX_BYTES", 1000)
   bucket = store.open_folder(tmp_path)
   array = np.arange(1001 * 3, dtype=np.float32).reshape(1001, 3)
   bucket.write_arrays("v", {"w": array})

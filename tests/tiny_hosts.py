@@ -52,6 +52,7 @@ def train(directory, bucket, policy):
   import tiny_job
   from delegating import delegating_setup
 
+  from mgrpo_jax import store
   from mgrpo_jax.decoupled.run import restricted
   from mgrpo_jax.hosts import crew
   from mgrpo_jax.hosts.driver import driving
@@ -76,6 +77,7 @@ def train(directory, bucket, policy):
             "imitate": method.imitation_loss,
             "reinforce": method.policy_loss,
         },
+        store=store.open(bucket),
     )
     return
   with driving(channel):

@@ -5,12 +5,15 @@ value store of `jax.distributed`, where the others wait for them without keeping
 a device busy; then the arrays are broadcast over the devices of all. Orders
 come in the order in which they were given, and process 0 is at most a few ahead
 of who is slowest.
+
+Beside the orders, threads of one process may say something to those of another.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -63,7 +66,12 @@ class Order:
 
 
 class Channel:
-  """Hands orders from process 0 of a job to its others."""
+  """Hands orders from process 0 of a job to its others.
+
+  Attributes:
+    process: number of this one.
+    others: numbers of all but process 0.
+  """
 
   def __init__(
       self,
@@ -85,8 +93,8 @@ class Channel:
         arrays of one shape.
     """
     self._client = client
-    self._process = process
-    self._others = range(1, processes)
+    self.process = process
+    self.others = range(1, processes)
     self._patience = patience
     self._broadcast = broadcast
     self._number = 0
@@ -147,13 +155,63 @@ class Channel:
     number, self._number = self._number, self._number + 1
     while (text := self._look(_order(number))) is None:
       pass
-    self._client.key_value_set(_taken(number, self._process), "1")
+    self._client.key_value_set(_taken(number, self.process), "1")
     words = json.loads(text)
     arrays = [np.empty(shape, kind) for shape, kind in words["arrays"]]
     self._share(arrays, source=False)
     return Order(
         kind=words["kind"], values=words["values"], arrays=tuple(arrays)
     )
+
+  def say(self, topic: str, value: Mapping[str, Any]) -> None:
+    """Says something to who listens, once a topic; any thread may.
+
+    Args:
+      topic: what it is about, another one each time.
+      value: JSON.
+    """
+    self._client.key_value_set(_said(topic, self.process), json.dumps(value))
+
+  def listen(
+      self,
+      topic: str,
+      process: int,
+      *,
+      more: float = 0.0,
+      limit: Callable[[], float] = lambda: math.inf,
+      keeps: bool = False,
+  ) -> Any:
+    """Waits for what a process says; any thread may.
+
+    Args:
+      topic: what it is about.
+      process: who says it.
+      more: seconds beyond this channel's patience that it may take.
+      limit: when to give up at the latest, by `time.monotonic`; asked again
+        and again.
+      keeps: for others that listen, too; else the word is removed.
+
+    Returns:
+      What was said.
+
+    Raises:
+      SilentError: it does not say it in time.
+    """
+    key, begun = _said(topic, process), time.monotonic()
+    while (text := self._look(key)) is None:
+      now = time.monotonic()
+      if now >= min(begun + self._patience + more, limit()):
+        raise SilentError(
+            f"process {process} of this job has not said {topic!r} within"
+            f" {now - begun:.0f} s"
+        )
+    if not keeps:
+      self._client.key_value_delete(key)
+    return json.loads(text)
+
+  def forget(self, topic: str) -> None:
+    """Removes what this process said, when all have heard it."""
+    self._client.key_value_delete(_said(topic, self.process))
 
   def _wait(self, name: str) -> None:
     """Waits until all processes wait under the same name."""
@@ -178,7 +236,7 @@ class Channel:
   def _forget(self, number: int) -> None:
     """Waits until all have taken an order, and removes it."""
     end = time.monotonic() + self._patience
-    for process in self._others:
+    for process in self.others:
       while self._look(_taken(number, process)) is None:
         if time.monotonic() >= end:
           raise SilentError(
@@ -236,3 +294,8 @@ def _order(number: int) -> str:
 def _taken(number: int, process: int) -> str:
   """Where a process says that it has an order."""
   return f"{_ROOT}/{number}/taken/{process}"
+
+
+def _said(topic: str, process: int) -> str:
+  """Where a process says something."""
+  return f"mgrpo/said/{topic}/{process}"

@@ -1,12 +1,14 @@
 """The other processes of a job: they do to their parts what process 0 does.
 
 They keep nothing of their own: no run directory, no journal, no sampler. Who is
-started again is given all of it by process 0.
+started again is given all of it by process 0. Into the bucket they write their
+chunks of versions, when process 0 says so.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +18,9 @@ import numpy as np
 from mgrpo_jax import losses, objectives
 from mgrpo_jax.hosts import spread
 from mgrpo_jax.hosts.channel import Channel, Order
+from mgrpo_jax.hosts.sharing import Helper
 from mgrpo_jax.learner import Learner
+from mgrpo_jax.store import Store
 from mgrpo_jax.types import TrainBatch
 
 MEET = "meet"  # before anything else
@@ -25,6 +29,7 @@ STEP = "step"  # objective, rates, batches of each minibatch; totals
 GATHER = "gather"  # what: params or state
 TAKE = "take"  # the state's arrays
 MERGE = "merge"  # the adapter's arrays
+PUBLISH = "publish"  # topic, folder, short
 MOVE = "move"
 END = "end"
 FAIL = "fail"  # reason
@@ -40,6 +45,7 @@ def assist(
     mesh: jax.sharding.Mesh | None,
     make: Callable[[], Learner],
     objectives: Mapping[str, objectives.Objective],
+    store: Store,
 ) -> None:
   """Does this process's part of what process 0 does, from begin to end.
 
@@ -48,6 +54,7 @@ def assist(
     mesh: of the learner.
     make: makes it, as process 0 makes its own.
     objectives: `imitate` and `reinforce`.
+    store: where weights are published.
 
   Raises:
     DrivenError: process 0 ended in an error.
@@ -55,7 +62,8 @@ def assist(
   """
   if _heard(channel).kind == MEET:
     channel.meet(mesh)
-    Crew(make(), objectives).run(channel)
+    with contextlib.closing(Helper(store, channel)) as helper:
+      Crew(make(), objectives, helper).run(channel)
 
 
 class Crew:
@@ -65,13 +73,16 @@ class Crew:
       self,
       learner: Learner,
       objectives: Mapping[str, objectives.Objective],
+      helper: Helper,
   ) -> None:
     """Starts with no batch.
 
     Args:
       learner: made as process 0 made its own.
       objectives: `imitate` and `reinforce`.
+      helper: writes this process's part of what is published.
     """
+    self._helper = helper
     self._learner = learner
     self._objectives = objectives
     self._batches: collections.deque[TrainBatch] = collections.deque()
@@ -110,6 +121,8 @@ class Crew:
       learner.take(_like(learner.state, order.arrays))
     elif order.kind == MERGE:
       merge(learner, order.arrays)
+    elif order.kind == PUBLISH:
+      self._helper.begin(learner.state.params, **order.values)
     elif order.kind == MOVE:
       learner.move_reference()
     else:

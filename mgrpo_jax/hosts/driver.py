@@ -12,6 +12,7 @@ import numpy as np
 from mgrpo_jax import losses, objectives
 from mgrpo_jax.hosts import crew, spread
 from mgrpo_jax.hosts.channel import Channel
+from mgrpo_jax.hosts.sharing import Shared
 from mgrpo_jax.learner import Learner, Step
 from mgrpo_jax.packing import Credit
 from mgrpo_jax.types import TrainBatch, TrainState
@@ -37,6 +38,7 @@ class Driver(Learner):
     super().__init__(*args, **kwargs)
     self._channel = channel
     self._gathered: Any = None  # `trained`, until it changes
+    self._offers = 0
 
   @property
   def trained(self) -> Any:
@@ -51,6 +53,16 @@ class Driver(Learner):
     """The train state."""
     self._channel.tell(crew.GATHER, {"what": "state"})
     return spread.gather(self.state)
+
+  def offered(self, folder: str, *, short: bool) -> Shared:
+    """Gives what is trained to be published, each process its own part."""
+    topic, self._offers = f"publish/{self._offers}", self._offers + 1
+    self._channel.tell(
+        crew.PUBLISH, {"topic": topic, "folder": folder, "short": short}
+    )
+    return Shared(
+        self.state.params, channel=self._channel, topic=topic, short=short
+    )
 
   def take(self, state: TrainState) -> None:
     """Continues from a state."""

@@ -1,0 +1,148 @@
+"""How arrays are cut, and put together from some of their chunks."""
+
+import dataclasses
+import errno
+import hashlib
+import itertools
+import os
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mgrpo_jax import atomic, chunks, store, zarr
+from mgrpo_jax.chunks import Grid, Parts
+
+SIZES = st.lists(st.tuples(st.integers(0, 7), st.integers(1, 4)), max_size=3)
+
+
+def cut(sizes) -> tuple[np.ndarray, Grid]:
+  """An array of different values, and a grid of it."""
+  shape = tuple(size for size, _ in sizes)
+  array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+  chunk = tuple(step for _, step in sizes)
+  return array, Grid(shape=shape, dtype=array.dtype, chunk=chunk)
+
+
+@given(SIZES)
+def test_chunks_cover_an_array_once_in_c_order(sizes):
+  array, grid = cut(sizes)
+  seen = np.zeros(array.shape, int)
+  steps = itertools.product(
+      *(range(0, size, step) for size, step in sizes)  # their first elements
+  )
+  for number, corner in zip(range(len(grid)), steps, strict=True):
+    where = grid.where(number)
+    assert tuple(one.start for one in where) == corner
+    seen[where] += 1
+  assert np.all(seen == 1)
+
+
+@given(SIZES, st.data())
+def test_a_region_is_put_together_from_the_chunks_that_it_touches(sizes, data):
+  array, grid = cut(sizes)
+  region = []
+  for size, _ in sizes:
+    start = data.draw(st.integers(0, size))
+    region.append(slice(start, data.draw(st.integers(start, size))))
+  whole = chunks.parts(array, grid)
+  numbers = grid.within(region)
+  expected = array[tuple(region)]
+  if expected.size:
+    touched = [
+        number
+        for number in range(len(grid))
+        if np.isin(array[grid.where(number)], expected).any()
+    ]
+    assert numbers == touched
+  some = Parts(grid=grid, pieces={n: whole.pieces[n] for n in numbers})
+  np.testing.assert_array_equal(some[region], expected)
+  narrow = some.astype(np.float16)[region]
+  assert narrow.dtype == np.float16
+  np.testing.assert_array_equal(narrow, expected.astype(np.float16))
+
+
+def test_a_chunk_that_is_not_here_is_missed():
+  array, grid = cut([(4, 2)])
+  some = Parts(grid=grid, pieces={0: array[:2]})
+  with pytest.raises(KeyError):
+    some[(slice(1, 3),)]
+
+
+def test_large_shards_are_cut_into_equal_chunks(monkeypatch):
+  monkeypatch.setattr(chunks, "MAX_BYTES", 100)
+  assert chunks.finer((25, 2), 2) == (25, 2)  # 100 bytes
+  assert chunks.finer((60, 2), 2) == (20, 2)  # 240 bytes
+  assert chunks.finer((50, 2), 2) == (25, 2)
+  assert chunks.finer((59, 2), 2) == (59, 2)  # a prime: one chunk
+  assert chunks.finer((), 4) == ()
+  assert chunks.finer((0, 3), 4) == (1, 3)
+
+
+def test_a_digest_is_of_the_bytes_in_c_order():
+  array = np.arange(6, dtype=np.int32).reshape(2, 3)
+  expected = hashlib.sha256(np.ascontiguousarray(array.T).tobytes()).hexdigest()
+  assert chunks.digest(array.T) == expected
+
+
+def test_chunks_that_several_write_are_one_array(tmp_path):
+  array, grid = cut([(7, 3), (4, 2)])
+  arrays = store.open_folder(tmp_path).arrays
+  arrays.create("v", {"w": grid})
+  held = chunks.parts(array, grid).pieces
+  for mine in (range(0, 6, 2), range(1, 6, 2)):
+    other = store.open_folder(tmp_path).arrays
+    pieces = {number: held[number] for number in mine}
+    other.write_parts("v", {"w": Parts(grid=grid, pieces=pieces)})
+  found = store.open_folder(tmp_path).read_arrays("v", ["w"])["w"]
+  np.testing.assert_array_equal(found, array)
+  seen = {}
+  some = arrays.read_parts("v", {"w": (grid, [1, 4])}, seen.__setitem__)["w"]
+  assert seen == {"w": some}
+  assert sorted(some.pieces) == [1, 4]
+  for number, piece in some.pieces.items():
+    np.testing.assert_array_equal(piece, held[number])
+  assert (tmp_path / "v/w" / grid.key(5)).exists()
+
+
+def test_an_array_of_another_form_is_not_read_in_parts(tmp_path):
+  array, grid = cut([(4, 2)])
+  arrays = store.open_folder(tmp_path).arrays
+  arrays.write("v", {"w": array})
+  for change in ({"shape": (6,)}, {"dtype": np.dtype(np.int32)}):
+    other = dataclasses.replace(grid, **change)
+    with pytest.raises(atomic.CorruptError, match="v/w is another array"):
+      arrays.read_parts("v", {"w": (other, [0])}, lambda *_: None)
+
+
+def test_where_one_write_fails_the_others_are_waited_for(tmp_path, monkeypatch):
+  array, grid = cut([(7, 3), (4, 2)])
+  arrays = store.open_folder(tmp_path).arrays
+  arrays.create("v", {"w": grid})
+  straight, ended = zarr.write, []
+
+  class Slow:
+    """A write that takes a while."""
+
+    def __init__(self, target, piece):
+      self.write = straight(target, piece)
+
+    def result(self, timeout):
+      time.sleep(0.02)
+      ended.append(self.write.result(timeout=timeout))
+
+  class Full:
+    """A write that fails at once."""
+
+    def result(self, timeout):
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  def write(target, piece):
+    return Full() if piece[0, 0] == 0 else Slow(target, piece)
+
+  monkeypatch.setattr(zarr, "write", write)
+  with pytest.raises(atomic.StorageError, match="v/w/c/0/0: No space left"):
+    arrays.write_parts("v", {"w": chunks.parts(array, grid)})
+  assert len(ended) == len(grid) - 1

@@ -1,0 +1,80 @@
+"""What a manifest says of chunks, and what older ones said."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from test_publish import LIKE, damage, params, put, read, same
+
+from mgrpo_jax import atomic, chunks, leaves, publish, store
+
+
+@pytest.fixture
+def bucket(tmp_path) -> store.Store:
+  return store.open_folder(tmp_path)
+
+
+def manifest_of(bucket, number):
+  return json.loads(bucket.get(f"policies/main/v{number}/manifest.json"))
+
+
+def write_manifest(bucket, number, body):
+  text = json.dumps(leaves.seal(body)).encode()
+  bucket.put(f"policies/main/v{number}/manifest.json", text)
+
+
+def test_every_chunk_has_its_digest(bucket, monkeypatch):
+  monkeypatch.setattr(chunks, "MAX_BYTES", 80)
+  put(bucket, 0)
+  said = manifest_of(bucket, 0)["arrays"]["embed"]
+  assert (said["shape"], said["chunk"]) == ([16, 4], [5, 4])
+  rows = np.split(params(0)["embed"], [5, 10, 15])
+  assert said["digests"] == [chunks.digest(one) for one in rows]
+  assert same(read(bucket).params, params(0))
+
+
+@pytest.mark.parametrize("how", ["delete", "flip"])
+def test_a_damaged_chunk_is_named(bucket, tmp_path, monkeypatch, how):
+  monkeypatch.setattr(chunks, "MAX_BYTES", 80)
+  for number in range(2):
+    put(bucket, number)
+  damage(tmp_path / "policies/main/v1/embed/c/2/0", how)
+  (line,) = read(bucket).skipped
+  assert line.endswith("is corrupt: digests differ: embed/c/2/0")
+  assert read(bucket).version.number == 0
+
+
+def as_format_1(bucket, number, arrays):
+  """Rewrites a manifest as it was before chunks had digests."""
+  body = manifest_of(bucket, number)
+  body.pop("digest")
+  described = leaves.describe_all(leaves.to_host(arrays))
+  write_manifest(bucket, number, body | {"format": 1, "arrays": described})
+
+
+def test_versions_of_format_1_are_read_and_checked(bucket, tmp_path):
+  arrays = {
+      "w": np.arange(12, dtype=np.float32).reshape(4, 3),
+      "scalar": np.float32(3),
+      "none": np.zeros((0, 3), np.float32),
+  }
+  like = jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, arrays))
+  publish.publish(bucket, "main", 0, arrays, keep=1, meta={})
+  as_format_1(bucket, 0, arrays)
+  assert same(publish.read(bucket, "main", 0, like=like).params, arrays)
+  damage(tmp_path / "policies/main/v0/w/c/0/0", "flip")
+  with pytest.raises(atomic.CorruptError, match="digests differ: w/c/0/0"):
+    publish.read(bucket, "main", 0, like=like)
+  publish.publish(bucket, "main", 0, arrays, keep=1, meta={})
+  assert manifest_of(bucket, 0)["format"] == 2
+  assert same(publish.read(bucket, "main", 0, like=like).params, arrays)
+
+
+def test_a_format_of_tomorrow_is_refused_in_one_line(bucket):
+  put(bucket, 0)
+  body = manifest_of(bucket, 0)
+  body.pop("digest")
+  write_manifest(bucket, 0, body | {"format": 3})
+  with pytest.raises(ValueError, match="^version 0 of main has format 3, allo"):
+    publish.read(bucket, "main", 0, like=LIKE)
