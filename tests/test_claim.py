@@ -159,6 +159,34 @@ def test_who_loses_the_job_while_it_publishes_is_told_that(
   assert publish.versions(bucket, "sub") == [0, 1]
 
 
+@pytest.mark.parametrize("call", ["_is_whole", "_remove"])
+def test_who_loses_the_job_before_it_writes_removes_no_version(
+    bucket, monkeypatch, call
+):
+  straight = getattr(publish, call)
+
+  def late(store, where):
+    found = straight(store, where)
+    monkeypatch.setattr(publish, call, straight)
+    first._stop.set()  # as by SIGSTOP
+    first._thread.join()
+    with heart(bucket, OURS):
+      publish.publish(bucket, "sub", 1, killed.tree(1), keep=2, meta={})
+      time.sleep(0.6)
+    return found
+
+  with heart(bucket, OURS, every=0.2) as first:
+    publish.publish(bucket, "sub", 0, killed.tree(0), keep=2, meta={})
+    monkeypatch.setattr(publish, call, late)
+    with pytest.raises(ClaimedError, match="taken over"):
+      publish.publish(
+          bucket, "sub", 1, killed.tree(2), keep=2, meta={}, sure=first.sure
+      )
+  found = publish.read(bucket, "sub", "latest", like=killed.tree(0))
+  assert found.version.number == 1 and not found.skipped
+  assert all((array == 1).all() for array in found.params.values())
+
+
 def test_a_beat_that_arrives_late_undoes_no_later_one(bucket):
   with heart(bucket, OURS, every=1000.0) as beating:
     late = bucket.read(members.key("sub"))
