@@ -52,8 +52,7 @@ class Weights:
     params: pytree of `jax.Array`s, shaped like what was asked for.
     version: which version they are.
     meta: what the publisher wrote beside them.
-    skipped: newer versions found corrupt, each with what is wrong, in the
-      order tried; empty where all is well.
+    skipped: newer versions found corrupt, what is wrong with each, as tried.
   """
 
   params: Any
@@ -121,7 +120,6 @@ def publish(
     version = PolicyVersion(
         policy=policy, number=number, path=path, digest=manifest["digest"]
     )
-    sure()
     store.settle()
     before = store.read(_pointer_key(policy))
     if not _is_whole(store, version):
@@ -257,8 +255,10 @@ def _write(
     sure: Callable[[], None],
 ) -> None:
   """Writes a version, its manifest last; what lay there goes before."""
+  sure()
   retention.remove(store, path)
   store.settle()
+  sure()  # after each wait in which another process may have come
   try:
     offer.write(store, path)
     when = json.dumps({"time": time.time()}).encode()

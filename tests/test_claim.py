@@ -12,7 +12,7 @@ from mgrpo_jax.atomic import CorruptError, StorageError
 from mgrpo_jax.decoupled import claim, members
 from mgrpo_jax.decoupled.claim import Home
 from mgrpo_jax.decoupled.ending import Ending
-from mgrpo_jax.decoupled.errors import ClaimedError
+from mgrpo_jax.decoupled.errors import AbsentError, ClaimedError
 from mgrpo_jax.decoupled.members import Heart
 
 OURS = Home(id="a", place="here:/run")
@@ -157,6 +157,58 @@ def test_who_loses_the_job_while_it_publishes_is_told_that(
           bucket, "sub", 1, killed.tree(1), keep=2, meta={}, sure=first.sure
       )
   assert publish.versions(bucket, "sub") == [0, 1]
+
+
+@pytest.mark.parametrize("call", ["_is_whole", "_remove"])
+def test_who_loses_the_job_before_it_writes_removes_no_version(
+    bucket, monkeypatch, call
+):
+  straight = getattr(publish, call)
+
+  def late(store, where):
+    found = straight(store, where)
+    monkeypatch.setattr(publish, call, straight)
+    first._stop.set()  # as by SIGSTOP
+    first._thread.join()
+    with heart(bucket, OURS):
+      publish.publish(bucket, "sub", 1, killed.tree(1), keep=2, meta={})
+      time.sleep(0.6)
+    return found
+
+  with heart(bucket, OURS, every=0.2) as first:
+    publish.publish(bucket, "sub", 0, killed.tree(0), keep=2, meta={})
+    monkeypatch.setattr(publish, call, late)
+    with pytest.raises(ClaimedError, match="taken over"):
+      publish.publish(
+          bucket, "sub", 1, killed.tree(2), keep=2, meta={}, sure=first.sure
+      )
+  found = publish.read(bucket, "sub", "latest", like=killed.tree(0))
+  assert found.version.number == 1 and not found.skipped
+  assert all((array == 1).all() for array in found.params.values())
+
+
+@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("lost", [True, False])
+def test_who_fails_is_told_first_that_the_job_is_lost(
+    bucket, monkeypatch, lost, reads
+):
+  """Stopped for so long that others seem to be gone."""
+
+  def fail(key):
+    raise StorageError("cannot read")
+
+  expected = ClaimedError if lost and reads else AbsentError
+  with pytest.raises(expected):
+    with heart(bucket, OURS, every=0.2) as first:
+      first._stop.set()  # as by SIGSTOP
+      first._thread.join()
+      if lost:
+        with heart(store.open(bucket.url), OURS):
+          pass
+      time.sleep(0.6)
+      if not reads:
+        monkeypatch.setattr(bucket, "read", fail)
+      raise AbsentError("no sign of life")
 
 
 def test_a_beat_that_arrives_late_undoes_no_later_one(bucket):

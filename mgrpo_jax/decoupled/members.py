@@ -211,8 +211,13 @@ class Heart:
       error: BaseException | None,
       trace: types.TracebackType | None,
   ) -> None:
-    """Stops; the record stays, and others see that it changes no more."""
-    del kind, error, trace
+    """Stops; the record stays, and others see that it changes no more.
+
+    Raises:
+      ClaimedError: another process has the job, which comes before any other
+        error: whoever sees that one would start this process again.
+    """
+    del kind, trace
     self._stop.set()
     self._thread.join(_LAST)
     if self._thread.is_alive():
@@ -222,6 +227,10 @@ class Heart:
       )
       self._store.hurry(_LAST)
       self._thread.join()
+    if isinstance(error, Exception):
+      self._store.hurry(_LAST)
+      with contextlib.suppress(atomic.StorageError):
+        self.sure()
 
   def ready(self, steps: int) -> None:
     """Says at once for how many steps done calls are answered.
