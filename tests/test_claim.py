@@ -7,7 +7,7 @@ import time
 import killed
 import pytest
 
-from mgrpo_jax import publish, store
+from mgrpo_jax import publish, retention, store
 from mgrpo_jax.atomic import CorruptError, StorageError
 from mgrpo_jax.decoupled import claim, members
 from mgrpo_jax.decoupled.claim import Home
@@ -159,15 +159,17 @@ def test_who_loses_the_job_while_it_publishes_is_told_that(
   assert publish.versions(bucket, "sub") == [0, 1]
 
 
-@pytest.mark.parametrize("call", ["_is_whole", "_remove"])
+@pytest.mark.parametrize(
+    ("room", "call"), [(publish, "_is_whole"), (retention, "remove")]
+)
 def test_who_loses_the_job_before_it_writes_removes_no_version(
-    bucket, monkeypatch, call
+    bucket, monkeypatch, room, call
 ):
-  straight = getattr(publish, call)
+  straight = getattr(room, call)
 
   def late(store, where):
     found = straight(store, where)
-    monkeypatch.setattr(publish, call, straight)
+    monkeypatch.setattr(room, call, straight)
     first._stop.set()  # as by SIGSTOP
     first._thread.join()
     with heart(bucket, OURS):
@@ -177,7 +179,7 @@ def test_who_loses_the_job_before_it_writes_removes_no_version(
 
   with heart(bucket, OURS, every=0.2) as first:
     publish.publish(bucket, "sub", 0, killed.tree(0), keep=2, meta={})
-    monkeypatch.setattr(publish, call, late)
+    monkeypatch.setattr(room, call, late)
     with pytest.raises(ClaimedError, match="taken over"):
       publish.publish(
           bucket, "sub", 1, killed.tree(2), keep=2, meta={}, sure=first.sure

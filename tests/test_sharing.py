@@ -207,7 +207,7 @@ def test_the_same_weights_again_are_not_written_again(both, monkeypatch):
   counting = Counting(monkeypatch)
   assert both.put(spread((2, 2, 2)), 0).version == version
   assert not counting.written
-  assert publish.latest(both.bucket, "main") == 0
+  assert publish.latest(both.bucket, "main").number == 0
   both.put(spread((1, 4, 2), 2), 2)  # both still take part
   assert publish.versions(both.bucket, "main") == [0, 2]
 
@@ -242,7 +242,7 @@ def test_what_one_process_cannot_write_is_told(
   monkeypatch.undo()
   both.bucket.settle()
   assert not (tmp_path / "policies/main/v1").exists()
-  assert publish.latest(both.bucket, "main") == 0
+  assert publish.latest(both.bucket, "main").number == 0
 
 
 def test_what_one_process_cannot_describe_is_told(both, monkeypatch):
@@ -281,7 +281,7 @@ def test_who_may_publish_no_more_has_nobody_write(both):
 
 
 def test_who_leaves_does_not_wait_for_a_silent_process(both):
-  writer = Writer(both.bucket, keep=1, short=False)
+  writer = Writer(both.bucket, keep=1, short=False, tell=lambda _: None)
   offer = both.offer(spread((1, 4, 2)), 0, helps=False)
   writer.write("main", 0, offer, meta={})
   both.bucket.hurry(0.1)

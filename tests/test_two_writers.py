@@ -98,4 +98,4 @@ def test_a_process_killed_while_it_writes_leaves_no_version(tmp_path):
 def test_an_adapter_is_published_and_merged(tmp_path):
   told(tmp_path, "adapter")
   bucket = store.open_folder(tmp_path / "bucket")
-  assert publish.latest(bucket, NAME) == two_writers.VERSION
+  assert publish.latest(bucket, NAME).number == two_writers.VERSION
