@@ -319,7 +319,7 @@ def _add_bookkeeping(config: ml_collections.ConfigDict) -> None:
   config.publish.keep = 3  # versions in the store, >= 1
   config.publish.dtype = "float32"  # bfloat16: half the bytes, rounded weights
 
-  config.jobs = ml_collections.ConfigDict()  # of one policy each; --policy
+  config.jobs = ml_collections.ConfigDict()  # of one policy each, and replicas
   config.jobs.heartbeat = 5.0  # seconds between signs of life, > 0
   # Seconds without one that are borne of another job; then this one ends, > 0.
   config.jobs.patience = 1800.0

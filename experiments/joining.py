@@ -51,7 +51,8 @@ def token(file: str, *, new: bool) -> str:
 
   Args:
     file: that holds it; empty for the environment's MGRPO_JOBS_TOKEN.
-    new: whether this process starts the other jobs and may make one up.
+    new: whether this process starts the other jobs and may make one up where
+      there is none.
 
   Returns:
     The token; empty where there is none.
@@ -61,7 +62,8 @@ def token(file: str, *, new: bool) -> str:
   """
   if file:
     return cli.secret(file, "--token_file")
-  return secrets.token_hex(16) if new else os.environ.get(TOKEN, "")
+  given = os.environ.get(TOKEN, "")
+  return secrets.token_hex(16) if new and not given else given
 
 
 def need_packages(*packages: str) -> None:
@@ -202,8 +204,9 @@ def pooled(
     The setup.
 
   Raises:
-    ValueError: there is no bucket that replicas could be found in, or a package
-      of the extra is not installed.
+    ValueError: there is no bucket that replicas could be found in, a server
+      samples a policy, the token cannot be sent, or a package of the extra is
+      not installed.
   """
   if not config.rollout.replicas:
     return setup
@@ -211,8 +214,22 @@ def pooled(
     raise ValueError(
         "config.rollout.replicas: True needs --bucket, where replicas are found"
     )
+  if named := sorted(set(setup.external) & set(setup.own)):
+    raise ValueError(
+        "config.rollout.replicas: True, allowed: False where servers sample"
+        f" policies, as {', '.join(named)}"
+    )
   need_packages("httpx2")
   from mgrpo_jax.replicas.pool import Pool
+  from mgrpo_jax.sampler.connection import Address
+
+  address = Address(
+      url="http://127.0.0.1:1",  # in its place each replica's own
+      token=token,
+      max_concurrent=1,
+      timeout=config.rollout.turn_deadline / 2,  # time to ask somebody else
+      attempts=1,  # likewise
+  )
 
   def pool(name: str, engine: Engine, store: Store) -> Pool:
     return Pool(
@@ -220,9 +237,10 @@ def pooled(
         store,
         name,
         slots=config.engine.num_slots,
-        token=token,
+        context=config.engine.context,
+        vocab_size=setup.policies[name].config.vocab_size,
+        address=address,
         every=config.jobs.heartbeat,
-        timeout=config.rollout.turn_deadline,
     )
 
   return dataclasses.replace(setup, pooled=pool)

@@ -8,8 +8,9 @@ Takes the config and the bucket of a run whose config.rollout.replicas is True,
 reads the weights that the run publishes, and answers what it asks to have
 sampled. Any number of these may come and go while the run lasts, on this
 machine or others: a seed determines what is sampled, not who samples. It waits
-for a run that has not begun. The policy's sampler_tensor devices of this
-process are used, whatever the run's own mesh is.
+for a run that has not begun, outlives it and ends by SIGTERM or Ctrl-C; what
+failed but may pass has the exit code 75. The policy's sampler_tensor devices of
+this process are used, whatever the run's own mesh is.
 
 The run finds it in the bucket, under --reached_as. Between machines both need
 the same token, --token_file or MGRPO_JOBS_TOKEN.
@@ -59,6 +60,7 @@ _TOKEN_FILE = flags.DEFINE_string(
     "token_file", "", "that holds what the run shows, 16 characters up"
 )
 _LOOK = 1.0  # seconds between looks for a run that has not begun
+_COMPILING = 3600.0  # seconds that what samples may take to be compiled
 _LAST = 10.0  # seconds for what is under way when it leaves
 
 
@@ -84,7 +86,11 @@ def main() -> None:
       )
       setup = recipe.build(_alone(config), only=_POLICY.value)
       bucket = store.open(config.publish.bucket)
-    with cli.user_errors(ValueError, OSError, EngineError, ServerError):
+    passing = (OSError, EngineError, ServerError)  # TimeoutError is an OSError
+    with (
+        cli.user_errors(ValueError),
+        cli.user_errors(*passing, code=cli.BROKEN),
+    ):
       _wait_for_run(bucket, values)
       asyncio.run(_sample(setup, bucket, place, config.jobs.heartbeat))
 
@@ -97,6 +103,7 @@ async def _sample(
   from mgrpo_jax.decoupled.errors import ServerError
   from mgrpo_jax.replicas.replica import Replica
   from mgrpo_jax.replicas.weights import Weights
+  from mgrpo_jax.sampler import warming
   from mgrpo_jax.sampler.engine import Engine
   from mgrpo_jax.serving import internal
 
@@ -130,6 +137,8 @@ async def _sample(
             broken=ending.tell,
         )
     )
+    # So that no deadline of a turn counts it.
+    await warming.warm_up({name: sampler}, deadline=_COMPILING, tell=cli.say)
     cli.say(f"samples {name} at {place.address} for {bucket.url}")
     await replica.run()
 
@@ -163,13 +172,19 @@ def _alone(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 def _wait_for_run(bucket: Store, values: Mapping[str, Any]) -> None:
   """Waits until the bucket is a run's; raises unless it is of this config."""
-  from mgrpo_jax import ownership
+  from mgrpo_jax import atomic, ownership
 
-  told = False
-  while not ownership.found(bucket, values):
-    if not told:
-      cli.say(f"waits for a run to begin in {bucket.url}")
-    told = True
+  told = ""
+  while True:
+    try:
+      if ownership.found(bucket, values):
+        return
+      problem = "no run has begun there"
+    except atomic.StorageError as error:
+      problem = str(error)
+    if problem != told:
+      cli.say(f"waits for a run in {bucket.url}: {problem}")
+      told = problem
     time.sleep(_LOOK)
 
 

@@ -164,7 +164,8 @@ METRICS: Mapping[str, Metric] = dict((
     _metric("mismatched", "policy", "sessions", "lower",
             "sessions whose tokens did not extend their cache in the step"),
     _metric("replicas", "policy", "samplers", "",
-            "that can be asked at the step's end; with rollout.replicas"),
+            "in other processes that helped in the step; with"
+            " rollout.replicas"),
     _metric("replica_tokens", "policy", "tokens", "higher",
             "that replicas sampled in the step"),
     _metric("nonfinite", "policy", "updates", "lower",

@@ -149,11 +149,8 @@ class Resources:
     return found
 
   def replicas(self) -> dict[str, int]:
-    """Replicas that can be asked now, by metric."""
-    return {
-        f"replicas/{name}": pool.stats()["replicas"]
-        for name, pool in self._pools.items()
-    }
+    """Replicas that helped since this was last asked, by metric."""
+    return {f"replicas/{n}": pool.helpers() for n, pool in self._pools.items()}
 
   def read_published(
       self, version: int | Literal["latest"] = "latest"

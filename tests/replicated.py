@@ -10,8 +10,10 @@ import sys
 from mgrpo_jax import publish
 from mgrpo_jax.policy import fingerprint
 from mgrpo_jax.policy.policy import Policy
+from mgrpo_jax.replicas.pool import Pool
 from mgrpo_jax.replicas.replica import Replica
 from mgrpo_jax.replicas.weights import Weights
+from mgrpo_jax.sampler.connection import Address
 from mgrpo_jax.serving import internal
 from mgrpo_jax.serving.listen import bind
 
@@ -55,6 +57,15 @@ async def replica(
       finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+def pool(engine, bucket, name, *, token=TOKEN, **sizes):
+  """A policy's engine with replicas."""
+  address = Address(
+      url="http://127.0.0.1:1", token=token, max_concurrent=1, timeout=30.0,
+      attempts=1,
+  )  # fmt: skip
+  return Pool(engine, bucket, name, address=address, every=EVERY, **sizes)
 
 
 def put(bucket, name, policy, params, number):

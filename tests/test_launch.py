@@ -249,13 +249,16 @@ def test_replicas_help_a_job_and_are_killed(runs, tmp_path):
       for _ in range(2)
   )
 
+  over, helped_until = threading.Event(), []
+
   def kill():
-    while killed.poll() is None:
+    while not over.wait(0.2):
       entries = records.read(store.open(url), "researcher").values()
       if sum(entry.weights != "" for entry in entries) == 2:
         time.sleep(2.0)
         killed.kill()
-      time.sleep(0.2)
+        helped_until.append(over.is_set())
+        return
 
   killer = threading.Thread(target=kill)
   killer.start()
@@ -264,8 +267,9 @@ def test_replicas_help_a_job_and_are_killed(runs, tmp_path):
     result = train(SMOKE, folder, "--launch=local", *shared, timeout=280)
     assert result.returncode == 0, result.stderr
   finally:
-    killed.kill()
+    over.set()
     killer.join()
+    killed.kill()
     steady.terminate()
     assert steady.wait(60) == 128 + signal.SIGTERM
   one, helped = (
@@ -273,6 +277,7 @@ def test_replicas_help_a_job_and_are_killed(runs, tmp_path):
       for where in (runs / "one", tmp_path / "run")
   )
   assert helped["tokens"] == one["tokens"] and helped["eval"] == one["eval"]
+  assert helped_until == [False]  # it was killed while the run lasted
   log = (tmp_path / "replica.log").read_text()
   assert "samples from version 0" in log
   assert "Traceback" not in log

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import time
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import replicated
 from replicated import until
 from test_engine import (
     CONFIG,
+    CONTEXT,
     converse,
     draw,
     everything_is_free,
@@ -22,9 +24,10 @@ from test_engine import (
 
 from mgrpo_jax import leaves, store
 from mgrpo_jax.atomic import MismatchError
+from mgrpo_jax.replicas import pool as pool_module
 from mgrpo_jax.replicas import records, wire
-from mgrpo_jax.replicas.pool import Pool
 from mgrpo_jax.replicas.records import Entry
+from mgrpo_jax.replicas.weights import Weights
 from mgrpo_jax.sampler.interface import EngineError
 from mgrpo_jax.serving.errors import RequestError
 from mgrpo_jax.types import Completion
@@ -65,13 +68,18 @@ def test_records_come_back(bucket):
         {"format": 9},
     ],
 )
-def test_records_that_cannot_be_believed_are_left_out(bucket, changes):
+def test_records_that_cannot_be_believed_are_left_out(
+    bucket, tmp_path, changes
+):
   records.write(bucket, ENTRY)
   body = {"format": records.FORMAT, **dataclasses.asdict(ENTRY), "id": "z"}
   record = leaves.seal(body | changes)
   bucket.put("replicas/main/z.json", json.dumps(record).encode())
   bucket.put("replicas/main/y.json", b"{")
   bucket.put("replicas/main/x.json", json.dumps(ENTRY.time).encode())
+  bucket.put("replicas/main/w", b"")
+  (tmp_path / "replicas/main/.DS_Store").write_bytes(b"")
+  (tmp_path / "replicas/main/a b.json").write_bytes(b"")
   assert records.read(bucket, "main") == {"a1": ENTRY}
 
 
@@ -93,7 +101,7 @@ def test_what_crosses_comes_back_to_the_bit():
   body = json.dumps(wire.write_question(QUESTION)).encode()
   assert wire.read_question(body) == QUESTION
   told = json.loads(json.dumps(wire.write_answer(COMPLETION)))
-  back = wire.read_answer(told, QUESTION, newest=4)
+  back = wire.read_answer(told, QUESTION, newest=4, vocab_size=9)
   for name, value in vars(COMPLETION).items():
     np.testing.assert_array_equal(getattr(back, name), value)
     assert type(getattr(back, name)) is type(value)
@@ -103,12 +111,15 @@ def test_what_crosses_comes_back_to_the_bit():
     ("changes", "told"),
     [
         ({"tokens": [1, 2, 3, 4, 5]}, "at most 4 ids"),
-        ({"tokens": [1, -2]}, "impossible"),
+        ({"tokens": [1, -2]}, "ids below 9"),
+        ({"tokens": [1, 9]}, "ids below 9"),
         ({"tokens": "ab"}, "at most 4 ids"),
         ({"finish": "tired"}, "impossible"),
         ({"logprobs": [-1.0]}, "logprobs must be 2 numbers"),
         ({"logprobs": [-1.0, None]}, "must be finite"),
         ({"raw_logprobs": [-1.0, 1e999]}, "must be finite"),
+        ({"raw_logprobs": [-1.0, -1e300]}, "must be finite"),
+        ({"raw_logprobs": [-1.0, 10**400]}, "must be finite"),
         ({"versions": [2, 3]}, "must be 3 to 4"),
         ({"versions": [3, 5]}, "must be 3 to 4"),
         ({"versions": [3]}, "oldest and the newest"),
@@ -117,9 +128,9 @@ def test_what_crosses_comes_back_to_the_bit():
 def test_answers_that_do_not_add_up_are_refused(changes, told):
   answer = json.loads(json.dumps(wire.write_answer(COMPLETION))) | changes
   with pytest.raises(wire.AnswerError, match=told):
-    wire.read_answer(answer, QUESTION, newest=4)
+    wire.read_answer(answer, QUESTION, newest=4, vocab_size=9)
   with pytest.raises(wire.AnswerError, match="no object"):
-    wire.read_answer([], QUESTION, newest=4)
+    wire.read_answer([], QUESTION, newest=4, vocab_size=9)
 
 
 @pytest.mark.parametrize(
@@ -150,9 +161,9 @@ def test_questions_that_make_no_sense_are_refused(changes, told):
 
 @contextlib.asynccontextmanager
 async def pool(bucket, *, token=replicated.TOKEN, **sizes):
-  made = Pool(
-      make(**sizes), bucket, "main", slots=8, token=token,
-      every=replicated.EVERY, timeout=60.0,
+  made = replicated.pool(
+      make(**sizes), bucket, "main", slots=8, context=CONTEXT,
+      vocab_size=CONFIG.vocab_size, token=token,
   )  # fmt: skip
   async with made:
     yield made
@@ -206,12 +217,21 @@ def test_a_session_stays_where_its_cache_is(bucket):
     ):
       await begun(made, bucket)
       await until(helped(made))
-      for number in range(6):
-        await converse(made, number, turns=4)
-      return made.engine.stats(), one._engine.stats()
+      tokens, lengths = prompt(0, 20), []
+      for turn in range(4):
+        made._here = 0 if turn else 10**6  # only the first must go there
+        drawn = await made.generate(tokens, draw(4), turn, session="x")
+        tokens = [*tokens, *drawn.tokens.tolist(), *prompt(turn, 2)]
+        lengths.append(len(drawn.tokens))
+      made.release("x")
+      await until(lambda: everything_is_free(one._engine))
+      return made.engine.stats(), one._engine.stats(), lengths
 
-  for stats in asyncio.run(run()):
-    assert stats["mismatches"] == stats["evictions"] == 0
+  here, there, lengths = asyncio.run(run())
+  assert here["generated"] == here["prefilled"] == 0
+  assert there["generated"] == sum(lengths)
+  # The prompt once, padded; then what each turn added.
+  assert there["prefilled"] < 20 + 3 * (2 + max(lengths)) + 4 * 16
 
 
 def test_only_the_weights_of_the_moment_are_sampled_from(bucket):
@@ -232,12 +252,13 @@ def test_only_the_weights_of_the_moment_are_sampled_from(bucket):
       made._here = 10**6  # so that nobody samples here
       there = await made.generate(prompt(0, 5), draw(), 7)
       assert made.stats()["elsewhere"] == len(there.tokens)
-      return here, there, one.said
+      return here, there, one.said, (made.helpers(), made.helpers())
 
-  here, there, said = asyncio.run(run())
+  here, there, said, helpers = asyncio.run(run())
   assert here.tokens.tolist() == there.tokens.tolist()
   assert (there.version_min, there.version_max) == (1, 1)
   assert said == ["samples from version 0", "samples from version 1"]
+  assert helpers == (1, 0)
 
 
 def test_the_same_number_of_another_past_is_other_weights(bucket):
@@ -287,15 +308,8 @@ def test_what_a_lost_replica_had_is_sampled_elsewhere(bucket, how, caplog):
       )
       await begun(made, bucket)
       await until(helped(made))
-      asked = asyncio.Event()
-
-      async def never(body):
-        del body
-        asked.set()
-        await asyncio.sleep(3600)
-
       if how == "hangs":  # it is there, but neither answers nor beats
-        one._engine.generate = lambda *_, **__: never(None)
+        one._engine.generate = lambda *_, **__: asyncio.sleep(3600)
         one._sign = lambda: asyncio.sleep(0)
       talks = [asyncio.create_task(converse(made, n, 4)) for n in range(8)]
       (member,) = made._members.values()
@@ -328,14 +342,85 @@ def test_a_wrong_token_is_told_and_costs_only_help(bucket, caplog):
         replicated.replica(bucket, "main", make(), POLICY),
     ):
       await begun(made, bucket)
-      await until(helped(made))
-      told = await asyncio.gather(*(converse(made, n) for n in range(6)))
+      await until(lambda: "status 401" in caplog.text)
       await asyncio.sleep(4 * replicated.EVERY)  # signs of life change nothing
-      await asyncio.gather(*(converse(made, n) for n in range(6)))
-      return told
+      assert made.stats()["replicas"] == 0
+      return await asyncio.gather(*(converse(made, n) for n in range(6)))
 
   assert len(asyncio.run(run())) == 6
   assert caplog.text.count("status 401") == 1
+
+
+def test_an_address_that_is_none_harms_no_others(bucket, caplog):
+  async def run():
+    async with pool(bucket) as made:
+      wrong = dataclasses.replace(ENTRY, address="http://10.0.0.256:80")
+      records.write(bucket, wrong)
+      await begun(made, bucket)
+      async with replicated.replica(bucket, "main", make(), POLICY):
+        await until(helped(made))
+
+  asyncio.run(run())
+  assert caplog.text.count("Invalid IPv4 address") == 1
+
+
+def test_a_replica_that_beats_but_does_not_answer_is_given_nothing(bucket):
+  async def run():
+    async with (
+        pool(bucket) as made,
+        replicated.replica(bucket, "main", make(), POLICY) as one,
+    ):
+      await begun(made, bucket)
+      await until(helped(made))
+      one._check = lambda *_: (_ for _ in ()).throw(OSError("gone"))
+      made._here = 10**6
+      for number in range(3):
+        await made.generate(prompt(number, 5), draw(), number)
+        await asyncio.sleep(3 * replicated.EVERY)
+        assert made.stats()["replicas"] == 0
+      assert made.stats()["elsewhere"] == 0
+
+  asyncio.run(run())
+
+
+def test_weights_are_read_once_whoever_asks_for_them(bucket, monkeypatch):
+  reads = []
+
+  def slow(self, *arguments):
+    reads.append(1)
+    time.sleep(0.3)
+    return straight(self, *arguments)
+
+  straight = Weights.read
+  monkeypatch.setattr(Weights, "read", slow)
+  monkeypatch.setattr(pool_module, "_PROBE", 0.05)
+
+  async def run():
+    async with (
+        pool(bucket) as made,
+        replicated.replica(bucket, "main", make(), POLICY),
+    ):
+      await begun(made, bucket)
+      await until(helped(made))
+
+  asyncio.run(run())
+  assert len(reads) == 1
+
+
+def test_a_dead_record_is_not_believed_and_removed(bucket, monkeypatch):
+  monkeypatch.setattr(pool_module, "_DEAD", 4)
+
+  async def run():
+    async with pool(bucket) as made:
+      await begun(made, bucket)
+      digest = made._published[1]
+      dead = dataclasses.replace(ENTRY, version=0, weights=digest)
+      records.write(bucket, dead)
+      await until(lambda: made._members)
+      assert made.stats()["replicas"] == 0
+      await until(lambda: not records.read(bucket, "main"))
+
+  asyncio.run(run())
 
 
 def test_a_cancelled_call_frees_the_replicas_slot(bucket):
@@ -373,6 +458,7 @@ def test_nonsense_is_refused_as_by_an_engine(bucket):
       made._here = 10**6
       with pytest.raises(ValueError, match="ids in 0"):
         await made.generate([10**6], draw(), 0)
+      assert made.stats()["replicas"] == 1
       made._here = 0
     with pytest.raises(EngineError, match="not running"):
       await made.generate([5], draw(), 0)

@@ -19,24 +19,27 @@ from tiny_run import digest
 from tiny_run import train as train_here
 
 from mgrpo_jax import store
-from mgrpo_jax.replicas.pool import Pool
 from mgrpo_jax.report.writer import read_metrics
 from mgrpo_jax.sampler.engine import Engine
+from mgrpo_jax.testing.setup import CONTEXT
 
 SIZES = {"seed": 7, "imitation_steps": 1, "steps": 4}
 
 
-def pooled(name, engine, bucket):
-  return Pool(
-      engine, bucket, name, slots=18, token=replicated.TOKEN,
-      every=replicated.EVERY, timeout=60.0,
-  )  # fmt: skip
+def with_pools(setup):
+  def pooled(name, engine, bucket):
+    return replicated.pool(
+        engine, bucket, name, slots=18, context=CONTEXT,
+        vocab_size=setup.policies[name].config.vocab_size,
+    )  # fmt: skip
+
+  return dataclasses.replace(setup, pooled=pooled)
 
 
 @contextlib.contextmanager
 def helping(directory, setup, *, seconds=0.0):
   """Replicas of all policies, in a thread; of new ones every few seconds."""
-  over = threading.Event()
+  over, lives = threading.Event(), []
 
   async def life(name):
     bucket, policy = (
@@ -47,18 +50,19 @@ def helping(directory, setup, *, seconds=0.0):
       engine = Engine(policy.config, policy.params, 0, **setup.sampler.engine)
       async with replicated.replica(bucket, name, engine, policy, slots=18):
         began = time.monotonic()
+        lives.append(name)
         while not over.is_set():
           await asyncio.sleep(0.02)
           if seconds and time.monotonic() > began + seconds:
             break
 
-  async def lives():
+  async def live():
     await asyncio.gather(*(life(name) for name in setup.policies))
 
-  thread = threading.Thread(target=lambda: asyncio.run(lives()))
+  thread = threading.Thread(target=lambda: asyncio.run(live()))
   thread.start()
   try:
-    yield
+    yield lives
   finally:
     over.set()
     thread.join()
@@ -79,21 +83,23 @@ def alone(tmp_path_factory):
 def test_a_helped_run_ends_with_the_very_parameters(tmp_path, alone):
   setup = delegating_setup(**SIZES)
   with helping(tmp_path, setup):
-    helped = outcome(tmp_path, dataclasses.replace(setup, pooled=pooled))
+    helped = outcome(tmp_path, with_pools(setup))
   (tokens, rewards, _), same = alone
   assert helped[:2] == (tokens, rewards)
   assert digest(tmp_path) == same
   for name in setup.policies:
     assert sum(row[f"replica_tokens/{name}"] for row in helped[2]) > 0
-  assert helped[2][-1]["replicas/main"] == 1
+  assert max(row["replicas/main"] for row in helped[2]) == 1
 
 
 def test_replicas_may_come_and_go(tmp_path, alone):
   setup = delegating_setup(**SIZES)
-  with helping(tmp_path, setup, seconds=0.3):
-    helped = outcome(tmp_path, dataclasses.replace(setup, pooled=pooled))
+  with helping(tmp_path, setup, seconds=0.5) as lives:
+    helped = outcome(tmp_path, with_pools(setup))
   tokens, rewards, _ = alone[0]
   assert helped[:2] == (tokens, rewards)
+  assert len(lives) >= 2 * len(setup.policies)
+  assert sum(row["replica_tokens/main"] for row in helped[2]) > 0
 
 
 @pytest.mark.parametrize(

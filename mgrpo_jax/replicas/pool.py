@@ -2,8 +2,8 @@
 
 A request goes to whoever is least busy of those that have the weights of this
 moment, to the very digest; its session's next ones go there, too, for the
-cache. The seed determines what is sampled, not who samples: a request whose
-replica is gone is sampled elsewhere, and nothing is lost but time.
+cache. On equal machines the seed determines what is sampled, not who samples:
+a request whose replica is gone is sampled elsewhere, and only time is lost.
 """
 
 from __future__ import annotations
@@ -16,17 +16,21 @@ from typing import Any, Self
 
 from mgrpo_jax import atomic
 from mgrpo_jax.policy.params import Params
-from mgrpo_jax.policy.sampling import Sampling
+from mgrpo_jax.policy.sampling import Sampling, split_seed
 from mgrpo_jax.replicas import records, wire
 from mgrpo_jax.replicas.records import Entry
 from mgrpo_jax.sampler.connection import Address, Connection, UnreachableError
 from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.sampler.interface import EngineError, OnTokens
+from mgrpo_jax.sampler.stream import checked
 from mgrpo_jax.store import Store
 from mgrpo_jax.types import Completion, PolicyVersion
 
 _SILENT = 3  # looks in a row without a sign of life
+_DEAD = 120  # such looks, after which its record is removed
+_PROBE = 10.0  # seconds in which a replica answers whether it has the weights
 _LOOK = 0.5  # seconds between looks at whether a replica that is asked lives
+_LAST = 10.0  # seconds for a look that is under way when the pool is left
 _LOG = logging.getLogger(__name__)
 
 
@@ -36,17 +40,18 @@ class _Member:
 
   entry: Entry
   connection: Connection
-  has: tuple[int, str]  # version and digest of its weights
+  has: tuple[int, str] = (0, "")  # version and digest that it answered to have
   busy: int = 0  # requests of ours
   misses: int = 0  # looks since its last sign of life
-  lost: bool = False  # did not answer; until its next sign of life
+  lost: bool = True  # until it answers
   refuses: bool = False  # or answers nonsense; lost for good
+  asked: asyncio.Task[None] | None = None  # whether it has the weights
 
 
 class Pool:
   """Samples from one policy, here and wherever there are replicas.
 
-  The same calls as `engine.Engine`; use it within `async with`.
+  A `RolloutEngine`; use it within `async with`.
   """
 
   def __init__(
@@ -56,9 +61,10 @@ class Pool:
       policy: str,
       *,
       slots: int,
-      token: str,
+      context: int,
+      vocab_size: int,
+      address: Address,
       every: float,
-      timeout: float,
   ) -> None:
     """Knows of no replicas yet.
 
@@ -67,33 +73,29 @@ class Pool:
       store: the bucket, where replicas say that they are there.
       policy: its name.
       slots: of the engine.
-      token: that replicas want to see; empty for none.
+      context: tokens that a stream can have.
+      vocab_size: of the policy.
+      address: how replicas are asked; its url and number of requests at a time
+        are each replica's own.
       every: seconds between looks for replicas, > 0: those between their signs
         of life.
-      timeout: seconds that an answer may take, > 0.
-
-    Raises:
-      ValueError: the token cannot be sent.
     """
     self.engine = engine
     self._store = store
     self._policy = policy
     self._slots = slots
+    self._context, self._vocab_size = context, vocab_size
     self._every = every
-    self._address = Address(
-        url="http://127.0.0.1:1",  # the replica's own, once there is one
-        token=token,
-        max_concurrent=1,
-        timeout=timeout,
-        attempts=1,  # others can be asked
-    )
+    self._address = address
     self._here = 0  # requests
     self._elsewhere = 0  # tokens
     self._version = 0
     self._published = (0, "")  # number and digest of what is in the store
     self._members: dict[str, _Member] = {}
     self._held: dict[str, _Member | None] = {}  # by session; None: is here
-    self._aside: set[asyncio.Task[None]] = set()
+    self._helpers: set[str] = set()  # who has sampled lately
+    self._strange: set[str] = set()  # ids of records that are of no use
+    self._aside: set[asyncio.Task[Any]] = set()
     self._loop: asyncio.AbstractEventLoop | None = None
 
   async def __aenter__(self) -> Self:
@@ -106,13 +108,16 @@ class Pool:
   async def __aexit__(self, *exception: object) -> None:
     """Leaves the replicas to themselves, and ends the engine."""
     self._loop = None
-    for task in self._aside:
-      task.cancel()
-    await asyncio.gather(*self._aside, return_exceptions=True)
-    for member in self._members.values():
-      await member.connection.__aexit__(None, None, None)
-    self._members.clear()
-    await self.engine.__aexit__(*exception)
+    self._store.hurry(_LAST)  # a look may be under way
+    members, self._members = self._members, {}
+    try:
+      for task in self._aside:
+        task.cancel()
+      await asyncio.gather(*self._aside, return_exceptions=True)
+      for member in members.values():
+        await member.connection.__aexit__(None, None, None)
+    finally:
+      await self.engine.__aexit__(*exception)
 
   async def generate(
       self,
@@ -139,6 +144,8 @@ class Pool:
       ValueError: if an argument is out of range; nothing has been done.
       EngineError: if the engine of this process failed or was closed.
     """
+    checked(tokens, context=self._context, vocab_size=self._vocab_size)
+    split_seed(seed)  # raises for those out of range
     while (member := self._choose(session)) is not None:
       asked = wire.Question(
           version=member.has[0],
@@ -155,6 +162,7 @@ class Pool:
         self._lose(member, error)
         continue
       self._elsewhere += len(completion.tokens)
+      self._helpers.add(member.entry.id)
       if on_tokens is not None and len(completion.tokens):
         on_tokens(completion.tokens.tolist(), completion.logprobs.tolist())
       return completion
@@ -168,11 +176,7 @@ class Pool:
 
   def release(self, session: str) -> None:
     """Ends a session; unknown ones are ignored."""
-    member = self._held.pop(session, None)
-    if member is None:
-      self.engine.release(session)
-    elif not member.lost:
-      self._do_aside(self._tell(member, "release", {"session": session}))
+    self._forget(session, self._held.pop(session, None))
 
   def update(self, params: Params, version: int) -> None:
     """Samples from other weights from now on.
@@ -192,8 +196,14 @@ class Pool:
     Args:
       version: the one that was written last.
     """
-    if self._loop is not None and not self._loop.is_closed():
-      self._loop.call_soon_threadsafe(self._spread, version)
+    loop = self._loop  # which leaving takes away
+    if loop is not None and not loop.is_closed():
+      loop.call_soon_threadsafe(self._spread, version)
+
+  def helpers(self) -> int:
+    """Counts the replicas that have sampled something since it was asked."""
+    helpers, self._helpers = self._helpers, set()
+    return len(helpers)
 
   def stats(self) -> dict[str, Any]:
     """Counts what was done so far.
@@ -227,6 +237,7 @@ class Pool:
       held = self._held[session]
       if held is None or held in usable:
         return held
+      self._forget(session, held)
     chosen, least = None, self._here / self._slots
     for one in usable:
       if one.busy / one.entry.slots < least:
@@ -249,39 +260,71 @@ class Pool:
       member.busy -= 1
       request.cancel()
       await asyncio.gather(request, return_exceptions=True)
-    return wire.read_answer(answer, asked, newest=self._version)
+    return wire.read_answer(
+        answer, asked, newest=self._version, vocab_size=self._vocab_size
+    )
 
   def _lose(self, member: _Member, error: Exception) -> None:
-    """Asks a replica nothing until its next sign of life, if ever."""
+    """Gives a replica nothing to do until it answers again, if ever."""
     if not member.lost:
       member.lost = True
-      _LOG.warning("a replica of %s was lost: %s", self._policy, error)
+      self._warn(error)
 
   def _spread(self, version: PolicyVersion) -> None:
     """Tells all replicas of a version."""
     self._published = (version.number, version.digest)
     for member in self._members.values():
-      self._do_aside(self._bring(member))
+      self._bring(member)
 
-  async def _bring(self, member: _Member) -> None:
-    """Has a replica take what was published last."""
-    version, digest = wanted = self._published
-    if member.has == wanted or not digest or member.refuses:
-      return
-    body = {"version": version, "digest": digest}
-    if await self._tell(member, "follow", body):
-      member.has, member.lost = wanted, False
+  def _bring(self, member: _Member) -> None:
+    """Sees that a replica is being asked for what was published last."""
+    if member.asked is None or member.asked.done():
+      if member.lost or member.has != self._published:
+        member.asked = self._do_aside(self._follow(member))
+
+  async def _follow(self, member: _Member) -> None:
+    """Has a replica take what was published last, and answer that it has."""
+    while self._published[1] and self._may_help(member):
+      version, digest = wanted = self._published
+      body = {"version": version, "digest": digest}
+      has = await self._tell(member, "follow", body)
+      if has and self._may_help(member):
+        member.has, member.lost = wanted, False
+      if has and wanted == self._published:
+        return
+      await asyncio.sleep(min(self._every, 1.0))
 
   async def _tell(
       self, member: _Member, path: str, body: dict[str, Any]
   ) -> bool:
     """Asks for something that a replica may also do later; says if it did."""
     try:
-      await member.connection.post(path, body)
-    except (EngineError, UnreachableError) as error:
+      async with asyncio.timeout(_PROBE):
+        await member.connection.post(path, body)
+    except (UnreachableError, TimeoutError) as error:
       _LOG.debug("%s/%s: %s", member.entry.address, path, error)
       return False
+    except EngineError as error:
+      member.refuses = True
+      self._warn(error)
+      return False
     return True
+
+  def _may_help(self, member: _Member) -> bool:
+    """Whether a replica is there, alive, and has never refused."""
+    is_there = self._members.get(member.entry.id) is member
+    return is_there and member.misses < _SILENT and not member.refuses
+
+  def _warn(self, error: Exception) -> None:
+    """Says what is wrong with a replica."""
+    _LOG.warning("a replica of %s was lost: %s", self._policy, error)
+
+  def _forget(self, session: str, member: _Member | None) -> None:
+    """Ends a session where it was."""
+    if member is None:
+      self.engine.release(session)
+    elif self._may_help(member):
+      self._do_aside(self._tell(member, "release", {"session": session}))
 
   async def _look_always(self) -> None:
     """Keeps track of who is there."""
@@ -299,13 +342,13 @@ class Pool:
     for name, entry in found.items():
       member = self._members.get(name)
       if member is None:
-        self._members[name] = member = await self._met(entry)
-      elif entry.beat != member.entry.beat:
-        member.entry, member.misses, member.lost = entry, 0, member.refuses
-        member.has = (entry.version, entry.weights)
-      else:
-        member.misses += 1
-      self._do_aside(self._bring(member))
+        await self._meet(entry)
+        continue
+      is_alive = entry.beat != member.entry.beat
+      member.entry = entry
+      member.misses = 0 if is_alive else member.misses + 1
+      if is_alive:
+        self._bring(member)
     for name, member in list(self._members.items()):
       if name not in found:  # it has left
         member.lost = True
@@ -313,20 +356,30 @@ class Pool:
           await self._members.pop(name).connection.__aexit__(None, None, None)
       elif member.misses >= _SILENT:
         self._lose(member, UnreachableError(f"{member.entry.address}: silent"))
+        if member.misses == _DEAD:
+          await asyncio.to_thread(
+              records.remove, self._store, self._policy, name
+          )
 
-  async def _met(self, entry: Entry) -> _Member:
-    """Makes a new replica's acquaintance."""
-    address = dataclasses.replace(
-        self._address,
-        url=f"{entry.address}/v1",
-        max_concurrent=4 * entry.slots,
-    )
+  async def _meet(self, entry: Entry) -> None:
+    """Makes a new replica's acquaintance; its next sign of life counts."""
+    try:
+      address = dataclasses.replace(
+          self._address,
+          url=f"{entry.address}/v1",
+          max_concurrent=4 * entry.slots,
+      )
+    except ValueError as error:
+      if entry.id not in self._strange:
+        self._strange.add(entry.id)
+        self._warn(error)
+      return
     connection = await Connection(address).__aenter__()
-    has = (entry.version, entry.weights)
-    return _Member(entry=entry, connection=connection, has=has)
+    self._members[entry.id] = _Member(entry=entry, connection=connection)
 
-  def _do_aside(self, work: Coroutine[Any, Any, Any]) -> None:
+  def _do_aside(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
     """Does something beside what requests wait for."""
     task = asyncio.create_task(work)
     self._aside.add(task)
     task.add_done_callback(self._aside.discard)
+    return task

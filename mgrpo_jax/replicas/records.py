@@ -90,10 +90,17 @@ def read(store: Store, policy: str) -> dict[str, Entry]:
     StorageError: the bucket cannot be read.
   """
   found: dict[str, Entry] = {}
-  for key in store.list(f"replicas/{check_name(policy, 'policy')}"):
+  root = f"replicas/{check_name(policy, 'policy')}"
+  for key in store.list(root):
+    id = key.removeprefix(f"{root}/").removesuffix(".json")
+    try:
+      if key != _key(policy, id):
+        continue
+    except ValueError:  # another program's
+      continue
     entry = _parsed(store.get(key))
-    if entry is not None and key == _key(policy, entry.id):
-      found[entry.id] = entry
+    if entry is not None and (entry.policy, entry.id) == (policy, id):
+      found[id] = entry
   return found
 
 

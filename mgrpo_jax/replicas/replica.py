@@ -29,6 +29,8 @@ from mgrpo_jax.store import Store
 from mgrpo_jax.types import PolicyVersion
 
 _LATER = 1  # seconds after which to ask again
+_WAIT = 2.0  # seconds that somebody waits for newer weights, then asks again
+_LAST = 10.0  # seconds for what is under way when it leaves
 
 
 class Replica:
@@ -75,7 +77,10 @@ class Replica:
     )
     self._seen: PolicyVersion | None = None  # what LATEST pointed at
     self._told = ""  # what was wrong at last
-    self._catching_up = asyncio.Lock()
+    self._task: asyncio.Task[None] | None = None  # takes newer weights
+    self._signing = asyncio.Lock()
+    self._writing: asyncio.Future[None] | None = None  # of the record
+    self._leaving = False
     self._failure: asyncio.Future[BaseException] | None = None
 
   def application(self, token: str) -> Starlette:
@@ -109,71 +114,76 @@ class Replica:
     """
     try:
       while True:
-        await self._beat()
-        await asyncio.sleep(self._every)
+        began = time.monotonic()
+        await self._sign()
+        task = self._catching_up()
+        await asyncio.wait({task}, timeout=self._every)
+        if task.done():
+          task.result()
+        spent = time.monotonic() - began
+        await asyncio.sleep(max(0.0, self._every - spent))
     finally:
-      with contextlib.suppress(atomic.StorageError):  # it falls silent
-        records.remove(self._store, self._entry.policy, self._entry.id)
+      await self._leave()
 
-  async def _beat(self) -> None:
-    """Looks for newer weights, and gives a sign of life."""
-    try:
-      await self._catch_up()
-      await self._sign()
-    except atomic.StorageError as error:  # the bucket may be back in a while
-      self._complain(str(error))
-    else:
-      self._told = ""
+  async def _leave(self) -> None:
+    """Removes the record, after whatever is still being written to it."""
+    self._leaving = True
+    self._store.hurry(_LAST)
+    if self._task is not None:
+      self._task.cancel()
+    if self._writing is not None:
+      await asyncio.wait({self._writing})
+    entry = self._entry
+    with contextlib.suppress(atomic.StorageError):  # else it falls silent
+      await asyncio.to_thread(
+          records.remove, self._store, entry.policy, entry.id
+      )
 
   async def _sign(self) -> None:
-    """Writes the record, one beat on."""
-    self._entry = dataclasses.replace(
-        self._entry, beat=self._entry.beat + 1, time=time.time()
-    )
-    await asyncio.to_thread(records.write, self._store, self._entry)
+    """Gives a sign of life: writes the record, one beat on."""
+    async with self._signing:
+      if self._leaving:
+        return
+      self._entry = dataclasses.replace(
+          self._entry, beat=self._entry.beat + 1, time=time.time()
+      )
+      self._writing = asyncio.ensure_future(
+          asyncio.to_thread(records.write, self._store, self._entry)
+      )
+      try:
+        await asyncio.shield(self._writing)
+      except atomic.StorageError as error:  # the bucket may be back in a while
+        self._complain(str(error))
+
+  def _catching_up(self) -> asyncio.Task[None]:
+    """Has one task take what LATEST points at, whoever waits for it."""
+    if self._task is None or self._task.done():
+      self._task = asyncio.create_task(self._catch_up())
+    return self._task
 
   async def _catch_up(self) -> None:
     """Samples from what LATEST points at, from the next visit on."""
-    async with self._catching_up:
-      policy = self._entry.policy
+    try:
+      policy, entry = self._entry.policy, self._entry
       newest = await asyncio.to_thread(publish.latest, self._store, policy)
       if newest is None or newest == self._seen:
         return
-      beating = asyncio.create_task(self._go_on_beating())
-      try:
-        weights = await asyncio.to_thread(self._read)
-      finally:
-        beating.cancel()
-      if weights is None:
+      if (newest.number, newest.digest) == (entry.version, entry.weights):
         return
-      version = weights.version
-      await asyncio.to_thread(
-          self._engine.update, weights.params, version.number
-      )
-      self._seen = newest
-      self._entry = dataclasses.replace(
-          self._entry, version=version.number, weights=version.digest
-      )
-      for line in weights.skipped:
-        self._tell(f"skipped {line}")
-      self._tell(f"samples from version {version.number}")
-
-  async def _go_on_beating(self) -> None:
-    """Gives signs of life while weights are read, which may take minutes."""
-    while True:
-      await asyncio.sleep(self._every)
-      try:
-        await self._sign()
-      except atomic.StorageError as error:
-        self._complain(str(error))
-
-  def _read(self) -> publish.Weights | None:
-    """Reads the newest weights; None where there are no good ones."""
-    try:
-      return self._weights.read(self._store, self._entry.policy)
-    except publish.NoVersionError as error:
+      weights = await asyncio.to_thread(self._weights.read, self._store, policy)
+    except (atomic.StorageError, publish.NoVersionError) as error:
       self._complain(str(error))
-      return None
+      return
+    version = weights.version
+    self._seen, self._told = newest, ""
+    await asyncio.to_thread(self._engine.update, weights.params, version.number)
+    self._entry = dataclasses.replace(
+        self._entry, version=version.number, weights=version.digest
+    )
+    for line in weights.skipped:
+      self._tell(f"skipped {line}")
+    self._tell(f"samples from version {version.number}")
+    await self._sign()
 
   async def _generate(self, body: bytes) -> bytes:
     """Answers a question."""
@@ -200,9 +210,10 @@ class Replica:
     return response.dump({})
 
   async def _follow(self, body: bytes) -> bytes:
-    """Takes the weights that there are now; refuses where they are others."""
+    """Takes the newest weights; refuses where it has not got them yet."""
     version, digest = wire.read_version(body)
-    await self._beat()
+    if (version, digest) != (self._entry.version, self._entry.weights):
+      await asyncio.wait({self._catching_up()}, timeout=_WAIT)
     self._check(version, digest)
     return response.dump({})
 

@@ -11,7 +11,6 @@ Pure functions. A float32 crosses as the same number: JSON's are float64.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +23,7 @@ from mgrpo_jax.types import Completion
 
 _FIELDS = ("version", "digest", "tokens", "seed", "session", "sampling")
 _MOST = 2**31 - 1
+_LARGEST = float(np.finfo(np.float32).max)
 _FINISHES = ("stop", "length", "context")
 
 
@@ -130,13 +130,16 @@ def write_answer(completion: Completion) -> dict[str, Any]:
   }
 
 
-def read_answer(answer: Any, question: Question, *, newest: int) -> Completion:
+def read_answer(
+    answer: Any, question: Question, *, newest: int, vocab_size: int
+) -> Completion:
   """Reads what was sampled.
 
   Args:
     answer: JSON values.
     question: that it answers.
     newest: version that can have sampled it.
+    vocab_size: of the policy.
 
   Returns:
     The completion.
@@ -150,8 +153,10 @@ def read_answer(answer: Any, question: Question, *, newest: int) -> Completion:
   limit = question.sampling.max_new_tokens
   if not isinstance(tokens, list) or len(tokens) > limit:
     raise AnswerError(f"tokens must be a list of at most {limit} ids")
-  if not all(map(_is_id, tokens)) or finish not in _FINISHES:
-    raise AnswerError(f"tokens or finish are impossible: {finish!r}")
+  if not all(_is_id(t) and t < vocab_size for t in tokens):
+    raise AnswerError(f"tokens must be ids below {vocab_size}")
+  if finish not in _FINISHES:
+    raise AnswerError(f"finish is impossible: {str(finish)[:80]!r}")
   oldest, last = _versions(answer, question.version, newest)
   return Completion(
       tokens=np.asarray(tokens, np.int32),
@@ -211,8 +216,8 @@ def _floats(answer: Mapping[str, Any], name: str, count: int) -> np.ndarray:
   found = answer.get(name)
   if not isinstance(found, list) or len(found) != count:
     raise AnswerError(f"{name} must be {count} numbers, one a token")
-  if not all(type(n) in (int, float) and math.isfinite(n) for n in found):
-    raise AnswerError(f"{name} must be finite numbers")
+  if not all(type(n) in (int, float) and abs(n) <= _LARGEST for n in found):
+    raise AnswerError(f"{name} must be finite numbers, as float32")
   return np.asarray(found, np.float32)
 
 

@@ -70,3 +70,6 @@ class PooledEngine(RolloutEngine, Protocol):
 
   def published(self, version: PolicyVersion) -> None:
     """Has them take a version that is in the store; from any thread."""
+
+  def helpers(self) -> int:
+    """Counts who of them has sampled something since it was last asked."""
