@@ -97,7 +97,8 @@ class Arrays:
       StorageError: the store cannot be written.
       ValueError: a name is not a relative path.
     """
-    opened = self._create(folder, {n: held.grid for n, held in parts.items()})
+    grids = {name: held.grid for name, held in parts.items() if held.pieces}
+    opened = self._create(folder, grids)
     starts: dict[str, Callable[[], attempts.Pending]] = {}
     sizes: dict[str, int] = {}
     for name, held in parts.items():
