@@ -119,6 +119,8 @@ LOST = """
 import os, signal, time
 from experiments import cli
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup ignores it
+
 class Callback:
   def __del__(self):  # as Python ends XLA's callbacks when it collects garbage
     os.kill(os.getpid(), signal.SIGINT)
