@@ -8,14 +8,17 @@ Trains the same recipe in turn with `rollout.max_staleness` 0 and with
 --staleness, and prints steps an hour, what a step's rollouts and the rest of it
 took, how many cores were busy, and the held-out accuracy at the end with its
 95% interval. The first steps, which compile, are left out, and so is the time
-of evaluations, but not what it costs that nothing runs ahead of them; the run
-of each kind that warms the compilation cache in DIR is dropped.
+of evaluations, but not what it costs that nothing runs ahead of them. The run
+of each kind that warms the compilation cache in DIR is not compared: with
+--pairs=0 there is no other, and only accuracies are to be read.
 
 A compiled program has one core to itself, as a sampler and a learner on devices
 of their own would have: otherwise each takes all cores in its turn, and nothing
 is left to overlap. --every_core measures that, too. Where rollouts take R
 seconds and the rest U, in step a step takes R + U, and at best max(R, U) out of
-step: the table says what that ratio allows.
+step: the table says what that ratio allows. R and U are of a first run in step
+in which whoever dispatches a program waits for it; otherwise updates that are
+still running count as the next step's rollouts.
 """
 
 from __future__ import annotations
@@ -36,6 +39,14 @@ from experiments import cli
 from mgrpo_jax.report.writer import read_metrics
 
 _ONE_CORE = "--xla_cpu_multi_thread_eigen=false"
+# `experiments.train` in which a program is run by who dispatches it; JAX reads
+# this from no environment variable.
+_APART = """
+import jax
+from experiments import cli, train
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+cli.run(train.main, required=("config", "workdir"), resumes=True)
+"""
 _RECIPE = (
     "--config=configs/quickstart.py",
     "--config.stages.easy.steps=12",
@@ -50,7 +61,11 @@ _SKIPPED = 2  # steps at the beginning, which compile and fill what waits
 
 
 def run(
-    arguments: Sequence[str], workdir: pathlib.Path, *, flags: str
+    arguments: Sequence[str],
+    workdir: pathlib.Path,
+    *,
+    flags: str,
+    apart: bool = False,
 ) -> dict[str, Any]:
   """Trains once.
 
@@ -58,6 +73,7 @@ def run(
     arguments: of `experiments.train`.
     workdir: new; its parent holds the cache of compiled programs.
     flags: of XLA.
+    apart: whether whoever dispatches a program waits for its end.
 
   Returns:
     Figures by name.
@@ -70,7 +86,8 @@ def run(
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
   }
-  command = [sys.executable, "-m", "experiments.train", *arguments]
+  start = ("-c", _APART) if apart else ("-m", "experiments.train")
+  command = [sys.executable, *start, *arguments]
   began, used = time.monotonic(), _used()
   subprocess.run(
       [*command, f"--workdir={workdir}"],
@@ -146,17 +163,25 @@ def main() -> None:
     for staleness, kept in runs.items():
       workdir = arguments.workdir / f"{pair}_{staleness}"
       command = [*recipe, f"--config.rollout.max_staleness={staleness}"]
-      kept.append(run(command, workdir, flags=flags))
+      apart = pair == 0 and staleness == 0
+      kept.append(run(command, workdir, flags=flags, apart=apart))
       print(f"{workdir}: {kept[-1]}", file=sys.stderr, flush=True)
   print(f"{' '.join(recipe)}; XLA_FLAGS={flags!r}; {arguments.pairs} pairs")
-  _table({name: found[1:] or found for name, found in runs.items()})
+  _table(
+      {name: found[1:] or found for name, found in runs.items()},
+      apart=runs[0][0],
+  )
   if arguments.out is not None:
     told = {"recipe": recipe, "flags": flags, "runs": runs}
     arguments.out.write_text(json.dumps(told, indent=2) + "\n")
 
 
-def _table(runs: Mapping[int, Sequence[Mapping[str, Any]]]) -> None:
-  """Prints medians with extremes, and the ratio of the pairs."""
+def _table(
+    runs: Mapping[int, Sequence[Mapping[str, Any]]],
+    *,
+    apart: Mapping[str, Any],
+) -> None:
+  """Prints medians with extremes, the ratio of the pairs, and its limit."""
   for staleness, found in runs.items():
     for name in ("steps_an_hour", "step", "rollout", "rest", "cores", "age"):
       values = [one[name] for one in found]
@@ -177,14 +202,12 @@ def _table(runs: Mapping[int, Sequence[Mapping[str, Any]]]) -> None:
       there["steps_an_hour"] / here["steps_an_hour"]
       for here, there in zip(first, second, strict=True)
   ]
-  most = [
-      (one["rollout"] + one["rest"]) / max(one["rollout"], one["rest"])
-      for one in first
-  ]
+  rollout, rest = apart["rollout"], apart["rest"]
+  most = (rollout + rest) / max(rollout, rest)
   print(
       f"steps an hour, out of step to in step: {statistics.median(ratios):.2f}"
-      f" [{min(ratios):.2f}, {max(ratios):.2f}]; at most"
-      f" {statistics.median(most):.2f}"
+      f" [{min(ratios):.2f}, {max(ratios):.2f}]; rollouts {rollout:.2f} s and"
+      f" the rest {rest:.2f} s apart, so at most {most:.2f}"
   )
 
 
