@@ -11,22 +11,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
-from mgrpo_jax.policy import params, products, transformer
+from mgrpo_jax.policy import attention, params, products, transformer
 from mgrpo_jax.policy.config import TransformerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
-  """How many tokens meet the kernels.
+  """How many tokens meet the kernels, and each other.
 
   Attributes:
     layers: tokens of every layer.
     head: tokens that get logits.
+    length: tokens of a row, in which queries meet the keys up to the end of
+      their block (`attention.cut`); 0 where attention is left out.
   """
 
   layers: int
   head: int
+  length: int = 0
 
 
 def forward(
@@ -49,6 +53,8 @@ def both_ways(
     weights: params.Params, rows: Rows, config: TransformerConfig
 ) -> Callable[[], float]:
   """Multiplies forwards, then for the gradients of tokens and kernels.
+
+  What the backward pass computes again is not counted.
 
   Args:
     weights: of the policy.
@@ -92,16 +98,28 @@ def _inputs(rows: Rows, config: TransformerConfig) -> dict[str, Any]:
   """Random tokens of every width that a kernel takes."""
   draw = np.random.default_rng(0).normal
 
-  def tokens(count: int, *shape: int) -> jax.Array:
-    return jnp.asarray(draw(size=(count, 1, *shape)), config.dtype)
+  def normal(*shape: int) -> jax.Array:
+    return jnp.asarray(draw(size=shape), config.dtype)
 
-  heads = (config.num_kv_heads, config.num_heads // config.num_kv_heads)
-  return {
-      "narrow": tokens(rows.layers, config.embed_dim),
-      "wide": tokens(rows.layers, config.mlp_dim),
-      "attended": tokens(rows.layers, *heads, config.head_dim),
-      "last": tokens(rows.head, config.embed_dim),
+  keys, width = config.num_kv_heads, config.head_dim
+  group = config.num_heads // keys
+  found: dict[str, Any] = {
+      "narrow": normal(rows.layers, 1, config.embed_dim),
+      "wide": normal(rows.layers, 1, config.mlp_dim),
+      "attended": normal(rows.layers, 1, keys, group, width),
+      "last": normal(rows.head, 1, config.embed_dim),
   }
+  if rows.length:
+    held = rows.layers // rows.length
+    # Of each layer its own: the compiler multiplies equal ones once.
+    found["met"] = [
+        (
+            normal(held, keys, group, rows.length, width),
+            normal(held, keys, rows.length, width),
+        )
+        for _ in range(config.num_layers)
+    ]
+  return found
 
 
 def _multiply(
@@ -118,7 +136,23 @@ def _multiply(
       found += products.multiply_each(narrow, into, [()] * len(into))
     found.append(products.multiply(inputs["attended"], layer.output))
     found.append(products.multiply(inputs["wide"], layer.down))
+  for queries, keys in inputs.get("met", ()):
+    found += _meet(queries, keys)
   return [*found, transformer.unembed(weights, inputs["last"], config=config)]
+
+
+def _meet(
+    queries: Float[Array, "N Hkv G T D"], keys: Float[Array, "N Hkv T D"]
+) -> list[Float[Array, "N Hkv GQ D"]]:
+  """Attention's two products, with nothing between them; keys are values."""
+  found = []
+  for start, stop in attention.cut(keys.shape[2]):
+    block = queries[:, :, :, start:stop]
+    block = block.reshape(*block.shape[:2], -1, block.shape[4])
+    seen = keys[:, :, :stop]
+    scores = jnp.einsum("nkqd,nksd->nkqs", block, seen)
+    found.append(jnp.einsum("nkqs,nksd->nkqd", scores, seen))
+  return found
 
 
 def _there_and_back(

@@ -24,9 +24,9 @@ and on a GPU, the peer under autocast, a load that fills the card:
 Prints seconds of each side, interleaved, the ratio of real tokens a second, and
 what forward and backward of the real tokens are in FLOP/s (6 for each weight
 and token, attention left out); compile time apart. Beside them, in the same
-rounds, the products of our micro-batches with nothing between them, and the
-ratio that a step of nothing else would have: no program that leaves products
-to the compiler gets beyond it.
+rounds, the products of our micro-batches, attention's included, with nothing
+between them, and the ratio that a step of nothing else would have: no program
+that leaves products to the compiler gets beyond it.
 """
 
 import argparse
@@ -190,7 +190,9 @@ def products(
 ) -> Callable[[], float]:
   """Compiles the products of micro-batches, with nothing between them."""
   head = shape.rows * (shape.most_wanted or shape.row_tokens)
-  rows = alone.Rows(layers=shape.rows * shape.row_tokens, head=head)
+  rows = alone.Rows(
+      layers=shape.rows * shape.row_tokens, head=head, length=shape.row_tokens
+  )
   once = alone.both_ways(weights, rows, config)
   return lambda: sum(once() for _ in range(batches))
 

@@ -78,10 +78,8 @@ def blockwise(
   rows = jnp.transpose(query, (0, 2, 3, 1, 4))
   keys = jnp.transpose(key, (0, 2, 1, 3))
   values = jnp.transpose(value, (0, 2, 1, 3))
-  block = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
   blocks = []
-  for start in range(0, length, block):
-    stop = min(start + block, length)
+  for start, stop in cut(length):
     first = max(0, start - window + 1) if window else 0
     blocks.append(
         _attend_pieces(
@@ -95,6 +93,21 @@ def blockwise(
     )
   attended = jnp.concatenate(blocks, axis=3)
   return jnp.transpose(attended, (0, 3, 1, 2, 4))
+
+
+def cut(length: int) -> list[tuple[int, int]]:
+  """Cuts a row's queries in the blocks in which `blockwise` attends.
+
+  Args:
+    length: tokens of the row, >= 1.
+
+  Returns:
+    First token of each block, and the one after its last.
+  """
+  block = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
+  return [
+      (start, min(start + block, length)) for start in range(0, length, block)
+  ]
 
 
 def splash(
