@@ -281,7 +281,9 @@ def test_who_may_publish_no_more_has_nobody_write(both):
 
 
 def test_who_leaves_does_not_wait_for_a_silent_process(both):
-  writer = Writer(both.bucket, keep=1, short=False, tell=lambda _: None)
+  writer = Writer(
+      both.bucket, keep=1, short=False, whole_every=1, tell=lambda _: None
+  )
   offer = both.offer(spread((1, 4, 2)), 0, helps=False)
   writer.write("main", 0, offer, meta={})
   both.bucket.hurry(0.1)
