@@ -514,10 +514,11 @@ def whole(bucket, like) -> int:
   return number
 
 
-def test_a_killed_publisher_leaves_whole_versions(tmp_path):
+@pytest.mark.parametrize("what", ["publish", "differences"])
+def test_a_killed_publisher_leaves_whole_versions(tmp_path, what):
   rounds = 8
   script = pathlib.Path(killed.__file__)
-  command = [sys.executable, script, "publish", tmp_path, str(rounds), "0"]
+  command = [sys.executable, script, what, tmp_path, str(rounds), "0"]
   bucket = store.open_folder(tmp_path)
   like = killed.tree(0)
   seen = []
