@@ -70,9 +70,9 @@ def _base(
   data = store.get(f"{path}/manifest.json")
   if data is None:
     raise atomic.CorruptError("its base is not in the store")
-  manifest = manifests.parse(data, policy, number)
   if leaves.digest(manifests.unsealed(data)) != digest:
     raise atomic.CorruptError("its base is another one by now")
+  manifest = manifests.parse(data, policy, number)
   if manifests.base(manifest) is not None:
     raise atomic.CorruptError("its base is not whole")
   if manifests.grids(manifest["arrays"]) != grids:
