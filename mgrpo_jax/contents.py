@@ -17,8 +17,40 @@ Wanted = Mapping[str, tuple[Grid, list[int]]]  # chunks of arrays, by name
 Seen = Callable[[str, Any], object]  # is told of each array that is here
 
 
+class Held:
+  """A base that one reader keeps, to read it once for all its differences.
+
+  It takes the memory of one copy of the weights, where there are differences.
+  """
+
+  def __init__(self) -> None:
+    """Keeps nothing."""
+    self._what: tuple[str, Wanted] | None = None
+    self._arrays: dict[str, Any] = {}
+
+  def find(self, digest: str, wanted: Wanted) -> dict[str, Any] | None:
+    """Returns the arrays of a base, None where they are not kept.
+
+    Args:
+      digest: of its manifest.
+      wanted: the chunks of arrays that are enough.
+    """
+    return self._arrays if self._what == (digest, wanted) else None
+
+  def keep(self, digest: str, wanted: Wanted, arrays: dict[str, Any]) -> None:
+    """Keeps a base in place of the one before; see `find`."""
+    self._what, self._arrays = (digest, wanted), arrays
+
+  def clear(self) -> None:
+    """Frees what is kept."""
+    self._what, self._arrays = None, {}
+
+
 def read(
-    store: Store, manifest: Mapping[str, Any], like: Any
+    store: Store,
+    manifest: Mapping[str, Any],
+    like: Any,
+    held: Held | None = None,
 ) -> dict[str, Any]:
   """Reads and checks a version's arrays.
 
@@ -28,6 +60,7 @@ def read(
     like: pytree of what is wanted; of arrays for the devices of several
       processes only chunks are read that those of this one take. None for
       all of all arrays.
+    held: what the reader keeps; None for nothing.
 
   Returns:
     Arrays or `Parts` by name.
@@ -41,21 +74,40 @@ def read(
   grids = manifests.grids(manifest["arrays"])
   wanted = _wanted(grids, like)
   path = manifests.path(manifest["policy"], manifest["number"])
-  base = manifests.base(manifest)
+  base, held = manifests.base(manifest), held or Held()
   if base is None:
+    held.clear()
     with manifests.checker(manifest) as checker:
       return _fetch(store, path, grids, wanted, checker.add)
+  number, digest = base
+  found: dict[str, Any] = {}
   try:
-    where = _base(store, manifest["policy"], *base, grids)
-    found = _fetch(store, where, grids, wanted, lambda *_: None)
+    if (before := held.find(digest, wanted)) is None:
+      where = _base(store, manifest["policy"], number, digest, grids)
+      before = _fetch(store, where, grids, wanted, lambda *_: None)
     with manifests.checker(manifest) as checker:
-      change = _changing(found, grids, path, checker.add)
+
+      def change(name: str, words: Any) -> None:
+        form = deltas.words(grids[name])
+        _check(f"{path}/{name}", words, form)
+        _check(f"the base of {path}/{name}", before[name], grids[name])
+        found[name] = deltas.apply(before[name], words)
+        checker.add(name, found[name])
+
       _fetch(store, path, grids, _changed(wanted), change)
   except atomic.CorruptError as error:
+    held.clear()  # what is kept may be what is damaged
     raise atomic.CorruptError(
-        f"{error} (it is the difference to version {base[0]})"
+        f"{error} (it is the difference to version {number})"
     ) from error
+  held.keep(digest, wanted, before)
   return found
+
+
+def _check(what: str, array: Any, grid: Grid) -> None:
+  """Raises CorruptError where an array does not have a form."""
+  if (array.shape, array.dtype) != (grid.shape, grid.dtype):
+    raise atomic.CorruptError(f"{what} is another array")
 
 
 def _base(
@@ -78,22 +130,6 @@ def _base(
   if manifests.grids(manifest["arrays"]) != grids:
     raise atomic.CorruptError("its base is cut otherwise")
   return path
-
-
-def _changing(
-    found: Mapping[str, Any], grids: Mapping[str, Grid], path: str, seen: Seen
-) -> Seen:
-  """Makes arrays of a base what differences, when they are read, say."""
-
-  def change(name: str, words: Any) -> None:
-    grid = grids[name]
-    forms = (found[name], grid), (words, deltas.words(grid))
-    for one, form in forms:
-      if (one.shape, one.dtype) != (form.shape, form.dtype):
-        raise atomic.CorruptError(f"{path}/{name} or its base is another array")
-    seen(name, deltas.apply(found[name], words))
-
-  return change
 
 
 def _changed(wanted: Wanted) -> Wanted:

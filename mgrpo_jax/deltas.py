@@ -50,25 +50,28 @@ def between(
 
 
 def apply(base: Held, difference: Held) -> Held:
-  """Makes the base what its difference says, in the base's own memory.
+  """Makes of a difference what it was taken from, in its own memory.
 
   Args:
-    base: an array, or chunks of one, which are changed.
-    difference: words of the same shape, of the same chunks.
+    base: an array, or chunks of one.
+    difference: words of the same shape, of the same chunks; overwritten.
 
   Returns:
-    The base.
+    What has the base's dtype and the difference's memory.
   """
-  changes = _pieces(difference)
-  for number, into in _pieces(base).items():
-    view = into.view(changes[number].dtype)
-    np.bitwise_xor(view, changes[number], out=view)
-  return base
+  if isinstance(base, Parts):
+    pieces = {
+        number: _applied(piece, difference.pieces[number])
+        for number, piece in base.pieces.items()
+    }
+    return Parts(grid=base.grid, pieces=pieces)
+  return _applied(base, difference)
 
 
-def _pieces(held: np.ndarray | Parts) -> Mapping[int, np.ndarray]:
-  """An array as one piece, or the pieces that are here."""
-  return held.pieces if isinstance(held, Parts) else {0: held}
+def _applied(base: np.ndarray, words: np.ndarray) -> np.ndarray:
+  """Applies words to an array, in the memory of the words."""
+  np.bitwise_xor(words, base.view(words.dtype), out=words)
+  return words.view(base.dtype)
 
 
 def _word(dtype: np.dtype) -> np.dtype:

@@ -153,6 +153,7 @@ def read(
     number: int | Literal["latest"],
     *,
     like: Any,
+    held: contents.Held | None = None,
 ) -> Weights:
   """Reads one version of a policy's weights, checked against its digests.
 
@@ -164,6 +165,7 @@ def read(
     like: pytree of arrays or `jax.ShapeDtypeStruct`s, as `policy.abstract`
       gives; weights go to its shardings. Where those are of several processes
       each reads, by number, only chunks that its devices take.
+    held: what this reader keeps, to read what differs and no more.
 
   Returns:
     The weights, all of one version.
@@ -177,14 +179,14 @@ def read(
   """
   if number != "latest":
     _check(policy, number)
-    return _read_number(store, policy, number, like)
+    return _read_number(store, policy, number, like, held)
   _check(policy, 0)
   skipped: dict[int, str] = {}
   for _ in range(_ATTEMPTS):
     pointer = store.get(_pointer_key(policy))
     for candidate in _candidates(store, policy, pointer, skipped):
       try:
-        weights = _read_number(store, policy, candidate, like)
+        weights = _read_number(store, policy, candidate, like, held)
       except (NoVersionError, atomic.CorruptError) as error:
         if store.get(_pointer_key(policy)) != pointer:
           break  # retention overtook us: start from where LATEST points now
@@ -288,7 +290,13 @@ def _write(
     raise
 
 
-def _read_number(store: Store, policy: str, number: int, like: Any) -> Weights:
+def _read_number(
+    store: Store,
+    policy: str,
+    number: int,
+    like: Any,
+    held: contents.Held | None,
+) -> Weights:
   """Reads one version; what changed while being read is read again."""
   path = manifests.path(policy, number)
   error: atomic.CorruptError | None = None
@@ -302,7 +310,7 @@ def _read_number(store: Store, policy: str, number: int, like: Any) -> Weights:
     seen[found] += 1
     try:
       manifest = manifests.parse(found, policy, number)
-      arrays = contents.read(store, manifest, like)
+      arrays = contents.read(store, manifest, like, held)
     except atomic.CorruptError as caught:
       error = caught
       continue

@@ -27,7 +27,7 @@ from mgrpo_jax import (
 )
 from mgrpo_jax import manifest as manifests
 from mgrpo_jax.bases import Bases
-from mgrpo_jax.chunks import Grid, Parts
+from mgrpo_jax.chunks import Grid
 
 DTYPES = (np.float32, ml_dtypes.bfloat16, np.int32, np.uint8, np.bool_)
 ODD = np.array(  # bits of float32: NaNs, zeros, denormals, infinities, numbers
@@ -117,13 +117,14 @@ def test_a_difference_makes_its_base_what_it_was_taken_from(drawn):
   held = {"w": chunks.parts(new, grid)}, {"w": chunks.parts(old, grid)}
   change = deltas.between(*held)["w"]
   assert change.dtype == deltas.words(grid).dtype and change.dtype.kind == "u"
-  pieces = {n: np.array(p) for n, p in held[1]["w"].pieces.items()}
-  made = deltas.apply(Parts(grid=grid, pieces=pieces), change)
+  kept = old.tobytes()
+  made = deltas.apply(held[1]["w"], change)
   for number, piece in held[0]["w"].pieces.items():
     assert made.pieces[number].tobytes() == piece.tobytes()
-  flat = old.copy()
-  other = new.view(change.dtype) ^ old.view(change.dtype)
-  assert deltas.apply(flat, np.asarray(other)).tobytes() == new.tobytes()
+  assert (made.shape, made.dtype) == (new.shape, new.dtype)
+  words = np.asarray(new.view(change.dtype) ^ old.view(change.dtype))
+  assert deltas.apply(old, words).tobytes() == new.tobytes()
+  assert old.tobytes() == kept
 
 
 @settings(max_examples=20, deadline=None)
@@ -328,8 +329,44 @@ def test_a_base_that_is_gone_another_or_no_base_is_told(bucket, tmp_path):
   refused("its base is cut otherwise")
   integers = np.zeros((16, 8), np.int32)
   bucket.write_arrays("policies/main/v0", {"embed": integers})
-  refused("policies/main/v2/embed or its base is another array")
+  refused("the base of policies/main/v2/embed is another array")
+  bucket.write_arrays("policies/main/v2", {"embed": integers})
+  refused("policies/main/v2/embed is another array")
   for base in (None, 0, {}, {"number": "0", "digest": other}):
     rebased({"base": base})
     with pytest.raises(atomic.CorruptError, match="does not name its base"):
       read(bucket, 2)
+
+
+def test_who_keeps_the_base_reads_what_differs_and_no_more(
+    bucket, tmp_path, monkeypatch
+):
+  asked, straight = [], bucket.read_arrays
+
+  def reading(prefix, names, seen):
+    asked.append(prefix.rpartition("/")[2])
+    return straight(prefix, names, seen)
+
+  monkeypatch.setattr(bucket, "read_arrays", reading)
+  held, bases = contents.Held(), Bases(4)
+  expected = {0: ["v0"], 1: ["v0", "v1"], 4: ["v4"], 5: ["v4", "v5"]}
+  for number in range(7):
+    put(bucket, number, bases)
+    asked.clear()
+    found = publish.read(bucket, "main", "latest", like=LIKE, held=held)
+    assert bits(found.params) == bits(tree(number))
+    assert asked == expected.get(number, [f"v{number}"])
+  held.find(
+      manifests.base(
+          manifests.unsealed(bucket.get("policies/main/v6/manifest.json"))
+      )[1],
+      {},
+  )["embed"][0, 0] += 1
+  found = publish.read(bucket, "main", "latest", like=LIKE, held=held)
+  assert found.version.number == 6 and found.skipped == ()  # read again
+  assert bits(found.params) == bits(tree(6))
+  asked.clear()
+  damage(tmp_path / "policies/main/v6/embed/c/0/0", "flip")
+  found = publish.read(bucket, "main", "latest", like=LIKE, held=held)
+  assert found.version.number == 5 and len(found.skipped) == 1
+  assert bits(found.params) == bits(tree(5))

@@ -6,7 +6,8 @@
 The versions that a bucket keeps, in float32 and in bfloat16, each once with
 every version whole and once with one in `--whole_every`, by turns, `--rounds`
 times. Whole versions and differences are counted apart: bytes that files take,
-seconds to write and to read one into arrays of jax, digests checked. Nothing is
+seconds to write and to read one into arrays of jax, digests checked: each on its
+own, and by a reader that keeps the base, after it read the one before. Nothing is
 flushed. Arrays repeat `--copies` times along their first axis: neighbouring
 versions of small models are at hand, and files of a few KiB say nothing about
 speed.
@@ -25,7 +26,7 @@ import numpy as np
 from absl import flags
 
 from experiments import cli
-from mgrpo_jax import atomic, publish, store
+from mgrpo_jax import atomic, contents, publish, store
 from mgrpo_jax import manifest as manifests
 from mgrpo_jax.bases import Bases
 
@@ -86,11 +87,13 @@ def measure(
         bases=bases,
     )
     rows.append({"write": time.perf_counter() - begun})
+  held = contents.Held()
   for number, row in enumerate(rows):
-    begun = time.perf_counter()
-    found = publish.read(bucket, "main", number, like=like)
-    jax.block_until_ready(found.params)
-    row["read"] = time.perf_counter() - begun
+    for what, keeps in (("read", None), ("follow", held)):
+      begun = time.perf_counter()
+      found = publish.read(bucket, "main", number, like=like, held=keeps)
+      jax.block_until_ready(found.params)
+      row[what] = time.perf_counter() - begun
     path = f"policies/main/v{number}"
     manifest = json.loads(bucket.get(f"{path}/manifest.json") or b"{}")
     base = manifest.get("base")
@@ -105,8 +108,8 @@ def measure(
 def table(rows: Sequence[Row], size: int) -> str:
   """Returns a line for each dtype and kind of version, medians with spread."""
   lines = [
-      "| | bytes, % of float32 | written, s | read, s |",
-      "|---|---|---|---|",
+      "| | bytes, % of float32 | written, s | read, s | read, base kept, s |",
+      "|---|---|---|---|---|",
   ]
   for short in (False, True):
     for name, kept in (
@@ -119,7 +122,7 @@ def table(rows: Sequence[Row], size: int) -> str:
           _spread([100 * row["bytes"] / size for row in some], 1),
           *(
               _spread([row[what] for row in some], 3)
-              for what in ("write", "read")
+              for what in ("write", "read", "follow")
           ),
       ]
       dtype = "bfloat16" if short else "float32"
