@@ -6,11 +6,11 @@
 The versions that a bucket keeps, in float32 and in bfloat16, each once with
 every version whole and once with one in `--whole_every`, by turns, `--rounds`
 times. Whole versions and differences are counted apart: bytes that files take,
-seconds to write and to read one into arrays of jax, digests checked: each on its
-own, and by a reader that keeps the base, after it read the one before. Nothing is
-flushed. Arrays repeat `--copies` times along their first axis: neighbouring
-versions of small models are at hand, and files of a few KiB say nothing about
-speed.
+seconds to write and to read one into arrays of jax, digests checked: each on
+its own, and by a reader that keeps the base, after it read the one before.
+Nothing is flushed. Arrays repeat `--copies` times along their first axis:
+neighbouring versions of small models are at hand, and files of a few KiB say
+nothing about speed.
 """
 
 import json
