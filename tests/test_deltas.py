@@ -356,6 +356,12 @@ def test_who_keeps_the_base_reads_what_differs_and_no_more(
     found = publish.read(bucket, "main", "latest", like=LIKE, held=held)
     assert bits(found.params) == bits(tree(number))
     assert asked == expected.get(number, [f"v{number}"])
+  asked.clear()
+  read_again = [
+      publish.read(bucket, "main", n, like=LIKE, held=held) for n in (4, 6)
+  ]
+  assert [one.version.number for one in read_again] == [4, 6]
+  assert asked == ["v4", "v4", "v6"]  # whole ones free what was kept
   held.find(
       manifests.base(
           manifests.unsealed(bucket.get("policies/main/v6/manifest.json"))

@@ -276,6 +276,25 @@ def test_after_a_base_that_failed_both_begin_with_a_whole_one(
   assert json.loads(text)["base"]["number"] == 3
 
 
+def test_after_a_past_version_that_failed_both_begin_with_a_whole_one(
+    both, monkeypatch
+):
+  """The other process has kept its part of that one in place of the base."""
+  bases = Bases(9)
+  both.put(spread((1, 4, 2), 2), 2, bases=bases)
+
+  def full(folder, parts):
+    raise atomic.StorageError(f"cannot write {folder}: No space left")
+
+  with monkeypatch.context() as broken:
+    broken.setattr(both.bucket.arrays, "write_parts", full)
+    with pytest.raises(atomic.StorageError, match="v1: No space left"):
+      both.put(spread((1, 4, 2), 1), 1, bases=bases)
+  both.put(spread((1, 4, 2), 3), 3, bases=bases)
+  found = publish.read(both.bucket, "main", "latest", like=like())
+  assert found.version.number == 3 and same(found.params, tree(3))
+
+
 def test_who_has_no_base_says_so(both):
   bases = Bases(9)
   both.put(spread((1, 4, 2)), 0, bases=bases)
