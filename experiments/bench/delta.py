@@ -8,7 +8,8 @@ every version whole and once with one in `--whole_every`, by turns, `--rounds`
 times. Whole versions and differences are counted apart: bytes that files take,
 seconds to write and to read one into arrays of jax, digests checked: each on
 its own, and by a reader that keeps the base, after it read the one before.
-Nothing is flushed. Arrays repeat `--copies` times along their first axis:
+Nothing is flushed. Arrays come `--copies` times, one after the other and each
+copy in another order, so that none is compressed as the repetition of another:
 neighbouring versions of small models are at hand, and files of a few KiB say
 nothing about speed.
 """
@@ -36,9 +37,7 @@ _FOLDER = flags.DEFINE_string("folder", "", "an empty or new folder")
 _FIRST = flags.DEFINE_integer("first", 0, "the first version that is taken")
 _MOST = flags.DEFINE_integer("most", 8, "how many are taken")
 _EVERY = flags.DEFINE_integer("whole_every", 8, "of how many one is whole")
-_COPIES = flags.DEFINE_integer(
-    "copies", 1, "of each array, along its first axis"
-)
+_COPIES = flags.DEFINE_integer("copies", 1, "of each array, shuffled")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "how often all is written and read")
 _OUT = flags.DEFINE_string("out", "", "JSON file for what was measured")
 
@@ -53,11 +52,14 @@ def weights(bucket: store.Store, policy: str, number: int) -> dict[str, Any]:
   if manifests.base(manifest) is not None:
     raise ValueError(f"bucket: version {number} is a difference")
   arrays = bucket.read_arrays(path, manifest["arrays"])
-  copies = _COPIES.value
-  return {
-      name: np.concatenate([array] * copies) if array.ndim else array
-      for name, array in arrays.items()
-  }
+  return {name: _larger(array) for name, array in arrays.items()}
+
+
+def _larger(array: np.ndarray) -> np.ndarray:
+  """Returns copies of an array, all but the first shuffled, in one."""
+  flat, orders = array.reshape(-1), range(1, _COPIES.value)
+  more = [np.random.default_rng(one).permutation(flat) for one in orders]
+  return np.concatenate([flat, *more]).reshape(-1, *array.shape[1:])
 
 
 def measure(
