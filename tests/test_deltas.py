@@ -265,6 +265,16 @@ def test_of_several_processes_each_reads_its_chunks_of_both(
     contents.read(bucket, manifest, LIKE | {"embed": mine})
 
 
+def test_s3_holds_differences_too(s3_endpoint):
+  name = uuid.uuid4().hex
+  bucket = store.open(f"s3://my-bucket/{name}?endpoint={s3_endpoint}")
+  fill(bucket, 4, 3, keep=1)
+  assert publish.versions(bucket, "main") == [3]
+  fill(bucket, 3, 3, keep=1)
+  assert publish.versions(bucket, "main") == [0, 2]
+  assert bits(read(bucket).params) == bits(tree(2))
+
+
 @pytest.mark.parametrize("how", ["delete", "truncate", "empty", "flip"])
 @pytest.mark.parametrize("what", ["manifest.json", "embed/c/0/0"])
 def test_a_damaged_base_leads_to_the_version_before_it(
