@@ -318,6 +318,9 @@ def _add_bookkeeping(config: ml_collections.ConfigDict) -> None:
   config.publish.every = 1  # steps, >= 1
   config.publish.keep = 3  # versions in the store, >= 1
   config.publish.dtype = "float32"  # bfloat16: half the bytes, rounded weights
+  # Of how many versions one is whole, the others exact differences to it: fewer
+  # bytes to write, and a copy of the weights in memory for it. 1: all; >= 1.
+  config.publish.whole_every = 1
 
   config.jobs = ml_collections.ConfigDict()  # of one policy each, and replicas
   config.jobs.heartbeat = 5.0  # seconds between signs of life, > 0

@@ -63,6 +63,7 @@ _RANGES = {  # lowest and highest allowed
     "checkpoint.keep": (1, _MOST),
     "publish.every": (1, _MOST),
     "publish.keep": (1, _MOST),
+    "publish.whole_every": (1, _MOST),
 }
 _POSITIVE = (  # as float32, which is what they are computed with
     "rollout.turn_deadline",

@@ -191,6 +191,7 @@ def build(config: ml_collections.ConfigDict, *, only: str = "") -> Setup:
       publish_every=config.publish.every,
       keep_versions=config.publish.keep,
       publish_short=_published_short(config),
+      whole_every=config.publish.whole_every,
   )
 
 

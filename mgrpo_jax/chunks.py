@@ -28,11 +28,13 @@ class Grid:
     shape: of the array.
     dtype: of the array.
     chunk: shape of a chunk, every size at least 1.
+    packed: whether chunks are compressed where they are stored.
   """
 
   shape: tuple[int, ...]
   dtype: np.dtype
   chunk: tuple[int, ...]
+  packed: bool = False
 
   @functools.cached_property
   def counts(self) -> tuple[int, ...]:

@@ -129,14 +129,23 @@ def describe_all(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
 
 
 def threaded(
-    work: Callable[[np.ndarray], Any], arrays: Mapping[str, np.ndarray]
+    work: Callable[..., Any], *arrays: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Does something to arrays by name, on as many threads as there are cores."""
-  if sum(array.nbytes for array in arrays.values()) < _THREADED:
-    return {name: work(array) for name, array in arrays.items()}
+  """Does something to arrays by name, on as many threads as there are cores.
+
+  Args:
+    work: takes an array of each mapping, all of one name.
+    *arrays: by name, the same names in each.
+
+  Returns:
+    What it returned, by name.
+  """
+  names = list(arrays[0])
+  columns = [[held[name] for name in names] for held in arrays]
+  if sum(array.nbytes for array in columns[0]) < _THREADED:
+    return dict(zip(names, map(work, *columns), strict=True))
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-    found = threads.map(work, arrays.values())
-    return dict(zip(arrays, found, strict=True))
+    return dict(zip(names, threads.map(work, *columns), strict=True))
 
 
 class Checker:

@@ -1,4 +1,7 @@
-"""What a version's manifest says: shapes, dtypes and digests of its arrays."""
+"""What a version's manifest says: shapes, dtypes and digests of its arrays.
+
+A version is whole, or the difference to an earlier one that is: its base.
+"""
 
 import dataclasses
 import json
@@ -10,8 +13,10 @@ import numpy as np
 
 from mgrpo_jax import atomic, chunks, leaves
 from mgrpo_jax.chunks import Grid, Parts
+from mgrpo_jax.types import PolicyVersion
 
-FORMAT = 2
+FORMAT = 2  # of whole versions
+DELTA_FORMAT = 3  # of differences
 NAMES = {"manifest.json", "published.json"}  # beside a version's arrays
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -65,7 +70,12 @@ def contents(
 
 
 def make(
-    policy: str, number: int, held: Contents, *, meta: Mapping[str, Any]
+    policy: str,
+    number: int,
+    held: Contents,
+    *,
+    meta: Mapping[str, Any],
+    base: PolicyVersion | None = None,
 ) -> dict[str, Any]:
   """Returns a sealed manifest.
 
@@ -74,6 +84,7 @@ def make(
     number: of the version.
     held: what the version holds, as it is written.
     meta: JSON kept beside the arrays.
+    base: the whole version that what is written is the difference to, if any.
 
   Raises:
     ValueError: an array has a name that is taken.
@@ -81,14 +92,17 @@ def make(
   if taken := sorted(NAMES & {name.split("/")[-1] for name in held.arrays}):
     raise ValueError(f"params: a leaf may not be named {taken[0]!r}")
   body = {
-      "format": FORMAT,
+      "format": FORMAT if base is None else DELTA_FORMAT,
       "policy": policy,
       "number": number,
       "meta": dict(meta),
       "arrays": dict(held.arrays),
   }
-  rounded = {"rounded": dict(held.rounded)} if held.rounded else {}
-  return leaves.seal(body | rounded)
+  if held.rounded:
+    body["rounded"] = dict(held.rounded)
+  if base is not None:
+    body["base"] = {"number": base.number, "digest": base.digest}
+  return leaves.seal(body)
 
 
 def parse(data: bytes, policy: str, number: int) -> dict[str, Any]:
@@ -98,32 +112,63 @@ def parse(data: bytes, policy: str, number: int) -> dict[str, Any]:
     CorruptError: it is not.
     MismatchError: it is of another format.
   """
-  try:
-    manifest = leaves.check_seal(json.loads(data))
-  except (ValueError, RecursionError) as error:
-    raise atomic.CorruptError("the manifest is not JSON") from error
+  manifest = unsealed(data)
   if (manifest["policy"], manifest["number"]) != (policy, number):
     raise atomic.CorruptError("the manifest is another version's")
   if manifest["format"] == 1:
     arrays = {n: _in_one(one) for n, one in manifest["arrays"].items()}
     return manifest | {"arrays": arrays}
-  if manifest["format"] != FORMAT:
+  if manifest["format"] not in (FORMAT, DELTA_FORMAT):
     raise atomic.MismatchError(
         f"version {number} of {policy} has format {manifest['format']},"
-        f" allowed: 1, {FORMAT}"
+        f" allowed: 1, {FORMAT}, {DELTA_FORMAT}"
     )
   return manifest
 
 
-def grids(manifest: Mapping[str, Any]) -> dict[str, Grid]:
-  """How the arrays of a version are cut, by name."""
+def base(manifest: Mapping[str, Any]) -> tuple[int, str] | None:
+  """Returns the version that this one is a difference to, None for none.
+
+  Args:
+    manifest: of any format.
+
+  Returns:
+    The base's number and its manifest's digest.
+
+  Raises:
+    CorruptError: it does not say which.
+  """
+  said = manifest.get("base")
+  if said is None and manifest["format"] != DELTA_FORMAT:
+    return None
+  if isinstance(said, dict):
+    number, digest = said.get("number"), said.get("digest")
+    if type(number) is int and number >= 0 and type(digest) is str:
+      return number, digest
+  raise atomic.CorruptError("the manifest does not name its base")
+
+
+def unsealed(data: bytes) -> dict[str, Any]:
+  """Returns what a manifest of any format says.
+
+  Raises:
+    CorruptError: it is none.
+  """
+  try:
+    return leaves.check_seal(json.loads(data))
+  except (ValueError, RecursionError) as error:
+    raise atomic.CorruptError("the manifest is not JSON") from error
+
+
+def grids(arrays: Mapping[str, Mapping[str, Any]]) -> dict[str, Grid]:
+  """How arrays are cut that a manifest describes, by name."""
   return {
       name: Grid(
           shape=tuple(one["shape"]),
           dtype=np.dtype(one["dtype"]),
           chunk=tuple(one["chunk"]),
       )
-      for name, one in manifest["arrays"].items()
+      for name, one in arrays.items()
   }
 
 
@@ -136,7 +181,7 @@ def checker(manifest: Mapping[str, Any]) -> leaves.Checker:
   Returns:
     The checker of all of its arrays, which names chunks that differ.
   """
-  cuts = grids(manifest)
+  cuts = grids(manifest["arrays"])
 
   def differing(name: str, found: np.ndarray | Parts) -> list[str]:
     if name not in cuts:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from mgrpo_jax import leaves
+from mgrpo_jax import chunks, deltas, leaves
 from mgrpo_jax import manifest as manifests
+from mgrpo_jax.bases import Base
+from mgrpo_jax.chunks import Parts
 from mgrpo_jax.manifest import Contents
 from mgrpo_jax.store import Store
 
@@ -21,8 +24,19 @@ class Offer(Protocol):
       StorageError: it cannot be said.
     """
 
-  def write(self, store: Store, folder: str) -> None:
+  def write(
+      self, store: Store, folder: str, base: Base | None, *, keeps: bool
+  ) -> Mapping[str, Parts]:
     """Writes what was described, all of it or not at all well.
+
+    Args:
+      store: the bucket.
+      folder: of the version.
+      base: what to write the difference to; None to write the version whole.
+      keeps: whether differences to it may be written later.
+
+    Returns:
+      What this process wrote, by name; of differences, what they make.
 
     Raises:
       StorageError: it cannot be written.
@@ -54,9 +68,23 @@ class Whole:
     self._arrays = arrays
     return manifests.contents(arrays, rounded)
 
-  def write(self, store: Store, folder: str) -> None:
-    """Writes the arrays."""
-    store.write_arrays(folder, self._arrays)
+  def write(
+      self, store: Store, folder: str, base: Base | None, *, keeps: bool
+  ) -> Mapping[str, Parts]:
+    """Writes the arrays, or their differences to a base."""
+    del keeps  # no other process has to know
+    parts = {
+        name: chunks.parts(array, chunks.grid(array))
+        for name, array in self._arrays.items()
+    }
+    if base is None:
+      store.write_arrays(folder, self._arrays)
+    else:
+      changes = deltas.between(parts, base.parts)
+      grids = {name: held.grid for name, held in changes.items()}
+      store.arrays.create(folder, grids)
+      store.arrays.write_parts(folder, changes)
+    return parts
 
   def close(self) -> None:
     """Leaves the arrays to whoever else has them."""

@@ -203,6 +203,7 @@ class Setup:
     publish_every: steps between published versions.
     keep_versions: how many stay in the store.
     publish_short: whether they are rounded to bfloat16.
+    whole_every: of how many one is whole, the others differences to it.
     elsewhere: policies that other jobs sample and train; of these, `policies`
       has the tokenizer and sizes, and no weights.
     pooled: makes of a policy's engine one that has replicas, which are found in
@@ -237,6 +238,7 @@ class Setup:
   publish_every: int
   keep_versions: int
   publish_short: bool
+  whole_every: int
   elsewhere: frozenset[str] = frozenset()
   pooled: Callable[[str, Engine, Store], PooledEngine] | None = None
 

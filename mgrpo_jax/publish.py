@@ -6,7 +6,8 @@
     policies/<policy>/LATEST                   one pointer, written last
     policies/<policy>/leases/v<N>/<holder>     keeps a version from deletion
 
-A version is visible whole or not at all: its manifest is written after its
+A version is visible whole or not at all, also where what is stored is only its
+difference to an earlier one (`bases`): its manifest is written after its
 arrays, and the pointer after the manifest. Readers check every digest and
 never mix versions; where the newest is corrupt they fall back to the previous
 good one and say so. Each policy has one publisher at a time, the job that
@@ -16,15 +17,16 @@ trains it; of two, the second to finish is told. docs/bucket.md has the format.
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-from mgrpo_jax import atomic, chunks, leases, leaves, retention
+from mgrpo_jax import atomic, contents, leases, leaves, retention
 from mgrpo_jax import manifest as manifests
-from mgrpo_jax.chunks import Grid
+from mgrpo_jax.bases import Base, Bases
 from mgrpo_jax.keys import check_name
 from mgrpo_jax.offer import Offer, Whole
 from mgrpo_jax.store import Store
@@ -83,6 +85,7 @@ def publish(
     keep: int,
     meta: Mapping[str, Any],
     short: bool = False,
+    bases: Bases | None = None,
     sure: Callable[[], None] = lambda: None,
 ) -> Published:
   """Writes a version of a policy's weights and points LATEST at it.
@@ -99,6 +102,9 @@ def publish(
     keep: how many versions stay, ≥ 1; leased ones stay besides.
     meta: JSON kept beside the weights (step, stage, …).
     short: whether float32 is rounded to bfloat16, and read as float32 again.
+    bases: whose differences may be written in place of whole versions, and
+      which remembers this one; arrays must not change while it does. None: the
+      version is whole.
     sure: raises where this process may publish no more.
 
   Returns:
@@ -110,12 +116,16 @@ def publish(
     ValueError: a name, number or count is out of range.
   """
   offer = params if isinstance(params, Offer) else Whole(params, short=short)
+  bases = bases or Bases(1)
   with contextlib.closing(offer):
     _check(policy, number)
     if keep < 1:
       raise ValueError(f"keep: {keep} must be at least 1")
     held = offer.describe(store)
-    manifest = manifests.make(policy, number, held, meta=meta)
+    base = bases.choose(store, policy, number, held)
+    manifest = manifests.make(
+        policy, number, held, meta=meta, base=base.version if base else None
+    )
     path = manifests.path(policy, number)
     version = PolicyVersion(
         policy=policy, number=number, path=path, digest=manifest["digest"]
@@ -123,7 +133,7 @@ def publish(
     store.settle()
     before = store.read(_pointer_key(policy))
     if not _is_whole(store, version):
-      _write(store, offer, path, manifest, sure)
+      _write(store, offer, version, manifest, base, bases, sure)
   pointer = {"number": number, "path": path, "digest": version.digest}
   sure()
   if not store.replace(before, json.dumps(pointer).encode()):
@@ -132,7 +142,8 @@ def publish(
         f"{before.key} in {store.url} was changed while version {number} was"
         " written: another process publishes this policy"
     )
-  damaged = retention.retain(store, policy, number, keep, sure)
+  needed = functools.partial(bases.needed, store, policy)
+  damaged = retention.retain(store, policy, number, keep, needed, sure)
   return Published(version=version, damaged=damaged)
 
 
@@ -142,6 +153,7 @@ def read(
     number: int | Literal["latest"],
     *,
     like: Any,
+    held: contents.Held | None = None,
 ) -> Weights:
   """Reads one version of a policy's weights, checked against its digests.
 
@@ -153,6 +165,7 @@ def read(
     like: pytree of arrays or `jax.ShapeDtypeStruct`s, as `policy.abstract`
       gives; weights go to its shardings. Where those are of several processes
       each reads, by number, only chunks that its devices take.
+    held: what this reader keeps, to read what differs and no more.
 
   Returns:
     The weights, all of one version.
@@ -166,14 +179,14 @@ def read(
   """
   if number != "latest":
     _check(policy, number)
-    return _read_number(store, policy, number, like)
+    return _read_number(store, policy, number, like, held)
   _check(policy, 0)
   skipped: dict[int, str] = {}
   for _ in range(_ATTEMPTS):
     pointer = store.get(_pointer_key(policy))
     for candidate in _candidates(store, policy, pointer, skipped):
       try:
-        weights = _read_number(store, policy, candidate, like)
+        weights = _read_number(store, policy, candidate, like, held)
       except (NoVersionError, atomic.CorruptError) as error:
         if store.get(_pointer_key(policy)) != pointer:
           break  # retention overtook us: start from where LATEST points now
@@ -250,20 +263,26 @@ def release(store: Store, policy: str, number: int, *, holder: str) -> None:
 def _write(
     store: Store,
     offer: Offer,
-    path: str,
+    version: PolicyVersion,
     manifest: Mapping[str, Any],
+    base: Base | None,
+    bases: Bases,
     sure: Callable[[], None],
 ) -> None:
   """Writes a version, its manifest last; what lay there goes before."""
+  path, keeps = version.path, bases.keeps and base is None
+  if base is None:
+    bases.forget(version.policy)
   sure()
   retention.remove(store, path)
   store.settle()
   sure()  # after each wait in which another process may have come
   try:
-    offer.write(store, path)
+    parts = offer.write(store, path, base, keeps=keeps)
     when = json.dumps({"time": time.time()}).encode()
     store.put(f"{path}/published.json", when)
     store.put(f"{path}/manifest.json", json.dumps(manifest).encode())
+    bases.wrote(version, base, parts)
   except atomic.StorageError:
     with contextlib.suppress(atomic.StorageError):
       sure()  # else it is another process's by now
@@ -271,7 +290,13 @@ def _write(
     raise
 
 
-def _read_number(store: Store, policy: str, number: int, like: Any) -> Weights:
+def _read_number(
+    store: Store,
+    policy: str,
+    number: int,
+    like: Any,
+    held: contents.Held | None,
+) -> Weights:
   """Reads one version; what changed while being read is read again."""
   path = manifests.path(policy, number)
   error: atomic.CorruptError | None = None
@@ -285,8 +310,7 @@ def _read_number(store: Store, policy: str, number: int, like: Any) -> Weights:
     seen[found] += 1
     try:
       manifest = manifests.parse(found, policy, number)
-      with manifests.checker(manifest) as checker:
-        arrays = _fetch(store, path, manifest, like, checker.add)
+      arrays = contents.read(store, manifest, like, held)
     except atomic.CorruptError as caught:
       error = caught
       continue
@@ -307,32 +331,6 @@ def _read_number(store: Store, policy: str, number: int, like: Any) -> Weights:
   raise atomic.CorruptError(
       f"version {number} of {policy} in {store.url} is corrupt: {error}"
   ) from error
-
-
-def _fetch(
-    store: Store,
-    path: str,
-    manifest: Mapping[str, Any],
-    like: Any,
-    seen: Callable[[str, Any], object],
-) -> dict[str, Any]:
-  """Reads arrays; of those for several processes, what this one's devices take.
-
-  Returns:
-    Arrays or `Parts` by name.
-  """
-  grids = manifests.grids(manifest)
-  wanted: dict[str, tuple[Grid, list[int]]] = {}
-  for name, leaf in leaves.named(like).items():
-    where = getattr(leaf, "sharding", None)
-    if where is None or where.is_fully_addressable or name not in grids:
-      continue
-    grid = grids[name]
-    if leaf.shape == grid.shape:  # else it is an error, told in a moment
-      wanted[name] = grid, chunks.touched(grid, where)
-  whole = [name for name in grids if name not in wanted]
-  found: dict[str, Any] = store.read_arrays(path, whole, seen)
-  return found | store.arrays.read_parts(path, wanted, seen)
 
 
 def _pointed(store: Store, policy: str, pointer: bytes) -> PolicyVersion:
@@ -381,8 +379,7 @@ def _is_whole(store: Store, version: PolicyVersion) -> bool:
     manifest = manifests.parse(found, version.policy, version.number)
     if json.loads(found)["digest"] != version.digest:
       return False
-    with manifests.checker(manifest) as checker:
-      store.read_arrays(version.path, manifest["arrays"], checker.add)
+    contents.read(store, manifest, None)
   except atomic.CorruptError:
     return False
   return True

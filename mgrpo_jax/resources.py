@@ -84,6 +84,7 @@ class Resources:
         store,
         keep=setup.keep_versions,
         short=setup.publish_short,
+        whole_every=setup.whole_every,
         tell=self._published,
     )
     loras = {name: one.lora for name, one in setup.adaptations.items()}

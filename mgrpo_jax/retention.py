@@ -17,15 +17,23 @@ def whole_among(keys: Iterable[str]) -> set[int]:
 
 
 def retain(
-    store: Store, policy: str, number: int, keep: int, sure: Callable[[], None]
+    store: Store,
+    policy: str,
+    number: int,
+    keep: int,
+    needed: Callable[[int], int | None],
+    sure: Callable[[], None],
 ) -> tuple[str, ...]:
-  """Deletes what is neither new, nor leased, nor pointed to.
+  """Deletes what is neither new, nor leased, nor pointed to, nor their base.
+
+  Versions go before those that they need, so that what can be seen is whole.
 
   Args:
     store: the bucket.
     policy: whose versions.
     number: that LATEST points to.
     keep: how many of the newest stay.
+    needed: says which other version a version needs, None for none.
     sure: raises where this process may delete no more.
 
   Returns:
@@ -40,7 +48,12 @@ def retain(
   past = sorted(n for n in whole_among(keys) if n <= number)
   held = leases.held(store, root)
   gone = set(held.over.values()) - present
-  for old in sorted(present - {number, *past[-keep:], *held.versions}):
+  stay = {number, *past[-keep:], *held.versions} & present
+  if going := sorted(present - stay, reverse=True):
+    stay |= {base for one in stay if (base := needed(one)) is not None}
+  for old in going:
+    if old in stay:
+      continue
     path = manifests.path(policy, old)
     sure()
     manifest = store.get(f"{path}/manifest.json")
@@ -48,6 +61,8 @@ def retain(
       store.delete(f"{path}/manifest.json")
       if old in leases.held(store, root, old).versions:  # taken in between
         store.put(f"{path}/manifest.json", manifest)
+        if (base := needed(old)) is not None:
+          stay.add(base)
         continue
     store.discard(path)  # gone by the next publication
     gone.add(old)

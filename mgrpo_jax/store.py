@@ -10,6 +10,7 @@ Operations end: failures of a server are retried for as long as `open` is told
 (`attempts`), then named. Several threads may use a store at a time.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -72,8 +73,10 @@ class Store:
     self._kvstore, self._whole = kvstore, whole
     self.url = url
     self._patience, self._limit = patience, math.inf
-    local = pathlib.Path(kvstore.path) if url.startswith("file://") else None
-    self._removal = removal.Removal(bulk, local)
+    self._local: pathlib.Path | None = None
+    if url.startswith("file://"):
+      self._local = pathlib.Path(kvstore.path)
+    self._removal = removal.Removal(bulk, self._local)
     self.arrays = Arrays(bulk, self._wait, self._clear)
     self._asking = threading.Lock()
     self._can_swap: bool | None = whole is None or None  # None: not asked yet
@@ -185,6 +188,28 @@ class Store:
     found = self._wait("list", prefix, lambda: where.list(below))
     keys = (key.decode("utf-8") for key in found)
     return sorted(k.removeprefix(root) for k in keys if k.startswith(start))
+
+  def taken(self, prefix: str) -> int | None:
+    """Returns the bytes that a folder of the local disk takes.
+
+    Args:
+      prefix: folder without trailing slash.
+
+    Returns:
+      The sum of what files hold that do not vanish meanwhile; None for
+      servers and memory, whose listings tell no sizes.
+
+    Raises:
+      ValueError: the prefix is not a relative path.
+    """
+    if self._local is None:
+      return None
+    total = 0
+    for folder, _, names in os.walk(self._local / check_key(prefix)):
+      for name in names:
+        with contextlib.suppress(FileNotFoundError):
+          total += os.stat(os.path.join(folder, name)).st_size
+    return total
 
   def swap(self, record: Record, value: bytes | None) -> Record | None:
     """Changes a key only if it is still as it was read (compare-and-swap).

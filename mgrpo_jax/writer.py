@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mgrpo_jax import publish
+from mgrpo_jax.bases import Bases
 from mgrpo_jax.publish import Published
 from mgrpo_jax.store import Store
 from mgrpo_jax.types import PolicyVersion
@@ -18,8 +19,9 @@ class Writer:
   """Publishes in a thread of its own, one version after the other.
 
   Weights are read where they are, so nothing is copied first: they must not be
-  donated (`trainer` does not). They are held until they are written; whoever
-  hands over faster than the store takes waits in `settle`.
+  donated (`trainer` does not). They are held until they are written, and those
+  of a policy's last whole version while differences to it may be; whoever hands
+  over faster than the store takes waits in `settle`.
   """
 
   def __init__(
@@ -28,6 +30,7 @@ class Writer:
       *,
       keep: int,
       short: bool,
+      whole_every: int,
       tell: Callable[[PolicyVersion], None],
   ) -> None:
     """Starts with nothing to write.
@@ -36,11 +39,14 @@ class Writer:
       store: where to.
       keep: how many versions of a policy stay.
       short: whether float32 is rounded to bfloat16.
+      whole_every: of how many versions of a policy that follow each other one
+        is written whole, the others as differences to it; see `bases`.
       tell: takes every version that is in the store, from the thread.
     """
     self._store = store
     self._keep = keep
     self._short = short
+    self._bases = Bases(whole_every)
     self._tell = tell
     self._thread = concurrent.futures.ThreadPoolExecutor(
         1, thread_name_prefix="publish"
@@ -106,6 +112,7 @@ class Writer:
         params,
         keep=self._keep,
         short=self._short,
+        bases=self._bases,
         meta=meta,
         sure=self._sure,
     )

@@ -1,6 +1,6 @@
 """Writers that are killed at random moments; run by the tests as a process.
 
-    python killed.py publish|checkpoint DIRECTORY ROUNDS SEED
+    python killed.py publish|differences|checkpoint DIRECTORY ROUNDS SEED
 
 Each round forks a child that writes as fast as it can, kills it with SIGKILL
 at a random moment of its third or fourth write, prints a line and waits for
@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 
-from mgrpo_jax import checkpoint, publish, store
+from mgrpo_jax import bases, checkpoint, publish, store
 
 SHAPES = {"a": (40, 50), "b": (7,), "c": (3, 3, 3), "d": (400_000,)}
 
@@ -26,14 +26,23 @@ def tree(number: int) -> dict[str, np.ndarray]:
   return {k: np.full(s, number, np.float32) for k, s in SHAPES.items()}
 
 
-def publish_forever(directory: pathlib.Path, report: int) -> None:
+def publish_forever(
+    directory: pathlib.Path, report: int, whole_every: int = 1
+) -> None:
   """Publishes version after version, from where the last one stopped."""
+  held = bases.Bases(whole_every)
   bucket = store.open_folder(directory)
   newest = publish.latest(bucket, "main")
   number = 0 if newest is None else newest.number + 1
   while True:
     publish.publish(
-        bucket, "main", number, tree(number), keep=2, meta={"n": number}
+        bucket,
+        "main",
+        number,
+        tree(number),
+        keep=2,
+        meta={"n": number},
+        bases=held,
     )
     os.write(report, b".")
     number += 1
@@ -50,7 +59,16 @@ def save_forever(directory: pathlib.Path, report: int) -> None:
     step += 1
 
 
-WORK = {"publish": publish_forever, "checkpoint": save_forever}
+def publish_differences(directory: pathlib.Path, report: int) -> None:
+  """Publishes versions, two of three as differences to the third."""
+  publish_forever(directory, report, whole_every=3)
+
+
+WORK = {
+    "publish": publish_forever,
+    "differences": publish_differences,
+    "checkpoint": save_forever,
+}
 
 
 def main() -> None:

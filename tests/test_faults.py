@@ -130,7 +130,9 @@ def test_who_leaves_does_not_wait_for_a_server_that_is_gone(s3_endpoint):
   faults = faulty.Faults(seed=0, rate=0, seconds=120, kinds=("hang",))
   with behind(s3_endpoint, faults) as bucket:
     put(bucket, 0)
-    writer = Writer(bucket, keep=2, short=False, tell=lambda _: None)
+    writer = Writer(
+        bucket, keep=2, short=False, whole_every=1, tell=lambda _: None
+    )
     faults.rate = 1
     writer.write("main", 1, killed.tree(1), meta={})
     bucket.hurry(1.0)

@@ -58,7 +58,7 @@ def equal(one, other):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
   directory = tmp_path_factory.mktemp("run") / "run"
-  setup = small()
+  setup = small(whole_every=2)
   return directory, setup, train(directory, setup)
 
 
@@ -96,6 +96,11 @@ def test_both_policies_moved_and_what_is_published_is_what_is_saved(finished):
         map(np.array_equal, weights(saved), jax.tree.leaves(read.params))
     )
     assert read.version.number == 4
+    manifests = [
+        bucket.get(f"policies/{name}/v{number}/manifest.json")
+        for number in publish.versions(bucket, name)
+    ]
+    assert {json.loads(one)["format"] for one in manifests} == {2, 3}
 
 
 def test_sampler_and_trainer_agree_on_every_step(finished):

@@ -75,6 +75,6 @@ def test_a_format_of_tomorrow_is_refused_in_one_line(bucket):
   put(bucket, 0)
   body = manifest_of(bucket, 0)
   body.pop("digest")
-  write_manifest(bucket, 0, body | {"format": 3})
-  with pytest.raises(ValueError, match="^version 0 of main has format 3, allo"):
+  write_manifest(bucket, 0, body | {"format": 4})
+  with pytest.raises(ValueError, match="^version 0 of main has format 4, allo"):
     publish.read(bucket, "main", 0, like=LIKE)

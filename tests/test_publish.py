@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from mgrpo_jax import atomic, leases, publish, store
+from mgrpo_jax.bases import Bases
 
 
 def params(seed: int) -> dict:
@@ -459,19 +460,23 @@ def test_what_was_damaged_on_its_way_is_read_again(bucket, monkeypatch):
   assert weights.skipped == ()
 
 
-def test_a_reader_beside_the_publisher_never_sees_a_mixture(tmp_path):
+@pytest.mark.parametrize("whole_every", [1, 3])
+def test_a_reader_beside_the_publisher_never_sees_a_mixture(
+    tmp_path, whole_every
+):
   """Retention keeps one version, so readers are overtaken all the time."""
   bucket, reader = (store.open_folder(tmp_path) for _ in range(2))
-  like = killed.tree(0)
-  publish.publish(bucket, "main", 0, like, keep=1, meta={})
+  like, bases = killed.tree(0), Bases(whole_every)
+  publish.publish(bucket, "main", 0, like, keep=1, meta={}, bases=bases)
   stop = threading.Event()
 
   def write() -> None:
     for number in itertools.count(1):
       if stop.is_set():
         return
+      weights = killed.tree(number)
       publish.publish(
-          bucket, "main", number, killed.tree(number), keep=1, meta={}
+          bucket, "main", number, weights, keep=1, meta={}, bases=bases
       )
 
   thread = threading.Thread(target=write)
@@ -514,10 +519,11 @@ def whole(bucket, like) -> int:
   return number
 
 
-def test_a_killed_publisher_leaves_whole_versions(tmp_path):
+@pytest.mark.parametrize("what", ["publish", "differences"])
+def test_a_killed_publisher_leaves_whole_versions(tmp_path, what):
   rounds = 8
   script = pathlib.Path(killed.__file__)
-  command = [sys.executable, script, "publish", tmp_path, str(rounds), "0"]
+  command = [sys.executable, script, what, tmp_path, str(rounds), "0"]
   bucket = store.open_folder(tmp_path)
   like = killed.tree(0)
   seen = []

@@ -217,6 +217,7 @@ def test_the_recipe_says_how_long_a_text_may_mention():
         ("checkpoint.keep", 0, "config.checkpoint.keep"),
         ("publish.every", 0, "config.publish.every"),
         ("publish.dtype", "float16", "allowed: bfloat16, float32"),
+        ("publish.whole_every", 0, "config.publish.whole_every"),
         ("evaluation.final_tasks", 0, "config.evaluation.final_tasks"),
         ("policies.main.mesh.data", 0, "config.policies.main.mesh.data"),
         ("policies.main.mesh.fsdp", 16, r"main.mesh: takes 16 devices.* are 8"),

@@ -33,7 +33,7 @@ def with_pools(setup):
         vocab_size=setup.policies[name].config.vocab_size,
     )  # fmt: skip
 
-  return dataclasses.replace(setup, pooled=pooled)
+  return dataclasses.replace(setup, pooled=pooled, whole_every=2)
 
 
 @contextlib.contextmanager

@@ -5,11 +5,12 @@ import math
 import subprocess
 import sys
 import time
+import uuid
 
 import killed
 import pytest
 
-from mgrpo_jax import ownership, publish, store
+from mgrpo_jax import bases, ownership, publish, store
 from mgrpo_jax.report import bucket
 
 NOW = 1_800_000_000.0
@@ -61,6 +62,42 @@ def test_versions_members_and_leases_are_told(full):
   assert (baseline["left"], baseline["lag"]) == ("for good", "2 versions")
   assert (replica["left"], replica["lag"]) == ("over (4 min ago)", "1 versions")
   assert found.records["steps"] == 3
+
+
+def test_differences_are_told_from_whole_versions(full, tmp_path):
+  held = bases.Bases(9)
+  for number in range(4, 6):
+    weights = killed.tree(number)
+    publish.publish(full, "main", number, weights, keep=9, meta={}, bases=held)
+  found = bucket.look(full, now=NOW)
+  rows = {row["number"]: row for row in found.versions["main"]}
+  kinds = [rows[n]["kind"] for n in (0, 4, 5)]
+  assert kinds == ["whole", "whole", "delta of 4"]
+  for number, row in rows.items():
+    files = (tmp_path / f"policies/main/v{number}").rglob("*")
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    assert row["stored"] == f"{size:,}"
+  assert rows[5]["bytes"] == rows[4]["bytes"]
+  assert int(rows[5]["stored"].replace(",", "")) < 0.1 * sum(
+      array.nbytes for array in killed.tree(5).values()
+  )
+  assert "delta of 4" in bucket.text(found)
+
+
+def test_where_a_listing_tells_no_sizes_none_is_claimed():
+  made = store.open(f"memory://{uuid.uuid4().hex}")
+  publish.publish(made, "main", 0, killed.tree(0), keep=9, meta={})
+  (row,) = bucket.look(made, now=NOW).versions["main"]
+  assert row["stored"] == "?"
+
+
+@pytest.mark.parametrize("base", [0, {}, {"number": "\x1b[2J"}])
+def test_a_base_that_is_not_named_is_no_error(full, base):
+  key = "policies/main/v3/manifest.json"
+  body = json.loads(full.get(key)) | {"base": base}
+  full.put(key, json.dumps(body).encode())
+  rows = bucket.look(full, now=NOW).versions["main"]
+  assert rows[3]["kind"] == "delta of ?"
 
 
 def test_looking_changes_nothing(full, tmp_path):

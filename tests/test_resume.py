@@ -1,6 +1,7 @@
 """A run that is killed ends where the uninterrupted run ends, bit for bit."""
 
 import collections
+import json
 import pathlib
 import random
 import signal
@@ -8,8 +9,12 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 
+from mgrpo_jax import publish, store
+from mgrpo_jax.policy.load import load
 from mgrpo_jax.report import records
 from mgrpo_jax.report.writer import read_metrics
 
@@ -74,6 +79,24 @@ def runs(tmp_path_factory):
 def test_parameters_are_equal_bit_for_bit(runs):
   expected, actual, _, _ = runs
   assert actual == expected
+
+
+def test_what_is_published_is_what_is_saved(runs):
+  """Of three versions two are differences, but for the first after a start."""
+  _, _, *directories = runs
+  for directory in directories:
+    bucket, formats = store.open_folder(directory / "bucket"), []
+    for name in ("main", "researcher"):
+      saved = load(directory / "policies" / name).params
+      read = publish.read(bucket, name, "latest", like=saved)
+      assert read.version.number == TOTAL and not read.skipped
+      pairs = zip(*map(jax.tree.leaves, (read.params, saved)), strict=True)
+      assert all(np.array_equal(*pair) for pair in pairs)
+      for number in publish.versions(bucket, name):
+        text = bucket.get(f"policies/{name}/v{number}/manifest.json")
+        formats.append(json.loads(text)["format"])
+    assert {2} <= set(formats) <= {2, 3}
+    assert 3 in formats or directory != directories[0]
 
 
 def test_every_task_is_accounted_for_once(runs):

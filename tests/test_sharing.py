@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_hosts import pair
 
 from mgrpo_jax import atomic, chunks, publish, store
+from mgrpo_jax.bases import Bases
 from mgrpo_jax.hosts import shards
 from mgrpo_jax.hosts.channel import SilentError
 from mgrpo_jax.hosts.sharing import Helper, Shared
@@ -100,10 +101,16 @@ class Pair:
       )
     return Shared(params, channel=self.first, topic=topic, short=short)
 
-  def put(self, params, number, *, keep=3, short=False):
+  def put(self, params, number, *, keep=3, short=False, bases=None):
     offer = self.offer(params, number, short=short)
     return publish.publish(
-        self.bucket, "main", number, offer, keep=keep, meta={"step": number}
+        self.bucket,
+        "main",
+        number,
+        offer,
+        keep=keep,
+        meta={"step": number},
+        bases=bases,
     )
 
 
@@ -212,6 +219,95 @@ def test_the_same_weights_again_are_not_written_again(both, monkeypatch):
   assert publish.versions(both.bucket, "main") == [0, 2]
 
 
+@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize("into", [None, (1, 2, 4)])
+def test_each_process_writes_the_differences_of_its_chunks(
+    both, monkeypatch, short, into
+):
+  counting, bases = Counting(monkeypatch), Bases(3)
+  for number in range(5):
+    both.put(
+        spread((1, 4, 2), number), number, short=short, bases=bases, keep=9
+    )
+  formats = []
+  for number in range(5):
+    text = both.bucket.get(f"policies/main/v{number}/manifest.json")
+    formats.append(json.loads(text)["format"])
+    found = publish.read(both.bucket, "main", number, like=like(into)).params
+    expected = tree(number)
+    if short:
+      wide = {n: a.dtype == np.float32 for n, a in expected.items()}
+      expected = {
+          n: a.astype(jax.numpy.bfloat16).astype(np.float32) if wide[n] else a
+          for n, a in expected.items()
+      }
+    assert same(found, expected)
+  assert formats == [2, 3, 3, 2, 3]
+  total = sum(one.nbytes for one in tree().values())
+  total = 5 * (total // 2 + 2 if short else total)  # words are as wide
+  shares = [counting.of(one) for one in (both.bucket, both.other)]
+  assert sum(shares) == total
+  assert max(shares) < 0.6 * total
+
+
+@pytest.mark.parametrize("who", ["bucket", "other"])
+def test_after_a_base_that_failed_both_begin_with_a_whole_one(
+    both, monkeypatch, who
+):
+  bases, straight = Bases(2), store.Arrays.write_parts
+  for number in range(2):
+    both.put(spread((1, 4, 2), number), number, bases=bases)
+
+  def write(arrays, folder, parts):
+    if arrays is getattr(both, who).arrays:
+      raise atomic.StorageError(f"cannot write {folder}: No space left")
+    straight(arrays, folder, parts)
+
+  with monkeypatch.context() as broken:
+    broken.setattr(store.Arrays, "write_parts", write)
+    with pytest.raises(atomic.StorageError, match="v2: No space left"):
+      both.put(spread((1, 4, 2), 2), 2, bases=bases)
+  for number in (3, 4):
+    both.put(spread((1, 4, 2), number), number, bases=bases)
+    found = publish.read(both.bucket, "main", "latest", like=like())
+    assert found.version.number == number
+    assert same(found.params, tree(number))
+  text = both.bucket.get("policies/main/v4/manifest.json")
+  assert json.loads(text)["base"]["number"] == 3
+
+
+def test_after_a_past_version_that_failed_both_begin_with_a_whole_one(
+    both, monkeypatch
+):
+  """The other process has kept its part of that one in place of the base."""
+  bases = Bases(9)
+  both.put(spread((1, 4, 2), 2), 2, bases=bases)
+
+  def full(folder, parts):
+    raise atomic.StorageError(f"cannot write {folder}: No space left")
+
+  with monkeypatch.context() as broken:
+    broken.setattr(both.bucket.arrays, "write_parts", full)
+    with pytest.raises(atomic.StorageError, match="v1: No space left"):
+      both.put(spread((1, 4, 2), 1), 1, bases=bases)
+  both.put(spread((1, 4, 2), 3), 3, bases=bases)
+  found = publish.read(both.bucket, "main", "latest", like=like())
+  assert found.version.number == 3 and same(found.params, tree(3))
+
+
+def test_who_has_no_base_says_so(both):
+  bases = Bases(9)
+  both.put(spread((1, 4, 2)), 0, bases=bases)
+  both.helper.close()
+  both.helper = Helper(both.other, both.second)  # started anew, alone
+  with pytest.raises(
+      atomic.StorageError,
+      match="^process 1 of this job: .*policies/main/v0 is not kept here",
+  ):
+    both.put(spread((1, 4, 2), 1), 1, bases=bases)
+  assert publish.versions(both.bucket, "main") == [0]
+
+
 def test_nothing_is_left_in_the_key_value_store(both):
   for number in range(3):
     both.put(spread((2, 2, 2), number), number)
@@ -281,7 +377,9 @@ def test_who_may_publish_no_more_has_nobody_write(both):
 
 
 def test_who_leaves_does_not_wait_for_a_silent_process(both):
-  writer = Writer(both.bucket, keep=1, short=False, tell=lambda _: None)
+  writer = Writer(
+      both.bucket, keep=1, short=False, whole_every=1, tell=lambda _: None
+  )
   offer = both.offer(spread((1, 4, 2)), 0, helps=False)
   writer.write("main", 0, offer, meta={})
   both.bucket.hurry(0.1)

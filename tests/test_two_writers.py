@@ -66,10 +66,17 @@ def test_each_writes_and_reads_its_half(tmp_path):
   assert all(map(np.array_equal, found, expected))
   total = sum(one.nbytes for one in expected)
   assert sum(one["written"] for one in said) == total
+  assert sum(one["written before"] for one in said) == total
   for one in said:
     assert 0.45 * total < one["written"] < 0.55 * total
+    assert 0.45 * total < one["written before"] < 0.55 * total
     assert one["same"] and one["total"] == total
     assert 0.45 * total < one["read"] < 0.55 * total
+    assert 0.45 * total < one["read before"] < 0.55 * total
+  bucket = store.open_folder(tmp_path / "bucket")
+  path = f"policies/{NAME}/v{two_writers.VERSION}"
+  manifest = json.loads(bucket.get(f"{path}/manifest.json"))
+  assert (manifest["format"], manifest["base"]["number"]) == (3, 0)
 
 
 def test_what_process_1_cannot_write_is_told_by_process_0(tmp_path):

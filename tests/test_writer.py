@@ -26,7 +26,9 @@ def test_handing_over_does_not_wait_for_the_store(bucket, monkeypatch):
     straight(prefix, arrays)
 
   monkeypatch.setattr(bucket, "write_arrays", slow)
-  writer = Writer(bucket, keep=3, short=False, tell=lambda _: None)
+  writer = Writer(
+      bucket, keep=3, short=False, whole_every=1, tell=lambda _: None
+  )
   for number in range(3):
     hand_over(writer, number)
   assert publish.latest(bucket, "main") is None
@@ -45,7 +47,9 @@ def test_a_version_that_fails_is_told_and_the_next_is_written(
     raise atomic.StorageError(f"cannot write {prefix}: No space left on device")
 
   monkeypatch.setattr(bucket, "write_arrays", full)
-  writer = Writer(bucket, keep=3, short=False, tell=lambda _: None)
+  writer = Writer(
+      bucket, keep=3, short=False, whole_every=1, tell=lambda _: None
+  )
   hand_over(writer, 0)
   hand_over(writer, 1)
   with pytest.raises(atomic.StorageError, match="v0: No space left"):
@@ -59,7 +63,9 @@ def test_a_version_that_fails_is_told_and_the_next_is_written(
 
 def test_what_is_damaged_is_handed_on(bucket):
   bucket.put("policies/main/leases/notes", b"0")
-  writer = Writer(bucket, keep=1, short=False, tell=lambda _: None)
+  writer = Writer(
+      bucket, keep=1, short=False, whole_every=1, tell=lambda _: None
+  )
   hand_over(writer, 0)
   (line,) = writer.settle()
   assert "leases/notes" in line

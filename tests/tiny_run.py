@@ -60,6 +60,7 @@ def main() -> None:
   directory, seed, steps, *staleness = sys.argv[1:]
   config = {"seed": int(seed), "steps": int(steps)}
   setup = small_setup(imitation_steps=2, **config)
+  setup = dataclasses.replace(setup, whole_every=3)
   if staleness:
     setup = dataclasses.replace(setup, max_staleness=int(staleness[0]))
   train(pathlib.Path(directory), setup, config=config, stream=sys.stderr)

@@ -2,13 +2,15 @@
 
 python two_writers.py BUCKET COORDINATOR PROCESS MODE
 
-MODE is `publish` (and then both read into another mesh), `adapter` (what is
-published is an adapter, which process 0 then merges), `full` (process 1 can
+MODE is `publish` (a whole version, then the difference to it, which both read
+into another mesh), `adapter` (what is published is an adapter, which process 0
+then merges), `full` (process 1 can
 write no file of the first attempt) or `killed` (process 1 dies in the midst of
 writing). Prints what happened as JSON.
 """
 
 import collections
+import dataclasses
 import functools
 import json
 import os
@@ -24,7 +26,7 @@ import numpy as np
 from mgrpo_jax.hosts import group
 
 PATIENCE = 900  # seconds; machines that run tests are busy, or paused
-POLICY, VERSION = "main", 1
+POLICY, BASE, VERSION = "main", 0, 1
 COUNTED = collections.Counter()
 
 
@@ -66,12 +68,19 @@ def work(url, mode):
       meshes=dict.fromkeys(("main", "researcher"), everywhere),
       adaptations={POLICY: adaptation} if mode == "adapter" else {},
   )
-  setup = restricted(setup, POLICY)
+  setup = dataclasses.replace(restricted(setup, POLICY), whole_every=2)
   count(mode)
   bucket = store.open(url)
   expected = jax.tree.map(np.array, setup.policies[POLICY].params)
-  told = (assist if jax.process_index() else lead)(setup, bucket)
-  found = {"told": told, "written": COUNTED["written"]}
+  if jax.process_index():
+    told = assist(setup, bucket)
+  else:
+    told = lead(setup, bucket, after_base=mode == "publish")
+  found = {
+      "told": told,
+      "written": COUNTED["written", f"policies/{POLICY}/v{VERSION}"],
+      "written before": COUNTED["written", f"policies/{POLICY}/v{BASE}"],
+  }
   if mode == "publish":
     other = mesh(fsdp=4, tensor=1, devices=jax.devices())
     found |= read(setup, bucket, other, expected)
@@ -98,18 +107,19 @@ def count(mode):
       write(arrays, folder, parts)
     finally:
       resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    COUNTED["written"] += sum(one.nbytes for one in parts.values())
+    size = sum(one.nbytes for one in parts.values())
+    COUNTED["written", folder] += size
 
   def reading(arrays, folder, wanted, seen):
     found = fetch(arrays, folder, wanted, seen)
-    COUNTED["read"] += sum(one.nbytes for one in found.values())
+    COUNTED["read", folder] += sum(one.nbytes for one in found.values())
     return found
 
   Arrays.write_parts, Arrays.read_parts = writing, reading
 
 
-def lead(setup, bucket):
-  """Publishes; again, where that failed."""
+def lead(setup, bucket, *, after_base):
+  """Publishes, if wanted other weights before; again, where that failed."""
   from mgrpo_jax import atomic
   from mgrpo_jax.hosts.driver import Driver, driving
   from mgrpo_jax.publisher import Publisher
@@ -125,6 +135,13 @@ def lead(setup, bucket):
         functools.partial(Driver, channel=channel),
     )
     publisher, told = Publisher(resources), None
+    if after_base:
+      learner = resources.learners[POLICY]
+      state = learner.whole
+      other = jax.tree.map(lambda leaf: leaf * 0.999, state.params)
+      learner.take(dataclasses.replace(state, params=other))
+      publisher.publish([POLICY], BASE, last=True)
+      learner.take(state)
     try:
       publisher.publish([POLICY], VERSION, last=True)
     except atomic.StorageError as error:
@@ -172,7 +189,8 @@ def read(setup, bucket, mesh, expected):
   total = sum(one.nbytes for one in jax.tree.leaves(expected))
   return {
       "same": same and as_asked,
-      "read": COUNTED["read"],
+      "read": COUNTED["read", f"policies/{POLICY}/v{VERSION}"],
+      "read before": COUNTED["read", f"policies/{POLICY}/v{BASE}"],
       "total": total,
   }
 

@@ -82,7 +82,9 @@ def plain(folder: pathlib.Path, data: memoryview) -> dict[str, float]:
 def ours(folder: pathlib.Path, number: int, params: Any) -> dict[str, float]:
   """Times one version: handed over, written, flushed, read."""
   bucket = store.open_folder(folder)
-  writer = Writer(bucket, keep=1, short=False, tell=lambda _: None)
+  writer = Writer(
+      bucket, keep=1, short=False, whole_every=1, tell=lambda _: None
+  )
   writer.write("warm", 0, {"up": np.zeros(1)}, meta={})  # starts the thread
   writer.settle()
   pause, _ = timed(

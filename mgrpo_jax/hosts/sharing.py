@@ -4,7 +4,8 @@
     the order, to begin                     brings its chunks to its host
     reads their digests              <----  says their digests
     looks whether the version is there
-    makes the arrays, says to write  ---->  writes its chunks
+    makes the arrays, says to write  ---->  writes its chunks, or how they
+                                            differ from those of the base
     writes its own
     reads that all is written        <----  says how it went
     writes manifest and pointer
@@ -25,8 +26,9 @@ from typing import Any
 
 import jax
 
-from mgrpo_jax import atomic, attempts, chunks, leaves
+from mgrpo_jax import atomic, attempts, chunks, deltas, leaves
 from mgrpo_jax import manifest as manifests
+from mgrpo_jax.bases import Base
 from mgrpo_jax.chunks import Parts
 from mgrpo_jax.hosts import shards
 from mgrpo_jax.hosts.channel import Channel
@@ -84,19 +86,33 @@ class Shared:
     }
     return Contents(arrays=arrays, rounded=rounded)
 
-  def write(self, store: Store, folder: str) -> None:
+  def write(
+      self, store: Store, folder: str, base: Base | None, *, keeps: bool
+  ) -> Mapping[str, Parts]:
     """Has every process write its chunks, and waits for all.
+
+    Args:
+      store: the bucket.
+      folder: of the version.
+      base: of which every process has its own chunks, to write the difference
+        to; None to write the version whole.
+      keeps: whether differences to it may be written later.
+
+    Returns:
+      The chunks of this process.
 
     Raises:
       SilentError: one does not say how it went.
       StorageError: one, which is named, could not write.
     """
     grids = {name: one.grid for name, one in self._shares.items()}
+    if base is not None:
+      grids = {name: deltas.words(grid) for name, grid in grids.items()}
     store.arrays.create(folder, grids)
-    self._say(write=True)
+    self._say(write=True, base=base.version.path if base else None, keeps=keeps)
     problems = []
     try:
-      store.arrays.write_parts(folder, self._parts)
+      _write(store, folder, self._parts, base.parts if base else None)
     except atomic.StorageError as error:
       problems.append(error)  # but the others write on
     for process in self._channel.others:
@@ -108,6 +124,7 @@ class Shared:
     self._channel.forget(f"{self._topic}/{_WRITE}")
     if problems:
       raise problems[0]
+    return self._parts
 
   def close(self) -> None:
     """Has the others write nothing, unless they were told to."""
@@ -115,10 +132,10 @@ class Shared:
       with contextlib.suppress(jax.errors.JaxRuntimeError):  # they are gone
         self._say(write=False)
 
-  def _say(self, *, write: bool) -> None:
-    """Tells the others whether to write."""
+  def _say(self, **word: Any) -> None:
+    """Tells the others whether to write, and what."""
     self._said = True
-    self._channel.say(f"{self._topic}/{_WRITE}", {"write": write})
+    self._channel.say(f"{self._topic}/{_WRITE}", word)
 
   def _hear(
       self, what: str, process: int, store: Store, more: float = 0.0
@@ -147,6 +164,7 @@ class Helper:
     self._store = store
     self._channel = channel
     self._left = threading.Event()
+    self._kept: tuple[str, Mapping[str, Parts]] = "", {}  # a base, and where
     self._thread = concurrent.futures.ThreadPoolExecutor(
         1, thread_name_prefix="publish"
     )
@@ -181,7 +199,7 @@ class Helper:
       return {"digests": _digests(parts)}
 
     def write() -> dict[str, Any]:
-      self._store.arrays.write_parts(folder, parts)
+      self._write(folder, parts, word["base"], keeps=word["keeps"])
       return {}
 
     self._channel.say(f"{topic}/{_DESCRIBED}", _outcome(describe))
@@ -195,6 +213,35 @@ class Helper:
     )
     if word["write"]:
       self._channel.say(f"{topic}/{_WRITTEN}", _outcome(write))
+
+  def _write(
+      self,
+      folder: str,
+      parts: Mapping[str, Parts],
+      base: str | None,
+      *,
+      keeps: bool,
+  ) -> None:
+    """Writes this process's chunks, and keeps them if they are a base."""
+    if base is None:
+      self._kept = (folder, parts) if keeps else ("", {})
+    elif base != self._kept[0]:
+      raise ValueError(
+          f"base: {base} is not kept here, allowed: the last whole"
+      )
+    before = None if base is None else self._kept[1]
+    _write(self._store, folder, parts, before)
+
+
+def _write(
+    store: Store,
+    folder: str,
+    parts: Mapping[str, Parts],
+    base: Mapping[str, Parts] | None,
+) -> None:
+  """Writes chunks, or their differences to those of a base."""
+  written = parts if base is None else deltas.between(parts, base)
+  store.arrays.write_parts(folder, written)
 
 
 def _digests(parts: Mapping[str, Parts]) -> list[str]:

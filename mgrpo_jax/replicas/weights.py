@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from mgrpo_jax import publish, sharding, trainer
+from mgrpo_jax import contents, publish, sharding, trainer
 from mgrpo_jax.policy import fingerprint
 from mgrpo_jax.policy import lora as adapters
 from mgrpo_jax.policy.lora import LoRA
@@ -20,7 +20,8 @@ from mgrpo_jax.store import Store
 class Weights:
   """Reads published weights of a policy, or of its adapter.
 
-  An adapter's base stays in memory; nothing of an optimizer does.
+  An adapter's base stays in memory; nothing of an optimizer does. So does, on
+  the host, the version that what is published is the difference to, if it is.
   """
 
   def __init__(
@@ -50,6 +51,7 @@ class Weights:
         self._base = jax.device_put(policy.params, resting)
       specs = adapters.adapter_specs(policy.config, lora)
     self._like = sharding.shapes(specs, mesh)
+    self._held = contents.Held()
 
   def read(self, store: Store, policy: str) -> publish.Weights:
     """Reads the newest good version.
@@ -66,7 +68,9 @@ class Weights:
       NoVersionError: there is none.
       StorageError: the store cannot be read.
     """
-    found = publish.read(store, policy, "latest", like=self._like)
+    found = publish.read(
+        store, policy, "latest", like=self._like, held=self._held
+    )
     fingerprint.check(policy, found.meta.get("fingerprint"), self._fingerprint)
     if self._lora is None:
       return found

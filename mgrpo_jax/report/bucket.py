@@ -34,7 +34,8 @@ class Bucket:
   Attributes:
     url: of the bucket.
     run: what run.json says; empty where there is none.
-    versions: a row for each version, by policy.
+    versions: a row for each version, by policy; `bytes` are those of its
+      weights, `stored` those of its files, its base's not among them.
     members: a row for each process.
     replicas: a row for each sampler that helps.
     leases: a row for each lease.
@@ -136,7 +137,8 @@ def text(found: Bucket) -> str:
   lines = [f"{found.url}: run {run}"]
   for policy, rows in sorted(found.versions.items()):
     lines.append(f"\npolicy {policy}")
-    lines += _columns(rows, ("number", "latest", "age", "bytes", "arrays"))
+    told = ("number", "latest", "age", "kind", "bytes", "stored", "arrays")
+    lines += _columns(rows, told)
   for title, rows, names in (
       (
           "members",
@@ -163,7 +165,8 @@ def _version(
     reader: _Reader, key: str, number: int, now: float
 ) -> dict[str, Any]:
   """Describes one version by its manifest."""
-  arrays = reader.read(key).get("arrays")
+  manifest = reader.read(key)
+  arrays, base = manifest.get("arrays"), manifest.get("base")
   size = math.nan
   try:
     described = dict(arrays or {})
@@ -174,12 +177,18 @@ def _version(
   except (TypeError, ValueError, KeyError):
     described = {}
     reader.damaged.append(f"{key} does not describe arrays")
-  published = key.replace("manifest.json", "published.json")
-  when = _number(reader.read(published).get("time"))
+  folder = key.removesuffix("/manifest.json")
+  when = _number(reader.read(f"{folder}/published.json").get("time"))
+  kind, stored = "whole", reader.store.taken(folder)
+  if base is not None:
+    of = _number(base.get("number") if isinstance(base, dict) else None)
+    kind = f"delta of {'?' if math.isnan(of) else int(of)}"
   return {
       "number": number,
       "age": _seconds(now - when),
+      "kind": kind,
       "bytes": "?" if math.isnan(size) else f"{size:,}",
+      "stored": "?" if stored is None else f"{stored:,}",
       "arrays": len(described),
   }
 

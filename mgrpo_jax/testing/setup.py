@@ -170,6 +170,7 @@ def small_setup(
       publish_every=1,
       keep_versions=2,
       publish_short=False,
+      whole_every=1,
   )
 
 

@@ -1,0 +1,166 @@
+"""The arrays of one version, read from where they lie, whole or as differences.
+
+A difference is read together with its base, which is always a whole version.
+What comes of it is checked by the digests of the version that was asked for, so
+that nothing of the base is believed.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from mgrpo_jax import atomic, chunks, deltas, leaves
+from mgrpo_jax import manifest as manifests
+from mgrpo_jax.chunks import Grid
+from mgrpo_jax.store import Store
+
+Wanted = Mapping[str, tuple[Grid, list[int]]]  # chunks of arrays, by name
+Seen = Callable[[str, Any], object]  # is told of each array that is here
+
+
+class Held:
+  """A base that one reader keeps, to read it once for all its differences.
+
+  It takes the memory of one copy of the weights, where there are differences.
+  """
+
+  def __init__(self) -> None:
+    """Keeps nothing."""
+    self._what: tuple[str, Wanted] | None = None
+    self._arrays: dict[str, Any] = {}
+
+  def find(self, digest: str, wanted: Wanted) -> dict[str, Any] | None:
+    """Returns the arrays of a base, None where they are not kept.
+
+    Args:
+      digest: of its manifest.
+      wanted: the chunks of arrays that are enough.
+    """
+    return self._arrays if self._what == (digest, wanted) else None
+
+  def keep(self, digest: str, wanted: Wanted, arrays: dict[str, Any]) -> None:
+    """Keeps a base in place of the one before; see `find`."""
+    self._what, self._arrays = (digest, wanted), arrays
+
+  def clear(self) -> None:
+    """Frees what is kept."""
+    self._what, self._arrays = None, {}
+
+
+def read(
+    store: Store,
+    manifest: Mapping[str, Any],
+    like: Any,
+    held: Held | None = None,
+) -> dict[str, Any]:
+  """Reads and checks a version's arrays.
+
+  Args:
+    store: the bucket.
+    manifest: of the version.
+    like: pytree of what is wanted; of arrays for the devices of several
+      processes only chunks are read that those of this one take. None for
+      all of all arrays.
+    held: what the reader keeps; None for nothing.
+
+  Returns:
+    Arrays or `Parts` by name.
+
+  Raises:
+    CorruptError: an array differs from what was written, or is missing, or the
+      base is missing or another by now.
+    MismatchError: the base is of another format.
+    StorageError: the store cannot be read.
+  """
+  grids = manifests.grids(manifest["arrays"])
+  wanted = _wanted(grids, like)
+  path = manifests.path(manifest["policy"], manifest["number"])
+  base, held = manifests.base(manifest), held or Held()
+  if base is None:
+    held.clear()
+    with manifests.checker(manifest) as checker:
+      return _fetch(store, path, grids, wanted, checker.add)
+  number, digest = base
+  found: dict[str, Any] = {}
+  try:
+    if (before := held.find(digest, wanted)) is None:
+      where = _base(store, manifest["policy"], number, digest, grids)
+      before = _fetch(store, where, grids, wanted, lambda *_: None)
+    with manifests.checker(manifest) as checker:
+
+      def change(name: str, words: Any) -> None:
+        form = deltas.words(grids[name])
+        _check(f"{path}/{name}", words, form)
+        _check(f"the base of {path}/{name}", before[name], grids[name])
+        found[name] = deltas.apply(before[name], words)
+        checker.add(name, found[name])
+
+      _fetch(store, path, grids, _changed(wanted), change)
+  except atomic.CorruptError as error:
+    held.clear()  # what is kept may be what is damaged
+    raise atomic.CorruptError(
+        f"{error} (it is the difference to version {number})"
+    ) from error
+  held.keep(digest, wanted, before)
+  return found
+
+
+def _check(what: str, array: Any, grid: Grid) -> None:
+  """Raises CorruptError where an array does not have a form."""
+  if (array.shape, array.dtype) != (grid.shape, grid.dtype):
+    raise atomic.CorruptError(f"{what} is another array")
+
+
+def _base(
+    store: Store,
+    policy: str,
+    number: int,
+    digest: str,
+    grids: Mapping[str, Grid],
+) -> str:
+  """Returns where a base lies; raises CorruptError where it does not."""
+  path = manifests.path(policy, number)
+  data = store.get(f"{path}/manifest.json")
+  if data is None:
+    raise atomic.CorruptError("its base is not in the store")
+  if leaves.digest(manifests.unsealed(data)) != digest:
+    raise atomic.CorruptError("its base is another one by now")
+  manifest = manifests.parse(data, policy, number)
+  if manifests.base(manifest) is not None:
+    raise atomic.CorruptError("its base is not whole")
+  if manifests.grids(manifest["arrays"]) != grids:
+    raise atomic.CorruptError("its base is cut otherwise")
+  return path
+
+
+def _changed(wanted: Wanted) -> Wanted:
+  """The chunks of differences to chunks that are wanted."""
+  return {
+      name: (deltas.words(grid), numbers)
+      for name, (grid, numbers) in wanted.items()
+  }
+
+
+def _wanted(grids: Mapping[str, Grid], like: Any) -> Wanted:
+  """Which chunks of arrays for several processes this one's devices take."""
+  wanted: dict[str, tuple[Grid, list[int]]] = {}
+  for name, leaf in leaves.named(like).items():
+    where = getattr(leaf, "sharding", None)
+    if where is None or where.is_fully_addressable or name not in grids:
+      continue
+    grid = grids[name]
+    if leaf.shape == grid.shape:  # else it is an error, told in a moment
+      wanted[name] = grid, chunks.touched(grid, where)
+  return wanted
+
+
+def _fetch(
+    store: Store,
+    path: str,
+    names: Iterable[str],
+    wanted: Wanted,
+    seen: Seen,
+) -> dict[str, Any]:
+  """Reads arrays, of some of them only chunks."""
+  whole = [name for name in names if name not in wanted]
+  found: dict[str, Any] = store.read_arrays(path, whole, seen)
+  return found | store.arrays.read_parts(path, wanted, seen)
