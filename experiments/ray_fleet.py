@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import pathlib
 import socket
@@ -137,7 +138,7 @@ def run(
   """
   import ray
 
-  ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+  ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
   with contextlib.ExitStack() as stack:
     stack.callback(ray.shutdown)
     groups = []
@@ -159,6 +160,7 @@ def _reserved(hosts: int, tpu: Slice | None, policy: str) -> Iterator[Any]:
   """Places for the processes of a job: nodes of one slice, or any."""
   import ray
 
+  group: Any
   if tpu is not None:
     from ray.util.tpu import SlicePlacementGroup
 
@@ -212,7 +214,7 @@ class _Group:
     chips = placed.bundle_specs[0].get("TPU", 0)
     actor = ray.remote(Host)
     environment = fleet.environment(plan, token, virtual=tpu is None)
-    self._hosts = [
+    self._hosts: list[Any] = [
         actor.options(
             num_cpus=0 if tpu else 1,
             resources={"TPU": chips} if chips else {},

@@ -1,9 +1,16 @@
 """Jobs on a Ray cluster of several nodes, one of which is lost."""
 
 import concurrent.futures
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
 import time
 
 import pytest
+from replicated import ROOT, SMOKE
 
 from experiments import fleet, ray_fleet
 from experiments.fleet import FleetError, Plan
@@ -13,6 +20,7 @@ TRIES = 3
 DEADLINE = 300  # seconds; machines that run tests are busy
 # Stands for Python: notes how it was called, then does what its file says.
 SCRIPT = """#!/bin/bash
+process=0
 for one; do case $one in
   --policy=*) policy=${one#*=} ;;
   --process=*) process=${one#*=} ;;
@@ -23,10 +31,29 @@ starts=$(wc -l < $policy.$process)
 . ./$policy.does
 """
 WAITS = "until [ -e over ]; do sleep 0.1; done"
+POLICIES = ("main", "researcher")
+# Of each policy, four devices: two of each of its two processes.
+SPREAD = [
+    f"--config.policies.{policy}.mesh.{axis}=2"
+    for policy in POLICIES
+    for axis in ("fsdp", "tensor")
+]
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def environment():
+  """What commands are told, on every node: where compiled programs are."""
+  cache = pathlib.Path(tempfile.gettempdir()) / "mgrpo_jax_tiny_cache"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.delenv("XLA_FLAGS", raising=False)
+    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+    patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    patch.setenv("PYTHONPATH", str(ROOT))
+    yield dict(os.environ)
+
+
+@pytest.fixture(scope="module")
+def cluster(environment):
   """A head and three nodes of one place each."""
   pytest.importorskip("ray", reason="ray is missing: pip install -e .[ray]")
   from ray.cluster_utils import Cluster
@@ -35,7 +62,8 @@ def cluster():
     made = Cluster()
     try:
       made.add_node(num_cpus=0, include_dashboard=False)  # the head
-      made.nodes = [made.add_node(num_cpus=1) for _ in range(3)]
+      for _ in range(3):
+        made.add_node(num_cpus=1)
     except Exception as error:  # ray raises no narrower one
       made.shutdown()
       if "timed out during startup" not in str(error):
@@ -91,8 +119,8 @@ def calls(path):
   return path.read_text().splitlines() if path.exists() else []
 
 
-def node_of(cluster, policy):
-  """The node on which a job's only process is."""
+def node_of(cluster, policy, process=0):
+  """The node on which a process of a job is."""
   import ray
 
   groups = ray.util.placement_group_table().values()
@@ -101,8 +129,8 @@ def node_of(cluster, policy):
       for one in groups
       if one["name"] == policy and one["state"] == "CREATED"
   ]
-  (number,) = group["bundles_to_node_id"].values()
-  return next(one for one in cluster.nodes if one.node_id == number)
+  number = group["bundles_to_node_id"][process]
+  return next(one for one in cluster.worker_nodes if one.node_id == number)
 
 
 def test_a_job_goes_on_elsewhere_where_its_node_is_lost(cluster, run, tmp_path):
@@ -124,8 +152,54 @@ def test_a_job_goes_on_elsewhere_where_its_node_is_lost(cluster, run, tmp_path):
   assert again and len(calls(tmp_path / "main.0")) == 1
   first, second = calls(tmp_path / "researcher.0")
   for call in (first, second):
-    assert "--processes=1" in call and "--listen=" in call
+    assert "--listen=" in call and "--process" not in call
     assert "TOKEN=0123456789abcdef" in call
+
+
+def train(environment, *arguments):
+  return subprocess.Popen(
+      [sys.executable, "-m", "experiments.train", SMOKE, *SPREAD, *arguments],
+      cwd=ROOT,
+      env=environment,
+  )
+
+
+def test_training_goes_on_where_a_node_is_lost(cluster, environment, tmp_path):
+  """Two policies on two nodes each; a fifth takes the lost one's place."""
+  import ray
+
+  while len(cluster.worker_nodes) < 5:
+    cluster.add_node(num_cpus=1)
+  whole, spread = tmp_path / "whole", tmp_path / "spread"
+  address = f"--ray_address={cluster.address}"
+  running = train(
+      environment, f"--workdir={spread}", "--launch=ray", "--hosts=2", address
+  )
+  until(
+      lambda: (spread / "bucket/steps/1.json").exists() or running.poll(),
+      "second step",
+  )
+  assert running.poll() is None
+  with ray.init(address=cluster.address, log_to_driver=False):
+    lost = node_of(cluster, "researcher", process=1)
+    cluster.remove_node(lost, allow_graceful=False)
+  alone = train(
+      environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+      f"--workdir={whole}",
+  )
+  assert running.wait(DEADLINE) == alone.wait(DEADLINE) == 0
+  folders = {"main": spread, "researcher": spread / "jobs/researcher"}
+  for policy, folder in folders.items():
+    file = f"policies/{policy}/model.safetensors"
+    assert (folder / file).read_bytes() == (whole / file).read_bytes()
+  one, several = (
+      json.loads((folder / "summary.json").read_text())
+      for folder in (whole, spread)
+  )
+  for name in ("seed", "steps", "eval", "tokens"):
+    assert several[name] == one[name]
+  log = (spread / "jobs/researcher.1.log").read_text()
+  assert log.count("$ ") == 2  # it was started again
 
 
 def test_what_does_not_mend_ends_all(run):
