@@ -15,6 +15,7 @@ import jax
 import ml_collections
 
 from experiments import (
+    casting,
     checks,
     combinations,
     external,
@@ -83,12 +84,16 @@ def check(
   checks.ranges(values)
   with checks.inside("team"):
     team = build_team(config)
-  world.check_names(config, team)
-  combinations.sizes(values, team)
+  casts = casting.build(config, team)
+  for one in dict.fromkeys((team, *casts.values())):
+    world.check_names(config, one)
+    combinations.sizes(values, one)
   placing.check(values, num_devices or jax.device_count(), only=only)
   external.check(values)
-  for stage in build_stages(config):
-    combinations.learners(values, team, stage)
+  stages = build_stages(config)
+  for stage in stages:
+    combinations.learners(values, casts.get(stage.name, team), stage)
+  casting.check(config, team, stages)
   build_budget(config)
   build_adaptations(config)
   method.build(config)
@@ -128,7 +133,7 @@ def build(config: ml_collections.ConfigDict, *, only: str = "") -> Setup:
   """
   check(config, only=only)
   team = build_team(config)
-  stages = build_stages(config)
+  casts, stages = casting.build(config, team), build_stages(config)
   book = factbook.load(config.tasks.seed)
   tools = world.tools(book, config.tools)
   names = placing.weighted(config, team)
@@ -139,7 +144,8 @@ def build(config: ml_collections.ConfigDict, *, only: str = "") -> Setup:
   protocol = checks.pick(world.PROTOCOLS, config.team.protocol, "team.protocol")
   chats = world.chats(team, policies, config.team.protocol)
   coded = world.symbolic_actors(config, team, chats, protocol)
-  world.check_prompts(team, chats, coded, protocol, tools)
+  for one in (team, *casts.values()):
+    world.check_prompts(one, chats, coded, protocol, tools)
   demonstrator = world.Demonstrator(
       team=team,
       chats=chats,
@@ -179,7 +185,9 @@ def build(config: ml_collections.ConfigDict, *, only: str = "") -> Setup:
       tools=tools,
       demonstrate={
           stage.name: dataclasses.replace(
-              demonstrator, hasty=config.stages[stage.name].hasty
+              demonstrator,
+              team=casts.get(stage.name, team),
+              hasty=config.stages[stage.name].hasty,
           )
           for stage in stages
       },
@@ -191,6 +199,7 @@ def build(config: ml_collections.ConfigDict, *, only: str = "") -> Setup:
       publish_every=config.publish.every,
       keep_versions=config.publish.keep,
       publish_short=_published_short(config),
+      casts=casts,
   )
 
 
