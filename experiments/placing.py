@@ -82,7 +82,7 @@ def playing(config: ml_collections.ConfigDict, team: Team) -> tuple[str, ...]:
   Returns:
     Names, in the team's order, then those of later casts in the curriculum's.
   """
-  stages = (config.stages[name] for name in config.curriculum)
+  stages = (config.stages[n] for n in config.curriculum if n in config.stages)
   later = (one.cast[role] for one in stages for role in sorted(one.cast))
   return tuple(dict.fromkeys((*team.policies, *later)))
 

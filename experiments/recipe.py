@@ -84,13 +84,12 @@ def check(
   checks.ranges(values)
   with checks.inside("team"):
     team = build_team(config)
-  casts = casting.build(config, team)
+  stages, casts = build_stages(config), casting.build(config, team)
   for one in dict.fromkeys((team, *casts.values())):
     world.check_names(config, one)
     combinations.sizes(values, one)
   placing.check(values, num_devices or jax.device_count(), only=only)
   external.check(values)
-  stages = build_stages(config)
   for stage in stages:
     combinations.learners(values, casts.get(stage.name, team), stage)
   casting.check(config, team, stages)

@@ -59,7 +59,7 @@ def delegating_setup(**changes):
   return dataclasses.replace(setup, actor=actor)
 
 
-def cast_setup(*, seed):
+def cast_setup(*, seed, evaluate_every=3):
   """A run in which a policy leaves, another joins, and so does a role.
 
   Up to step 2 there is no checker, and the researcher is played by the policy
@@ -82,4 +82,5 @@ def cast_setup(*, seed):
       stages=(imitate, early, late),
       tasks=dict.fromkeys(("imitate", "reinforce", "late"), made.dev),
       casts={"imitate": before, "reinforce": before, "late": after},
+      evaluate_every=evaluate_every,
   )

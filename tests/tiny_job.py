@@ -3,7 +3,8 @@
 python tiny_job.py DIRECTORY BUCKET POLICY SEED STEPS
 
 POLICY may be `all`: then the run is in one process. The environment's STALENESS
-is that of the setup; with CAST the run is that of `delegating.cast_setup`.
+is that of the setup; with CAST the run is that of `delegating.cast_setup`, and
+looks at dev after so many steps.
 """
 
 import asyncio
@@ -78,7 +79,8 @@ def main():
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   directory, bucket, policy, seed, steps = sys.argv[1:]
   if "CAST" in os.environ:
-    setup = cast_setup(seed=int(seed))
+    every = int(os.environ["CAST"])
+    setup = cast_setup(seed=int(seed), evaluate_every=every)
   else:
     setup = delegating_setup(
         seed=int(seed), imitation_steps=2, steps=int(steps)
