@@ -10,7 +10,7 @@ import pytest
 import tiny_run
 from delegating import cast_setup
 
-from configs import default, quickstart
+from configs import decoupled_quickstart, default, quickstart
 from experiments import casting, joining, placing, recipe
 from mgrpo_jax.agents.hermes import HERMES
 from mgrpo_jax.agents.team import Team
@@ -56,6 +56,15 @@ def test_stages_are_cast_as_a_recipe_says():
     names = placing.weighted(one, team)
     assert sorted(names) == ["main", "researcher", "scout"]
     assert names[-1] == "scout"  # others keep their places, and their seeds
+
+
+def test_the_arm_that_replaces_the_researcher_can_be_had_in_jobs():
+  config = decoupled_quickstart.get_config("replaced")
+  recipe.check(config)
+  joining.check(config)
+  team = recipe.build_team(config)
+  (late,) = casting.build(config, team).values()
+  assert late.policies == ("main", "scout")
 
 
 def test_who_is_cast_nowhere_changes_nothing():
