@@ -208,8 +208,11 @@ class Resources:
           f"there is no version {version} in {self.store.url}, which keeps"
           f" {sorted(set().union(*kept.values()))}"
       )
+    awaited = self._awaited(kept, version)
     self.newest = 0
     for name, engine in self.engines.items():
+      if name in awaited:
+        continue
       learner, meshes = self.learners[name], self.setup.meshes[name]
       merges = learner.lora is not None  # which its base's mesh does
       place = meshes.learner if merges else meshes.sampler
@@ -227,6 +230,20 @@ class Resources:
       self.newest = max(self.newest, weights.version.number)
       problems += weights.skipped
     return problems
+
+  def _awaited(
+      self,
+      kept: Mapping[str, Sequence[int]],
+      version: int | Literal["latest"],
+  ) -> set[str]:
+    """The policies that come later than a version: nobody calls them yet."""
+    if self.setup.elsewhere:
+      return set()  # this is such a job
+    newest = max((n for numbers in kept.values() for n in numbers), default=0)
+    done = newest if version == "latest" else version
+    playing = self.setup.team_after(done).policies
+    late = {n for n, has in kept.items() if min(has, default=done + 1) > done}
+    return late - {*playing}
 
   def pieces(
       self, role: str, tokens: Sequence[int], *, team: Team | None = None

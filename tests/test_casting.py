@@ -1,8 +1,10 @@
 """A role may be replaced or added between stages: config, prompts, learning."""
 
+import asyncio
 import dataclasses
 import io
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -12,11 +14,13 @@ from delegating import cast_setup
 
 from configs import decoupled_quickstart, default, quickstart
 from experiments import casting, joining, placing, recipe
+from mgrpo_jax import publish, store
 from mgrpo_jax.agents.hermes import HERMES
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.policy.load import load
 from mgrpo_jax.report import records
 from mgrpo_jax.report.writer import read_metrics
+from mgrpo_jax.run import open_run
 from mgrpo_jax.testing.team import environment
 
 EARLY, LATE = range(1, 3), range(3, 5)  # steps, behind one of imitation
@@ -236,3 +240,28 @@ def test_who_left_stays_as_it_was(runs):
   assert all(map(np.array_equal, *found))
   begun = jax.tree.leaves(cast_setup(seed=3).policies["researcher"].params)
   assert not all(map(np.array_equal, found[0], begun))
+
+
+def test_who_has_yet_to_come_is_not_missed_in_an_evaluation(runs, tmp_path):
+  """The bucket of jobs of which the scout's was not started yet."""
+  shutil.copytree(runs / "short/bucket", tmp_path / "bucket")
+  shutil.rmtree(tmp_path / "bucket/policies/scout")
+  setup = cast_setup(seed=3)
+
+  async def work():
+    bucket = store.open_folder(tmp_path / "bucket")
+    async with open_run(setup, bucket) as run:
+      assert run.resources.read_published() == []
+      done = run.resources.newest
+      found = await run.evaluate(setup.dev, "dev", done)
+      assert run.resources.read_published(done - 1) == []
+      assert run.resources.newest == done - 1
+      shutil.rmtree(tmp_path / "bucket/policies/researcher")
+      with pytest.raises(publish.NoVersionError, match="researcher"):
+        run.resources.read_published()
+      return done, found
+
+  done, found = asyncio.run(work())
+  assert done == 3
+  roles = {one.role for group in found.groups for one in group.trajectories}
+  assert roles == {"main", "researcher"}
