@@ -182,14 +182,7 @@ def build(config: ml_collections.ConfigDict, *, only: str = "") -> Setup:
       actor=functools.partial(_actor, chats, protocol),
       coded=coded,
       tools=tools,
-      demonstrate={
-          stage.name: dataclasses.replace(
-              demonstrator,
-              team=casts.get(stage.name, team),
-              hasty=config.stages[stage.name].hasty,
-          )
-          for stage in stages
-      },
+      demonstrate=_demonstrators(config, demonstrator, casts),
       method=method.build(config),
       sampler=build_sampler(config),
       evaluate_every=config.evaluation.every,
@@ -200,6 +193,22 @@ def build(config: ml_collections.ConfigDict, *, only: str = "") -> Setup:
       publish_short=_published_short(config),
       casts=casts,
   )
+
+
+def _demonstrators(
+    config: ml_collections.ConfigDict,
+    demonstrator: world.Demonstrator,
+    casts: Mapping[str, Team],
+) -> dict[str, world.Demonstrator]:
+  """The expert of every stage, who plays that stage's team."""
+  return {
+      name: dataclasses.replace(
+          demonstrator,
+          team=casts.get(name, demonstrator.team),
+          hasty=config.stages[name].hasty,
+      )
+      for name in config.curriculum
+  }
 
 
 def _published_short(config: ml_collections.ConfigDict) -> bool:
