@@ -11,14 +11,23 @@ starts both jobs on this machine; see docs/decoupled.md for several. Without
 
 Hardware: two CPU cores. Arms, after a colon, are those of configs/quickstart.py
 that have two policies: co_train (default), main_only, sub_only, alternating,
-smoke (in two minutes).
+smoke (in two minutes). In the arm `replaced` another policy, which begins as
+the researcher did, plays the researcher in the hard stage: its job may be
+started when the researcher's has ended.
 """
 
 import ml_collections
 
-from configs import quickstart
+from configs import default, quickstart
 
-ARMS = ("co_train", "main_only", "sub_only", "alternating", "smoke")
+ARMS = (
+    "co_train",
+    "main_only",
+    "sub_only",
+    "alternating",
+    "smoke",
+    "replaced",
+)
 
 
 def get_config(arm: str = "co_train") -> ml_collections.ConfigDict:
@@ -27,6 +36,10 @@ def get_config(arm: str = "co_train") -> ml_collections.ConfigDict:
     raise ValueError(
         f"decoupled_quickstart has the arms {', '.join(ARMS)}, not {arm!r}"
     )
-  config = quickstart.get_config(arm)
+  config = quickstart.get_config("co_train" if arm == "replaced" else arm)
   config.name = f"decoupled_quickstart:{arm}"
+  if arm == "replaced":
+    config.policies.scout = default.policy()
+    config.policies.scout.source = config.policies.researcher.source
+    config.stages.hard.cast.researcher = "scout"
   return config

@@ -134,7 +134,13 @@ def stage(objective: str, steps: int) -> ml_collections.ConfigDict:
   # `--config.stages.hard.reward='{"researcher": {"expert_share": 0.2}}'`; the
   # rest is the run's. Imitation shows rewards and does not learn from them.
   config.reward = ml_collections.ConfigDict()
+  # Who plays here: by role, the policy that plays it in place of its own, as
+  # `config.stages.hard.cast.researcher = "scout"`; and roles that are not there
+  # and cannot be called. What comes between stages: docs/decoupled.md.
+  config.cast = ml_collections.ConfigDict()
+  config.without = ()  # names of roles, not the root's
   config.lock().reward.unlock()
+  config.cast.unlock()
   return config
 
 

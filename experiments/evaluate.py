@@ -92,7 +92,7 @@ async def _evaluate(
       cli.say(f"skipped {problem}")
     held_out = setup.test if _SPLIT.value == "test" else setup.dev
     questions = held_out if own is None else own
-    return await run.evaluate(questions, _SPLIT.value)
+    return await run.evaluate(questions, _SPLIT.value, run.resources.newest)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def engines(
 
   Args:
     config: the whole recipe, checked.
-    team: names the policies.
+    team: of the recipe.
 
   Returns:
     By policy, what makes its engine from its weights at the start; raises

@@ -141,6 +141,14 @@ def check(config: ml_collections.ConfigDict) -> None:
       raise ValueError(
           f"config.{key}: {value}, allowed: 0 where every policy has a job"
       )
+  root = config.team.root
+  for name, stage in config.stages.items():
+    if root in stage.cast:
+      raise ValueError(
+          f"config.stages.{name}.cast.{root}: {stage.cast[root]!r}, allowed:"
+          " nothing where every policy has a job: the root's job leads the run"
+          " from its first step to its last"
+      )
 
 
 def naming(

@@ -281,6 +281,10 @@ def _contexts(config: ml_collections.ConfigDict) -> dict[str, int]:
       name: role.max_context
       for name, role in config.team.roles.items()
       if role.policy in config.policies
+      or any(
+          stage.cast.get(name) in config.policies
+          for stage in config.stages.values()
+      )
   }
 
 

@@ -72,17 +72,32 @@ def check(values: Mapping[str, Any], number: int, *, only: str = "") -> None:
         )
 
 
-def weighted(config: ml_collections.ConfigDict, team: Team) -> tuple[str, ...]:
-  """Names the policies of a team that have weights, and so take devices.
+def playing(config: ml_collections.ConfigDict, team: Team) -> tuple[str, ...]:
+  """Names the policies that play in a run, whenever they do.
 
   Args:
     config: the whole recipe.
-    team: names the policies.
+    team: of the recipe.
 
   Returns:
-    Names, in the team's order; without symbolic policies.
+    Names, in the team's order, then those of later casts in the curriculum's.
   """
-  return tuple(n for n in team.policies if n not in config.symbolic)
+  stages = (config.stages[n] for n in config.curriculum if n in config.stages)
+  later = (one.cast[role] for one in stages for role in sorted(one.cast))
+  return tuple(dict.fromkeys((*team.policies, *later)))
+
+
+def weighted(config: ml_collections.ConfigDict, team: Team) -> tuple[str, ...]:
+  """Names the policies of a run that have weights, and so take devices.
+
+  Args:
+    config: the whole recipe.
+    team: of the recipe.
+
+  Returns:
+    Names, in the order of `playing`; without symbolic policies.
+  """
+  return tuple(n for n in playing(config, team) if n not in config.symbolic)
 
 
 def needs(
@@ -115,7 +130,7 @@ def meshes(
 
   Args:
     config: the whole recipe, checked.
-    team: names the policies.
+    team: of the recipe.
     devices: that there are.
     only: the policy whose job this is; others then take none of them.
 

@@ -15,6 +15,7 @@ import jax
 import ml_collections
 
 from experiments import (
+    casting,
     checks,
     combinations,
     external,
@@ -83,12 +84,15 @@ def check(
   checks.ranges(values)
   with checks.inside("team"):
     team = build_team(config)
-  world.check_names(config, team)
-  combinations.sizes(values, team)
+  stages, casts = build_stages(config), casting.build(config, team)
+  for one in dict.fromkeys((team, *casts.values())):
+    world.check_names(config, one)
+    combinations.sizes(values, one)
   placing.check(values, num_devices or jax.device_count(), only=only)
   external.check(values)
-  for stage in build_stages(config):
-    combinations.learners(values, team, stage)
+  for stage in stages:
+    combinations.learners(values, casts.get(stage.name, team), stage)
+  casting.check(config, team, stages)
   build_budget(config)
   build_adaptations(config)
   method.build(config)
@@ -128,7 +132,7 @@ def build(config: ml_collections.ConfigDict, *, only: str = "") -> Setup:
   """
   check(config, only=only)
   team = build_team(config)
-  stages = build_stages(config)
+  casts, stages = casting.build(config, team), build_stages(config)
   book = factbook.load(config.tasks.seed)
   tools = world.tools(book, config.tools)
   names = placing.weighted(config, team)
@@ -139,7 +143,8 @@ def build(config: ml_collections.ConfigDict, *, only: str = "") -> Setup:
   protocol = checks.pick(world.PROTOCOLS, config.team.protocol, "team.protocol")
   chats = world.chats(team, policies, config.team.protocol)
   coded = world.symbolic_actors(config, team, chats, protocol)
-  world.check_prompts(team, chats, coded, protocol, tools)
+  for one in (team, *casts.values()):
+    world.check_prompts(one, chats, coded, protocol, tools)
   demonstrator = world.Demonstrator(
       team=team,
       chats=chats,
@@ -177,12 +182,7 @@ def build(config: ml_collections.ConfigDict, *, only: str = "") -> Setup:
       actor=functools.partial(_actor, chats, protocol),
       coded=coded,
       tools=tools,
-      demonstrate={
-          stage.name: dataclasses.replace(
-              demonstrator, hasty=config.stages[stage.name].hasty
-          )
-          for stage in stages
-      },
+      demonstrate=_demonstrators(config, demonstrator, casts),
       method=method.build(config),
       sampler=build_sampler(config),
       evaluate_every=config.evaluation.every,
@@ -192,7 +192,24 @@ def build(config: ml_collections.ConfigDict, *, only: str = "") -> Setup:
       keep_versions=config.publish.keep,
       publish_short=_published_short(config),
       whole_every=config.publish.whole_every,
+      casts=casts,
   )
+
+
+def _demonstrators(
+    config: ml_collections.ConfigDict,
+    demonstrator: world.Demonstrator,
+    casts: Mapping[str, Team],
+) -> dict[str, world.Demonstrator]:
+  """The expert of every stage, who plays that stage's team."""
+  return {
+      name: dataclasses.replace(
+          demonstrator,
+          team=casts.get(name, demonstrator.team),
+          hasty=config.stages[name].hasty,
+      )
+      for name in config.curriculum
+  }
 
 
 def _published_short(config: ml_collections.ConfigDict) -> bool:

@@ -31,11 +31,11 @@ def policies(
     book: Factbook,
     meshes: Mapping[str, Meshes],
 ) -> dict[str, Policy]:
-  """Loads every policy of a team, or makes it from scratch.
+  """Loads every policy that plays in a run, or makes it from scratch.
 
   Args:
     config: the whole recipe.
-    team: names the policies.
+    team: of the recipe.
     book: what a tokenizer made from scratch learns from.
     meshes: where each policy lives.
 

@@ -174,7 +174,14 @@ def _run(started: float) -> None:
 def _launch() -> None:
   """Runs every process of every job here."""
   with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
-    from experiments import fleet, joining, launch, ray_fleet, recipe
+    from experiments import (
+        fleet,
+        joining,
+        launch,
+        placing,
+        ray_fleet,
+        recipe,
+    )
 
     if _LAUNCH.value == "ray" and importlib.util.find_spec("ray") is None:
       raise ValueError("the package 'ray' is missing: pip install -e '.[ray]'")
@@ -184,7 +191,7 @@ def _launch() -> None:
     root = team[team.root].policy
     plans = fleet.plans(
         config,
-        [root, *sorted({*team.policies} - {root})],
+        [root, *sorted({*placing.weighted(config, team)} - {root})],
         hosts=hosts,
         workdir=pathlib.Path(_WORKDIR.value).absolute(),
         arguments=launch.recipe_arguments(sys.argv[1:]),
@@ -361,7 +368,8 @@ def _train(
   journal.progress.close()
   summary = journal.summarise({"config": values} | outcome)
   report = page.write(journal.workdir.path)
-  cli.say(comparison(table))
+  if table:
+    cli.say(comparison(table))
   cli.say(
       f"{summary['steps']} steps in {summary['seconds']:.0f} s,"
       f" {summary['compilations']} compilations,"

@@ -117,13 +117,14 @@ def check_names(config: ml_collections.ConfigDict, team: Team) -> None:
           f"config.symbolic.{name}: is in config.policies, too; allowed: names"
           " of its own"
       )
-  for name in sorted(set(config.policies.keys()) - set(team.policies)):
+  played = placing.playing(config, team)
+  for name in sorted(set(config.policies.keys()) - set(played)):
     if rank := config.policies[name].lora.rank:
       raise ValueError(
           f"config.policies.{name}.lora.rank: {rank}, allowed: 0, for no role"
           " of config.team.roles has this policy"
       )
-  if not placing.weighted(config, team):
+  if not set(team.policies) - set(config.symbolic.keys()):
     raise ValueError(
         "config.team.roles: all are played by config.symbolic; one must have a"
         " policy of config.policies, whose tokens the others write"
@@ -245,7 +246,7 @@ def symbolic_actors(
 
   Args:
     config: the whole recipe.
-    team: names the policies.
+    team: of the recipe.
     made: chat formats of the other policies; the first one's writes the
       streams that nobody samples.
     protocol: how actions are written.
@@ -260,7 +261,7 @@ def symbolic_actors(
           chat=chat,
           protocol=protocol,
       )
-      for name in team.policies
+      for name in placing.playing(config, team)
       if name in config.symbolic
   }
 

@@ -57,7 +57,7 @@ async def train(
 
   Returns:
     What `summary.json` says of tokens and accuracy, and the table before and
-    after.
+    after; a job that leaves before the others knows of none after.
 
   Raises:
     MismatchError: the directory's checkpoint is another run's.
@@ -81,21 +81,21 @@ async def train(
       while not run.over(steps):
         rollouts.begin(steps)
         await _step(run, journal, rollouts, steps, before=before)
-        steps += 1
+        steps = setup.coming(steps + 1)
     journal.flush()
     run.resources.save_policies(journal.workdir.policies)
     journal.skipped(run.resources.read_published())
-    after = _numbers(await run.evaluate(setup.test, "test"))
+    found = {"before": before}
+    if not setup.leaves:  # else others go on, and have the last word
+      after = await run.evaluate(setup.test, "test", steps)
+      found["after"] = _numbers(after)
     summary = {
         "seed": setup.seed,
         "steps": steps,
-        "eval": {
-            "before": _overall(before).summary(),
-            "after": _overall(after).summary(),
-        },
+        "eval": {when: _overall(one).summary() for when, one in found.items()},
         "tokens": await run.tokens(),
     }
-    return summary, _table(before, after)
+    return summary, _table(**found) if "after" in found else {}
 
 
 def _ahead(run: Run) -> Ahead[Drawn]:
@@ -109,6 +109,14 @@ def _ahead(run: Run) -> Ahead[Drawn]:
   def stage(step: int) -> curriculum.Stage:
     return curriculum.stage_at(setup.stages, step)[0]
 
+  def furthest(done: int) -> int:
+    return ahead.furthest(
+        done,
+        max_staleness=setup.max_staleness,
+        evaluate_every=setup.evaluate_every,
+        total=next(span.stop for span in setup.spans if done < span.stop),
+    )
+
   async def draw(step: int, tasks: tuple[Task, ...]) -> Drawn:
     meter = Meter(run.resources)
     return await run.collect(stage(step), tasks, step, meter), meter
@@ -116,12 +124,7 @@ def _ahead(run: Run) -> Ahead[Drawn]:
   return Ahead(
       draw,
       take=lambda step: run.take(stage(step)),
-      furthest=functools.partial(
-          ahead.furthest,
-          max_staleness=setup.max_staleness,
-          evaluate_every=setup.evaluate_every,
-          total=curriculum.num_steps(setup.stages),
-      ),
+      furthest=furthest,
   )
 
 
@@ -131,7 +134,7 @@ async def _begin(
   """Resumes, or measures where the team starts and publishes version 0."""
   checkpoint, setup = journal.restore(run.resources.states), run.setup
   if checkpoint is not None:
-    steps, host = checkpoint.step + 1, checkpoint.host
+    steps, host = setup.coming(checkpoint.step + 1), checkpoint.host
     try:
       journal.skipped(run.resume(checkpoint.states, host["run"]))
     except MismatchError as error:
@@ -145,8 +148,8 @@ async def _begin(
     return steps, host["before"]
   journal.skipped(run.publish(tuple(run.resources.learners), 0))
   await _warm_up(run, journal)
-  before = await run.evaluate(setup.test, "test")
-  return 0, _numbers(before)
+  before = await run.evaluate(setup.test, "test", 0)
+  return setup.coming(0), _numbers(before)
 
 
 async def _warm_up(run: Run, journal: Journal) -> None:
@@ -183,8 +186,8 @@ async def _step(
   last = run.over(step + 1)
   if last:
     await rollouts.close()
-  if last or (step + 1) % setup.evaluate_every == 0:
-    await run.evaluate(setup.dev, "dev")
+  if (last and not setup.leaves) or (step + 1) % setup.evaluate_every == 0:
+    await run.evaluate(setup.dev, "dev", step + 1)
   values = run.meter.totals(time.monotonic() - started)
   entry = Entry(
       step=step, stage=stage.name, values=values, dispatched=dispatched
@@ -201,18 +204,18 @@ def _learn(
     scores: list[Scores],
 ) -> dict[str, Step]:
   """Arrows 4 to 7."""
-  stage, number = curriculum.stage_at(run.setup.stages, step)
+  setup = run.setup
+  stage, number = curriculum.stage_at(setup.stages, step)
   credits = run.assign(stage, groups, scores, step)
   dispatched = run.update(stage, number, groups, credits)
-  if run.setup.max_staleness:  # what samples meanwhile does not wait for it
+  if setup.max_staleness:  # what samples meanwhile does not wait for it
     jax.block_until_ready([one.applied for one in dispatched.values()])
   last = run.over(step + 1)
   journal.flush()
   trained = tuple(run.resources.learners if last else dispatched)
   journal.skipped(run.publish(trained, step + 1))
-  journal.rollouts(
-      step, stage.name, groups, scores, credits.advantages, run.resources.pieces
-  )
+  pieces = functools.partial(run.resources.pieces, team=setup.team_in(stage))
+  journal.rollouts(step, stage.name, groups, scores, credits.advantages, pieces)
   return dispatched
 
 

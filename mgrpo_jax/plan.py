@@ -1,7 +1,7 @@
 """What a recipe decides about a run: functions, numbers, tasks, policies."""
 
 import dataclasses
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from typing import Any
 
 from mgrpo_jax import credit, objectives, optim
@@ -18,6 +18,7 @@ from mgrpo_jax.sampler.interface import PooledEngine, RolloutEngine
 from mgrpo_jax.sharding import Meshes
 from mgrpo_jax.spares import Spares
 from mgrpo_jax.store import Store
+from mgrpo_jax.tasks import curriculum
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.types import Reference, RolloutGroup, Task
 from mgrpo_jax.work import Budget
@@ -208,6 +209,8 @@ class Setup:
       has the tokenizer and sizes, and no weights.
     pooled: makes of a policy's engine one that has replicas, which are found in
       the store; None where there are none.
+    casts: by name of stage, the team where it is not `team`: other policies
+      play some of its roles, or some are not there.
   """
 
   seed: int
@@ -241,8 +244,95 @@ class Setup:
   whole_every: int
   elsewhere: frozenset[str] = frozenset()
   pooled: Callable[[str, Engine, Store], PooledEngine] | None = None
+  casts: Mapping[str, Team] = dataclasses.field(default_factory=dict)
 
   @property
   def own(self) -> tuple[str, ...]:
     """The policies that are sampled and trained here."""
     return tuple(n for n in self.policies if n not in self.elsewhere)
+
+  @property
+  def teams(self) -> tuple[Team, ...]:
+    """Every team there is in the run, each once."""
+    made = (self.team_in(stage) for stage in self.stages)
+    return tuple(dict.fromkeys((self.team, *made)))
+
+  def team_in(self, stage: Stage) -> Team:
+    """The team of a stage.
+
+    Args:
+      stage: of the curriculum.
+
+    Returns:
+      The roles that are there, with the policies that play them.
+    """
+    return self.casts.get(stage.name, self.team)
+
+  def team_at(self, step: int) -> Team:
+    """The team of a step.
+
+    Args:
+      step: its number; below 0 the first one's, behind the end the last one's.
+
+    Returns:
+      The team of the step's stage; `team` where there are no steps at all.
+    """
+    last = curriculum.num_steps(self.stages) - 1
+    if last < 0:
+      return self.team
+    stage, _ = curriculum.stage_at(self.stages, min(max(step, 0), last))
+    return self.team_in(stage)
+
+  def team_after(self, done: int) -> Team:
+    """The team that is asked held-out questions.
+
+    Args:
+      done: steps that it has behind it.
+
+    Returns:
+      That of the last of these steps; of the first step where there is none.
+    """
+    return self.team_at(done - 1)
+
+  def played(self, policies: Collection[str]) -> tuple[range, ...]:
+    """The steps that policies take part in.
+
+    Args:
+      policies: their names.
+
+    Returns:
+      The steps of the stages in which one of them plays, in order.
+    """
+    return curriculum.spans(
+        self.stages,
+        lambda stage: not {*policies}.isdisjoint(self.team_in(stage).policies),
+    )
+
+  @property
+  def spans(self) -> tuple[range, ...]:
+    """The steps that are made here: all, or those of this job's policy."""
+    if self.elsewhere:
+      return self.played(self.own)
+    return curriculum.spans(self.stages, lambda stage: True)
+
+  @property
+  def end(self) -> int:
+    """The number of steps after which nothing is left to do here."""
+    return self.spans[-1].stop if self.spans else 0
+
+  @property
+  def leaves(self) -> bool:
+    """Whether others go on when this process has made its last step."""
+    return self.end < curriculum.num_steps(self.stages)
+
+  def coming(self, steps: int) -> int:
+    """The first step from one on that is made here.
+
+    Args:
+      steps: its number.
+
+    Returns:
+      The number of a step; `steps` where none is left.
+    """
+    left = (span for span in self.spans if steps < span.stop)
+    return next((max(steps, span.start) for span in left), steps)

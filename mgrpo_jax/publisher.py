@@ -55,10 +55,11 @@ class Publisher:
     if stage.objective == "imitate":
       return False  # what an expert writes does not age
     setup = self._resources.setup
+    team = setup.team_in(stage)
     policies = {
-        role: setup.team[role].policy
-        for role in credit.learning(setup.team, stage.trained)
-        if setup.team[role].policy in self.numbers
+        role: team[role].policy
+        for role in credit.learning(team, stage.trained)
+        if team[role].policy in self.numbers
     }
     age = statistics.age(group, policies=policies, versions=self.numbers)
     return age > setup.max_staleness

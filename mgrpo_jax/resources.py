@@ -7,15 +7,15 @@ import contextlib
 import dataclasses
 import pathlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from mgrpo_jax import atomic, publish, sharding
+from mgrpo_jax import atomic, environments, publish, sharding
 from mgrpo_jax.agents.activity import Activity
-from mgrpo_jax.agents.actor import Actor
-from mgrpo_jax.agents.context import Elsewhere, Environment
+from mgrpo_jax.agents.context import Environment
 from mgrpo_jax.agents.team import Team
+from mgrpo_jax.environments import Reach
 from mgrpo_jax.hosts import spread
 from mgrpo_jax.learner import Learner
 from mgrpo_jax.plan import Setup
@@ -31,19 +31,6 @@ from mgrpo_jax.types import PolicyVersion, TrainState
 from mgrpo_jax.writer import Writer
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Reach:
-  """How this job makes calls of other jobs' policies, by policy.
-
-  Attributes:
-    training: in rollouts.
-    testing: in evaluations.
-  """
-
-  training: Mapping[str, Elsewhere]
-  testing: Mapping[str, Elsewhere]
-
-
 class Resources:
   """Owns engines, learners and task streams; `open_resources` makes some.
 
@@ -55,9 +42,11 @@ class Resources:
     learners: by policy.
     engines: by policy.
     queues: task streams, by name of stage.
-    training: what agent calls share in rollouts.
-    testing: what they share in evaluations.
+    training: what agent calls share in rollouts of the recipe's team.
+    testing: what they share in evaluations of it.
     activity: what calls wait for, in both.
+    newest: number of the newest of the versions that were read last, which is
+      the steps that the team had behind it then.
   """
 
   def __init__(
@@ -111,24 +100,63 @@ class Resources:
         for stage in setup.stages
     }
     actors = {n: setup.actor(n, e) for n, e in self.engines.items()}
-    actors |= setup.coded
-    team, sampler = setup.team, setup.sampler
+    self.newest = 0
     self.activity = Activity()
-    reach = reach or Reach(training={}, testing={})
-    self.training = self._environment(
-        team, actors, sampler.temperature, reach.training
+    self._environments = environments.build(
+        setup, {**actors, **setup.coded}, reach, self.activity
     )
-    self.testing = self._environment(
-        team.without_attempts(),
-        actors,
-        sampler.evaluation_temperature,
-        reach.testing,
-    )
+    self.training, self.testing = self._environments[setup.team]
+
+  def training_of(self, team: Team) -> Environment:
+    """What agent calls share in rollouts of a team.
+
+    Args:
+      team: of the recipe, or as one of its stages casts it.
+
+    Returns:
+      The environment.
+    """
+    return self._environments[team][0]
+
+  def testing_of(self, team: Team) -> Environment:
+    """What agent calls share in evaluations of a team.
+
+    Args:
+      team: see `training_of`.
+
+    Returns:
+      The environment, in which every sub-task is tried once.
+    """
+    return self._environments[team][1]
 
   @property
   def states(self) -> dict[str, TrainState]:
     """Of every policy."""
     return {name: learner.whole for name, learner in self.learners.items()}
+
+  def get_state(self) -> dict[str, Any]:
+    """What a checkpoint keeps of task streams and first weights, as JSON."""
+    return {
+        "tasks": {name: one.get_state() for name, one in self.queues.items()},
+        "fingerprints": self.fingerprints,
+    }
+
+  def set_state(self, state: Mapping[str, Any]) -> None:
+    """Continues the task streams.
+
+    Args:
+      state: what `get_state` returned, among other things.
+
+    Raises:
+      MismatchError: it is another run's.
+    """
+    for name, found in self.fingerprints.items():
+      fingerprint.check(name, state.get("fingerprints", {}).get(name), found)
+    for name, queue in self.queues.items():
+      try:
+        queue.set_state(state["tasks"][name])
+      except atomic.MismatchError as error:
+        raise atomic.MismatchError(f"stage {name!r}: {error}") from error
 
   def own_engines(self) -> dict[str, Engine]:
     """By policy, without those that another program samples."""
@@ -181,7 +209,11 @@ class Resources:
           f"there is no version {version} in {self.store.url}, which keeps"
           f" {sorted(set().union(*kept.values()))}"
       )
+    awaited = self._awaited(kept, version)
+    self.newest = 0
     for name, engine in self.engines.items():
+      if name in awaited:
+        continue
       learner, meshes = self.learners[name], self.setup.meshes[name]
       merges = learner.lora is not None  # which its base's mesh does
       place = meshes.learner if merges else meshes.sampler
@@ -196,15 +228,33 @@ class Resources:
           name, weights.meta.get("fingerprint"), self.fingerprints[name]
       )
       engine.update(learner.merged(weights.params), weights.version.number)
+      self.newest = max(self.newest, weights.version.number)
       problems += weights.skipped
     return problems
 
-  def pieces(self, role: str, tokens: Sequence[int]) -> list[str]:
+  def _awaited(
+      self,
+      kept: Mapping[str, Sequence[int]],
+      version: int | Literal["latest"],
+  ) -> set[str]:
+    """The policies that come later than a version: nobody calls them yet."""
+    if self.setup.elsewhere:
+      return set()  # this is such a job
+    newest = max((n for numbers in kept.values() for n in numbers), default=0)
+    done = newest if version == "latest" else version
+    playing = self.setup.team_after(done).policies
+    late = {n for n, has in kept.items() if min(has, default=done + 1) > done}
+    return late - {*playing}
+
+  def pieces(
+      self, role: str, tokens: Sequence[int], *, team: Team | None = None
+  ) -> list[str]:
     """The text of each token of a role's stream.
 
     Args:
       role: its name.
       tokens: ids.
+      team: whose role it is; None for the recipe's.
 
     Returns:
       One text a token.
@@ -213,7 +263,7 @@ class Resources:
       ValueError: the role's policy has no tokenizer.
     """
     policies = self.setup.policies
-    policy = self.setup.team[role].policy
+    policy = (team or self.setup.team)[role].policy
     if policy in self.setup.coded:  # it writes as the first policy does
       policy = next(iter(policies))
     tokenizer = policies[policy].tokenizer
@@ -268,26 +318,6 @@ class Resources:
     """Has those who sample elsewhere take a version that is in the store."""
     if version.policy in self._pools:
       self._pools[version.policy].published(version)
-
-  def _environment(
-      self,
-      team: Team,
-      actors: Mapping[str, Actor],
-      temperature: float,
-      elsewhere: Mapping[str, Elsewhere],
-  ) -> Environment:
-    """What agent calls share, at one temperature."""
-    sampler = self.setup.sampler
-    return Environment(
-        team=team,
-        actors=actors,
-        tools=self.setup.tools,
-        temperature=temperature,
-        turn_deadline=sampler.turn_deadline,
-        max_attempts=sampler.max_attempts,
-        activity=self.activity,
-        elsewhere=elsewhere,
-    )
 
 
 def make_learner(

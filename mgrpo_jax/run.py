@@ -24,19 +24,16 @@ from mgrpo_jax import (
 )
 from mgrpo_jax.agents import watchdog
 from mgrpo_jax.agents.call import turn_seed
-from mgrpo_jax.agents.team import Role
-from mgrpo_jax.atomic import MismatchError
+from mgrpo_jax.agents.team import Role, Team
 from mgrpo_jax.credit import Credits
 from mgrpo_jax.evaluate import Evaluation
 from mgrpo_jax.learner import Step
 from mgrpo_jax.meter import Meter
 from mgrpo_jax.plan import Setup
-from mgrpo_jax.policy import fingerprint
 from mgrpo_jax.publisher import Publisher
 from mgrpo_jax.resources import Resources, open_resources
 from mgrpo_jax.rewards import Scores
 from mgrpo_jax.store import Store
-from mgrpo_jax.tasks import curriculum
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.types import RolloutGroup, Task, TrainState
 from mgrpo_jax.work import Work
@@ -58,13 +55,13 @@ class Run:
     self._publisher = Publisher(resources)
 
   def over(self, steps: int) -> bool:
-    """Whether no step follows: the curriculum or the budget is at its end.
+    """Whether no step follows here: curriculum or budget are at their end.
 
     Args:
       steps: that are done.
     """
-    total = curriculum.num_steps(self.setup.stages)
-    return steps >= total or self.setup.budget.spent(self.meter.work)
+    end, budget = self.setup.end, self.setup.budget
+    return steps >= end or budget.spent(self.meter.work)
 
   def take(self, stage: Stage) -> tuple[Task, ...]:
     """Arrow 1: the next tasks, those that are to be repeated first."""
@@ -111,7 +108,7 @@ class Run:
   def grade(self, stage: Stage, groups: Sequence[RolloutGroup]) -> list[Scores]:
     """Arrow 3: rewards; tasks that a machine failed on are asked again."""
     scores = self._graded(stage, groups)
-    for role in self._reported():
+    for role in self._reported(self.setup.team_in(stage)):
       self.meter.values |= statistics.of_role(groups, scores, role.name)
     return scores
 
@@ -144,9 +141,9 @@ class Run:
     self.meter.values["replaced"] = float(replaced)
     return graded
 
-  def _reported(self) -> Sequence[Role]:
-    """The roles whose calls can be told of here."""
-    return self.setup.team.roles
+  def _reported(self, team: Team) -> Sequence[Role]:
+    """The roles of a team whose calls can be told of here."""
+    return team.roles
 
   def _graded(
       self, stage: Stage, groups: Sequence[RolloutGroup]
@@ -192,7 +189,8 @@ class Run:
     """Arrows 4 and 5: alignment, then advantages, role by role."""
     if stage.objective == "imitate":
       with self.meter.timed("align"):
-        return credit.copied(groups, scores, self.setup.team)
+        team = self.setup.team_in(stage)
+        return credit.copied(groups, scores, team)
     credits = self._compared(stage, groups, scores, step)
     method, found = self.setup.method, credits.assignments
     self.meter.values |= statistics.of_credits(
@@ -263,10 +261,12 @@ class Run:
     with self.meter.timed("publish"):
       return self._publisher.settle()
 
-  async def evaluate(self, tasks: Sequence[Task], split: str) -> Evaluation:
-    """Asks the team held-out questions, greedily unless configured."""
+  async def evaluate(
+      self, tasks: Sequence[Task], split: str, done: int
+  ) -> Evaluation:
+    """Asks the team after so many steps; greedily, unless configured."""
     with self.meter.timed("evaluate"):
-      result, sampled = await self._examined(tasks, split)
+      result, sampled = await self._examined(tasks, split, done)
     self.meter.work.evaluation_tokens += sampled
     self.meter.values |= result.metrics(split)
     return result
@@ -278,8 +278,7 @@ class Run:
   def host_state(self) -> dict[str, Any]:
     """What a checkpoint keeps beside the arrays, as JSON."""
     return {
-        "tasks": {n: q.get_state() for n, q in self.resources.queues.items()},
-        "fingerprints": self.resources.fingerprints,
+        **self.resources.get_state(),
         "versions": self._publisher.versions,
         "recent": self._publisher.recent(),
         "work": dataclasses.asdict(self.meter.work),
@@ -301,13 +300,7 @@ class Run:
       MismatchError: the checkpoint is another run's.
     """
     problems: list[str] = []
-    for name, found in self.resources.fingerprints.items():
-      fingerprint.check(name, host.get("fingerprints", {}).get(name), found)
-    for name, queue in self.resources.queues.items():
-      try:
-        queue.set_state(host["tasks"][name])
-      except MismatchError as error:
-        raise MismatchError(f"stage {name!r}: {error}") from error
+    self.resources.set_state(host)
     self.meter.work = Work(**host["work"])
     self._publisher.numbers |= host.get("recent", {})
     for name, state in states.items():
@@ -319,20 +312,20 @@ class Run:
       self, stage: Stage, tasks: Sequence[Task], step: int, seed: int
   ) -> tuple[list[RolloutGroup], int]:
     """The rollouts of a step, and the tokens that were sampled for them."""
-    del stage, step
+    del step
     before = self.resources.sampled()
-    groups = await self._roll_out(tasks, seed)
+    groups = await self._roll_out(stage, tasks, seed)
     return groups, self.resources.sampled() - before
 
   async def _examined(
-      self, tasks: Sequence[Task], split: str
+      self, tasks: Sequence[Task], split: str, done: int
   ) -> tuple[Evaluation, int]:
     """An evaluation, and the tokens that were sampled for it."""
     del split
     before = self.resources.sampled()
     work = evaluate.evaluate(
         tasks,
-        environment=self.resources.testing,
+        environment=self.resources.testing_of(self.setup.team_after(done)),
         rules=self.setup.method.rules,
         seed=self.setup.seed,
         max_concurrent=self.setup.sampler.max_concurrent,
@@ -343,14 +336,14 @@ class Run:
     return result, self.resources.sampled() - before
 
   async def _roll_out(
-      self, tasks: Sequence[Task], seed: int
+      self, stage: Stage, tasks: Sequence[Task], seed: int
   ) -> list[RolloutGroup]:
     """Executes the team K times on every task, or a few times more."""
     sampler, kept = self.setup.sampler, self.setup.rollouts_per_task
     per_task = kept + sampler.spares.count
     work = rollout.run_groups(
         tasks,
-        environment=self.resources.training,
+        environment=self.resources.training_of(self.setup.team_in(stage)),
         num_rollouts=kept,
         seed=seed,
         max_concurrent=max(1, sampler.max_concurrent // per_task),
@@ -368,7 +361,8 @@ class Run:
       step: int,
   ) -> Credits:
     """Aligns and compares the calls of every role whose policy learns."""
-    method, team, seed = self.setup.method, self.setup.team, self.setup.seed
+    method, seed = self.setup.method, self.setup.seed
+    team = self.setup.team_in(stage)
     with self.meter.timed("align"):
       return credit.compared(
           groups,

@@ -179,7 +179,7 @@ def spool(folder):
 
   shared = environment({"main": nothing, "researcher": nothing}, team=TEAM)
   made, _ = played(0)
-  return Spool(folder, tasks={"t": made.task}, environment=shared)
+  return Spool(folder, tasks={"t": made.task}, environments=lambda _: shared)
 
 
 def test_a_spooled_step_comes_back_and_goes_when_it_is_not_needed(tmp_path):

@@ -44,3 +44,26 @@ def test_steps_belong_to_stages_in_order():
 def test_impossible_values_are_named(change, message):
   with pytest.raises(ValueError, match=message):
     stage(**change)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ("ab", [(0, 4)]),
+        ("ac", [(0, 3), (4, 6)]),
+        ("c", [(4, 6)]),
+        ("abc", [(0, 6)]),
+        ("", []),
+        ("e", []),  # it has no steps
+        ("aec", [(0, 3), (4, 6)]),
+    ],
+)
+def test_steps_of_stages_that_follow_each_other_are_one_span(wanted, expected):
+  stages = (
+      stage("a"),
+      stage("b", steps=1),
+      stage("e", steps=0),
+      stage("c", steps=2),
+  )
+  found = curriculum.spans(stages, lambda one: one.name in wanted)
+  assert found == tuple(range(*one) for one in expected)

@@ -91,7 +91,7 @@ def desk(folder, voice, done=4, method=METHOD):
   )
   made = Desk(
       folder,
-      environments={
+      environments=lambda _: {
           "training": own,
           "testing": dataclasses.replace(own, counters=collections.Counter()),
       },
@@ -261,7 +261,7 @@ def test_turns_that_came_too_late_are_told_at_the_end_of_a_step(
     tmp_path, voice, caplog
 ):
   at = desk(tmp_path, voice)
-  at._environments["training"].counters["late_turns"] += 2
+  at._here["training"].counters["late_turns"] += 2
   at.close()
   assert caplog.text.count("2 turns took longer than rollout.turn_dead") == 1
   at.open(5)

@@ -298,3 +298,32 @@ def test_a_record_that_stays_damaged_ends_the_wait(bucket):
 
   with pytest.raises(CorruptError, match="steps/5.json"):
     asyncio.run(work())
+
+
+def test_a_job_that_need_not_be_there_is_not_missed(bucket):
+  """Its silence counts from when it is first waited for."""
+  said = []
+
+  async def work():
+    async with waiting(bucket, said, patience=0.5) as sub:
+      await asyncio.sleep(1.0)  # it plays no part yet
+      sub.expect()
+      waits = asyncio.create_task(sub.ready(3))
+      await asyncio.sleep(0.2)
+      with heart(bucket) as late:
+        late.ready(3)
+        await waits
+
+  asyncio.run(work())
+
+
+def test_a_job_that_does_not_come_when_it_is_due_is_missed(bucket):
+  async def work():
+    async with waiting(bucket, [], patience=0.3) as sub:
+      sub.expect()
+      began = time.monotonic()
+      with pytest.raises(AbsentError, match="job of policy 'sub'"):
+        await sub.ready(3)
+      assert time.monotonic() - began > 0.25
+
+  asyncio.run(work())

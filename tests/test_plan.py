@@ -6,9 +6,11 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from delegating import cast_setup
 from test_run import make_setup
 
 from mgrpo_jax import losses, store
+from mgrpo_jax.decoupled.run import restricted
 from mgrpo_jax.run import open_run
 
 
@@ -76,3 +78,56 @@ def test_what_a_stage_does_not_say_of_rewards_is_the_runs():
   imitate, reinforce = setup.stages
   assert method.rewards_of(imitate) == whole
   assert method.rewards_of(reinforce) == {**whole, "researcher": other}
+
+
+def comes_and_goes():
+  """`delegating.cast_setup`, whose researcher comes back in a last stage."""
+  setup = cast_setup(seed=0)
+  again = dataclasses.replace(setup.stages[-1], name="again", steps=3)
+  none = dataclasses.replace(again, name="none", steps=0)
+  return dataclasses.replace(
+      setup,
+      stages=(*setup.stages, none, again),
+      casts={**setup.casts, "again": setup.casts["reinforce"]},
+  )
+
+
+@pytest.mark.parametrize(
+    ("policy", "spans"),
+    [
+        ("main", [(0, 8)]),
+        ("researcher", [(0, 3), (5, 8)]),
+        ("scout", [(3, 5)]),
+    ],
+)
+def test_a_job_makes_the_steps_in_which_its_policy_plays(policy, spans):
+  whole = comes_and_goes()
+  setup = restricted(whole, policy)
+  assert setup.spans == tuple(range(*one) for one in spans)
+  assert setup.end == spans[-1][1]
+  assert setup.leaves == (policy == "scout")
+  made = {step for one in spans for step in range(*one)}
+  for step in range(10):
+    expected = min((s for s in made if s >= step), default=step)
+    assert setup.coming(step) == expected
+  assert whole.spans == (range(8),) and not whole.leaves
+
+
+def test_a_team_is_asked_as_it_was_cast_last():
+  setup = comes_and_goes()
+  before, late = setup.casts["reinforce"], setup.casts["late"]
+  teams = [setup.team_at(step) for step in range(-1, 9)]
+  assert teams == [before] * 4 + [late] * 2 + [before] * 4
+  asked = [setup.team_after(done) for done in range(9)]
+  assert asked == [before] * 4 + [late] * 2 + [before] * 3
+  nothing = dataclasses.replace(setup, stages=setup.stages[3:4])
+  assert nothing.team_after(0) == nothing.team_at(0) == setup.team
+  assert not nothing.spans and not nothing.end and not nothing.leaves
+
+
+def test_jobs_do_not_take_turns_at_the_root():
+  setup = cast_setup(seed=0)
+  other = setup.team.cast({"main": "scout", "researcher": "main"})
+  changed = dataclasses.replace(setup, casts={"late": other})
+  with pytest.raises(ValueError, match="one policy of the root's"):
+    restricted(changed, "main")

@@ -111,7 +111,7 @@ def jobs(folder):
   for policy, own in environments.items():
     desks[policy] = Desk(
         pathlib.Path(folder) / policy,
-        environments={"training": own},
+        environments=lambda _, own=own: {"training": own},
         tasks={TASK.id: TASK},
         stages=STAGES,
         method=METHOD,

@@ -137,3 +137,46 @@ def test_most_calls_of_a_policy_that_are_open_at_once():
   assert team.most_open("even") == 2  # a waits for d, or for c
   assert team.most_open("odd") == 1
   assert team.most_open("other") == 0
+
+
+TREE = Team(
+    roles=(
+        role("main", calls=("a", "b"), max_calls=3, policy="m"),
+        role("a", calls=("c",), max_calls=2, policy="x"),
+        role("b", policy="y"),
+        role("c", policy="x"),
+    ),
+    root="main",
+)
+
+
+def test_other_policies_play_roles_and_nothing_else_changes():
+  found = TREE.cast({"a": "z", "main": "n"})
+  assert [r.policy for r in found.roles] == ["n", "z", "y", "x"]
+  assert found.cast({"a": "x", "main": "m"}) == TREE
+  assert TREE.cast({}) == TREE
+  with pytest.raises(ValueError, match=r"unknown roles \['d'\]; there are"):
+    TREE.cast({"d": "z"})
+
+
+def test_who_is_not_there_is_called_by_nobody():
+  found = TREE.without(("a", "c"))
+  assert [r.name for r in found.roles] == ["main", "b"]
+  assert found["main"].calls == ("b",) and found["main"].max_calls == 3
+  assert found["b"] == TREE["b"]
+  alone = TREE.without(("a", "b", "c"))
+  assert alone["main"].calls == () and alone["main"].max_calls == 0
+  assert TREE.without(()) == TREE
+
+
+@pytest.mark.parametrize(
+    ("absent", "message"),
+    [
+        (("d",), r"unknown roles \['d'\]; there are \['main', 'a', 'b', 'c'\]"),
+        (("main",), "'main': is the root"),
+        (("a",), r"\['c'\] cannot be reached"),
+    ],
+)
+def test_who_cannot_be_away_is_named(absent, message):
+  with pytest.raises(ValueError, match=message):
+    TREE.without(absent)

@@ -3,7 +3,8 @@
 python tiny_job.py DIRECTORY BUCKET POLICY SEED STEPS
 
 POLICY may be `all`: then the run is in one process. The environment's STALENESS
-is that of the setup.
+is that of the setup; with CAST the run is that of `delegating.cast_setup`, and
+looks at dev after so many steps.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ import tempfile
 import time
 
 import jax
-from delegating import delegating_setup
+from delegating import cast_setup, delegating_setup
 
 from mgrpo_jax import loop, metrics, store, workdir
 from mgrpo_jax.decoupled.part import Job
@@ -77,7 +78,13 @@ def main():
   jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   directory, bucket, policy, seed, steps = sys.argv[1:]
-  setup = delegating_setup(seed=int(seed), imitation_steps=2, steps=int(steps))
+  if "CAST" in os.environ:
+    every = int(os.environ["CAST"])
+    setup = cast_setup(seed=int(seed), evaluate_every=every)
+  else:
+    setup = delegating_setup(
+        seed=int(seed), imitation_steps=2, steps=int(steps)
+    )
   staleness = int(os.environ.get("STALENESS", "0"))
   method = setup.method  # what grades matter, only the stage says
   plain = {

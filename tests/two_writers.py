@@ -121,9 +121,10 @@ def count(mode):
 def lead(setup, bucket, *, after_base):
   """Publishes, if wanted other weights before; again, where that failed."""
   from mgrpo_jax import atomic
+  from mgrpo_jax.environments import Reach
   from mgrpo_jax.hosts.driver import Driver, driving
   from mgrpo_jax.publisher import Publisher
-  from mgrpo_jax.resources import Reach, Resources
+  from mgrpo_jax.resources import Resources
 
   channel = group.open_channel(PATIENCE)
   with driving(channel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 RESERVED = frozenset({"answer", "task", "result", "end"})
@@ -145,6 +145,55 @@ class Team:
     """The same team, in which every sub-task is tried once."""
     roles = (dataclasses.replace(role, attempts=1) for role in self.roles)
     return Team(roles=tuple(roles), root=self.root)
+
+  def cast(self, played: Mapping[str, str]) -> Team:
+    """The same team, in which other policies play some roles.
+
+    Args:
+      played: by role, the policy that plays it in place of its own.
+
+    Returns:
+      The team.
+
+    Raises:
+      ValueError: there is no such role.
+    """
+    self._check_known(played)
+    roles = (
+        dataclasses.replace(role, policy=played.get(role.name, role.policy))
+        for role in self.roles
+    )
+    return Team(roles=tuple(roles), root=self.root)
+
+  def without(self, absent: Collection[str]) -> Team:
+    """The same team, in which some roles are not there: nobody may call them.
+
+    Args:
+      absent: their names.
+
+    Returns:
+      The team; who has nobody left to call may make no calls.
+
+    Raises:
+      ValueError: there is no such role, one is the root, or another one could
+        not be reached without them.
+    """
+    self._check_known(absent)
+    if self.root in absent:
+      raise ValueError(f"role {self.root!r}: is the root, and must be there")
+    roles = []
+    for role in self.roles:
+      calls = tuple(name for name in role.calls if name not in absent)
+      most = role.max_calls if calls else 0
+      if role.name not in absent:
+        roles.append(dataclasses.replace(role, calls=calls, max_calls=most))
+    return Team(roles=tuple(roles), root=self.root)
+
+  def _check_known(self, names: Collection[str]) -> None:
+    """Raises where there is no role of a name."""
+    known = [role.name for role in self.roles]
+    if unknown := sorted(set(names) - set(known)):
+      raise ValueError(f"unknown roles {unknown}; there are {known}")
 
   def most_open(self, policy: str) -> int:
     """The most calls of a policy that are open at once in one rollout.

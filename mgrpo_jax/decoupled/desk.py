@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from mgrpo_jax import atomic, leaves, rollout
@@ -55,7 +55,7 @@ class Desk:
       self,
       folder: pathlib.Path,
       *,
-      environments: Mapping[str, Environment],
+      environments: Callable[[int], Mapping[str, Environment]],
       tasks: Mapping[str, Task],
       stages: Sequence[Stage],
       method: Method,
@@ -64,7 +64,7 @@ class Desk:
 
     Args:
       folder: where calls are kept.
-      environments: by purpose.
+      environments: steps done -> what calls share then, by purpose.
       tasks: that may be trained on, by id.
       stages: of the run; a call is graded by that of its step.
       method: how calls are graded.
@@ -74,6 +74,7 @@ class Desk:
     self._failed = asyncio.Event()
     self._folder = folder
     self._environments = environments
+    self._here: Mapping[str, Environment] = {}  # of the step
     self._tasks = tasks
     self._stages = stages
     self._method = method
@@ -107,7 +108,8 @@ class Desk:
       raise atomic.StorageError(
           f"cannot keep calls in {path}: {atomic.reason(error)}"
       ) from error
-    for environment in self._environments.values():
+    self._here = self._environments(done)
+    for environment in self._here.values():
       team = environment.team
       if team[team.root].policy not in environment.elsewhere:
         continue  # who leads rolls out, and tells of its calls there
@@ -179,7 +181,7 @@ class Desk:
           f"done: {call.done}, but this job has done {self._done} steps: the"
           " caller's workdir is not that of this run, or older",
       )
-    environment = self._environments[call.purpose]
+    environment = self._here[call.purpose]
     roles = {
         role.name
         for role in environment.team.roles
@@ -199,7 +201,7 @@ class Desk:
 
   async def _made(self, call: Call) -> _Answer:
     """Makes a call and keeps it, unless a machine failed on it."""
-    environment, done = self._environments[call.purpose], self._done
+    environment, done = self._here[call.purpose], self._done
     ledger = Ledger(call.earlier)
     context = CallContext(
         environment=environment,

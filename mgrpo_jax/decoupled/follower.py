@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from mgrpo_jax import rollout
 from mgrpo_jax.agents.call import turn_seed
-from mgrpo_jax.agents.team import Role
+from mgrpo_jax.agents.team import Role, Team
 from mgrpo_jax.atomic import CorruptError
 from mgrpo_jax.decoupled.board import Told
 from mgrpo_jax.decoupled.part import Part
@@ -26,9 +26,8 @@ class Follower(Part):
     """Arrow 1: only demonstrations are this job's own."""
     return super().take(stage) if stage.objective == "imitate" else ()
 
-  def _reported(self) -> Sequence[Role]:
+  def _reported(self, team: Team) -> Sequence[Role]:
     """The roles whose calls are this job's."""
-    team = self.setup.team
     return [r for r in team.roles if r.policy in self.resources.learners]
 
   async def _answered(self, probe: Callable[[], T | None], what: str) -> T:
@@ -50,7 +49,7 @@ class Follower(Part):
       told = await self._answered(
           lambda: self._board.step(step), f"to complete step {step}"
       )
-      groups = [self._group(one, seed) for one in told]
+      groups = [self._group(one, seed, stage) for one in told]
       scores: list[Scores] | None = [one.scores for one in told]
       self._spool.write(step, groups, scores)
       self.desk.close()
@@ -77,32 +76,36 @@ class Follower(Part):
     ]
 
   async def _examined(
-      self, tasks: Sequence[Task], split: str
+      self, tasks: Sequence[Task], split: str, done: int
   ) -> tuple[Evaluation, int]:
     """Answers calls until the leader has what it asked."""
-    done = self.done
+    own = self.resources.learners.keys()
     found = self._board.evaluation(split, done)
     if found is None:
-      self._open(done)
+      if not own.isdisjoint(self.setup.team_after(done).policies):
+        self._open(done)  # nobody calls a job that is not there yet
       found = await self._answered(
           lambda: self._board.evaluation(split, done),
           f"to evaluate {split} after {done} steps",
       )  # the desk stays open: the leader may be rolling out that step by now
-    own = self.resources.learners.keys()
     return found[0], sum(n for p, n in found[1].items() if p in own)
 
-  def _group(self, told: Told, seed: int) -> RolloutGroup:
+  def _group(self, told: Told, seed: int, stage: Stage) -> RolloutGroup:
     """A group as the leader tells it, this job's own calls in their places."""
     seed = turn_seed(seed, told.repetition) if told.repetition else seed
-    rollouts = []
+    team, rollouts = self.setup.team_in(stage), []
     for calls in told.rollouts:
       failed = any(t.status == Status.FAILED for t in calls)
       rollouts.append(
           [
-              t if self._is_elsewhere(t) else self._kept(seed, t, failed=failed)
+              t
+              if self._is_elsewhere(t, team)
+              else self._kept(seed, t, failed=failed)
               for t in calls
           ]
       )
     return rollout.group_of(
-        self._tasks[told.task], rollouts, environment=self.resources.training
+        self._tasks[told.task],
+        rollouts,
+        environment=self.resources.training_of(team),
     )

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mgrpo_jax.agents.call import turn_seed
+from mgrpo_jax.agents.team import Team
 from mgrpo_jax.atomic import CorruptError, MismatchError
 from mgrpo_jax.decoupled.part import Part
 from mgrpo_jax.evaluate import Evaluation
 from mgrpo_jax.meter import Meter
 from mgrpo_jax.rewards import Scores
 from mgrpo_jax.run import Run
+from mgrpo_jax.tasks import curriculum
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.types import RolloutGroup, Status, Task, TrainState
 
@@ -21,6 +23,8 @@ class Leader(Part):
   """The job of the root's policy: drives rollouts, grades, decides."""
 
   _begun = (0, 0, 0)  # what had crossed when the step's calls began
+  _awaited: frozenset[str] = frozenset()  # policies whose jobs were, last
+  _gone: frozenset[tuple[str, int]] = frozenset()  # and their last steps
 
   def resume(
       self, states: Mapping[str, TrainState], host: Mapping[str, Any]
@@ -34,9 +38,9 @@ class Leader(Part):
     """What the whole team has spent so far."""
     spent = await super().tokens()
     for policy in self._peers:
-      role = next(r for r in self.setup.team.roles if r.policy == policy)
-      stats = self._board.stats(role.name, self.done - 1)
-      if stats is not None:  # there is none where no step was made
+      step = self._last_step(policy, self.done)
+      if step is not None:
+        stats = await self._trained(policy, step)
         spent["trained"] += int(stats["trained_tokens"])
     return spent
 
@@ -51,10 +55,10 @@ class Leader(Part):
             f"step {step} stands in the bucket, but not in this run directory:"
             " give that which the run began with, or another bucket"
         )
-      await self._ready(step, self.drawing)
-      groups = await self._roll_out(tasks, seed)
+      await self._ready(self.setup.team_in(stage), step, self.drawing)
+      groups = await self._roll_out(stage, tasks, seed)
       groups = [
-          self._filled(group, seed, groups[:b])
+          self._filled(group, seed, groups[:b], self.setup.team_in(stage))
           for b, group in enumerate(groups)
       ]
       self._spool.write(step, groups, None)
@@ -75,29 +79,67 @@ class Leader(Part):
     self._told.append(scores)
 
   async def _examined(
-      self, tasks: Sequence[Task], split: str
+      self, tasks: Sequence[Task], split: str, done: int
   ) -> tuple[Evaluation, int]:
     """Asks held-out questions, unless that was done before."""
-    found = self._board.evaluation(split, self.done)
+    found = self._board.evaluation(split, done)
     if found is not None:
       return found[0], sum(found[1].values())
-    await self._ready(self.done, self.meter)
-    result, _ = await super()._examined(tasks, split)
-    team = self.setup.team
+    team = self.setup.team_after(done)
+    await self._ready(team, done, self.meter)
+    result, _ = await super()._examined(tasks, split, done)
     tokens = dict.fromkeys(team.policies, 0)
     for group in result.groups:
       for one in group.trajectories:
         tokens[team[one.role].policy] += one.sampled
-    self._board.write_evaluation(split, self.done, result, tokens)
+    self._board.write_evaluation(split, done, result, tokens)
     return result, sum(tokens.values())
 
-  async def _ready(self, done: int, meter: Meter) -> None:
-    """Waits until all jobs answer calls of a team so many steps old."""
+  async def _ready(self, team: Team, done: int, meter: Meter) -> None:
+    """Waits until a team's jobs answer calls of it, so many steps old."""
     self._open(done)
     with meter.timed("jobs"):
-      for peer in self._peers.values():
+      for policy, peer in self._peers.items():
+        if policy not in team.policies:
+          await self._let_go(policy, done)
+          continue
+        self._expect(policy)
         await peer.ready(done)
+    self._awaited = frozenset(team.policies)
     self._begun = self._crossed()
+
+  async def _let_go(self, policy: str, done: int) -> None:
+    """Waits, once, until a job that is not called now has its last step.
+
+    Later steps write over the records that it learns from.
+    """
+    step = self._last_step(policy, done)
+    if step is None or (policy, step) in self._gone:
+      return
+    stage, _ = curriculum.stage_at(self.setup.stages, step)
+    if stage.objective == "reinforce":
+      await self._trained(policy, step)
+    self._gone |= {(policy, step)}
+
+  def _expect(self, policy: str) -> None:
+    """Begins to count the silence of a job that was not waited for before."""
+    if policy not in self._awaited:
+      self._peers[policy].expect()
+
+  def _last_step(self, policy: str, done: int) -> int | None:
+    """The last of the steps done that a policy took part in, if any."""
+    spans = self.setup.played({policy})
+    begun = [span for span in spans if span.start < done]
+    return min(begun[-1].stop, done) - 1 if begun else None
+
+  async def _trained(self, policy: str, step: int) -> dict[str, Any]:
+    """Waits until a job has trained on a step; what it says of it."""
+    self._expect(policy)
+    team = self.setup.team_at(step)
+    role = next(role.name for role in team.roles if role.policy == policy)
+    return await self._peers[policy].wait(
+        lambda: self._board.stats(role, step), f"to train on step {step}"
+    )
 
   def _crossed(self) -> tuple[int, int, int]:
     """Calls in other jobs, bytes of their text, all bytes; so far."""
@@ -119,7 +161,11 @@ class Leader(Part):
     }
 
   def _filled(
-      self, group: RolloutGroup, seed: int, before: Sequence[RolloutGroup]
+      self,
+      group: RolloutGroup,
+      seed: int,
+      before: Sequence[RolloutGroup],
+      team: Team,
   ) -> RolloutGroup:
     """Puts in the calls that others made of this job."""
     repetition = [one.task.id for one in before].count(group.task.id)
@@ -129,7 +175,7 @@ class Leader(Part):
     }
     calls = tuple(
         t
-        if t.account is None or self._is_elsewhere(t)
+        if t.account is None or self._is_elsewhere(t, team)
         else self._kept(seed, t, failed=t.rollout in failed)
         for t in group.trajectories
     )

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mgrpo_jax.agents.team import Team
 from mgrpo_jax.atomic import CorruptError, MismatchError
 from mgrpo_jax.credit import Credits
 from mgrpo_jax.decoupled import wire
@@ -88,13 +89,15 @@ class Part(Run):
         sure=heart.sure,
     )
     self._spool = Spool(
-        job.workdir.path / "spool", tasks=tasks, environment=resources.training
+        job.workdir.path / "spool",
+        tasks=tasks,
+        environments=lambda step: resources.training_of(setup.team_at(step)),
     )
     self.desk = Desk(
         job.workdir.path / "calls",
-        environments={
-            "training": resources.training,
-            "testing": resources.testing,
+        environments=lambda done: {
+            "training": resources.training_of(setup.team_at(done)),
+            "testing": resources.testing_of(setup.team_after(done)),
         },
         tasks=tasks,
         stages=setup.stages,
@@ -129,7 +132,7 @@ class Part(Run):
   ) -> dict[str, Step]:
     """Arrow 6, and the step's numbers for the others."""
     dispatched = super().update(stage, number, groups, credits)
-    for role in self.setup.team.roles:
+    for role in self.setup.team_in(stage).roles:
       if role.policy in self.resources.learners:
         self._board.write_stats(role.name, self._step, self._stats(role.name))
     self.done = self._step + 1
@@ -193,9 +196,9 @@ class Part(Run):
       )
     return dataclasses.replace(found, parent=told.parent)
 
-  def _is_elsewhere(self, one: Trajectory) -> bool:
-    """Whether a call is another job's."""
-    return self.setup.team[one.role].policy in self.setup.elsewhere
+  def _is_elsewhere(self, one: Trajectory, team: Team) -> bool:
+    """Whether a call of a team is another job's."""
+    return team[one.role].policy in self.setup.elsewhere
 
   def _open(self, done: int) -> None:
     """Answers other jobs' calls of a team so many steps old."""

@@ -118,6 +118,11 @@ class Peer:
     """Bytes of answers."""
     return sum(one.received for one in self._connections.values())
 
+  def expect(self) -> None:
+    """Counts its silence from now on: it need not have been there before."""
+    self._changed = self._now()
+    self._told_at = _SILENT
+
   async def ready(self, steps: int) -> None:
     """Waits until the job answers calls of a team so many steps old.
 

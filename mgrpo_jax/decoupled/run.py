@@ -17,11 +17,12 @@ from mgrpo_jax.decoupled.members import Heart
 from mgrpo_jax.decoupled.part import Job, Part
 from mgrpo_jax.decoupled.peer import Peer
 from mgrpo_jax.decoupled.remote import Remote, Traffic
+from mgrpo_jax.environments import Reach
 from mgrpo_jax.hosts.driver import Driver
 from mgrpo_jax.learner import Learner
 from mgrpo_jax.plan import Setup
 from mgrpo_jax.policy.params import Params
-from mgrpo_jax.resources import Reach, open_resources
+from mgrpo_jax.resources import open_resources
 from mgrpo_jax.run import Run
 from mgrpo_jax.store import Store
 
@@ -128,6 +129,8 @@ def restricted(setup: Setup, policy: str) -> Setup:
     raise ValueError(
         f"policy: {policy!r}, allowed: {', '.join(setup.policies)}"
     )
+  if len({team[team.root].policy for team in setup.teams}) > 1:
+    raise ValueError("jobs of one policy each do with one policy of the root's")
   refused = {
       "resample": setup.resample,
       "spares": setup.sampler.spares.count,

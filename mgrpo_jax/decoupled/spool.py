@@ -14,7 +14,7 @@ import json
 import pathlib
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,18 +37,18 @@ class Spool:
       folder: pathlib.Path,
       *,
       tasks: Mapping[str, Task],
-      environment: Environment,
+      environments: Callable[[int], Environment],
   ) -> None:
     """Opens nothing yet.
 
     Args:
       folder: where they lie.
       tasks: by id.
-      environment: for the order of the roles.
+      environments: step -> that of its rollouts, for the order of the roles.
     """
     self._folder = folder
     self._tasks = tasks
-    self._environment = environment
+    self._environments = environments
 
   def write(
       self,
@@ -117,7 +117,8 @@ class Spool:
       ) from error
     try:
       record = leaves.check_seal(json.loads(gzip.decompress(data)))
-      groups = [self._group(one) for one in record["groups"]]
+      environment = self._environments(step)
+      groups = [self._group(one, environment) for one in record["groups"]]
     except (
         EOFError,
         KeyError,
@@ -145,12 +146,14 @@ class Spool:
     """Where a step lies."""
     return self._folder / f"step_{step:06d}.json.gz"
 
-  def _group(self, values: Mapping[str, Any]) -> RolloutGroup:
+  def _group(
+      self, values: Mapping[str, Any], environment: Environment
+  ) -> RolloutGroup:
     """Rebuilds one group."""
     return rollout.group_of(
         self._tasks[values["task"]],
         [[codec.decode(t) for t in calls] for calls in values["rollouts"]],
-        environment=self._environment,
+        environment=environment,
     )
 
 

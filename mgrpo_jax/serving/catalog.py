@@ -52,7 +52,8 @@ def models(
     ValueError: a policy has the team's name, no tokenizer, or is sampled
       elsewhere.
   """
-  setup, environment = resources.setup, resources.testing
+  setup = resources.setup
+  environment = resources.testing_of(setup.team_after(resources.newest))
   own = engines(resources)
   tokenizers = {}
   for key, one in setup.policies.items():

@@ -1,7 +1,7 @@
 """Stages of a run: imitation first, then easy tasks, then hard ones."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 
@@ -79,3 +79,28 @@ def stage_at(stages: Sequence[Stage], step: int) -> tuple[Stage, int]:
       return stage, step - begin
     begin += stage.steps
   raise ValueError(f"step must be in [0, {begin}), got {step}")
+
+
+def spans(
+    stages: Sequence[Stage], wanted: Callable[[Stage], bool]
+) -> tuple[range, ...]:
+  """Finds the steps of some stages.
+
+  Args:
+    stages: in order.
+    wanted: whether a stage is one of them.
+
+  Returns:
+    Their steps in order, those of stages that follow each other in one range;
+    none is empty.
+  """
+  found: list[range] = []
+  begin = 0
+  for stage in stages:
+    end = begin + stage.steps
+    if stage.steps and wanted(stage):
+      if found and found[-1].stop == begin:
+        begin = found.pop().start
+      found.append(range(begin, end))
+    begin = end
+  return tuple(found)
