@@ -133,17 +133,17 @@ def base(manifest: Mapping[str, Any]) -> tuple[int, str] | None:
     manifest: of any format.
 
   Returns:
-    The base's number and its manifest's digest.
+    The base's number, below that of the version, and its manifest's digest.
 
   Raises:
     CorruptError: it does not say which.
   """
-  said = manifest.get("base")
-  if said is None and manifest["format"] != DELTA_FORMAT:
+  said, own = manifest.get("base"), manifest.get("number")
+  if said is None and manifest.get("format") != DELTA_FORMAT:
     return None
-  if isinstance(said, dict):
+  if isinstance(said, dict) and type(own) is int:
     number, digest = said.get("number"), said.get("digest")
-    if type(number) is int and number >= 0 and type(digest) is str:
+    if type(number) is int and 0 <= number < own and type(digest) is str:
       return number, digest
   raise atomic.CorruptError("the manifest does not name its base")
 

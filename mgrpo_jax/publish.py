@@ -91,8 +91,10 @@ def publish(
   """Writes a version of a policy's weights and points LATEST at it.
 
   Publishing equal weights under the same number again writes nothing but the
-  pointer, so a run that resumes may repeat itself. Versions newer than `number`
-  belong to a past that a resumed run has left; retention removes them.
+  pointer, so a run that resumes may repeat itself. But a difference that would
+  be whole this time, as the first after a start is, is written anew. Versions
+  newer than `number` belong to a past that a resumed run has left; retention
+  removes them.
 
   Args:
     store: the bucket.

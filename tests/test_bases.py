@@ -1,5 +1,6 @@
 """Which versions are whole, and which stay because others need them."""
 
+import json
 import math
 import shutil
 
@@ -8,7 +9,7 @@ import pytest
 from test_deltas import LIKE, base_of, bits, bucket, fill, put, read, tree
 from test_publish import damage
 
-from mgrpo_jax import atomic, publish, store, zarr
+from mgrpo_jax import atomic, leaves, publish, store, zarr
 from mgrpo_jax.bases import Bases
 from mgrpo_jax.writer import Writer
 
@@ -74,6 +75,15 @@ def test_a_difference_goes_before_its_base(bucket, monkeypatch):
 def test_a_kept_manifest_that_is_damaged_keeps_nothing(bucket, tmp_path):
   fill(bucket, 2, 9)
   damage(tmp_path / "policies/main/v1/manifest.json", "truncate")
+  put(bucket, 2, None, keep=2)
+  assert publish.versions(bucket, "main") == [1, 2]
+
+
+@pytest.mark.parametrize("body", [{}, {"base": {"number": 0, "digest": ""}}])
+def test_a_sealed_record_that_is_no_manifest_keeps_nothing(bucket, body):
+  fill(bucket, 2, 9)
+  text = json.dumps(leaves.seal(body)).encode()
+  bucket.put("policies/main/v1/manifest.json", text)
   put(bucket, 2, None, keep=2)
   assert publish.versions(bucket, "main") == [1, 2]
 

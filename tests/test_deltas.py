@@ -342,7 +342,9 @@ def test_a_base_that_is_gone_another_or_no_base_is_told(bucket, tmp_path):
   refused("the base of policies/main/v2/embed is another array")
   bucket.write_arrays("policies/main/v2", {"embed": integers})
   refused("policies/main/v2/embed is another array")
-  for base in (None, 0, {}, {"number": "0", "digest": other}):
+  numbers = ("0", -1, 2, 3, 10**600)  # itself, later ones, none that has a key
+  named = [{"number": number, "digest": other} for number in numbers]
+  for base in (None, 0, {}, *named):
     rebased({"base": base})
     with pytest.raises(atomic.CorruptError, match="does not name its base"):
       read(bucket, 2)
