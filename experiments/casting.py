@@ -76,7 +76,7 @@ def _check_roles(
   """Raises where a stage says something of roles that it cannot."""
   stage, there = config.stages[name], [role.name for role in team.roles]
   known = sorted({*config.policies.keys(), *config.symbolic.keys()})
-  for role, policy in stage.cast.items():
+  for role, policy in stage.cast.to_dict().items():
     key = f"config.stages.{name}.cast.{role}"
     if role not in there:
       raise ValueError(

@@ -92,6 +92,10 @@ def away(stage, *roles):
         (cast("hard", "boss", "main"), "stages.hard.cast.boss: no role 'boss'"),
         (cast("hard", "main", "x"), "stages.hard.cast.main: 'x' is not in con"),
         (cast("hard", "main", 3), "stages.hard.cast.main: 3 is not in config"),
+        (  # in one line
+            cast("hard", "main", {"a": 1}),
+            "stages.hard.cast.main: {'a': 1} is not in config.policies",
+        ),
         (
             cast("easy", "checker", "main"),
             "stages.easy.cast.checker: no role 'checker' in this stage, allowed"
@@ -160,10 +164,14 @@ def test_one_who_plays_more_roles_needs_more_slots():
 
 def test_jobs_have_one_root():
   config = with_checker()
+  config.stages.later = default.stage("reinforce", 1)  # not in the curriculum
+  cast("later", "main", "scout")(config)
+  cast("easy", "main", "main")(config)
   joining.check(config)
   cast("hard", "main", "scout")(config)
   with pytest.raises(
-      ValueError, match=r"config\.stages\.hard\.cast\.main: 'scout', allowed:"
+      ValueError,
+      match=r"config\.stages\.hard\.cast\.main: 'scout', allowed: 'main' where",
   ):
     joining.check(config)
 
