@@ -162,6 +162,18 @@ def test_one_who_plays_more_roles_needs_more_slots():
     recipe.check(config)
 
 
+def test_a_stage_that_asks_too_much_of_who_is_cast_is_named():
+  config = configured()
+  config.symbolic.code = default.symbolic("look_up")
+  recipe.check(config)
+  cast("hard", "main", "code")(config)
+  with pytest.raises(
+      ValueError,
+      match=r"config\.stages\.hard, as it is cast: config\.team\.roles\.main",
+  ):
+    recipe.check(config)
+
+
 def test_jobs_have_one_root():
   config = with_checker()
   config.stages.later = default.stage("reinforce", 1)  # not in the curriculum
