@@ -1,11 +1,12 @@
 """Who plays which role in which stage: from a config to a team for each."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import ml_collections
 
 from experiments import checks
+from mgrpo_jax.agents import expert
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.tasks.curriculum import Stage
 
@@ -54,7 +55,7 @@ def told(name: str) -> Iterator[None]:
 def check(
     config: ml_collections.ConfigDict, team: Team, stages: Sequence[Stage]
 ) -> None:
-  """Checks that who is cast comes to play, where stages are cast at all.
+  """Checks that who is cast comes to play, and can be imitated where due.
 
   Args:
     config: the whole recipe.
@@ -62,11 +63,13 @@ def check(
     stages: the curriculum.
 
   Raises:
-    ValueError: a policy or role is in no stage that has steps; names the key.
+    ValueError: a policy or role is in no stage that has steps, or a stage
+      imitates an expert who cannot look anything up; names the key.
   """
   casts = build(config, team)
   if not casts:
     return
+  _check_demonstrations(casts, team, stages)
   teams = [casts.get(one.name, team) for one in stages if one.steps]
   plays = {policy for one in teams for policy in one.policies}
   for role in team.roles:
@@ -85,6 +88,22 @@ def check(
             f"config.stages.{name}.cast.{role}: {policy!r} plays in no stage"
             " that has steps"
         )
+
+
+def _check_demonstrations(
+    casts: Mapping[str, Team], team: Team, stages: Sequence[Stage]
+) -> None:
+  """Raises where all demonstrations of a stage would be lost."""
+  if not expert.looks_up(team, team.root):
+    return  # the stage takes nothing away
+  for one in stages:
+    there = casts.get(one.name, team)
+    shows = one.steps and one.objective == "imitate"
+    if shows and not expert.looks_up(there, there.root):
+      raise ValueError(
+          f"config.stages.{one.name}.without: nobody is left who has the tool"
+          " 'search', without which the expert shows nothing"
+      )
 
 
 def _check_roles(

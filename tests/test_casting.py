@@ -174,6 +174,22 @@ def test_a_stage_that_asks_too_much_of_who_is_cast_is_named():
     recipe.check(config)
 
 
+def test_demonstrations_without_who_looks_things_up_are_refused():
+  """All of them would be lost, and the stage's steps teach nothing."""
+  config = quickstart.get_config()
+  config.stages.easy.without = ("researcher",)
+  recipe.check(config)  # it may well be reinforced
+  config.stages.easy.objective = "imitate"
+  with pytest.raises(
+      ValueError, match=r"config\.stages\.easy\.without: nobody is left who"
+  ):
+    recipe.check(config)
+  config.policies.scout = default.policy()
+  config.stages.easy.without = ()
+  cast("easy", "researcher", "scout")(config)
+  recipe.check(config)
+
+
 def test_jobs_have_one_root():
   config = with_checker()
   config.stages.later = default.stage("reinforce", 1)  # not in the curriculum

@@ -60,7 +60,7 @@ def environment(
   """
 
   def act(moment: Moment) -> Action:
-    asked = [name for name in moment.role.calls if _looks_up(team, name)]
+    asked = [name for name in moment.role.calls if looks_up(team, name)]
     role = dataclasses.replace(moment.role, calls=tuple(asked))
     own = dataclasses.replace(moment, role=role) if asked else moment
     return next_action(own, task, titles, hasty)
@@ -144,10 +144,18 @@ def _guess(moment: Moment, task: Task) -> Action:
   raise LostError(f"{moment.request!r} is no hop of task {task.id}")
 
 
-def _looks_up(team: Team, name: str) -> bool:
-  """Whether a role, or one that it calls, has a tool that finds passages."""
+def looks_up(team: Team, name: str) -> bool:
+  """Says whether a role, or one that it calls, can find passages.
+
+  Args:
+    team: the roles.
+    name: of the role.
+
+  Returns:
+    Whether one of them has the tool that finds them.
+  """
   role = team[name]
-  below = any(_looks_up(team, child) for child in role.calls)
+  below = any(looks_up(team, child) for child in role.calls)
   return below or "search" in role.tools
 
 
