@@ -9,7 +9,7 @@ import pytest
 from test_deltas import LIKE, base_of, bits, bucket, fill, put, read, tree
 from test_publish import damage
 
-from mgrpo_jax import atomic, leaves, publish, store, zarr
+from mgrpo_jax import atomic, contents, leaves, publish, store, zarr
 from mgrpo_jax.bases import Bases
 from mgrpo_jax.writer import Writer
 
@@ -211,6 +211,22 @@ def test_an_overtaken_reader_of_a_difference_takes_the_newer_version(
   weights = read(bucket)
   assert weights.version.number == 2
   assert weights.skipped == ()
+
+
+def test_who_keeps_a_base_is_not_misled_about_its_arrays(bucket):
+  fill(bucket, 3, 9)
+  held = contents.Held()
+  publish.read(bucket, "main", 1, like=LIKE, held=held)
+  path = "policies/main/v2"
+  bucket.write_arrays(path, {"more": np.zeros(5, np.uint32)})
+  body = json.loads(bucket.get(f"{path}/manifest.json"))
+  body.pop("digest")
+  body["arrays"]["more"] = body["arrays"]["same"]  # not of the base
+  text = json.dumps(leaves.seal(body)).encode()
+  bucket.put(f"{path}/manifest.json", text)
+  found = publish.read(bucket, "main", "latest", like=LIKE, held=held)
+  assert found.version.number == 1
+  assert "its base is cut otherwise" in found.skipped[0]
 
 
 @pytest.mark.parametrize("every", [0, -1])
