@@ -59,6 +59,20 @@ def test_a_lease_taken_while_its_version_goes_saves_its_base(
   assert bits(read(bucket, 1).params) == bits(tree(1))
 
 
+def test_a_leased_version_that_became_a_difference_keeps_its_base(bucket):
+  put(bucket, 2, None)
+  publish.lease(bucket, "main", 2, holder="reader", seconds=math.inf)
+  put(bucket, 3, None)
+  bases = Bases(2)  # of a run that resumes
+  put(bucket, 1, bases, keep=1)
+  assert publish.versions(bucket, "main") == [1, 2]  # looked at, and whole
+  put(bucket, 2, bases, keep=1)
+  assert base_of(bucket, 2) == 1
+  put(bucket, 3, bases, keep=1)
+  assert publish.versions(bucket, "main") == [1, 2, 3]
+  assert bits(read(bucket, 2).params) == bits(tree(2))
+
+
 def test_a_difference_goes_before_its_base(bucket, monkeypatch):
   fill(bucket, 3, 9)
   gone, straight = [], bucket.delete
