@@ -179,6 +179,7 @@ def test_what_is_stored_is_packed_words_that_any_zarr_reader_has(
     assert blosc["name"] == "blosc"
     assert blosc["configuration"]["cname"] == "zstd"
     assert blosc["configuration"]["shuffle"] == "shuffle"
+    assert blosc["configuration"]["typesize"] == np.dtype(kind).itemsize
   words = bucket.read_arrays("policies/main/v1", ["embed"])["embed"]
   expected = [tree(n)["embed"].view(np.uint32) for n in (0, 1)]
   np.testing.assert_array_equal(words, expected[0] ^ expected[1])

@@ -314,6 +314,11 @@ def test_nothing_is_left_in_the_key_value_store(both):
   assert not both.keys.values
 
 
+def test_where_all_are_whole_nothing_is_kept(both):
+  both.put(spread((2, 2, 2)), 0)
+  assert both.helper._kept == ("", {})
+
+
 @pytest.mark.parametrize("who", ["bucket", "other"])
 def test_what_one_process_cannot_write_is_told(
     both, monkeypatch, tmp_path, who
