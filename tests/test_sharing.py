@@ -242,7 +242,7 @@ def test_each_process_writes_the_differences_of_its_chunks(
           for n, a in expected.items()
       }
     assert same(found, expected)
-  assert formats == [2, 3, 3, 2, 3]
+  assert formats == [3, 4, 4, 3, 4]
   total = sum(one.nbytes for one in tree().values())
   total = 5 * (total // 2 + 2 if short else total)  # words are as wide
   shares = [counting.of(one) for one in (both.bucket, both.other)]
