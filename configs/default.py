@@ -134,9 +134,10 @@ def stage(objective: str, steps: int) -> ml_collections.ConfigDict:
   # `--config.stages.hard.reward='{"researcher": {"expert_share": 0.2}}'`; the
   # rest is the run's. Imitation shows rewards and does not learn from them.
   config.reward = ml_collections.ConfigDict()
-  # Who plays here: by role, the policy that plays it in place of its own, as
-  # `config.stages.hard.cast.researcher = "scout"`; and roles that are not there
-  # and cannot be called. What comes between stages: docs/decoupled.md.
+  # Who plays here: by role, the policy that plays it in place of its own, in a
+  # recipe `config.stages.hard.cast.researcher = "scout"`, in a command
+  # `--config.stages.hard.cast='{"researcher": "scout"}'`; and roles that are
+  # not there and cannot be called. What that comes to: docs/decoupled.md.
   config.cast = ml_collections.ConfigDict()
   config.without = ()  # names of roles, not the root's
   config.lock().reward.unlock()

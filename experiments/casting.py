@@ -1,6 +1,7 @@
 """Who plays which role in which stage: from a config to a team for each."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import ml_collections
 
@@ -32,6 +33,22 @@ def build(config: ml_collections.ConfigDict, team: Team) -> dict[str, Team]:
     if name in config.curriculum and (stage.cast or stage.without):
       made[name] = there.cast(stage.cast.to_dict())
   return made
+
+
+@contextlib.contextmanager
+def told(name: str) -> Iterator[None]:
+  """Says of every ValueError that it is about a stage's team.
+
+  Args:
+    name: of the stage.
+
+  Yields:
+    Nothing.
+  """
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f"config.stages.{name}, as it is cast: {error}") from error
 
 
 def check(
@@ -76,7 +93,7 @@ def _check_roles(
   """Raises where a stage says something of roles that it cannot."""
   stage, there = config.stages[name], [role.name for role in team.roles]
   known = sorted({*config.policies.keys(), *config.symbolic.keys()})
-  for role, policy in stage.cast.items():
+  for role, policy in stage.cast.to_dict().items():
     key = f"config.stages.{name}.cast.{role}"
     if role not in there:
       raise ValueError(

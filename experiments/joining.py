@@ -142,12 +142,14 @@ def check(config: ml_collections.ConfigDict) -> None:
           f"config.{key}: {value}, allowed: 0 where every policy has a job"
       )
   root = config.team.root
-  for name, stage in config.stages.items():
-    if root in stage.cast:
+  leads = config.team.roles[root].policy
+  for name in config.curriculum:
+    policy = config.stages[name].cast.get(root, leads)
+    if policy != leads:
       raise ValueError(
-          f"config.stages.{name}.cast.{root}: {stage.cast[root]!r}, allowed:"
-          " nothing where every policy has a job: the root's job leads the run"
-          " from its first step to its last"
+          f"config.stages.{name}.cast.{root}: {policy!r}, allowed: {leads!r}"
+          " where every policy has a job: the root's job leads the run from its"
+          " first step to its last"
       )
 
 

@@ -85,9 +85,12 @@ def check(
   with checks.inside("team"):
     team = build_team(config)
   stages, casts = build_stages(config), casting.build(config, team)
-  for one in dict.fromkeys((team, *casts.values())):
-    world.check_names(config, one)
-    combinations.sizes(values, one)
+  world.check_names(config, team)
+  combinations.sizes(values, team)
+  for name, one in casts.items():
+    with casting.told(name):
+      world.check_names(config, one)
+      combinations.sizes(values, one)
   placing.check(values, num_devices or jax.device_count(), only=only)
   external.check(values)
   for stage in stages:

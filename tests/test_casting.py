@@ -92,6 +92,10 @@ def away(stage, *roles):
         (cast("hard", "boss", "main"), "stages.hard.cast.boss: no role 'boss'"),
         (cast("hard", "main", "x"), "stages.hard.cast.main: 'x' is not in con"),
         (cast("hard", "main", 3), "stages.hard.cast.main: 3 is not in config"),
+        (  # in one line
+            cast("hard", "main", {"a": 1}),
+            "stages.hard.cast.main: {'a': 1} is not in config.policies",
+        ),
         (
             cast("easy", "checker", "main"),
             "stages.easy.cast.checker: no role 'checker' in this stage, allowed"
@@ -158,12 +162,28 @@ def test_one_who_plays_more_roles_needs_more_slots():
     recipe.check(config)
 
 
+def test_a_stage_that_asks_too_much_of_who_is_cast_is_named():
+  config = configured()
+  config.symbolic.code = default.symbolic("look_up")
+  recipe.check(config)
+  cast("hard", "main", "code")(config)
+  with pytest.raises(
+      ValueError,
+      match=r"config\.stages\.hard, as it is cast: config\.team\.roles\.main",
+  ):
+    recipe.check(config)
+
+
 def test_jobs_have_one_root():
   config = with_checker()
+  config.stages.later = default.stage("reinforce", 1)  # not in the curriculum
+  cast("later", "main", "scout")(config)
+  cast("easy", "main", "main")(config)
   joining.check(config)
   cast("hard", "main", "scout")(config)
   with pytest.raises(
-      ValueError, match=r"config\.stages\.hard\.cast\.main: 'scout', allowed:"
+      ValueError,
+      match=r"config\.stages\.hard\.cast\.main: 'scout', allowed: 'main' where",
   ):
     joining.check(config)
 

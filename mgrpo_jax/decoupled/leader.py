@@ -38,7 +38,7 @@ class Leader(Part):
     """What the whole team has spent so far."""
     spent = await super().tokens()
     for policy in self._peers:
-      step = self._last_step(policy, self.done)
+      step = _last(self.setup.played({policy}), self.done)
       if step is not None:
         stats = await self._trained(policy, step)
         spent["trained"] += int(stats["trained_tokens"])
@@ -109,28 +109,27 @@ class Leader(Part):
     self._begun = self._crossed()
 
   async def _let_go(self, policy: str, done: int) -> None:
-    """Waits, once, until a job that is not called now has its last step.
+    """Waits, once, until a job that is not called now has its last records.
 
-    Later steps write over the records that it learns from.
+    Later steps write over them. Demonstrations, which it may have had since,
+    are its own.
     """
-    step = self._last_step(policy, done)
+    setup = self.setup
+    spans = curriculum.spans(
+        setup.stages,
+        lambda stage: stage.objective == "reinforce"
+        and policy in setup.team_in(stage).policies,
+    )
+    step = _last(spans, done)
     if step is None or (policy, step) in self._gone:
       return
-    stage, _ = curriculum.stage_at(self.setup.stages, step)
-    if stage.objective == "reinforce":
-      await self._trained(policy, step)
+    await self._trained(policy, step)
     self._gone |= {(policy, step)}
 
   def _expect(self, policy: str) -> None:
     """Begins to count the silence of a job that was not waited for before."""
     if policy not in self._awaited:
       self._peers[policy].expect()
-
-  def _last_step(self, policy: str, done: int) -> int | None:
-    """The last of the steps done that a policy took part in, if any."""
-    spans = self.setup.played({policy})
-    begun = [span for span in spans if span.start < done]
-    return min(begun[-1].stop, done) - 1 if begun else None
 
   async def _trained(self, policy: str, step: int) -> dict[str, Any]:
     """Waits until a job has trained on a step; what it says of it."""
@@ -180,3 +179,9 @@ class Leader(Part):
         for t in group.trajectories
     )
     return dataclasses.replace(group, trajectories=calls)
+
+
+def _last(spans: Sequence[range], done: int) -> int | None:
+  """The last of the steps done that stands in one of the spans, if any."""
+  begun = [span for span in spans if span.start < done]
+  return min(begun[-1].stop, done) - 1 if begun else None
