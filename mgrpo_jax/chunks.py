@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import blake3
 import numpy as np
 
 MAX_BYTES = 64 << 20  # of a chunk
@@ -214,9 +215,18 @@ def parts(array: np.ndarray, cut: Grid) -> Parts:
 
 
 def digest(piece: np.ndarray) -> str:
-  """The sha256 of what a chunk covers, in C order."""
-  data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
-  return hashlib.sha256(data.data).hexdigest()
+  """The BLAKE3 of what a chunk covers, in C order; several GB/s a core."""
+  return blake3.blake3(_bytes(piece)).hexdigest()
+
+
+def sha256(piece: np.ndarray) -> str:
+  """The sha256 of what a chunk covers, in C order, as it once was digested."""
+  return hashlib.sha256(_bytes(piece)).hexdigest()
+
+
+def _bytes(piece: np.ndarray) -> memoryview:
+  """The bytes of what a chunk covers, in C order."""
+  return np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
 
 
 def _bounds(cut: Grid, number: int) -> list[tuple[int, int]]:

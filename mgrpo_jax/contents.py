@@ -82,7 +82,8 @@ def read(
   number, digest = base
   found: dict[str, Any] = {}
   try:
-    if (before := held.find(digest, wanted)) is None:
+    before = held.find(digest, wanted)
+    if before is None or before.keys() != grids.keys():
       where = _base(store, manifest["policy"], number, digest, grids)
       before = _fetch(store, where, grids, wanted, lambda *_: None)
     with manifests.checker(manifest) as checker:

@@ -15,8 +15,9 @@ from mgrpo_jax import atomic, chunks, leaves
 from mgrpo_jax.chunks import Grid, Parts
 from mgrpo_jax.types import PolicyVersion
 
-FORMAT = 2  # of whole versions
-DELTA_FORMAT = 3  # of differences
+FORMAT = 3  # of whole versions
+DELTA_FORMAT = 4  # of differences
+_SHA256 = (1, 2)  # formats whose digests are not BLAKE3
 NAMES = {"manifest.json", "published.json"}  # beside a version's arrays
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -118,10 +119,10 @@ def parse(data: bytes, policy: str, number: int) -> dict[str, Any]:
   if manifest["format"] == 1:
     arrays = {n: _in_one(one) for n, one in manifest["arrays"].items()}
     return manifest | {"arrays": arrays}
-  if manifest["format"] not in (FORMAT, DELTA_FORMAT):
+  if manifest["format"] not in (*_SHA256, FORMAT, DELTA_FORMAT):
     raise atomic.MismatchError(
         f"version {number} of {policy} has format {manifest['format']},"
-        f" allowed: 1, {FORMAT}, {DELTA_FORMAT}"
+        f" allowed: 1 to {DELTA_FORMAT}"
     )
   return manifest
 
@@ -182,6 +183,8 @@ def checker(manifest: Mapping[str, Any]) -> leaves.Checker:
     The checker of all of its arrays, which names chunks that differ.
   """
   cuts = grids(manifest["arrays"])
+  old = manifest["format"] in _SHA256
+  digest = chunks.sha256 if old else chunks.digest
 
   def differing(name: str, found: np.ndarray | Parts) -> list[str]:
     if name not in cuts:
@@ -193,7 +196,7 @@ def checker(manifest: Mapping[str, Any]) -> leaves.Checker:
     return [
         f"{name}/{grid.key(number)}"
         for number, piece in held.pieces.items()
-        if chunks.digest(piece) != said[number]
+        if digest(piece) != said[number]
     ]
 
   return leaves.Checker(cuts, differing)

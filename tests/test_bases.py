@@ -9,7 +9,7 @@ import pytest
 from test_deltas import LIKE, base_of, bits, bucket, fill, put, read, tree
 from test_publish import damage
 
-from mgrpo_jax import atomic, leaves, publish, store, zarr
+from mgrpo_jax import atomic, contents, leaves, publish, store, zarr
 from mgrpo_jax.bases import Bases
 from mgrpo_jax.writer import Writer
 
@@ -57,6 +57,20 @@ def test_a_lease_taken_while_its_version_goes_saves_its_base(
   put(bucket, 2, bases, keep=1)
   assert publish.versions(bucket, "main") == [0, 1, 2]
   assert bits(read(bucket, 1).params) == bits(tree(1))
+
+
+def test_a_leased_version_that_became_a_difference_keeps_its_base(bucket):
+  put(bucket, 2, None)
+  publish.lease(bucket, "main", 2, holder="reader", seconds=math.inf)
+  put(bucket, 3, None)
+  bases = Bases(2)  # of a run that resumes
+  put(bucket, 1, bases, keep=1)
+  assert publish.versions(bucket, "main") == [1, 2]  # looked at, and whole
+  put(bucket, 2, bases, keep=1)
+  assert base_of(bucket, 2) == 1
+  put(bucket, 3, bases, keep=1)
+  assert publish.versions(bucket, "main") == [1, 2, 3]
+  assert bits(read(bucket, 2).params) == bits(tree(2))
 
 
 def test_a_difference_goes_before_its_base(bucket, monkeypatch):
@@ -211,6 +225,22 @@ def test_an_overtaken_reader_of_a_difference_takes_the_newer_version(
   weights = read(bucket)
   assert weights.version.number == 2
   assert weights.skipped == ()
+
+
+def test_who_keeps_a_base_is_not_misled_about_its_arrays(bucket):
+  fill(bucket, 3, 9)
+  held = contents.Held()
+  publish.read(bucket, "main", 1, like=LIKE, held=held)
+  path = "policies/main/v2"
+  bucket.write_arrays(path, {"more": np.zeros(5, np.uint32)})
+  body = json.loads(bucket.get(f"{path}/manifest.json"))
+  body.pop("digest")
+  body["arrays"]["more"] = body["arrays"]["same"]  # not of the base
+  text = json.dumps(leaves.seal(body)).encode()
+  bucket.put(f"{path}/manifest.json", text)
+  found = publish.read(bucket, "main", "latest", like=LIKE, held=held)
+  assert found.version.number == 1
+  assert "its base is cut otherwise" in found.skipped[0]
 
 
 @pytest.mark.parametrize("every", [0, -1])

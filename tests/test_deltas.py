@@ -86,7 +86,7 @@ def base_of(bucket, number) -> int | None:
   text = bucket.get(f"policies/main/v{number}/manifest.json")
   manifest = manifests.parse(text, "main", number)
   base = manifests.base(manifest)
-  assert manifest["format"] == (2 if base is None else 3)
+  assert manifest["format"] == (3 if base is None else 4)
   return base and base[0]
 
 
@@ -179,6 +179,7 @@ def test_what_is_stored_is_packed_words_that_any_zarr_reader_has(
     assert blosc["name"] == "blosc"
     assert blosc["configuration"]["cname"] == "zstd"
     assert blosc["configuration"]["shuffle"] == "shuffle"
+    assert blosc["configuration"]["typesize"] == np.dtype(kind).itemsize
   words = bucket.read_arrays("policies/main/v1", ["embed"])["embed"]
   expected = [tree(n)["embed"].view(np.uint32) for n in (0, 1)]
   np.testing.assert_array_equal(words, expected[0] ^ expected[1])

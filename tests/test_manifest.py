@@ -45,15 +45,29 @@ def test_a_damaged_chunk_is_named(bucket, tmp_path, monkeypatch, how):
   assert read(bucket).version.number == 0
 
 
-def as_format_1(bucket, number, arrays):
-  """Rewrites a manifest as it was before chunks had digests."""
+def as_it_was(bucket, number, arrays, form):
+  """Rewrites a manifest as it was: with sha256, at first of whole arrays."""
   body = manifest_of(bucket, number)
   body.pop("digest")
-  described = leaves.describe_all(leaves.to_host(arrays))
-  write_manifest(bucket, number, body | {"format": 1, "arrays": described})
+  held = leaves.to_host(arrays)
+  described = leaves.describe_all(held)
+  if form == 2:
+    described = {
+        name: body["arrays"][name] | {"digests": digests(held[name])}
+        for name in described
+    }
+  write_manifest(bucket, number, body | {"format": form, "arrays": described})
 
 
-def test_versions_of_format_1_are_read_and_checked(bucket, tmp_path):
+def digests(array):
+  cut = chunks.grid(array)
+  return list(map(chunks.sha256, chunks.parts(array, cut).pieces.values()))
+
+
+@pytest.mark.parametrize("form", [1, 2])
+def test_versions_of_earlier_formats_are_read_and_checked(
+    bucket, tmp_path, form
+):
   arrays = {
       "w": np.arange(12, dtype=np.float32).reshape(4, 3),
       "scalar": np.float32(3),
@@ -61,13 +75,13 @@ def test_versions_of_format_1_are_read_and_checked(bucket, tmp_path):
   }
   like = jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, arrays))
   publish.publish(bucket, "main", 0, arrays, keep=1, meta={})
-  as_format_1(bucket, 0, arrays)
+  as_it_was(bucket, 0, arrays, form)
   assert same(publish.read(bucket, "main", 0, like=like).params, arrays)
   damage(tmp_path / "policies/main/v0/w/c/0/0", "flip")
   with pytest.raises(atomic.CorruptError, match="digests differ: w/c/0/0"):
     publish.read(bucket, "main", 0, like=like)
   publish.publish(bucket, "main", 0, arrays, keep=1, meta={})
-  assert manifest_of(bucket, 0)["format"] == 2
+  assert manifest_of(bucket, 0)["format"] == 3
   assert same(publish.read(bucket, "main", 0, like=like).params, arrays)
 
 
@@ -75,6 +89,6 @@ def test_a_format_of_tomorrow_is_refused_in_one_line(bucket):
   put(bucket, 0)
   body = manifest_of(bucket, 0)
   body.pop("digest")
-  write_manifest(bucket, 0, body | {"format": 4})
-  with pytest.raises(ValueError, match="^version 0 of main has format 4, allo"):
+  write_manifest(bucket, 0, body | {"format": 5})
+  with pytest.raises(ValueError, match="^version 0 of main has format 5, allo"):
     publish.read(bucket, "main", 0, like=LIKE)

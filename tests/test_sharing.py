@@ -242,7 +242,7 @@ def test_each_process_writes_the_differences_of_its_chunks(
           for n, a in expected.items()
       }
     assert same(found, expected)
-  assert formats == [2, 3, 3, 2, 3]
+  assert formats == [3, 4, 4, 3, 4]
   total = sum(one.nbytes for one in tree().values())
   total = 5 * (total // 2 + 2 if short else total)  # words are as wide
   shares = [counting.of(one) for one in (both.bucket, both.other)]
@@ -312,6 +312,11 @@ def test_nothing_is_left_in_the_key_value_store(both):
   for number in range(3):
     both.put(spread((2, 2, 2), number), number)
   assert not both.keys.values
+
+
+def test_where_all_are_whole_nothing_is_kept(both):
+  both.put(spread((2, 2, 2)), 0)
+  assert both.helper._kept == ("", {})
 
 
 @pytest.mark.parametrize("who", ["bucket", "other"])
