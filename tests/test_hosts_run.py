@@ -148,11 +148,13 @@ def test_parameters_are_the_same_where_the_bucket_is_a_server_s(
     spread.start(job, processes=2)
   spread.finish()
   assert not (tmp_path / "bucket").exists()  # all is with the server
-  shared = store.open(url)
   for policy in JOBS:
     expected = whole.weights("all", policy)
     actual = spread.weights(policy, policy)
     assert all(map(np.array_equal, expected, actual))
+    if url.startswith("gs"):  # a process has one GCS endpoint; others want it
+      continue
+    shared = store.open(url)
     newest = publish.versions(shared, policy)[-1]
     assert newest == publish.versions(bucket(whole), policy)[-1]
     assert chunks(shared, policy, newest) > 2 * chunks(
