@@ -30,6 +30,7 @@ CHAT = chat_of(COMPACT, TEAM)
 ACTIONS = {
     "main": (
         Action(kind="call", name="researcher", arguments={"request": "Peru"}),
+        Action(kind="call", name="researcher", arguments={"request": "Chad"}),
         answer("Lima"),
     ),
     "researcher": (
@@ -42,9 +43,9 @@ NUM = 120  # rollouts at once
 BRIEF = 8  # tokens a turn that are really sampled
 TROUBLE = Trouble(
     tool_seconds=0.01,
-    tool_breaks=0.05,
-    tool_hangs=0.02,
-    turn_breaks=0.05,
+    tool_breaks=0.15,
+    tool_hangs=0.15,
+    turn_breaks=0.12,
     leaves=0.2,
     leave_seconds=0.3,
 )
