@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mgrpo_jax import publish
+from mgrpo_jax import leaves, publish
 from mgrpo_jax.bases import Bases
 from mgrpo_jax.publish import Published
 from mgrpo_jax.store import Store
@@ -73,6 +73,7 @@ class Writer:
       params: pytree of arrays that do not change, or an `Offer`.
       meta: JSON kept beside them.
     """
+    leaves.list_shards(params)
     self._pending.append(
         self._thread.submit(self._publish, policy, number, params, meta)
     )

@@ -1,9 +1,16 @@
 """Weights go to the store while other work goes on."""
 
+import collections
+import gc
+import sys
 import threading
+from types import SimpleNamespace
 
+import jax
 import killed
+import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from mgrpo_jax import atomic, publish, store
 from mgrpo_jax.writer import Writer
@@ -69,4 +76,52 @@ def test_what_is_damaged_is_handed_on(bucket):
   hand_over(writer, 0)
   (line,) = writer.settle()
   assert "leases/notes" in line
+  writer.close()
+
+
+class Litter:
+  """What runs code, and so lets other threads run, when it is collected."""
+
+  def __init__(self):
+    self.me = self
+
+  def __del__(self):
+    sum(range(50))
+
+
+@pytest.fixture
+def restless():
+  """Threads that take turns, and litter that is collected, all the time."""
+  interval, threshold = sys.getswitchinterval(), gc.get_threshold()
+  sys.setswitchinterval(1e-6)
+  gc.set_threshold(3, 1, 1)
+  yield
+  sys.setswitchinterval(interval)
+  gc.set_threshold(*threshold)
+
+
+def test_all_threads_find_all_shards(bucket, monkeypatch, restless):
+  found, both = collections.Counter(), threading.Barrier(2)
+
+  def look(array):
+    both.wait(60)
+    found[len(array.addressable_shards)] += 1
+
+  def publish_it(store, policy, number, params, **_):
+    look(params)
+    return SimpleNamespace(version=number, damaged=())
+
+  monkeypatch.setattr(publish, "publish", publish_it)
+  mesh = jax.make_mesh((8,), ("data",))
+  where = jax.sharding.NamedSharding(mesh, PartitionSpec("data"))
+  writer = Writer(
+      bucket, keep=1, short=False, whole_every=1, tell=lambda _: None
+  )
+  for number in range(300):
+    params = jax.device_put(np.arange(16), where)
+    _ = [Litter() for _ in range(2)]
+    writer.write("main", number, params, meta={})
+    look(params)  # as a checkpoint does meanwhile
+  assert writer.settle() == []
+  assert found == {8: 600}
   writer.close()

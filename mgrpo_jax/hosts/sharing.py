@@ -54,6 +54,7 @@ class Shared:
       topic: of what is said, another one each time.
       short: whether float32 is rounded to bfloat16.
     """
+    leaves.list_shards(params)
     self._params = params
     self._channel = channel
     self._topic = topic
@@ -178,6 +179,7 @@ class Helper:
       folder: of the version.
       short: whether float32 is rounded to bfloat16.
     """
+    leaves.list_shards(params)
     self._thread.submit(self._share, [params], topic, folder, short)
 
   def close(self) -> None:
