@@ -114,15 +114,14 @@ class Arrays:
       folder: str,
       names: Iterable[str],
       seen: Callable[[str, np.ndarray], object],
+      forms: Mapping[str, Grid],
   ) -> dict[str, np.ndarray]:
     """Reads all of some arrays; see `Store.read_arrays`."""
     with _corrupt():
-      opened = self._open(folder, names)
+      opened = self._open(folder, names, forms)
       named = {_key(folder, name): name for name in opened}
-      found = self._all(
-          "read",
-          {k: functools.partial(zarr.Reading, opened[named[k]]) for k in named},
-          {k: zarr.nbytes(opened[named[k]]) for k in named},
+      found = self._fetch(
+          {key: opened[name] for key, name in named.items()},
           lambda key, array: seen(named[key], array),
       )
     return {named[key]: array for key, array in found.items()}
@@ -150,11 +149,8 @@ class Arrays:
     """
     found = {}
     with _corrupt():
-      opened = self._open(folder, wanted)
-      for name, (grid, _) in wanted.items():
-        one = opened[name]
-        if (one.shape, one.dtype.numpy_dtype) != (grid.shape, grid.dtype):
-          raise atomic.CorruptError(f"{folder}/{name} is another array")
+      forms = {name: grid for name, (grid, _) in wanted.items()}
+      opened = self._open(folder, wanted, forms)
       places = {
           f"{_key(folder, name)}/{grid.key(number)}": zarr.region(
               opened[name], grid.where(number)
@@ -162,14 +158,7 @@ class Arrays:
           for name, (grid, numbers) in wanted.items()
           for number in numbers
       }
-      pieces = self._all(
-          "read",
-          {
-              k: functools.partial(zarr.Reading, one)
-              for k, one in places.items()
-          },
-          {k: zarr.nbytes(one) for k, one in places.items()},
-      )
+      pieces = self._fetch(places)
     for name, (grid, numbers) in wanted.items():
       key = _key(folder, name)
       mine = {n: pieces[f"{key}/{grid.key(n)}"] for n in numbers}
@@ -188,15 +177,39 @@ class Arrays:
     found = self._all("write", starts, {})
     return {name: found[_key(folder, name)] for name in grids}
 
-  def _open(self, folder: str, names: Iterable[str]) -> dict[str, Any]:
-    """Opens arrays that are there."""
+  def _open(
+      self, folder: str, names: Iterable[str], forms: Mapping[str, Grid]
+  ) -> dict[str, Any]:
+    """Opens arrays that are there; raises where one has another form."""
     keys = {name: _key(folder, name) for name in names}
     starts = {
         key: functools.partial(zarr.open, self._kvstore, key)
         for key in keys.values()
     }
     found = self._all("read", starts, {})
-    return {name: found[key] for name, key in keys.items()}
+    opened = {name: found[key] for name, key in keys.items()}
+    for name, form in forms.items():
+      one = opened[name]
+      if (one.shape, one.dtype.numpy_dtype) != (form.shape, form.dtype):
+        raise atomic.CorruptError(f"{folder}/{name} is another array")
+    return opened
+
+  def _fetch(
+      self,
+      sources: Mapping[str, Any],
+      done: Callable[[str, np.ndarray], object] = lambda *_: None,
+  ) -> dict[str, np.ndarray]:
+    """Reads open arrays, or regions of them, by key."""
+    room = zarr.Room(sources.values())
+    return self._all(
+        "read",
+        {
+            k: functools.partial(zarr.Reading, o, room)
+            for k, o in sources.items()
+        },
+        {k: zarr.nbytes(one) for k, one in sources.items()},
+        done,
+    )
 
   def _all(
       self,

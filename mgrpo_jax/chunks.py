@@ -17,7 +17,7 @@ from typing import Any
 import blake3
 import numpy as np
 
-MAX_BYTES = 64 << 20  # of a chunk
+MAX_BYTES = 16 << 20  # of a chunk
 _FINER = 4  # times as many chunks as MAX_BYTES asks for, at most
 
 

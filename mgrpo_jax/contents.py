@@ -5,7 +5,7 @@ What comes of it is checked by the digests of the version that was asked for, so
 that nothing of the base is believed.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mgrpo_jax import atomic, chunks, deltas, leaves
@@ -89,13 +89,11 @@ def read(
     with manifests.checker(manifest) as checker:
 
       def change(name: str, words: Any) -> None:
-        form = deltas.words(grids[name])
-        _check(f"{path}/{name}", words, form)
-        _check(f"the base of {path}/{name}", before[name], grids[name])
         found[name] = deltas.apply(before[name], words)
         checker.add(name, found[name])
 
-      _fetch(store, path, grids, _changed(wanted), change)
+      words = {name: deltas.words(grid) for name, grid in grids.items()}
+      _fetch(store, path, words, _changed(wanted), change)
   except atomic.CorruptError as error:
     held.clear()  # what is kept may be what is damaged
     raise atomic.CorruptError(
@@ -103,12 +101,6 @@ def read(
     ) from error
   held.keep(digest, wanted, before)
   return found
-
-
-def _check(what: str, array: Any, grid: Grid) -> None:
-  """Raises CorruptError where an array does not have a form."""
-  if (array.shape, array.dtype) != (grid.shape, grid.dtype):
-    raise atomic.CorruptError(f"{what} is another array")
 
 
 def _base(
@@ -157,11 +149,11 @@ def _wanted(grids: Mapping[str, Grid], like: Any) -> Wanted:
 def _fetch(
     store: Store,
     path: str,
-    names: Iterable[str],
+    forms: Mapping[str, Grid],
     wanted: Wanted,
     seen: Seen,
 ) -> dict[str, Any]:
-  """Reads arrays, of some of them only chunks."""
-  whole = [name for name in names if name not in wanted]
-  found: dict[str, Any] = store.read_arrays(path, whole, seen)
+  """Reads arrays of these forms, of some of them only chunks."""
+  whole = {n: form for n, form in forms.items() if n not in wanted}
+  found: dict[str, Any] = store.read_arrays(path, whole, seen, whole)
   return found | store.arrays.read_parts(path, wanted, seen)

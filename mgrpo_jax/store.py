@@ -26,6 +26,7 @@ import tensorstore as ts
 
 from mgrpo_jax import atomic, attempts, bucket, removal
 from mgrpo_jax.arrays import Arrays
+from mgrpo_jax.chunks import Grid
 from mgrpo_jax.keys import check_key
 
 
@@ -284,6 +285,7 @@ class Store:
       prefix: str,
       names: Iterable[str],
       seen: Callable[[str, np.ndarray], object] = lambda *_: None,
+      forms: Mapping[str, Grid] | None = None,
   ) -> dict[str, np.ndarray]:
     """Reads named zarr3 arrays, all at the same time.
 
@@ -291,16 +293,17 @@ class Store:
       prefix: folder without trailing slash.
       names: as given to `write_arrays`.
       seen: is told of each array while others are being read.
+      forms: what some of them must be; nothing is read where one is not.
 
     Returns:
       Arrays by name.
 
     Raises:
-      CorruptError: an array is missing or cannot be decoded.
+      CorruptError: an array is missing, another, or cannot be decoded.
       StorageError: the store cannot be read.
       ValueError: a name is not a relative path.
     """
-    return self.arrays.read(prefix, names, seen)
+    return self.arrays.read(prefix, names, seen, forms or {})
 
   def _clear(self, prefix: str, folders: Iterable[str]) -> None:
     """Removes what lies in folders below a prefix."""

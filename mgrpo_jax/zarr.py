@@ -4,7 +4,7 @@ They are raw, or packed: compressed by blosc, which lays bytes of equal
 significance side by side and has zstd at its quickest squeeze them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,18 +58,32 @@ def nbytes(source: Any) -> int:
   return source.size * source.dtype.numpy_dtype.itemsize
 
 
-class Reading:
-  """A read of all of an array, as a future.
+class Room:
+  """Memory for readings, in one piece, which is faster to get than many.
 
-  Each has memory of its own, for one that was given up may write there later;
-  so aligned that jax need not copy it.
+  Numpy asks for huge pages where a piece is large; most arrays are not. Each
+  reading has a part for itself, for one that was given up may write there
+  later; so aligned that jax need not copy it.
   """
 
-  def __init__(self, source: Any) -> None:
+  def __init__(self, sources: Iterable[Any]) -> None:
+    """Makes room to read each of some open arrays once."""
+    self._left = _aligned(sum(_padded(nbytes(one)) for one in sources))
+
+  def take(self, size: int) -> np.ndarray:
+    """Gives so many bytes away; others than planned come from elsewhere."""
+    if _padded(size) > self._left.size:
+      return _aligned(size)
+    part, self._left = self._left[:size], self._left[_padded(size) :]
+    return part
+
+
+class Reading:
+  """A read of all of an array, as a future."""
+
+  def __init__(self, source: Any, room: Room) -> None:
     """Starts reading an open array."""
-    room = np.empty(nbytes(source) + _ALIGNED, np.uint8)
-    start = -room.ctypes.data % _ALIGNED
-    part = room[start : start + nbytes(source)]
+    part = room.take(nbytes(source))
     self._into = part.view(source.dtype.numpy_dtype).reshape(source.shape)
     self._future = ts.array(self._into).write(source).commit
 
@@ -81,6 +95,18 @@ class Reading:
   def cancel(self) -> None:
     """Gives it up."""
     self._future.cancel()
+
+
+def _aligned(size: int) -> np.ndarray:
+  """So many bytes, from an address that is aligned."""
+  room = np.empty(size + _ALIGNED, np.uint8)
+  start = -room.ctypes.data % _ALIGNED
+  return room[start : start + size]
+
+
+def _padded(size: int) -> int:
+  """Bytes up to the next address that is aligned."""
+  return -(-size // _ALIGNED) * _ALIGNED
 
 
 def _blosc(grid: Grid) -> dict[str, Any]:

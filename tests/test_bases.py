@@ -215,11 +215,11 @@ def test_an_overtaken_reader_of_a_difference_takes_the_newer_version(
   fill(bucket, 2, 2)
   straight = bucket.read_arrays
 
-  def overtaken(prefix, names, seen):
+  def overtaken(prefix, names, seen, forms):
     monkeypatch.undo()
     put(bucket, 2, None, keep=1)
     bucket.settle()
-    return straight(prefix, names, seen)
+    return straight(prefix, names, seen, forms)
 
   monkeypatch.setattr(bucket, "read_arrays", overtaken)
   weights = read(bucket)

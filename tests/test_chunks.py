@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import hashlib
 import itertools
+import json
 import os
 import time
 
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mgrpo_jax import atomic, chunks, store, zarr
+from mgrpo_jax import atomic, chunks, publish, store, zarr
 from mgrpo_jax.chunks import Grid, Parts
 
 SIZES = st.lists(st.tuples(st.integers(0, 7), st.integers(1, 4)), max_size=3)
@@ -111,14 +112,54 @@ def test_chunks_that_several_write_are_one_array(tmp_path):
   assert (tmp_path / "v/w" / grid.key(5)).exists()
 
 
-def test_an_array_of_another_form_is_not_read_in_parts(tmp_path):
+def test_an_array_of_another_form_is_not_read(tmp_path):
   array, grid = cut([(4, 2)])
-  arrays = store.open_folder(tmp_path).arrays
-  arrays.write("v", {"w": array})
+  bucket = store.open_folder(tmp_path)
+  bucket.arrays.write("v", {"w": array})
   for change in ({"shape": (6,)}, {"dtype": np.dtype(np.int32)}):
     other = dataclasses.replace(grid, **change)
     with pytest.raises(atomic.CorruptError, match="v/w is another array"):
-      arrays.read_parts("v", {"w": (other, [0])}, lambda *_: None)
+      bucket.arrays.read_parts("v", {"w": (other, [0])}, lambda *_: None)
+    with pytest.raises(atomic.CorruptError, match="v/w is another array"):
+      bucket.read_arrays("v", ["w"], forms={"w": other})
+
+
+@pytest.mark.parametrize("size", [1 << 45, 1 << 62])  # no memory is so large
+def test_an_array_that_is_said_to_be_huge_takes_no_memory(tmp_path, size):
+  bucket = store.open_folder(tmp_path)
+  weights = {"w": np.ones(4, np.float32)}
+  for number in range(2):
+    publish.publish(bucket, "main", number, weights, keep=2, meta={})
+  where = tmp_path / "policies/main/v1/w/zarr.json"
+  said = json.loads(where.read_text())
+  where.write_text(json.dumps(said | {"shape": [size]}))
+  found = publish.read(bucket, "main", "latest", like=weights)
+  assert found.version.number == 0
+  assert "v1/w is another array" in found.skipped[0]
+
+
+def test_many_arrays_are_read_into_memory_that_jax_takes(tmp_path):
+  rng = np.random.default_rng(0)
+  arrays = {
+      f"a{number}": rng.integers(0, 255, number, np.uint8)
+      for number in (1, 63, 64, 65, 1000)
+  }
+  bucket = store.open_folder(tmp_path)
+  bucket.write_arrays("v", arrays)
+  found = bucket.read_arrays("v", arrays)
+  for name, array in arrays.items():
+    np.testing.assert_array_equal(found[name], array)
+    assert found[name].ctypes.data % 64 == 0
+
+
+def test_a_reading_that_is_begun_again_has_memory_of_its_own(tmp_path):
+  bucket = store.open_folder(tmp_path)
+  bucket.write_arrays("v", {"w": np.arange(5)})
+  source = zarr.open(bucket.arrays._kvstore, "v/w").result()
+  room = zarr.Room([source])
+  first, again = (zarr.Reading(source, room).result(60) for _ in range(2))
+  assert not np.shares_memory(first, again)
+  np.testing.assert_array_equal(first, again)
 
 
 def test_where_one_write_fails_the_others_are_waited_for(tmp_path, monkeypatch):

@@ -446,7 +446,7 @@ def test_what_was_damaged_on_its_way_is_read_again(bucket, monkeypatch):
     put(bucket, number)
   straight = bucket.read_arrays
 
-  def damaged(prefix, names, seen):
+  def damaged(prefix, names, seen, forms):
     monkeypatch.undo()
     found = straight(prefix, names)
     found["embed"] += 1
@@ -497,11 +497,11 @@ def test_an_overtaken_reader_takes_the_newer_version(bucket, monkeypatch):
   put(bucket, 0, keep=1)
   straight = bucket.read_arrays
 
-  def overtaken(prefix, names, seen):
+  def overtaken(prefix, names, seen, forms):
     monkeypatch.undo()
     put(bucket, 1, keep=1)
     bucket.settle()
-    return straight(prefix, names, seen)
+    return straight(prefix, names, seen, forms)
 
   monkeypatch.setattr(bucket, "read_arrays", overtaken)
   weights = read(bucket)
