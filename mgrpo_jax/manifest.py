@@ -114,17 +114,23 @@ def parse(data: bytes, policy: str, number: int) -> dict[str, Any]:
     MismatchError: it is of another format.
   """
   manifest = unsealed(data)
-  if (manifest["policy"], manifest["number"]) != (policy, number):
+  if (manifest.get("policy"), manifest.get("number")) != (policy, number):
     raise atomic.CorruptError("the manifest is another version's")
-  if manifest["format"] == 1:
-    arrays = {n: _in_one(one) for n, one in manifest["arrays"].items()}
-    return manifest | {"arrays": arrays}
-  if manifest["format"] not in (*_SHA256, FORMAT, DELTA_FORMAT):
+  form = manifest.get("format")
+  if form not in (*_SHA256, FORMAT, DELTA_FORMAT):
     raise atomic.MismatchError(
-        f"version {number} of {policy} has format {manifest['format']},"
+        f"version {number} of {policy} has format {form},"
         f" allowed: 1 to {DELTA_FORMAT}"
     )
-  return manifest
+  try:
+    if form == 1:
+      arrays = {n: _in_one(one) for n, one in manifest["arrays"].items()}
+      manifest = manifest | {"arrays": arrays}
+    if _is_sound(manifest):
+      return manifest
+  except (AttributeError, KeyError, TypeError, ValueError):
+    pass  # it was sealed by something that does not know the format
+  raise atomic.CorruptError("the manifest does not describe its arrays")
 
 
 def base(manifest: Mapping[str, Any]) -> tuple[int, str] | None:
@@ -238,6 +244,25 @@ def widened(
       name: array.astype(before[name]) if name in before else array
       for name, array in arrays.items()
   }
+
+
+def _is_sound(manifest: Mapping[str, Any]) -> bool:
+  """Whether a manifest has what all readers need, of the kinds they expect."""
+  cuts = grids(manifest["arrays"])
+  rounded = {
+      name: np.dtype(x) for name, x in manifest.get("rounded", {}).items()
+  }
+  return (
+      isinstance(manifest["meta"], dict)
+      and rounded.keys() <= cuts.keys()
+      and all(
+          min(grid.shape, default=0) >= 0
+          and min(grid.chunk, default=1) >= 1
+          and len(grid.shape) == len(grid.chunk)
+          and len(manifest["arrays"][name]["digests"]) == len(grid)
+          for name, grid in cuts.items()
+      )
+  )
 
 
 def _in_one(described: Mapping[str, Any]) -> dict[str, Any]:

@@ -335,7 +335,7 @@ def test_a_base_that_is_gone_another_or_no_base_is_told(bucket, tmp_path):
   rebased({"base": {"number": 1, "digest": other}})
   refused("its base is not whole")
   arrays = json.loads((root / "v2/manifest.json").read_text())["arrays"]
-  arrays["embed"]["chunk"] = [8, 8]
+  arrays["embed"] |= {"chunk": [8, 8], "digests": ["", ""]}
   rebased({"arrays": arrays})
   refused("its base is cut otherwise")
   integers = np.zeros((16, 8), np.int32)

@@ -92,3 +92,51 @@ def test_a_format_of_tomorrow_is_refused_in_one_line(bucket):
   write_manifest(bucket, 0, body | {"format": 5})
   with pytest.raises(ValueError, match="^version 0 of main has format 5, allo"):
     publish.read(bucket, "main", 0, like=LIKE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"arrays": None},
+        {"arrays": []},
+        {"arrays": {"embed": None}},
+        {"arrays": {"embed": {"shape": [16, 4], "dtype": "float32"}}},
+        {"arrays": {"embed": {"dtype": "nothing"}}},
+        {"arrays": {"embed": {"shape": 16}}},
+        {"arrays": {"embed": {"shape": ["16", "4"]}}},
+        {"arrays": {"embed": {"shape": [-16, 4]}}},
+        {"arrays": {"embed": {"chunk": [0, 4]}}},
+        {"arrays": {"embed": {"chunk": [5]}}},
+        {"arrays": {"embed": {"digests": []}}},
+        {"meta": None},
+        {"meta": 1},
+        {"rounded": ["embed"]},
+        {"rounded": {"nobody": "float32"}},
+        {"rounded": {"embed": "nothing"}},
+    ],
+)
+def test_what_was_sealed_by_who_does_not_know_the_format_is_corrupt(
+    bucket, change
+):
+  for number in range(2):
+    put(bucket, number)
+  body = manifest_of(bucket, 1)
+  del body["digest"]
+  good = body["arrays"]["embed"]
+  if isinstance(one := change.get("arrays"), dict) and one["embed"]:
+    bad = good | one["embed"] if len(one["embed"]) == 1 else one["embed"]
+    change = {"arrays": body["arrays"] | {"embed": bad}}
+  write_manifest(bucket, 1, body | change)
+  weights = read(bucket)
+  assert weights.version.number == 0
+  assert "does not describe its arrays" in weights.skipped[0]
+
+
+@pytest.mark.parametrize("name", ["policy", "number", "format", "meta"])
+def test_what_lacks_a_part_is_told(bucket, name):
+  put(bucket, 0)
+  body = manifest_of(bucket, 0)
+  del body["digest"], body[name]
+  write_manifest(bucket, 0, body)
+  with pytest.raises((atomic.CorruptError, atomic.MismatchError)):
+    publish.read(bucket, "main", 0, like=LIKE)

@@ -51,6 +51,9 @@ def weights(bucket: store.Store, policy: str, number: int) -> dict[str, Any]:
   manifest = manifests.parse(data, policy, number)
   if manifests.base(manifest) is not None:
     raise ValueError(f"bucket: version {number} is a difference")
+  kinds = {one["dtype"] for one in manifest["arrays"].values()}
+  if "bfloat16" in kinds:  # whose bits the rows of float32 would not have
+    raise ValueError(f"bucket: version {number} is in bfloat16, not float32")
   arrays = bucket.read_arrays(path, manifest["arrays"])
   return {name: _larger(array) for name, array in arrays.items()}
 
