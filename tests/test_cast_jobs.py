@@ -30,6 +30,16 @@ def teams(tmp_path_factory):
   return made, summaries
 
 
+@pytest.fixture(scope="module")
+def stale(tmp_path_factory):
+  """A run whose rollouts are a step ahead of training where they may."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("CAST", "4")
+    patch.setenv("STALENESS", "1")
+    team = Team(tmp_path_factory.mktemp("stale"))
+    return team, break_down(team)
+
+
 def come_and_go(team):
   """One job leaves, killed in its last step; then another one is started."""
   team.start("main", "researcher")
@@ -113,3 +123,16 @@ def test_who_is_to_come_is_waited_for_by_name(teams):
   log = made["apart"].log("main")
   assert "job of policy 'scout' was started again" in log
   assert "AbsentError" not in log
+
+
+@pytest.mark.parametrize("policy", STEPS)
+def test_jobs_out_of_step_change_the_cast_and_train_all_once(
+    teams, stale, policy
+):
+  made, summaries = stale
+  rows = read_metrics(made.root / policy / "metrics.jsonl")
+  assert [row["step"] for row in rows] == list(STEPS[policy])
+  assert summaries[policy]["steps"] == STEPS[policy].stop
+  expected = teams[0]["whole"].trained_tasks("all")
+  trained = made.trained_tasks(policy)
+  assert trained == {step: expected[step] for step in STEPS[policy]}
