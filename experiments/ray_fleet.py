@@ -53,12 +53,13 @@ class Host:
       return address, server.getsockname()[1]
 
   def start(self, command: Sequence[str], log: str) -> None:
-    """Starts the process.
+    """Starts the process; one that an earlier start left is ended.
 
     Args:
       command: to run.
       log: file that keeps what it prints.
     """
+    self.stop(kill=True)  # another actor was lost before all had begun
     job = Job(name=log, command=tuple(command), log=pathlib.Path(log))
     self._running = jobs.start(job, (), self._environment, tied="KILL")
 

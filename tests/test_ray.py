@@ -213,6 +213,20 @@ def test_what_does_not_mend_ends_all(run):
     run(main="sleep 600", researcher="exit 2")
 
 
+def test_a_host_that_is_started_again_leaves_no_process_behind(
+    tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)  # where a host goes, too
+  host = ray_fleet.Host(str(tmp_path), {})
+  started = []
+  for _ in range(2):
+    host.start(["sleep", "600"], str(tmp_path / "log"))
+    started.append(host._running.process)
+  assert started[0].wait(60) == -9 and started[1].poll() is None
+  host.stop(kill=True)
+  assert started[1].wait(60) == -9
+
+
 def test_a_slice_is_read_or_refused():
   assert ray_fleet.parse_slice("") is None
   assert ray_fleet.parse_slice("v6e:4x4") == Slice(

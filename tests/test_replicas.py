@@ -23,7 +23,7 @@ from test_engine import (
 )
 
 from mgrpo_jax import leaves, store
-from mgrpo_jax.atomic import MismatchError
+from mgrpo_jax.atomic import MismatchError, StorageError
 from mgrpo_jax.replicas import pool as pool_module
 from mgrpo_jax.replicas import records, wire
 from mgrpo_jax.replicas.records import Entry
@@ -419,6 +419,34 @@ def test_a_dead_record_is_not_believed_and_removed(bucket, monkeypatch):
       await until(lambda: made._members)
       assert made.stats()["replicas"] == 0
       await until(lambda: not records.read(bucket, "main"))
+
+  asyncio.run(run())
+
+
+def test_who_cannot_remove_a_record_looks_on_and_tries_again(
+    bucket, monkeypatch
+):
+  straight, failed = records.remove, []
+
+  def remove(*what):
+    if not failed:
+      failed.append(what)
+      raise StorageError("cannot delete")
+    straight(*what)
+
+  monkeypatch.setattr(pool_module, "_DEAD", 4)
+  monkeypatch.setattr(records, "remove", remove)
+
+  async def run():
+    async with pool(bucket) as made:
+      await begun(made, bucket)
+      digest = made._published[1]
+      dead = dataclasses.replace(ENTRY, version=0, weights=digest)
+      records.write(bucket, dead)
+      await until(lambda: failed)
+      await until(lambda: not records.read(bucket, "main"))
+      records.write(bucket, dataclasses.replace(dead, id="a2"))
+      await until(lambda: "a2" in made._members)
 
   asyncio.run(run())
 

@@ -1,5 +1,6 @@
 """What starts jobs on TPU slices, as far as it can be read without any."""
 
+import os
 import pathlib
 import re
 import shutil
@@ -86,6 +87,62 @@ def test_without_its_variables_the_script_asks_for_no_slice():
       check=False,
   )
   assert result.returncode and "PROJECT" in result.stderr
+
+
+GCLOUD = """#!/bin/bash
+echo "$*" >> log
+case "$*" in
+  *describe*) [ -e state ] && cat state ;;
+  *create*)
+    if [ -e broken ]; then rm broken; exit 1; fi
+    echo ACTIVE > state ;;
+  *ssh*) exit "$(cat code)" ;;
+  *delete*) rm -f state ;;
+esac
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+  """Runs the script where Google Cloud is a script and sleep takes no time."""
+  for name, text in {"gcloud": GCLOUD, "sleep": "#!/bin/bash\n"}.items():
+    (tmp_path / name).write_text(text)
+    (tmp_path / name).chmod(0o755)
+
+  def run(*policies, code):
+    (tmp_path / "code").write_text(str(code))
+    done = subprocess.run(
+        [shutil.which("bash"), TPU / "queued.sh", *policies],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=VALUES
+        | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ATTEMPTS": "3"}
+        | dict.fromkeys(("PROJECT", "ZONE", "TYPE", "RUNTIME", "SHARED"), "x")
+        | {"SETUP": "true"},
+        check=False,
+    )
+    return done.returncode, (tmp_path / "log").read_text()
+
+  return run
+
+
+def test_slices_are_given_back_where_all_goes_well(launch, tmp_path):
+  (tmp_path / "broken").touch()  # so is the first request for a slice
+  code, log = launch("main", code=0)
+  assert code == 0
+  assert log.count("resources create mgrpo-main") == 2
+  assert log.count("ssh mgrpo-main") == 2  # set up, trained
+  assert log.splitlines()[-1].startswith("compute tpus queued-resources delete")
+
+
+def test_what_never_ends_well_is_told_and_costs_no_slice(launch, tmp_path):
+  code, log = launch("main", "researcher", code=2)
+  assert code == 1
+  for policy in ("main", "researcher"):
+    assert log.count(f"ssh mgrpo-{policy}") == 3  # attempts
+    assert f"delete mgrpo-{policy}" in log
 
 
 def test_all_pods_of_a_job_are_started_again_together():

@@ -17,8 +17,8 @@ place() { # waits for a slice; one that is lost makes room for another
   while [[ $(state "$1") != ACTIVE ]]; do
     case $(state "$1") in
       '') qr create "$1" --node-id="$1" --accelerator-type="$TYPE" \
-        --runtime-version="$RUNTIME" ${SPOT:+--spot} ;;
-      FAILED | SUSPENDED) qr delete "$1" --force ;;
+        --runtime-version="$RUNTIME" ${SPOT:+--spot} || true ;;
+      FAILED | SUSPENDED) qr delete "$1" --force || true ;;
     esac
     sleep 30
   done
@@ -39,8 +39,11 @@ job() { # one policy's, to its end
     echo "job of $1 ended early" >&2
     sleep 30
   done
+  qr delete "$name" --force
   return 1
 }
 
-for policy in "$@"; do job "$policy" & done
-wait
+jobs=() failed=0
+for policy in "$@"; do job "$policy" & jobs+=("$!"); done
+for one in "${jobs[@]}"; do wait "$one" || failed=1; done
+exit "$failed"

@@ -356,10 +356,15 @@ class Pool:
           await self._members.pop(name).connection.__aexit__(None, None, None)
       elif member.misses >= _SILENT:
         self._lose(member, UnreachableError(f"{member.entry.address}: silent"))
-        if member.misses == _DEAD:
-          await asyncio.to_thread(
-              records.remove, self._store, self._policy, name
-          )
+        if member.misses >= _DEAD:
+          await self._bury(name)
+
+  async def _bury(self, name: str) -> None:
+    """Removes the record of a replica that is gone; later if not now."""
+    try:
+      await asyncio.to_thread(records.remove, self._store, self._policy, name)
+    except atomic.StorageError as error:
+      _LOG.debug("replicas of %s: %s", self._policy, error)
 
   async def _meet(self, entry: Entry) -> None:
     """Makes a new replica's acquaintance; its next sign of life counts."""
