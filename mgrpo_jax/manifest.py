@@ -13,6 +13,7 @@ import numpy as np
 
 from mgrpo_jax import atomic, chunks, leaves
 from mgrpo_jax.chunks import Grid, Parts
+from mgrpo_jax.keys import check_key
 from mgrpo_jax.types import PolicyVersion
 
 FORMAT = 3  # of whole versions
@@ -128,7 +129,7 @@ def parse(data: bytes, policy: str, number: int) -> dict[str, Any]:
       manifest = manifest | {"arrays": arrays}
     if _is_sound(manifest):
       return manifest
-  except (AttributeError, KeyError, TypeError, ValueError):
+  except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
     pass  # it was sealed by something that does not know the format
   raise atomic.CorruptError("the manifest does not describe its arrays")
 
@@ -249,6 +250,9 @@ def widened(
 def _is_sound(manifest: Mapping[str, Any]) -> bool:
   """Whether a manifest has what all readers need, of the kinds they expect."""
   cuts = grids(manifest["arrays"])
+  where = path(manifest["policy"], manifest["number"])
+  for name in cuts:
+    check_key(f"{where}/{name}")
   rounded = {
       name: np.dtype(x) for name, x in manifest.get("rounded", {}).items()
   }
@@ -258,7 +262,7 @@ def _is_sound(manifest: Mapping[str, Any]) -> bool:
       and all(
           min(grid.shape, default=0) >= 0
           and min(grid.chunk, default=1) >= 1
-          and len(grid.shape) == len(grid.chunk)
+          and isinstance(manifest["arrays"][name]["digests"], list)
           and len(manifest["arrays"][name]["digests"]) == len(grid)
           for name, grid in cuts.items()
       )

@@ -15,6 +15,15 @@ def bucket(tmp_path) -> store.Store:
   return store.open_folder(tmp_path)
 
 
+# Of no array, though its one chunk has a digest.
+MINUS = {
+    "shape": [-16, -4],
+    "dtype": "float32",
+    "chunk": [16, 4],
+    "digests": ["x"],
+}
+
+
 def manifest_of(bucket, number):
   return json.loads(bucket.get(f"policies/main/v{number}/manifest.json"))
 
@@ -108,6 +117,11 @@ def test_a_format_of_tomorrow_is_refused_in_one_line(bucket):
         {"arrays": {"embed": {"chunk": [0, 4]}}},
         {"arrays": {"embed": {"chunk": [5]}}},
         {"arrays": {"embed": {"digests": []}}},
+        {"arrays": {"embed": {"digests": {"0": "x"}}}},
+        {"arrays": {"embed": {"shape": [1 << 70, 4]}}},
+        {"arrays": {"embed": MINUS}},
+        {"arrays": {"../embed": MINUS}},
+        {"arrays": {"": MINUS}},
         {"meta": None},
         {"meta": 1},
         {"rounded": ["embed"]},
@@ -123,9 +137,10 @@ def test_what_was_sealed_by_who_does_not_know_the_format_is_corrupt(
   body = manifest_of(bucket, 1)
   del body["digest"]
   good = body["arrays"]["embed"]
-  if isinstance(one := change.get("arrays"), dict) and one["embed"]:
-    bad = good | one["embed"] if len(one["embed"]) == 1 else one["embed"]
-    change = {"arrays": body["arrays"] | {"embed": bad}}
+  if isinstance(one := change.get("arrays"), dict):
+    ((name, bad),) = one.items()
+    bad = good | bad if bad and len(bad) == 1 else bad
+    change = {"arrays": body["arrays"] | {name: bad}}
   write_manifest(bucket, 1, body | change)
   weights = read(bucket)
   assert weights.version.number == 0

@@ -1,6 +1,5 @@
 """Weights go to the store while other work goes on."""
 
-import collections
 import gc
 import sys
 import threading
@@ -13,6 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from mgrpo_jax import atomic, publish, store
+from mgrpo_jax.hosts.sharing import Helper, Shared
 from mgrpo_jax.writer import Writer
 
 
@@ -100,28 +100,41 @@ def restless():
   gc.set_threshold(*threshold)
 
 
-def test_all_threads_find_all_shards(bucket, monkeypatch, restless):
-  found, both = collections.Counter(), threading.Barrier(2)
+@pytest.mark.parametrize("how", ["a writer", "a helper", "an offer"])
+def test_all_threads_find_all_shards(bucket, monkeypatch, restless, how):
+  found, both = [], threading.Barrier(2)
 
   def look(array):
     both.wait(60)
-    found[len(array.addressable_shards)] += 1
+    found.append(len(array.addressable_shards))
 
   def publish_it(store, policy, number, params, **_):
     look(params)
     return SimpleNamespace(version=number, damaged=())
 
   monkeypatch.setattr(publish, "publish", publish_it)
+  monkeypatch.setattr(Helper, "_share", lambda self, given, *_: look(*given))
   mesh = jax.make_mesh((8,), ("data",))
   where = jax.sharding.NamedSharding(mesh, PartitionSpec("data"))
   writer = Writer(
       bucket, keep=1, short=False, whole_every=1, tell=lambda _: None
   )
-  for number in range(300):
+  helper = Helper(bucket, None)
+  for number in range(200):
     params = jax.device_put(np.arange(16), where)
     _ = [Litter() for _ in range(2)]
-    writer.write("main", number, params, meta={})
+    if how == "a writer":
+      writer.write("main", number, params, meta={})
+    elif how == "a helper":
+      helper.begin(params, topic="", folder="", short=False)
+    else:
+      Shared(params, channel=None, topic="", short=False)
+      other = threading.Thread(target=look, args=[params])
+      other.start()
     look(params)  # as a checkpoint does meanwhile
+    if how == "an offer":
+      other.join()
   assert writer.settle() == []
-  assert found == {8: 600}
+  helper.close()
   writer.close()
+  assert found == 400 * [8]
