@@ -1,16 +1,18 @@
 """Records of a run in its bucket: read back whole, or not at all."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 from trajectories import group, task, trajectory
 
-from mgrpo_jax import rewards, store
-from mgrpo_jax.atomic import CorruptError
+from mgrpo_jax import leaves, rewards, store
+from mgrpo_jax.atomic import CorruptError, MismatchError
 from mgrpo_jax.decoupled.board import Board
 from mgrpo_jax.decoupled.errors import ClaimedError
 from mgrpo_jax.decoupled.spool import Spool, read_scores, write_scores
+from mgrpo_jax.decoupled.wire import dump
 from mgrpo_jax.evaluate import Evaluation
 from mgrpo_jax.metrics import Accuracy
 from mgrpo_jax.testing.team import environment, small_team
@@ -74,11 +76,46 @@ def test_a_step_comes_back_bit_for_bit(board):
   assert told[0].rollouts[0][1].parent == 0
 
 
-def test_a_step_whose_records_are_another_steps_is_waited_for(board):
+def test_a_later_step_of_the_same_tasks_changes_no_earlier_one(board):
+  """So that a job may be behind."""
+  one, two = played(0), played(1)
+  board.announce(5, [one[0]], [one[1]])
+  board.announce(6, [two[0]], [two[1]])
+  for step, (_, scores) in ((5, one), (6, two)):
+    (told,) = board.step(step)
+    assert same(told.scores, scores)
+
+
+def test_a_step_is_one_record(board, bucket):
+  groups, scores = zip(*map(played, range(8)), strict=True)
+  board.announce(5, groups, scores)
+  assert bucket.list() == ["steps/5.json"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"rollouts": []}, {"tasks": ["t", "t"]}, {"rollouts": [[], []]}]
+)
+def test_a_step_with_too_few_rollouts_is_damaged(board, bucket, change):
   made, scores = played(0)
   board.announce(5, [made], [scores])
-  board.announce(6, [made], [scores])
-  assert board.step(5) is None and board.step(6) is not None
+  rewritten(bucket, "steps/5.json", change)
+  with pytest.raises(CorruptError, match="steps/5.json|has no root"):
+    board.step(5)
+
+
+def test_a_step_of_an_older_version_is_told(board, bucket):
+  bucket.put("steps/5.json", dump(leaves.seal({"step": 5, "tasks": ["t"]})))
+  with pytest.raises(
+      MismatchError, match="steps/5.json is of a run that an old"
+  ):
+    board.step(5)
+
+
+def rewritten(bucket, key, change):
+  """Has a record say something else, and still be sealed."""
+  body = json.loads(bucket.get(key))
+  del body["digest"]
+  bucket.put(key, dump(leaves.seal(body | change)))
 
 
 def test_a_record_that_arrives_late_undoes_no_later_one(
@@ -95,11 +132,13 @@ def test_a_record_that_arrives_late_undoes_no_later_one(
   monkeypatch.setattr(bucket, "replace", keep)
   board.announce(5, [made], [scores])
   monkeypatch.undo()
-  board.announce(6, [made], [scores])
-  assert {record.key for record, _ in late} >= {"rewards/t/0.json"}
+  other, later = played(1)
+  board.announce(5, [other], [later])
+  assert [record.key for record, _ in late] == ["steps/5.json"]
   for record, value in late:  # now it comes
-    assert not bucket.replace(record, value) or bucket.get(record.key) == value
-  assert board.step(6) is not None
+    assert not bucket.replace(record, value)
+  (told,) = board.step(5)
+  assert same(told.scores, later)
 
 
 def test_what_a_bucket_lost_is_told_again(board, bucket, tmp_path):
@@ -137,9 +176,9 @@ def test_who_may_write_no_more_writes_nothing(bucket, tmp_path):
   assert bucket.list() == []
 
 
-@pytest.mark.parametrize("key", ["steps/5.json", "rewards/t/1.json"])
-def test_a_damaged_record_is_named(board, bucket, key):
+def test_a_damaged_record_is_named(board, bucket):
   made, scores = played(0)
+  key = "steps/5.json"
   board.announce(5, [made], [scores])
   value = bytearray(bucket.get(key))
   value[len(value) // 2] ^= 1

@@ -1,18 +1,16 @@
-"""Requests and seconds of a step's records here, beside the model on paper.
+"""Requests and seconds of a step's record here, beside the model on paper.
 
     python -m experiments.bench.records [--rollouts=512]
 
-A leader writes the records of a step to a bucket on this disk and a follower
-reads them, with everything that they ask of the store counted. `scaling` says
-how many requests that should be, and how long it should take if each took as
-long as one alone, sixteen at a time.
+A leader writes the record of a step to a bucket on this disk and a follower
+reads it, with everything that they ask of the store counted. `scaling` says how
+many requests that should be; they should take as long as such requests alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import pathlib
 import statistics
 import tempfile
@@ -32,7 +30,7 @@ from mgrpo_jax.types import NO_PARENT, Account, Status, Task
 
 
 class _Counted:
-  """A store that counts the requests of records."""
+  """A store that counts requests."""
 
   def __init__(self, real: store.Store) -> None:
     self._real = real
@@ -54,7 +52,7 @@ class _Counted:
 
 
 def check(work: scaling.Work, folder: pathlib.Path) -> list[str]:
-  """Counts and times a step's records on this machine.
+  """Counts and times a step's record on this machine.
 
   Args:
     work: of the step; a task has eight rollouts.
@@ -64,7 +62,8 @@ def check(work: scaling.Work, folder: pathlib.Path) -> list[str]:
     Lines of Markdown: what the model says, and what was seen.
   """
   real = store.open_folder(folder)
-  alone = _alone(lambda: real.put("one", b"x" * 500))
+  size = scaling.ROW * work.rollouts * (1 + work.calls)
+  alone = _alone(lambda: real.put("one", b"x" * size))
   read_alone = _alone(lambda: real.get("one"))
   groups, scores = _played(work)
   leader, follower = _Counted(real), _Counted(real)
@@ -75,26 +74,24 @@ def check(work: scaling.Work, folder: pathlib.Path) -> list[str]:
   read = _seconds(lambda: found.append(reads.step(0)))
   if not found[0]:
     raise RuntimeError("the step that was written is not there")
-  leads, every = scaling.requests(2, work)
-  turns = math.ceil(leads / 2 / scaling.Bucket().at_once)
+  leads, every = scaling.requests(2)
   seen = sum(leader.requests.values()), sum(follower.requests.values())
   rows = [
       ("requests of the leader", leads, seen[0]),
       ("requests of both", every, sum(seen)),
-      ("ms to write", turns * (alone + read_alone) * 1e3, took * 1e3),
-      ("ms to read", turns * read_alone * 1e3, read * 1e3),
+      ("ms to write", (alone + read_alone) * 1e3, took * 1e3),
+      ("ms to read", read_alone * 1e3, read * 1e3),
+      ("bytes", size, leader.written),
   ]
-  size = leader.written / (work.rollouts * work.calls)
   return [
-      "| records of a step | model | seen |",
+      "| record of a step | model | seen |",
       "|---|---|---|",
       *(f"| {name} | {a:,.4g} | {b:,.4g} |" for name, a, b in rows),
-      f"| bytes of records a call | | {size:.0f} |",
   ]
 
 
 def _board(counted: Any, folder: pathlib.Path) -> board.Board:
-  """Records of eight rollouts a task."""
+  """Steps of eight rollouts a task."""
   return board.Board(
       counted,
       rollouts_per_task=8,

@@ -6,7 +6,7 @@ From 2 to 256 policies and 2 to 4,096 chips, which all have their share of:
 
     sampling  = max(decode, one rollout's turns after each other) + prefill
     update    = ceil(rows / rows that the chips take at a time) · micro-batch
-    records   = bucket requests of the busiest job / how many it makes a second
+    records   = what a step's record takes to be written and read
     in step   = max over policies sampling + max over policies update + records
     one late  = max over policies (sampling + update), records beside it
     idle      = 1 - chip-seconds sampled or trained / chip-seconds of a step
@@ -33,6 +33,7 @@ from mgrpo_jax.policy.load import huggingface
 POLICIES = (2, 8, 32, 256)
 CHIPS = (2, 16, 128, 1024, 4096)
 ENVELOPE = 718  # bytes of a call besides text: measured, "A job per policy"
+ROW = 100  # bytes of a call in a step's record: measured, `bench.records`
 TRAINED = 16  # bytes a parameter: weights, gradient and two moments, float32
 
 
@@ -108,12 +109,12 @@ class Bucket:
 
   Attributes:
     latency: seconds of a small request.
-    at_once: requests that a job has under way, `board._WRITERS`.
+    bandwidth: bytes a second that a job writes or reads.
     requests: a second that the bucket answers, of all jobs together.
   """
 
   latency: float = 0.05
-  at_once: int = 16
+  bandwidth: float = 100e6
   requests: float = 5_000.0
 
 
@@ -221,21 +222,18 @@ def update(model: Model, work: Work, trajectories: float, each: int) -> float:
   return math.ceil(rows / (model.rows * each)) * model.micro
 
 
-def requests(policies: int, work: Work) -> tuple[int, int]:
-  """Requests of a step to the bucket for its records.
+def requests(policies: int) -> tuple[int, int]:
+  """Requests of a step to the bucket for its record.
 
-  A rollout has a record, which the leader looks at, writes, and every follower
-  reads; a step has one more.
+  The leader looks at it and writes it, every follower reads it.
 
   Args:
     policies: jobs.
-    work: of the step.
 
   Returns:
-    Of the job that makes most of them, and of all.
+    Of the leader, and of all.
   """
-  one = work.rollouts + 1
-  return 2 * one, (2 + policies - 1) * one
+  return 2, 2 + policies - 1
 
 
 def step(
@@ -262,9 +260,10 @@ def step(
   alone = (1 + calls) * work.sampled * _shortest(model, work)
   samplings = [sampling(model, work, one, each) for one in shares]
   updates = [update(model, work, one, each) for one in shares]
-  busiest, every = requests(policies, work)
-  records = max(
-      1.5 * bucket.latency * math.ceil(busiest / bucket.at_once),  # and read
+  leads, every = requests(policies)
+  size = ROW * work.rollouts * (1 + calls)
+  records = max(  # written, then read by all at the same time
+      (leads + 1) * bucket.latency + 2 * size / bucket.bandwidth,
       every / bucket.requests,
   )
   longest = max(*samplings, alone)

@@ -1,22 +1,20 @@
 """The records of a run in its bucket, which the leader's word makes facts.
 
-    rewards/<task>/<rollout>.json      a rollout's calls and what they earned
-    steps/<step>.json                  the tasks of a step: it is complete
+    steps/<step>.json                  a step's tasks, its rollouts' calls, and
+                                       what they earned: it is complete
     evaluations/<split>/<steps>.json   what a look at held-out questions found
     stats/<role>/<step>.json           a role's rewards, calls and work
 
-Numbers and names; every record carries its digest. A rollout's record is
-replaced when its task is asked again, in a later step: followers have copied it
-by then. Records are written by compare-and-swap, so that one that was given up
-and arrives late does not undo a later one; the leader keeps what it told since
-its oldest checkpoint (`spool/told_….json`) and tells it again when it resumes.
-Where a task stands twice in a step, the second one's rollouts are numbered on.
+Numbers and names; every record carries its digest. A step is one record, not
+one a rollout, for requests are what a bucket charges time for. Records are
+written by compare-and-swap, so that one that was given up and arrives late does
+not undo a later one; the leader keeps what it told since its oldest checkpoint
+(`spool/told_….json`) and tells it again when it resumes.
 """
 
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import dataclasses
 import json
 import pathlib
@@ -31,7 +29,6 @@ from mgrpo_jax.rewards import Scores
 from mgrpo_jax.store import Store
 from mgrpo_jax.types import NO_PARENT, Account, RolloutGroup, Status, Trajectory
 
-_WRITERS = 16  # records written or read at the same time
 _TRIES = 5  # to write a record that an earlier try still changes
 
 
@@ -86,7 +83,7 @@ class Board:
       groups: Sequence[RolloutGroup],
       scores: Sequence[Scores],
   ) -> int:
-    """Writes a step's records, then the one that makes it complete.
+    """Writes a step's record, which makes it complete.
 
     Args:
       step: its number.
@@ -98,21 +95,21 @@ class Board:
 
     Raises:
       ClaimedError: another process leads now.
-      StorageError: they cannot be written.
+      StorageError: it cannot be written.
     """
-    records: dict[str, bytes] = {}
-    tasks: list[str] = []
-    for group, graded in zip(groups, scores, strict=True):
-      first = tasks.count(group.task.id) * self._num
-      tasks.append(group.task.id)
-      for k in range(group.num_rollouts):
-        records[_reward(group.task.id, first + k)] = _sealed(
-            _rollout(step, group, graded, k)
-        )
-    records[_step(step)] = _sealed({"step": step, "tasks": tasks})
+    record = {
+        "step": step,
+        "tasks": [group.task.id for group in groups],
+        "rollouts": [
+            calls
+            for group, graded in zip(groups, scores, strict=True)
+            for calls in _rollouts(group, graded)
+        ],
+    }
+    records = {_step(step): _sealed(record)}
     self._keep(step + 1, records)
     self._write(records)
-    return sum(map(len, records.values()))
+    return len(records[_step(step)])
 
   def repeat(self) -> None:
     """Writes again what was kept, in its order, where it is not there.
@@ -144,12 +141,10 @@ class Board:
     atomic.write_json(path, leaves.seal(kept))
 
   def _write(self, records: Mapping[str, bytes]) -> None:
-    """Writes records, the last one when all others are there."""
+    """Writes records, one after another."""
     self._sure()
-    *first, last = records
-    with concurrent.futures.ThreadPoolExecutor(_WRITERS) as pool:
-      list(pool.map(lambda key: self._put(key, records[key]), first))
-    self._put(last, records[last])
+    for key, value in records.items():
+      self._put(key, value)
 
   def _put(self, key: str, value: bytes) -> None:
     """Writes one record, whatever is on its way there."""
@@ -171,24 +166,27 @@ class Board:
       Its groups; None while it is not complete.
 
     Raises:
-      CorruptError: a record is damaged, naming it.
-      StorageError: one cannot be read.
+      CorruptError: its record is damaged, naming it.
+      MismatchError: it was written by an older version.
+      StorageError: it cannot be read.
     """
     if (found := self._read(_step(step))) is None:
       return None
+    if "rollouts" not in found:
+      raise atomic.MismatchError(
+          f"{self._store.url}/{_step(step)} is of a run that an older version"
+          " began: give another bucket and run directory"
+      )
     tasks: list[str] = found["tasks"]
-    places = [
-        (task, tasks[:b].count(task) * self._num + k)
-        for b, task in enumerate(tasks)
-        for k in range(self._num)
-    ]
-    with concurrent.futures.ThreadPoolExecutor(_WRITERS) as pool:
-      records = list(pool.map(lambda p: self._read(_reward(*p)), places))
-    if any(record is None or record["step"] != step for record in records):
-      return None  # a leader that was started again is writing them anew
+    rollouts = found["rollouts"]
+    if len(rollouts) != len(tasks) * self._num:
+      raise atomic.CorruptError(
+          f"{self._store.url}/{_step(step)} is damaged: {len(tasks)} tasks have"
+          f" {len(rollouts)} rollouts, not {self._num} each"
+      )
     return [
         _told(
-            task, tasks[:b].count(task), records[b * self._num :][: self._num]
+            task, tasks[:b].count(task), rollouts[b * self._num :][: self._num]
         )
         for b, task in enumerate(tasks)
     ]
@@ -259,50 +257,37 @@ def _step(step: int) -> str:
   return f"steps/{step}.json"
 
 
-def _reward(task: str, place: int) -> str:
-  """Where a rollout's record lies."""
-  return f"rewards/{task}/{place}.json"
-
-
 def _sealed(record: Mapping[str, Any]) -> bytes:
   """A record with its digest."""
   return wire.dump(leaves.seal(record))
 
 
-def _rollout(
-    step: int, group: RolloutGroup, scores: Scores, k: int
-) -> dict[str, Any]:
-  """The record of one rollout: a row a call, the scores last."""
+def _rollouts(group: RolloutGroup, scores: Scores) -> list[list[list[Any]]]:
+  """The calls of each rollout of a group: a row a call, the scores last."""
   rows = spool.write_scores(scores)
-  calls = [
-      (m, one) for m, one in enumerate(group.trajectories) if one.rollout == k
-  ]
-  return {
-      "step": step,
-      "calls": [
-          [
-              one.role,
-              one.call,
-              one.parent,
-              one.attempt,
-              int(one.status),
-              one.version_min,
-              one.version_max,
-              *rows[m],
-          ]
-          for m, one in calls
-      ],
-  }
+  found: list[list[list[Any]]] = [[] for _ in range(group.num_rollouts)]
+  for one, earned in zip(group.trajectories, rows, strict=True):
+    found[one.rollout].append(
+        [
+            one.role,
+            one.call,
+            one.parent,
+            one.attempt,
+            int(one.status),
+            one.version_min,
+            one.version_max,
+            *earned,
+        ]
+    )
+  return found
 
 
-def _told(task: str, repetition: int, records: Sequence[Any]) -> Told:
-  """A group from the records of its rollouts."""
+def _told(task: str, repetition: int, told: Sequence[Any]) -> Told:
+  """A group from the rows of its rollouts' calls."""
   rollouts, rows = [], []
-  for k, record in enumerate(records):
+  for k, made in enumerate(told):
     calls = []
-    for role, call, parent, attempt, status, oldest, newest, *row in record[
-        "calls"
-    ]:
+    for role, call, parent, attempt, status, oldest, newest, *row in made:
       fields = {
           "task_id": task,
           "rollout": k,

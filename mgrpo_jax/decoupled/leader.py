@@ -14,7 +14,6 @@ from mgrpo_jax.evaluate import Evaluation
 from mgrpo_jax.meter import Meter
 from mgrpo_jax.rewards import Scores
 from mgrpo_jax.run import Run
-from mgrpo_jax.tasks import curriculum
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.types import RolloutGroup, Status, Task, TrainState
 
@@ -24,7 +23,6 @@ class Leader(Part):
 
   _begun = (0, 0, 0)  # what had crossed when the step's calls began
   _awaited: frozenset[str] = frozenset()  # policies whose jobs were, last
-  _gone: frozenset[tuple[str, int]] = frozenset()  # and their last steps
 
   def resume(
       self, states: Mapping[str, TrainState], host: Mapping[str, Any]
@@ -100,31 +98,11 @@ class Leader(Part):
     self._open(done)
     with meter.timed("jobs"):
       for policy, peer in self._peers.items():
-        if policy not in team.policies:
-          await self._let_go(policy, done)
-          continue
-        self._expect(policy)
-        await peer.ready(done)
+        if policy in team.policies:
+          self._expect(policy)
+          await peer.ready(done)
     self._awaited = frozenset(team.policies)
     self._begun = self._crossed()
-
-  async def _let_go(self, policy: str, done: int) -> None:
-    """Waits, once, until a job that is not called now has its last records.
-
-    Later steps write over them. Demonstrations, which it may have had since,
-    are its own.
-    """
-    setup = self.setup
-    spans = curriculum.spans(
-        setup.stages,
-        lambda stage: stage.objective == "reinforce"
-        and policy in setup.team_in(stage).policies,
-    )
-    step = _last(spans, done)
-    if step is None or (policy, step) in self._gone:
-      return
-    await self._trained(policy, step)
-    self._gone |= {(policy, step)}
 
   def _expect(self, policy: str) -> None:
     """Begins to count the silence of a job that was not waited for before."""
