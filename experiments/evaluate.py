@@ -90,6 +90,7 @@ async def _evaluate(
         "latest" if _VERSION.value is None else _VERSION.value
     ):
       cli.say(f"skipped {problem}")
+    cli.say(f"weights: after step {run.resources.newest}, of {store.url}")
     held_out = setup.test if _SPLIT.value == "test" else setup.dev
     questions = held_out if own is None else own
     return await run.evaluate(questions, _SPLIT.value, run.resources.newest)

@@ -17,6 +17,7 @@ import ml_collections
 
 from experiments import cli
 from mgrpo_jax import ownership
+from mgrpo_jax.decoupled import claim, members
 from mgrpo_jax.hosts.channel import Channel
 from mgrpo_jax.journal import Journal
 from mgrpo_jax.plan import Setup
@@ -169,6 +170,7 @@ def naming(
     of the bucket. None for a run in one process.
 
   Raises:
+    ClaimedError: the directory is new, and another one has the job.
     StorageError: the bucket or the directory cannot be read.
     TakenError: the bucket is another run's.
   """
@@ -177,6 +179,9 @@ def naming(
     ownership.check(store, run_id)
   if place.where is None:
     return None
+  if not run_id:
+    key = members.key(place.policy)
+    claim.check_new(store, policy=place.policy, key=key, path=directory.path)
   return functools.partial(ownership.join, store, values)
 
 

@@ -69,8 +69,12 @@ def others(
       target=_watch, args=(groups, over, tell), daemon=True
   )
   try:
-    for group in groups:
+    for group, plan in zip(groups, plans, strict=True):
       group.start()
+      tell(
+          f"job of policy {plan.policy!r}: runs in {plan.directory}, prints to"
+          f" {plan.log_of(0, 1)}"
+      )
     watching.start()
     yield
     _finish(groups)

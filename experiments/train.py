@@ -144,7 +144,10 @@ def _run(started: float) -> None:
       directory = workdir.Workdir(pathlib.Path(_WORKDIR.value))
       store = recipe.open_store(config, directory)
       place = stack.enter_context(_placed(config))
-      with _passing(place):  # the bucket may be back in a while
+      with (
+          cli.user_errors(*_failures()),
+          _passing(place),  # the bucket may be back in a while
+      ):
         naming = joining.naming(store, directory, values, place)
       setup = joining.restrict(recipe.build(config, only=place.policy), place)
       token = place.token or joining.token(_TOKEN_FILE.value, new=False)

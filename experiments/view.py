@@ -5,8 +5,9 @@ Commands:
   python -m experiments.view --bucket=gs://bucket/run
 
 The first writes WORKDIR/report/index.html and its curves. The second prints
-versions, members, replicas and leases; it only reads, also while a run is under
-way.
+versions, members, replicas and leases: how far each is behind the newest (lag),
+for whom a job waits, and how many keys lie in each folder. It only reads, also
+while a run is under way. A run's own bucket is WORKDIR/bucket.
 """
 
 import time
@@ -42,12 +43,18 @@ def _inspect() -> None:
   with cli.user_errors(ValueError, OSError):
     opened = store.open(url) if "://" in url else store.open_folder(url)
     found = bucket.look(opened, now=time.time())
+  if not (found.records or found.run):
+    cli.fail(f"--bucket={url}: nothing lies there")
   cli.say(bucket.text(found))
+  if "bucket" in found.records and not found.run:
+    cli.say(f"this is no bucket; a run's directory keeps one: {url}/bucket")
 
 
 def main() -> None:
   """Does what was asked for."""
-  if bool(flags.FLAGS.workdir) == bool(flags.FLAGS.bucket):
+  if flags.FLAGS.workdir and flags.FLAGS.bucket:
+    cli.fail("--workdir and --bucket: allowed: one of them")
+  if not (flags.FLAGS.workdir or flags.FLAGS.bucket):
     cli.fail("--workdir is required, or --bucket in its place")
   if flags.FLAGS.bucket:
     _inspect()

@@ -192,6 +192,9 @@ class Arrays:
       one = opened[name]
       if (one.shape, one.dtype.numpy_dtype) != (form.shape, form.dtype):
         raise atomic.CorruptError(f"{folder}/{name} is another array")
+      cut = one.chunk_layout.write_chunk.shape or ()
+      if any(n > most for n, most in zip(cut, form.chunk, strict=True)):
+        raise atomic.CorruptError(f"{folder}/{name} is cut otherwise")
     return opened
 
   def _fetch(

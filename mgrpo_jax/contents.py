@@ -83,7 +83,7 @@ def read(
   found: dict[str, Any] = {}
   try:
     before = held.find(digest, wanted)
-    if before is None or before.keys() != grids.keys():
+    if before is None or not _fits(before, grids):
       where = _base(store, manifest["policy"], number, digest, grids)
       before = _fetch(store, where, grids, wanted, lambda *_: None)
     with manifests.checker(manifest) as checker:
@@ -92,6 +92,8 @@ def read(
         found[name] = deltas.apply(before[name], words)
         checker.add(name, found[name])
 
+      if any(one.dtype.itemsize not in deltas.SIZES for one in grids.values()):
+        raise atomic.CorruptError("its arrays can have no differences")
       words = {name: deltas.words(grid) for name, grid in grids.items()}
       _fetch(store, path, words, _changed(wanted), change)
   except atomic.CorruptError as error:
@@ -101,6 +103,12 @@ def read(
     ) from error
   held.keep(digest, wanted, before)
   return found
+
+
+def _fits(arrays: Mapping[str, Any], grids: Mapping[str, Grid]) -> bool:
+  """Whether arrays have the forms that they should have."""
+  forms = {name: (one.shape, one.dtype) for name, one in arrays.items()}
+  return forms == {name: (one.shape, one.dtype) for name, one in grids.items()}
 
 
 def _base(

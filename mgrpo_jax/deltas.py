@@ -17,6 +17,8 @@ from mgrpo_jax.chunks import Grid, Parts
 
 Held = TypeVar("Held", np.ndarray, Parts)
 
+SIZES = (1, 2, 4, 8)  # bytes of an element; words are as wide
+
 
 def words(grid: Grid) -> Grid:
   """The form of differences between arrays of a form: unsigned, packed."""

@@ -20,18 +20,22 @@ def check_key(key: str) -> str:
   Raises:
     ValueError: it is not one.
   """
-  good = (
-      isinstance(key, str)
-      and len(key) <= MAX_KEY_BYTES
-      and not any(part.endswith(_LOCK) for part in key.split("/"))
-      and all(_SEGMENT.fullmatch(part) for part in key.split("/"))
-  )
-  if not good:
+  if not is_key(key):
     raise ValueError(
         f"key: {key!r} must be segments of letters, digits and ._@=+,- joined "
         f"by '/', none starting with a dot, at most {MAX_KEY_BYTES} bytes"
     )
   return key
+
+
+def is_key(key: str) -> bool:
+  """Whether a key is one that `check_key` lets pass."""
+  return (
+      isinstance(key, str)
+      and len(key) <= MAX_KEY_BYTES
+      and not any(part.endswith(_LOCK) for part in key.split("/"))
+      and all(_SEGMENT.fullmatch(part) for part in key.split("/"))
+  )
 
 
 def check_name(name: str, what: str) -> str:

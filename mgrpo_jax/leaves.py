@@ -82,7 +82,14 @@ def to_host(tree: Any) -> dict[str, np.ndarray]:
     if is_key(leaf):
       leaves[name] = jax.random.key_data(leaf)
   fetched = jax.device_get(leaves)
-  return {name: np.asarray(x, order="C") for name, x in fetched.items()}
+  return {
+      name: _native(np.asarray(x, order="C")) for name, x in fetched.items()
+  }
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+  """The same numbers in this machine's order of bytes, little-endian."""
+  return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def from_host(arrays: Mapping[str, Any], like: Any, *, what: str) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mgrpo_jax import atomic, chunks, leaves
 from mgrpo_jax.chunks import Grid, Parts
-from mgrpo_jax.keys import check_key
+from mgrpo_jax.keys import is_key
 from mgrpo_jax.types import PolicyVersion
 
 FORMAT = 3  # of whole versions
@@ -129,7 +129,14 @@ def parse(data: bytes, policy: str, number: int) -> dict[str, Any]:
       manifest = manifest | {"arrays": arrays}
     if _is_sound(manifest):
       return manifest
-  except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+  except (
+      AttributeError,
+      KeyError,
+      OverflowError,
+      SyntaxError,  # of a dtype
+      TypeError,
+      ValueError,
+  ):
     pass  # it was sealed by something that does not know the format
   raise atomic.CorruptError("the manifest does not describe its arrays")
 
@@ -249,23 +256,29 @@ def widened(
 
 def _is_sound(manifest: Mapping[str, Any]) -> bool:
   """Whether a manifest has what all readers need, of the kinds they expect."""
-  cuts = grids(manifest["arrays"])
   where = path(manifest["policy"], manifest["number"])
-  for name in cuts:
-    check_key(f"{where}/{name}")
-  rounded = {
-      name: np.dtype(x) for name, x in manifest.get("rounded", {}).items()
-  }
+  cuts, rounded = grids(manifest["arrays"]), manifest.get("rounded", {})
   return (
       isinstance(manifest["meta"], dict)
       and rounded.keys() <= cuts.keys()
+      and all(one == "float32" for one in rounded.values())
       and all(
-          min(grid.shape, default=0) >= 0
+          is_key(f"{where}/{name}")
+          and min(grid.shape, default=0) >= 0
           and min(grid.chunk, default=1) >= 1
-          and isinstance(manifest["arrays"][name]["digests"], list)
-          and len(manifest["arrays"][name]["digests"]) == len(grid)
+          and grid.dtype.kind not in "OSUMm"
+          and _are_digests(manifest["arrays"][name]["digests"], len(grid))
           for name, grid in cuts.items()
       )
+  )
+
+
+def _are_digests(value: Any, number: int) -> bool:
+  """Whether a value of JSON can be the digests of so many chunks."""
+  return (
+      isinstance(value, list)
+      and len(value) == number
+      and all(isinstance(one, str) for one in value)
   )
 
 

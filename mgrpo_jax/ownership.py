@@ -137,10 +137,11 @@ def _read(store: Store) -> dict[str, Any] | None:
   where = f"{store.url}/{KEY}"
   try:
     record = leaves.check_seal(json.loads(value))
-  except (ValueError, RecursionError, atomic.CorruptError) as error:
+    form, _ = record["format"], (record["run"], record["config"])
+  except (KeyError, ValueError, RecursionError, atomic.CorruptError) as error:
     raise atomic.CorruptError(
         f"{where} is damaged; remove it if the bucket is this run's"
     ) from error
-  if record["format"] != FORMAT:
-    raise TakenError(f"{where}: format {record['format']} is not {FORMAT}")
+  if form != FORMAT:
+    raise TakenError(f"{where}: format {form} is not {FORMAT}")
   return record

@@ -344,7 +344,7 @@ def _pointed(store: Store, policy: str, pointer: bytes) -> PolicyVersion:
     number, path, digest = None, "", ""
   if (
       type(number) is not int
-      or number < 0
+      or not 0 <= number < 2**63
       or path != manifests.path(policy, number)
       or type(digest) is not str
   ):

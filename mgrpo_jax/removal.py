@@ -1,6 +1,7 @@
 """Keys of the store that are being removed while other work goes on."""
 
 import functools
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ class Removal:
 
   def begin(self, keys: Sequence[str]) -> None:
     """Starts removing keys."""
-    self._pending += [(key, self._kvstore.write(key, None)) for key in keys]
+    self._pending += [(key, self._start(key)) for key in keys]
 
   def settle(self, wait: Callable[..., Any]) -> None:
     """Waits for all of them, and removes the folders this leaves empty.
@@ -38,11 +39,15 @@ class Removal:
     folders = set[str]()
     while self._pending:
       key, removal = self._pending.pop(0)
-      again = functools.partial(self._kvstore.write, key, None)
+      again = functools.partial(self._start, key)
       wait("delete", key, again, started=removal)
       folders.add(key.rpartition("/")[0])
     if self._root is not None:
       _remove_empty(self._root, folders)
+
+  def _start(self, key: str) -> ts.Future:
+    """Starts removing a key, which may be any that a listing gave."""
+    return self._kvstore.write(os.fsencode(key), None)
 
 
 def _remove_empty(root: pathlib.Path, folders: Iterable[str]) -> None:

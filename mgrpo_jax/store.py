@@ -18,7 +18,7 @@ import pathlib
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ import tensorstore as ts
 from mgrpo_jax import atomic, attempts, bucket, removal
 from mgrpo_jax.arrays import Arrays
 from mgrpo_jax.chunks import Grid
-from mgrpo_jax.keys import check_key
+from mgrpo_jax.keys import check_key, is_key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ class Store:
       StorageError: the store cannot be read.
       ValueError: the prefix is not a relative path.
     """
-    self._removal.begin(self.list(check_key(prefix)))
+    self._removal.begin(self._listed(check_key(prefix)))
 
   def settle(self) -> None:
     """Waits until everything discarded is gone.
@@ -170,12 +170,17 @@ class Store:
       prefix: folder without trailing slash; empty for everything.
 
     Returns:
-      Whole keys, sorted.
+      Whole keys, sorted. What other programs keep there under names that are no
+      keys, as `.nfs0001`, is not among them.
 
     Raises:
       StorageError: the store cannot be read.
       ValueError: the prefix is not a relative path.
     """
+    return [key for key in self._listed(prefix) if is_key(key)]
+
+  def _listed(self, prefix: str) -> Sequence[str]:
+    """Whatever lies below a folder; bytes that are no text are escaped."""
     folder = f"{check_key(prefix)}/" if prefix else ""
     # TensorStore strips its own folder from whatever a server lists, and some
     # servers list more than they were asked for: so whole keys are asked for.
@@ -187,7 +192,7 @@ class Store:
     if start:  # ending with '/', which '0' follows
       below = ts.KvStore.KeyRange(start, f"{start[:-1]}0")
     found = self._wait("list", prefix, lambda: where.list(below))
-    keys = (key.decode("utf-8") for key in found)
+    keys = (os.fsdecode(key) for key in found)
     return sorted(k.removeprefix(root) for k in keys if k.startswith(start))
 
   def taken(self, prefix: str) -> int | None:
@@ -208,7 +213,7 @@ class Store:
     total = 0
     for folder, _, names in os.walk(self._local / check_key(prefix)):
       for name in names:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
           total += os.stat(os.path.join(folder, name)).st_size
     return total
 
@@ -307,7 +312,7 @@ class Store:
 
   def _clear(self, prefix: str, folders: Iterable[str]) -> None:
     """Removes what lies in folders below a prefix."""
-    self._removal.begin(removal.below(self.list(prefix), folders))
+    self._removal.begin(removal.below(self._listed(prefix), folders))
     self.settle()
 
   def _keeps_conditions(self) -> bool:

@@ -93,14 +93,44 @@ def test_a_step_is_one_record(board, bucket):
 
 
 @pytest.mark.parametrize(
-    "change", [{"rollouts": []}, {"tasks": ["t", "t"]}, {"rollouts": [[], []]}]
+    "change",
+    [
+        {"rollouts": []},
+        {"tasks": ["t", "t"]},
+        {"tasks": None},
+        {"tasks": ["../x"]},
+        {"rollouts": None},
+        {"rollouts": [[], []]},
+        {"rollouts": [None, None]},
+        {"rollouts": [[["main", 0, -1]], [["main", 0, -1]]]},
+        {"rollouts": [[["main", 0, -1, 0, 99, 0, 0] + [0.0] * 6]] * 2},
+    ],
 )
-def test_a_step_with_too_few_rollouts_is_damaged(board, bucket, change):
+def test_a_step_that_is_none_is_damaged(board, bucket, change):
   made, scores = played(0)
   board.announce(5, [made], [scores])
   rewritten(bucket, "steps/5.json", change)
-  with pytest.raises(CorruptError, match="steps/5.json|has no root"):
+  with pytest.raises(CorruptError, match="steps/5.json is damaged"):
     board.step(5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"families": None},
+        {"families": {"place": {"correct": 1}}},
+        {"families": {"place": {"correct": "1", "n": 2, "failed": 0}}},
+        {"tokens": None},
+        {"tokens": {"main": "many"}},
+    ],
+)
+def test_an_evaluation_that_is_none_is_damaged(board, bucket, change):
+  parts = {"place": Accuracy(correct=2, n=5, failed=1)}
+  found = Evaluation(overall=parts["place"], by_family=parts, groups=())
+  board.write_evaluation("dev", 3, found, {"main": 7})
+  rewritten(bucket, "evaluations/dev/3.json", change)
+  with pytest.raises(CorruptError, match="evaluations/dev/3.json is damaged"):
+    board.evaluation("dev", 3)
 
 
 def test_a_step_of_an_older_version_is_told(board, bucket):

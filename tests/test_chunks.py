@@ -138,6 +138,33 @@ def test_an_array_that_is_said_to_be_huge_takes_no_memory(tmp_path, size):
   assert "v1/w is another array" in found.skipped[0]
 
 
+@pytest.mark.parametrize("chunk", [[1 << 28], [1 << 40], [5]])
+def test_an_array_whose_chunks_are_said_to_be_huge_is_not_read(tmp_path, chunk):
+  """TensorStore would take memory for a chunk, and end the process."""
+  bucket = store.open_folder(tmp_path)
+  weights = {"w": np.ones(4, np.float32)}
+  for number in range(2):
+    publish.publish(bucket, "main", number, weights, keep=2, meta={})
+  where = tmp_path / "policies/main/v1/w/zarr.json"
+  said = json.loads(where.read_text())
+  said["chunk_grid"]["configuration"]["chunk_shape"] = chunk
+  where.write_text(json.dumps(said))
+  found = publish.read(bucket, "main", "latest", like=weights)
+  assert found.version.number == 0
+  assert "v1/w is cut otherwise" in found.skipped[0]
+  publish.publish(bucket, "main", 1, weights, keep=2, meta={})  # anew
+  assert publish.read(bucket, "main", 1, like=weights).skipped == ()
+
+
+def test_numbers_of_another_order_of_bytes_are_read_as_they_were(tmp_path):
+  bucket = store.open_folder(tmp_path)
+  weights = {"w": np.arange(4, dtype=">f4")}
+  publish.publish(bucket, "main", 0, weights, keep=1, meta={})
+  like = {"w": np.zeros(4, np.float32)}
+  found = publish.read(bucket, "main", 0, like=like)
+  np.testing.assert_array_equal(found.params["w"], weights["w"])
+
+
 def test_many_arrays_are_read_into_memory_that_jax_takes(tmp_path):
   rng = np.random.default_rng(0)
   arrays = {

@@ -122,6 +122,11 @@ def test_a_format_of_tomorrow_is_refused_in_one_line(bucket):
         {"arrays": {"embed": MINUS}},
         {"arrays": {"../embed": MINUS}},
         {"arrays": {"": MINUS}},
+        {"arrays": {"é": MINUS}},
+        {"arrays": {"embed": {"dtype": "(1,"}}},
+        {"arrays": {"embed": {"dtype": "S3"}}},
+        {"arrays": {"embed": {"digests": [1]}}},
+        {"rounded": {"embed": "int8"}},
         {"meta": None},
         {"meta": 1},
         {"rounded": ["embed"]},
@@ -155,3 +160,11 @@ def test_what_lacks_a_part_is_told(bucket, name):
   write_manifest(bucket, 0, body)
   with pytest.raises((atomic.CorruptError, atomic.MismatchError)):
     publish.read(bucket, "main", 0, like=LIKE)
+
+
+@pytest.mark.parametrize("number", [10**600, 2**63])
+def test_a_pointer_beyond_all_numbers_is_corrupt(bucket, number):
+  put(bucket, 0)
+  told = {"number": number, "path": f"policies/main/v{number}", "digest": ""}
+  bucket.put("policies/main/LATEST", json.dumps(told).encode())
+  assert read(bucket).version.number == 0

@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import pathlib
 import subprocess
 import sys
@@ -541,3 +542,20 @@ def test_a_killed_publisher_leaves_whole_versions(tmp_path, what):
   bucket.settle()
   left = {key.split("/")[2] for key in bucket.list("policies")}
   assert left == {"LATEST", f"v{10**6}"}  # no half-written rest stays
+
+
+def test_what_other_programs_leave_there_harms_nobody(bucket, tmp_path):
+  put(bucket, 0)
+  root = os.fsencode(tmp_path / "policies/main")
+  os.makedirs(root + b"/leases/v0")
+  strays = [b"/leases/v0/.nfs0001", b"/v0/.DS_Store", b"/v0/a b", b"/v0/\xff"]
+  for stray in strays:
+    with open(root + stray, "wb") as file:
+      file.write(b"x")
+  assert all(key.isascii() and "/." not in key for key in bucket.list())
+  for number in range(1, 3):
+    put(bucket, number, keep=1)
+  bucket.settle()
+  assert publish.versions(bucket, "main") == [2]
+  assert read(bucket).version.number == 2
+  assert not os.path.exists(root + b"/v0")  # with all that lay there

@@ -10,7 +10,7 @@ import uuid
 import killed
 import pytest
 
-from mgrpo_jax import bases, ownership, publish, store
+from mgrpo_jax import atomic, bases, ownership, publish, store
 from mgrpo_jax.report import bucket
 
 NOW = 1_800_000_000.0
@@ -54,14 +54,23 @@ def test_versions_members_and_leases_are_told(full):
   assert {(row["age"], row["arrays"]) for row in rows} == {("5 min", 4)}
   by_policy = {member["policy"]: member for member in found.members}
   assert by_policy["main"]["heartbeat"] == "5 s ago"
-  assert by_policy["main"]["lag"] == "1 steps"
+  assert by_policy["main"]["lag"] == "1 step"
   assert by_policy["researcher"]["lag"] == "0 versions"
   (helper,) = found.replicas
-  assert (helper["id"], helper["lag"]) == ("a1", "1 versions")
+  assert (helper["id"], helper["lag"]) == ("a1", "1 version")
   baseline, replica = found.leases
   assert (baseline["left"], baseline["lag"]) == ("for good", "2 versions")
-  assert (replica["left"], replica["lag"]) == ("over (4 min ago)", "1 versions")
+  assert (replica["left"], replica["lag"]) == ("over (4 min ago)", "1 version")
   assert found.records["steps"] == 3
+
+
+def test_who_waits_for_whom_is_told(full):
+  told = {"waits": "researcher", "wanted": "to have done 1 steps", "ready": -1}
+  full.put("members/main/0.json", json.dumps(told).encode())
+  rows = {row["policy"]: row for row in bucket.look(full, now=NOW).members}
+  assert rows["main"]["lag"] == "not ready"
+  assert rows["main"]["waits for"] == "researcher to have done 1 steps"
+  assert rows["researcher"]["waits for"] == ""
 
 
 def test_differences_are_told_from_whole_versions(full, tmp_path):
@@ -150,3 +159,38 @@ def test_the_command_prints_it(full):
   done = subprocess.run(command, capture_output=True, text=True, timeout=120)
   assert done.returncode == 2
   assert done.stderr.count("\n") == 1 and "must start with" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        {"shape": [10**400], "dtype": "float32"},
+        {"shape": ["a", 10**11], "dtype": "float32"},
+        {"shape": [[0], 10**10], "dtype": "float32"},
+        {"shape": [4], "dtype": "(1,"},
+    ],
+)
+def test_nonsense_in_a_manifest_is_no_size(full, one):
+  value = json.dumps({"arrays": {"w": one}}).encode()
+  full.put("policies/main/v3/manifest.json", value)
+  rows = bucket.look(full, now=NOW).versions["main"]
+  assert [row["bytes"] for row in rows][-1] == "?"
+
+
+def test_what_cannot_be_read_is_named_beside_the_rest(full, monkeypatch):
+  straight = full.get
+
+  def get(key):
+    if key == "policies/main/LATEST":
+      raise atomic.StorageError(f"cannot read {key}: permission denied")
+    return straight(key)
+
+  monkeypatch.setattr(full, "get", get)
+  found = bucket.look(full, now=NOW)
+  assert "cannot read policies/main/LATEST: permission denied" in found.damaged
+  assert len(found.versions["main"]) == 4
+
+
+def test_a_run_s_name_moves_no_cursor(full):
+  full.put("run.json", b'{"run": "\\u001b[31mred"}')
+  assert "\x1b" not in bucket.text(bucket.look(full, now=NOW))

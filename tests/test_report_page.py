@@ -205,6 +205,7 @@ def test_ticks_are_few_round_and_within(low, width, count):
         (38_400, "38.4k"),
         (2.1e6, "2.1M"),
         (3e-7, "3e-07"),
+        (1.5e-5, "1.5e-05"),
         (-0.5, "-0.5"),
     ],
 )

@@ -14,16 +14,17 @@ not undo a later one; the leader keeps what it told since its oldest checkpoint
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mgrpo_jax import atomic, leaves
 from mgrpo_jax.decoupled import spool, wire
 from mgrpo_jax.evaluate import Evaluation
+from mgrpo_jax.keys import check_name
 from mgrpo_jax.metrics import Accuracy
 from mgrpo_jax.rewards import Scores
 from mgrpo_jax.store import Store
@@ -177,19 +178,21 @@ class Board:
           f"{self._store.url}/{_step(step)} is of a run that an older version"
           " began: give another bucket and run directory"
       )
-    tasks: list[str] = found["tasks"]
-    rollouts = found["rollouts"]
-    if len(rollouts) != len(tasks) * self._num:
-      raise atomic.CorruptError(
-          f"{self._store.url}/{_step(step)} is damaged: {len(tasks)} tasks have"
-          f" {len(rollouts)} rollouts, not {self._num} each"
-      )
-    return [
-        _told(
-            task, tasks[:b].count(task), rollouts[b * self._num :][: self._num]
+    with self._damaged(_step(step)):
+      tasks, rollouts = list(found["tasks"]), list(found["rollouts"])
+      if len(rollouts) != len(tasks) * self._num:
+        raise ValueError(
+            f"{len(tasks)} tasks have {len(rollouts)} rollouts, not"
+            f" {self._num} each"
         )
-        for b, task in enumerate(tasks)
-    ]
+      return [
+          _told(
+              check_name(task, "task"),
+              tasks[:b].count(task),
+              rollouts[b * self._num :][: self._num],
+          )
+          for b, task in enumerate(tasks)
+      ]
 
   def write_evaluation(
       self, split: str, done: int, found: Evaluation, tokens: Mapping[str, int]
@@ -212,17 +215,22 @@ class Board:
       self, split: str, done: int
   ) -> tuple[Evaluation, dict[str, int]] | None:
     """Reads what `write_evaluation` wrote; None where it has not yet."""
-    record = self._read(f"evaluations/{split}/{done}.json")
-    if record is None:
+    key = f"evaluations/{split}/{done}.json"
+    if (record := self._read(key)) is None:
       return None
-    parts = {n: Accuracy(**part) for n, part in record["families"].items()}
-    counts: collections.Counter[str] = collections.Counter()
-    for part in record["families"].values():
-      counts.update(part)
-    names = [field.name for field in dataclasses.fields(Accuracy)]
-    overall = Accuracy(**{name: counts[name] for name in names})
-    found = Evaluation(overall=overall, by_family=parts, groups=())
-    return found, record["tokens"]
+    with self._damaged(key):
+      parts = {n: Accuracy(**part) for n, part in record["families"].items()}
+      overall = Accuracy(
+          **{
+              field.name: sum(
+                  getattr(one, field.name) for one in parts.values()
+              )
+              for field in dataclasses.fields(Accuracy)
+          }
+      )
+      found = Evaluation(overall=overall, by_family=parts, groups=())
+      tokens = {name: int(n) for name, n in record["tokens"].items()}
+    return found, tokens
 
   def write_stats(
       self, role: str, step: int, values: Mapping[str, float]
@@ -239,9 +247,22 @@ class Board:
     value = self._store.get(key)
     if value is None:
       return None
-    try:
+    with self._damaged(key):
       return leaves.check_seal(json.loads(value))
-    except (ValueError, RecursionError, atomic.CorruptError) as error:
+
+  @contextlib.contextmanager
+  def _damaged(self, key: str) -> Iterator[None]:
+    """Says which record is none, where it cannot be read."""
+    try:
+      yield
+    except (
+        AttributeError,
+        KeyError,
+        RecursionError,
+        TypeError,
+        ValueError,
+        atomic.CorruptError,
+    ) as error:
       raise atomic.CorruptError(
           f"{self._store.url}/{key} is damaged: {error}"
       ) from error
@@ -303,7 +324,7 @@ def _told(task: str, repetition: int, told: Sequence[Any]) -> Told:
       calls.append(wire.stub(fields, _NOTHING))
       rows.append(row)
     if not calls or calls[0].parent != NO_PARENT:
-      raise atomic.CorruptError(f"rollout {k} of task {task} has no root")
+      raise ValueError(f"rollout {k} of task {task} has no root")
     rollouts.append(tuple(calls))
   return Told(
       task=task,

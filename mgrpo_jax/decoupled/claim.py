@@ -64,8 +64,27 @@ def home_of(path: pathlib.Path) -> Home:
   found = atomic.read_json(file)
   if not isinstance(found, dict) or not isinstance(found.get("home"), str):
     raise atomic.CorruptError(f"{file}: no id of a job's run directory")
-  place = f"{socket.gethostname()}:{path.absolute()}"
-  return Home(id=found["home"], place=place)
+  return Home(id=found["home"], place=_place_of(path))
+
+
+def check_new(
+    store: Store, *, policy: str, key: str, path: pathlib.Path
+) -> None:
+  """Sees that a new run directory may take a job, and changes nothing.
+
+  Args:
+    store: the bucket.
+    policy: of the job.
+    key: of the record.
+    path: of the directory that is to be made.
+
+  Raises:
+    ClaimedError: another run directory has trained the policy.
+    StorageError: the bucket cannot be read.
+  """
+  found = store.read(key)
+  if found.value is not None:
+    _check_untrained(store, policy, found, _place_of(path))
 
 
 class Claim:
@@ -154,7 +173,7 @@ class Claim:
         return found
       before, beat = beat, (told["incarnation"], told["beat"]) if told else beat
       if before is None:
-        self._check_untrained(found)
+        _check_untrained(self._store, self._policy, found, self._home.place)
       if before is not None and beat != before:
         raise ClaimedError(
             f"the job of policy {self._policy!r} runs already, from"
@@ -163,7 +182,7 @@ class Claim:
         )
       silent = time.monotonic() - since
       if silent > self._patience:
-        self._check_untrained(found)
+        _check_untrained(self._store, self._policy, found, self._home.place)
         return found  # unless it changes before ours is written
       if silent > tell_at:
         tell_at *= 2
@@ -174,18 +193,6 @@ class Claim:
         )
       time.sleep(min(self._every, _LOOK))
 
-  def _check_untrained(self, found: Record) -> None:
-    """Raises where this directory would replace what another one trained."""
-    latest = publish.latest(self._store, self._policy)
-    newest = 0 if latest is None else latest.number
-    if newest > 0:
-      raise ClaimedError(
-          f"policy {self._policy!r} was trained to version {newest} in"
-          f" {self._store.url} from {_place(found)}, which this run directory,"
-          f" {self._home.place}, cannot continue: give that one, or another"
-          " bucket"
-      )
-
   def _lost(self, found: Record) -> ClaimedError:
     """What is told when another process has taken the claim."""
     return ClaimedError(
@@ -193,6 +200,25 @@ class Claim:
         f" runs from {_place(found)}; this one, from {self._home.place}, ends"
         " and publishes nothing more"
     )
+
+
+def _check_untrained(
+    store: Store, policy: str, found: Record, place: str
+) -> None:
+  """Raises where a directory would replace what another one trained."""
+  latest = publish.latest(store, policy)
+  newest = 0 if latest is None else latest.number
+  if newest > 0:
+    raise ClaimedError(
+        f"policy {policy!r} was trained to version {newest} in {store.url} from"
+        f" {_place(found)}, which this run directory, {place}, cannot continue:"
+        " give that one, or another bucket"
+    )
+
+
+def _place_of(path: pathlib.Path) -> str:
+  """A run directory's host and path, for people."""
+  return f"{socket.gethostname()}:{path.absolute()}"
 
 
 def _told(value: bytes | None) -> dict[str, Any]:

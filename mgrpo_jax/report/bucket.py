@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import json
 import math
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from mgrpo_jax import leases
+from mgrpo_jax.atomic import StorageError
+from mgrpo_jax.decoupled import members as joined
 from mgrpo_jax.store import Store
 
 _MOST = 1e15  # of counts and seconds
@@ -62,7 +65,11 @@ class _Reader:
 
   def read(self, key: str) -> dict[str, Any]:
     """Returns a record; empty where there is none, or none that parses."""
-    value = self.store.get(key)
+    try:
+      value = self.store.get(key)
+    except StorageError as error:
+      self.damaged.append(str(error))
+      return {}
     if value is None:
       return {}
     try:
@@ -133,7 +140,7 @@ def look(store: Store, *, now: float) -> Bucket:
 
 def text(found: Bucket) -> str:
   """Returns what was found as lines for a terminal."""
-  run = found.run.get("run", "nobody's yet")
+  run = _cell(found.run.get("run", "nobody's yet"))
   lines = [f"{found.url}: run {run}"]
   for policy, rows in sorted(found.versions.items()):
     lines.append(f"\npolicy {policy}")
@@ -143,7 +150,7 @@ def text(found: Bucket) -> str:
       (
           "members",
           found.members,
-          ("policy", "process", "address", "heartbeat", "lag"),
+          ("policy", "process", "address", "heartbeat", "lag", "waits for"),
       ),
       (
           "replicas",
@@ -167,14 +174,15 @@ def _version(
   """Describes one version by its manifest."""
   manifest = reader.read(key)
   arrays, base = manifest.get("arrays"), manifest.get("base")
-  size = math.nan
+  size: int | None = None
   try:
     described = dict(arrays or {})
     size = sum(
-        math.prod(one["shape"]) * np.dtype(one["dtype"]).itemsize
+        math.prod(map(operator.index, one["shape"]))
+        * np.dtype(one["dtype"]).itemsize
         for one in described.values()
     )
-  except (TypeError, ValueError, KeyError):
+  except (KeyError, SyntaxError, TypeError, ValueError):
     described = {}
     reader.damaged.append(f"{key} does not describe arrays")
   folder = key.removesuffix("/manifest.json")
@@ -187,7 +195,7 @@ def _version(
       "number": number,
       "age": _seconds(now - when),
       "kind": kind,
-      "bytes": "?" if math.isnan(size) else f"{size:,}",
+      "bytes": "?" if size is None or size >= _MOST else f"{size:,}",
       "stored": "?" if stored is None else f"{stored:,}",
       "arrays": len(described),
   }
@@ -202,8 +210,9 @@ def _lease(
 ) -> dict[str, Any]:
   """Describes one lease."""
   policy, number, holder = parts
-  end = leases.until(reader.store.get(key) or b"")
-  if math.isnan(end):
+  before = len(reader.damaged)
+  end = leases.until(json.dumps(reader.read(key)).encode())
+  if math.isnan(end) and len(reader.damaged) == before:
     reader.damaged.append(f"{key} does not say until when")
   left = "for good" if end == math.inf else _seconds(end - now)
   return {
@@ -211,7 +220,7 @@ def _lease(
       "number": int(number),
       "holder": holder,
       "left": left if not end < now else f"over ({_seconds(now - end)} ago)",
-      "lag": _lag(latest.get(policy), int(number), "versions"),
+      "lag": _lag(latest.get(policy), int(number), "version"),
   }
 
 
@@ -221,13 +230,17 @@ def _member(
   """Describes one process by what it says of itself."""
   lag = "?"
   if "version" in told:
-    lag = _lag(latest, told["version"], "versions")
+    lag = _lag(latest, told["version"], "version")
+  elif told.get("ready") == joined.NOT_READY:
+    lag = "not ready"
   elif "ready" in told:
-    lag = _lag(steps, told["ready"], "steps")
+    lag = _lag(steps, told["ready"], "step")
+  waits = f"{told.get('waits', '')} {told.get('wanted', '')}".strip()
   return {
       "address": str(told.get("address", "?"))[:60],
       "heartbeat": f"{_seconds(now - _number(told.get('time')))} ago",
       "lag": lag,
+      "waits for": waits[:80],
   }
 
 
@@ -236,7 +249,8 @@ def _lag(newest: Any, at: Any, unit: str) -> str:
   behind = _number(newest) - _number(at)
   if math.isnan(behind):
     return "?"
-  return f"{max(0, int(behind))} {unit}"
+  number = max(0, int(behind))
+  return f"{number} {unit}{'s' * (number != 1)}"
 
 
 def _number(value: Any) -> float:

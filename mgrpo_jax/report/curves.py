@@ -295,7 +295,8 @@ def short(value: float) -> str:
   if size == 0:
     return "0"
   if size < 1e-3:
-    return f"{value:.0e}"
+    digits, power = f"{value:.1e}".split("e")  # ticks are halves of others
+    return f"{float(digits):g}e{power}"
   for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
     if size >= limit:
       scale = 1e3 if unit == "k" else limit
