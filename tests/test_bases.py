@@ -247,3 +247,13 @@ def test_who_keeps_a_base_is_not_misled_about_its_arrays(bucket):
 def test_how_many_are_whole_is_checked(every):
   with pytest.raises(ValueError, match="whole_every: .* at least 1"):
     Bases(every)
+
+
+def test_what_has_no_words_of_its_size_is_always_whole(bucket):
+  held = Bases(9)
+  weights = {"w": np.ones(4, np.complex128)}
+  for number in range(3):
+    publish.publish(
+        bucket, "main", number, weights, keep=9, meta={}, bases=held
+    )
+  assert [base_of(bucket, n) for n in range(3)] == [None] * 3

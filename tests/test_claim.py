@@ -79,6 +79,24 @@ def test_what_another_run_directory_trained_is_not_replaced(bucket):
   assert publish.versions(bucket, "sub") == [1, 2]
 
 
+def test_a_directory_that_cannot_have_the_job_is_not_made(bucket, tmp_path):
+  """Else it would stand there, of a bucket that is not its own."""
+  key = members.key("sub")
+
+  def check():
+    claim.check_new(bucket, policy="sub", key=key, path=tmp_path / "new")
+
+  check()  # nobody has it
+  with heart(bucket, OTHERS):
+    pass
+  check()  # somebody has, who has trained nothing
+  for number in range(2):
+    publish.publish(bucket, "sub", number, killed.tree(number), keep=2, meta={})
+  with pytest.raises(ClaimedError, match="from there:/other.*:.*/new, cannot"):
+    check()
+  assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("swaps", [True, False])
 def test_who_lost_the_job_is_told_and_may_write_no_more(
     bucket, monkeypatch, swaps

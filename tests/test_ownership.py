@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from mgrpo_jax import atomic, ownership, store, workdir
+from mgrpo_jax import atomic, leaves, ownership, store, workdir
 
 CONFIG = {"seed": 0}
 
@@ -72,3 +72,12 @@ def test_a_damaged_id_is_named(tmp_path, damage):
   (tmp_path / "run_id.json").write_text(damage)
   with pytest.raises(atomic.CorruptError, match="run_id.json"):
     workdir.Workdir(tmp_path).read_id()
+
+
+@pytest.mark.parametrize("body", [{}, {"format": 1}, {"format": 1, "run": "a"}])
+def test_a_sealed_record_that_is_none_is_named(bucket, body):
+  bucket.put("run.json", json.dumps(leaves.seal(body)).encode())
+  with pytest.raises(atomic.CorruptError, match="run.json is damaged"):
+    ownership.check(bucket, "one")
+  with pytest.raises(atomic.CorruptError, match="run.json is damaged"):
+    ownership.found(bucket, CONFIG)

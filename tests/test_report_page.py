@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from test_report import HOSTILE, make_group, make_trajectory, pieces_of, write
 
-from mgrpo_jax import metrics, types
+from mgrpo_jax import metrics, store, types
 from mgrpo_jax.report import browse, curves, page, png, text, writer
 from mgrpo_jax.workdir import NotARunError
 
@@ -500,12 +500,26 @@ def test_what_is_not_a_run_is_refused_before_anything_is_written(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_view_ends_with_code_2_and_one_line_on_misuse(tmp_path, given):
-  done = view(*[f"--workdir={tmp_path / 'nowhere'}"] * given)
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--workdir=nowhere"], "nowhere"),
+        ([], "--workdir is required"),
+        (["--workdir=a", "--bucket=b"], "allowed: one of them"),
+        (["--bucket=nowhere"], "--bucket=nowhere: nothing lies there"),
+    ],
+)
+def test_view_ends_with_code_2_and_one_line_on_misuse(flags, told):
+  done = view(*flags)
   assert done.returncode == 2
   assert done.stdout == "" and len(done.stderr.splitlines()) == 1
-  assert ("nowhere" if given else "--workdir is required") in done.stderr
+  assert told in done.stderr
+
+
+def test_view_knows_a_run_from_a_bucket(tmp_path):
+  store.open_folder(tmp_path / "bucket").put("steps/0.json", b"{}")
+  last = view(f"--bucket={tmp_path}").stdout.splitlines()[-1]
+  assert last.endswith(f"a run's directory keeps one: {tmp_path}/bucket")
 
 
 @pytest.mark.skipif(
