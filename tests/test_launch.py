@@ -176,7 +176,9 @@ def test_a_job_is_started_again_unless_its_command_is_wrong(
   log = (tmp_path / "jobs/researcher.log").read_text()
   assert log.count("$ ") == starts
   assert signals.is_set() == ends
-  assert len(said) == (starts if ends else 0)
+  where, *ended = said
+  assert where.endswith(f"prints to {tmp_path}/jobs/researcher.log")
+  assert len(ended) == (starts if ends else 0)
 
 
 def test_a_job_that_is_cut_off_is_told(monkeypatch, others):
@@ -192,7 +194,8 @@ def test_no_job_is_doubled(tmp_path, monkeypatch, others):
   said, folder = [], tmp_path / "jobs/researcher"
   with others("pass", said):
     pass
-  assert not said and not folder.exists()
+  assert len(said) == 1 and f"runs in {folder}" in said.pop()
+  assert not folder.exists()
   with atomic.exclusive(folder / workdir.LOCK_FILE):
     with pytest.raises(atomic.StorageError, match="researcher is in use"):
       with others("pass", said):
