@@ -124,14 +124,19 @@ def test_an_array_of_another_form_is_not_read(tmp_path):
       bucket.read_arrays("v", ["w"], forms={"w": other})
 
 
-@pytest.mark.parametrize("size", [1 << 45, 1 << 62])  # no memory is so large
-def test_an_array_that_is_said_to_be_huge_takes_no_memory(tmp_path, size):
-  bucket = store.open_folder(tmp_path)
+def described(folder):
+  """A bucket of two versions; where and what is said of the second's array."""
+  bucket = store.open_folder(folder)
   weights = {"w": np.ones(4, np.float32)}
   for number in range(2):
     publish.publish(bucket, "main", number, weights, keep=2, meta={})
-  where = tmp_path / "policies/main/v1/w/zarr.json"
-  said = json.loads(where.read_text())
+  where = folder / "policies/main/v1/w/zarr.json"
+  return bucket, weights, where, json.loads(where.read_text())
+
+
+@pytest.mark.parametrize("size", [1 << 45, 1 << 62])  # no memory is so large
+def test_an_array_that_is_said_to_be_huge_takes_no_memory(tmp_path, size):
+  bucket, weights, where, said = described(tmp_path)
   where.write_text(json.dumps(said | {"shape": [size]}))
   found = publish.read(bucket, "main", "latest", like=weights)
   assert found.version.number == 0
@@ -141,12 +146,7 @@ def test_an_array_that_is_said_to_be_huge_takes_no_memory(tmp_path, size):
 @pytest.mark.parametrize("chunk", [[1 << 28], [1 << 40], [5]])
 def test_an_array_whose_chunks_are_said_to_be_huge_is_not_read(tmp_path, chunk):
   """TensorStore would take memory for a chunk, and end the process."""
-  bucket = store.open_folder(tmp_path)
-  weights = {"w": np.ones(4, np.float32)}
-  for number in range(2):
-    publish.publish(bucket, "main", number, weights, keep=2, meta={})
-  where = tmp_path / "policies/main/v1/w/zarr.json"
-  said = json.loads(where.read_text())
+  bucket, weights, where, said = described(tmp_path)
   said["chunk_grid"]["configuration"]["chunk_shape"] = chunk
   where.write_text(json.dumps(said))
   found = publish.read(bucket, "main", "latest", like=weights)
