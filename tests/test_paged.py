@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mgrpo_jax import sharding
-from mgrpo_jax.policy import cache, paged, params
+from mgrpo_jax.policy import online, paged, params
 from mgrpo_jax.policy.config import Execution
 from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.sampler.engine import Engine
@@ -44,7 +44,7 @@ def drawn(seed, slots, heads, group, length, head_dim):
 
 def by_blocks(query, keys, values, lengths):
   positions = jnp.maximum(lengths, 1)[:, None]
-  return cache.attend_cached(
+  return online.attend_cached(
       query, (keys,), (values,), lengths, lambda block: block,
       positions=positions, window=0,
   )  # fmt: skip
@@ -79,8 +79,8 @@ def test_the_kernel_attends_as_blocks_do(slots, heads, group, length, head_dim):
   assert (np.asarray(actual.values)[~some] == 0).all()
   own = jnp.ones((slots, heads, 1, head_dim), jnp.bfloat16)
   seen = jnp.ones((slots, 1, 1), bool)
-  after = cache.attend(actual, query, own, own, seen)
-  mean = cache.attended(after, jnp.float32)
+  after = online.attend(actual, query, own, own, seen)
+  mean = online.attended(after, jnp.float32)
   np.testing.assert_allclose(mean[~some], 1.0, atol=1e-6)
 
 

@@ -5,7 +5,7 @@ slots, `decode` samples a few tokens for all of them.
 
 A stream's numbers depend on that stream only, bit for bit on the CPU, whatever
 stands in the other slots. Three rules keep it so. Every product has a fixed
-shape. Cache that a stream does not fill adds exact zeros (`policy.cache`). And
+shape. Cache that a stream does not fill adds exact zeros (`policy.online`). And
 the tokens of a visit are kept beside the cache until the visit ends: how a
 stream's sums are associated follows from where its own visits began, and a
 request always begins with a visit.
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mgrpo_jax.policy import cache as caching
-from mgrpo_jax.policy import paged, sampling, transformer
+from mgrpo_jax.policy import online, paged, sampling, transformer
 from mgrpo_jax.policy.cache import Blocks, KVCache
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import Params
@@ -106,7 +106,7 @@ def prefill(
     )
     keys.append(caching.heads_first(key))
     values.append(caching.heads_first(value))
-    part = caching.attend_cached(
+    part = online.attend_cached(
         query,
         cache.keys[index],
         cache.values[index],
@@ -117,10 +117,10 @@ def prefill(
     )
     near = (
         positions[:, None]
-        >= caching.seen_from(positions, window=window)[:, :, None]
+        >= online.seen_from(positions, window=window)[:, :, None]
     )
-    part = caching.attend(part, query, keys[-1], values[-1], causal & near)
-    mean = paged.narrowed(caching.attended(part, x.dtype), config=config)
+    part = online.attend(part, query, keys[-1], values[-1], causal & near)
+    mean = paged.narrowed(online.attended(part, x.dtype), config=config)
     x = transformer.finish(layer, x, mean, config=config)
   return caching.write(cache, keys, values, slots, starts, lengths)
 
@@ -300,12 +300,12 @@ def _attend_cached(
     positions: Int[Array, "R 1"],
     window: int,
     config: TransformerConfig,
-) -> caching.Partial:
+) -> online.Partial:
   """Attends to what each slot has cached, block by block or by a kernel."""
   kernel = config.execution.decode_attention
   if kernel is not None:
     return kernel(query, keys, values, lengths, window=window)
-  return caching.attend_cached(
+  return online.attend_cached(
       query,
       keys,
       values,
@@ -352,10 +352,10 @@ def _forward(
         window=window,
         config=config,
     )
-    first = caching.seen_from(positions, window=window)
+    first = online.seen_from(positions, window=window)
     seen = (own <= positions[:, :, None]) & (own >= first[:, :, None])
-    part = caching.attend(part, query, keys[index], values[index], seen)
-    mean = paged.narrowed(caching.attended(part, x.dtype), config=config)
+    part = online.attend(part, query, keys[index], values[index], seen)
+    mean = paged.narrowed(online.attended(part, x.dtype), config=config)
     x = transformer.finish(layer, x, mean, config=config)
   visit = dataclasses.replace(visit, keys=tuple(keys), values=tuple(values))
   return visit, transformer.rms_norm(x, params.final_norm, config=config)

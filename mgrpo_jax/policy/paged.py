@@ -2,7 +2,7 @@
 
     m = max_c s_c,   z = Σ_c e^(s_c - m),   o = Σ_c e^(s_c - m) v_c
 
-over the tokens c that a stream has cached, s_c = q · k_c: what `cache.attend`
+over the tokens c that a stream has cached, s_c = q · k_c: what `online.attend`
 goes on from. The kernel fetches a stream's pages while it computes the ones
 before, and none beyond its end; scores never leave the chip.
 
@@ -24,8 +24,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mgrpo_jax.policy.attention import MASKED
-from mgrpo_jax.policy.cache import Blocks, Partial
+from mgrpo_jax.policy.cache import Blocks
 from mgrpo_jax.policy.config import TransformerConfig
+from mgrpo_jax.policy.online import Partial
 
 PAGES = (128, 64, 32, 16)  # tokens of a page; the largest that divides a block
 FETCHED = 4  # pages at most that are fetched and computed together
@@ -54,7 +55,7 @@ def attend(
     interpret: simulates a TPU, anywhere, slowly.
 
   Returns:
-    An attention to go on with, see `cache.attend`.
+    An attention to go on with, see `online.attend`.
 
   Raises:
     ValueError: the kernel cannot do it, saying what it needs.

@@ -50,6 +50,7 @@ PURE = (
     "policy.attention",
     "policy.cache",
     "policy.decode",
+    "policy.online",
     "policy.paged",
     "policy.filters",
     "policy.sampling",

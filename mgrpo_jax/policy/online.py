@@ -1,0 +1,179 @@
+"""Attention to a cache, block by block.
+
+A layer's blocks are attended one after another by an online softmax. A block
+beyond a stream's end multiplies by exp(0) and adds 0, so whether it is
+computed, or skipped because no stream needs it, does not change a bit of the
+result.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mgrpo_jax.policy.attention import MASKED
+from mgrpo_jax.policy.cache import Blocks
+
+
+@flax.struct.dataclass
+class Partial:
+  """An attention under way, see `attend`."""
+
+  peak: jax.Array  # [P, Hkv, G, T] float32, m
+  total: jax.Array  # [P, Hkv, G, T] float32, z
+  values: jax.Array  # [P, Hkv, G, T, D] float32, o
+
+
+def attend_cached(
+    query: Float[Array, "P T Hkv G D"],
+    keys: Blocks,
+    values: Blocks,
+    lengths: Int[Array, " P"],
+    rows: Callable[[Array], Array],
+    *,
+    positions: Int[Array, "P T"],
+    window: int,
+) -> Partial:
+  """Attends to cached tokens, skipping blocks that no row needs.
+
+  Args:
+    query: of P rows, scaled, grouped by the key head they share.
+    keys: a layer's blocks.
+    values: a layer's blocks.
+    lengths: [P] int32, tokens in the row's cache; 0 where it sees none.
+    rows: picks the P rows out of a block's S slots.
+    positions: [P, T] int32, of the queries.
+    window: tokens that a query sees, itself included; 0 for all before it.
+
+  Returns:
+    An attention to go on with.
+  """
+  batch, width, kv_heads, group, head_dim = query.shape
+  shape = (batch, kv_heads, group, width)
+  part = Partial(
+      peak=jnp.full(shape, MASKED, jnp.float32),
+      total=jnp.zeros(shape, jnp.float32),
+      values=jnp.zeros((*shape, head_dim), jnp.float32),
+  )
+  longest = jnp.max(lengths)
+  first = seen_from(positions, window=window)
+  earliest = jnp.min(
+      jnp.where(lengths > 0, jnp.min(first, axis=1), jnp.max(first))
+  )
+
+  def attend_block(index: int, part: Partial) -> Partial:
+    key, value = keys[index], values[index]
+    size = key.shape[2]
+    columns = index * size + jnp.arange(size, dtype=jnp.int32)
+    mask = jnp.broadcast_to(
+        (columns[None, None] < lengths[:, None, None])
+        & (columns[None, None] >= first[:, :, None]),
+        (batch, width, size),
+    )
+    return jax.lax.cond(
+        (longest > index * size) & (earliest < (index + 1) * size),
+        lambda part, query, key, value, mask: attend(
+            part, query, rows(key), rows(value), mask
+        ),
+        lambda part, *_: part,
+        *(part, query, key, value, mask),
+    )
+
+  def attend_from(index: int, part: Partial) -> Partial:
+    """As many blocks as there are before this one, and those behind them."""
+    end = min(2 * max(index, 1), len(keys))
+    for number in range(index, end):
+      part = attend_block(number, part)
+    if end == len(keys):
+      return part
+    # One question for all that is unused, not one a block.
+    return jax.lax.cond(
+        longest > end * keys[0].shape[2],
+        functools.partial(attend_from, end),
+        lambda part: part,
+        part,
+    )
+
+  return attend_from(0, part)
+
+
+def seen_from(
+    positions: Int[Array, "P T"], *, window: int
+) -> Int[Array, "P T"]:
+  """Says where what a query sees begins.
+
+  Args:
+    positions: of the queries.
+    window: tokens that a query sees, itself included; 0 for all before it.
+
+  Returns:
+    The earliest position seen; 0 or less where all are.
+  """
+  return positions - window + 1 if window else jnp.zeros_like(positions)
+
+
+def attend(
+    part: Partial,
+    query: Float[Array, "P T Hkv G D"],
+    key: Float[Array, "P Hkv C D"],
+    value: Float[Array, "P Hkv C D"],
+    mask: Bool[Array, "P T C"],
+) -> Partial:
+  """Adds C tokens to an attention (online softmax, arXiv 1805.02867).
+
+      m' = max(m, max_c s_c),   z' = z e^(m - m') + Σ_c e^(s_c - m'),
+      o' = o e^(m - m') + Σ_c e^(s_c - m') v_c,   s_c = q · k_c
+
+  Tokens that the mask excludes add exact zeros.
+
+  Args:
+    part: m, z and o so far.
+    query: scaled, grouped by the key head they share.
+    key: of C tokens.
+    value: of C tokens.
+    mask: which tokens each query sees.
+
+  Returns:
+    m', z' and o', float32.
+  """
+  scores = jnp.einsum(
+      "ptkgd,pkcd->pkgtc",
+      query,
+      key,
+      preferred_element_type=jnp.float32,
+  )
+  allowed = jnp.broadcast_to(mask[:, None, None], scores.shape)
+  scores = jnp.where(allowed, scores, MASKED)
+  peak = jnp.maximum(part.peak, jnp.max(scores, axis=-1))
+  scale = jnp.exp(part.peak - peak)
+  weights = jnp.where(allowed, jnp.exp(scores - peak[..., None]), 0.0)
+  added = jnp.einsum(
+      "pkgtc,pkcd->pkgtd",
+      weights.astype(value.dtype),
+      value,
+      preferred_element_type=jnp.float32,
+  )
+  return Partial(
+      peak=peak,
+      total=part.total * scale + jnp.sum(weights, axis=-1),
+      values=part.values * scale[..., None] + added,
+  )
+
+
+def attended(part: Partial, dtype: jnp.dtype) -> Float[Array, "P T Hkv G D"]:
+  """Finishes an attention: o / z.
+
+  Args:
+    part: every query must have seen a token.
+    dtype: of the result.
+
+  Returns:
+    The weighted means of the values.
+  """
+  mean = part.values / part.total[..., None]
+  return jnp.transpose(mean, (0, 3, 1, 2, 4)).astype(dtype)
