@@ -90,7 +90,7 @@ def fill(config, cache, streams, width=16, rows=4):
 
 
 def run(config, cache, slots, steps=STEPS, rows=4):
-  if cache.tile is None or len(cache.tile.keys[0][0]) != rows:
+  if cache.tile is None or len(cache.tile.layers[0][0].keys) != rows:
     tile = empty(config, fill=1e3, rows=rows).tile  # whatever stood there
     cache = dataclasses.replace(cache, tile=tile)
   cache, drawn = DECODE(
@@ -199,15 +199,10 @@ def test_a_tile_reads_no_further_than_its_longest_stream():
   cache = fill(PLAIN, empty(PLAIN), mine)
   clean = run(PLAIN, cache, describe(mine), rows=2)
 
-  def poison(layers):
-    """NaN behind the first block of the short streams."""
-    for layer in layers:
-      for block in layer[1:]:
-        block[[0, 3]] = np.nan
-    return layers
-
   cache = jax.tree.map(np.array, cache)
-  poison(cache.keys), poison(cache.values)
+  for layer in cache.layers:
+    for side in jax.tree.leaves(layer[1:]):
+      side[[0, 3]] = np.nan  # behind the first block of the short streams
   with jax.debug_nans(False):
     together = run(PLAIN, cache, describe(mine), rows=4)
     apart = run(PLAIN, cache, describe(mine), rows=2)
@@ -219,14 +214,11 @@ def test_a_tile_reads_no_further_than_its_longest_stream():
 def without_first_block(cache):
   """The cache with NaN in the first block of every layer."""
 
-  def poison(layers):
-    return tuple(
-        (np.full_like(first, np.nan), *rest) for first, *rest in layers
-    )
+  def poison(blocks):
+    first = jax.tree.map(lambda side: np.full_like(side, np.nan), blocks[0])
+    return first, *blocks[1:]
 
-  return dataclasses.replace(
-      cache, keys=poison(cache.keys), values=poison(cache.values)
-  )
+  return dataclasses.replace(cache, layers=tuple(map(poison, cache.layers)))
 
 
 def test_blocks_before_every_window_are_not_read():
@@ -262,9 +254,7 @@ def test_prefill_does_not_read_blocks_before_every_window():
         PREFILL(weights(LOCAL), one, rest, *where, config=LOCAL)
         for one in (cache, poisoned)
     )
-  for left, right in zip(
-      clean.keys + clean.values, dirty.keys + dirty.values, strict=True
-  ):
+  for left, right in zip(clean.layers, dirty.layers, strict=True):
     jax.tree.map(np.testing.assert_array_equal, left[1:], right[1:])
 
 
@@ -281,7 +271,7 @@ def test_a_slot_stops_alone():
   np.testing.assert_array_equal(tokens[:, 1], free[:, 1])
   assert (logp[3:, 0] == 0).all() and (logp[:3, 0] < 0).all()
   # three fed tokens were written, nothing after them
-  keys = np.asarray(after.keys[0][0])[0]
+  keys = np.asarray(after.layers[0][0].keys)[0]
   assert (keys[:, 3:6] != 0).any(axis=(0, 2)).all()
   assert (keys[:, 6:] == 0).all()
 
@@ -301,7 +291,7 @@ def test_prefill_writes_its_tokens_and_no_others():
   cache = fill(PLAIN, marked, streams(5, {4: LENGTH}), width=20)
   for block in jax.tree.leaves(jax.tree.map(np.asarray, cache)):
     assert (block[[0, 1, 2, 3, 5]] == 9.0).all()
-  last = np.asarray(cache.values[1][-1])[4]
+  last = np.asarray(cache.layers[1][-1].values)[4]
   assert (last[:, :-1] != 9.0).any(axis=(0, 2)).all()
   assert (last[:, -1] == 9.0).all()  # the token that is left to decode
 

@@ -11,6 +11,7 @@ import pytest
 
 from mgrpo_jax import sharding
 from mgrpo_jax.policy import online, paged, params
+from mgrpo_jax.policy.cache import Block
 from mgrpo_jax.policy.config import Execution
 from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.sampler.engine import Engine
@@ -45,7 +46,7 @@ def drawn(seed, slots, heads, group, length, head_dim):
 def by_blocks(query, keys, values, lengths):
   positions = jnp.maximum(lengths, 1)[:, None]
   return online.attend_cached(
-      query, (keys,), (values,), lengths, lambda block: block,
+      query, (Block(keys, values),), lengths, lambda block: block,
       positions=positions, window=0,
   )  # fmt: skip
 
@@ -62,7 +63,7 @@ def test_the_kernel_attends_as_blocks_do(slots, heads, group, length, head_dim):
       0, slots, heads, group, length, head_dim
   )
   wanted = by_blocks(query, keys, values, lengths)
-  actual = SIMULATED(query, (keys,), (values,), lengths, window=0)
+  actual = SIMULATED(query, (Block(keys, values),), lengths, window=0)
   some = np.asarray(lengths) > 0
   for name in ("peak", "total"):
     one, other = getattr(wanted, name), getattr(actual, name)
@@ -79,7 +80,7 @@ def test_the_kernel_attends_as_blocks_do(slots, heads, group, length, head_dim):
   assert (np.asarray(actual.values)[~some] == 0).all()
   own = jnp.ones((slots, heads, 1, head_dim), jnp.bfloat16)
   seen = jnp.ones((slots, 1, 1), bool)
-  after = online.attend(actual, query, own, own, seen)
+  after = online.attend(actual, query, Block(own, own), seen)
   mean = online.attended(after, jnp.float32)
   np.testing.assert_allclose(mean[~some], 1.0, atol=1e-6)
 
@@ -144,9 +145,10 @@ def test_the_kernel_is_for_one_device():
 
 
 def test_a_kernel_called_for_what_it_cannot_do_says_so():
-  block = jnp.zeros((2, 1, 16, 8))
+  side = jnp.zeros((2, 1, 16, 8))
+  block = Block(side, side)
   query = jnp.zeros((2, 1, 1, 1, 8))
   lengths = jnp.zeros(2, jnp.int32)
   for blocks, window in (((block,), 4), ((block, block), 0)):
     with pytest.raises(ValueError, match="window must be 0 and the cache one"):
-      paged.attend(query, blocks, blocks, lengths, window=window)
+      paged.attend(query, blocks, lengths, window=window)

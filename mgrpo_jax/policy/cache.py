@@ -7,7 +7,8 @@ needs are skipped; they are written and copied one by one for the same reason.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -16,15 +17,28 @@ from jaxtyping import Array, Float, Int
 
 from mgrpo_jax.policy.config import TransformerConfig
 
-Blocks = tuple[Array, ...]
+
+@flax.struct.dataclass
+class Block:
+  """Rotated keys, and values, of C tokens of each of S streams."""
+
+  keys: Any  # [S, Hkv, C, D]
+  values: Any  # [S, Hkv, C, D]
+
+  @property
+  def size(self) -> int:
+    """C, the number of its tokens."""
+    return self.values.shape[2]
+
+
+Blocks = tuple[Block, ...]
 
 
 @flax.struct.dataclass
 class KVCache:
-  """Rotated keys, and values, of S slots; C tokens a block."""
+  """What S slots hold of every layer, block after block."""
 
-  keys: tuple[Blocks, ...]  # L × blocks of [S, Hkv, C, D]
-  values: tuple[Blocks, ...]  # L × blocks of [S, Hkv, C, D]
+  layers: tuple[Blocks, ...]  # L × blocks of S streams
   # Where R of the slots are copied to, see `take`; None where none ever are.
   # Kept, not made anew, because new memory costs by its size, used or not.
   tile: KVCache | None = None
@@ -60,19 +74,34 @@ def init(
       raise ValueError(f"{name} must be >= 1, got {size!r}")
 
   def slots(number: int, tile: KVCache | None) -> KVCache:
-    shape = (number, config.num_kv_heads, block, config.cache_dim)
-    blocks = range(-(-length // block))
-
-    def layers() -> tuple[Blocks, ...]:
-      return tuple(
-          tuple(jnp.zeros(shape, config.dtype) for _ in blocks)
-          for _ in range(config.num_layers)
-      )
-
-    return KVCache(keys=layers(), values=layers(), tile=tile)
+    layers = tuple(
+        tuple(
+            empty(config, streams=number, size=block)
+            for _ in range(-(-length // block))
+        )
+        for _ in range(config.num_layers)
+    )
+    return KVCache(layers=layers, tile=tile)
 
   tile = slots(num_rows, None) if num_rows < num_slots else None
   return slots(num_slots, tile)
+
+
+def empty(config: TransformerConfig, *, streams: int, size: int) -> Block:
+  """Makes an empty block.
+
+  Args:
+    config: sizes; the block has its activations' dtype.
+    streams: S.
+    size: C, tokens.
+
+  Returns:
+    Zeros.
+  """
+  shape = (streams, config.num_kv_heads, size, config.cache_dim)
+  return Block(
+      keys=jnp.zeros(shape, config.dtype), values=jnp.zeros(shape, config.dtype)
+  )
 
 
 def copy_slots(
@@ -91,11 +120,10 @@ def copy_slots(
 
   def copy(index: Array, cache: KVCache) -> KVCache:
     source, target = sources[index], targets[index]
-    keys, values = jax.tree.map(
-        lambda block: _with_slot(block, target, block, source),
-        (cache.keys, cache.values),
+    layers = jax.tree.map(
+        lambda block: _with_slot(block, target, block, source), cache.layers
     )
-    return dataclasses.replace(cache, keys=keys, values=values)
+    return dataclasses.replace(cache, layers=layers)
 
   return jax.lax.fori_loop(0, len(sources), copy, cache)
 
@@ -120,25 +148,32 @@ def take(
     ValueError: the cache has no tile of R slots.
   """
   held = cache.tile
-  if held is None or len(held.keys[0][0]) != len(rows):
+  if held is None or len(held.layers[0][0].values) != len(rows):
     raise ValueError(f"the cache must be made with num_rows={len(rows)}")
   longest = jnp.max(lengths)
-  size = held.keys[0][0].shape[2]
-  sources, places = [*cache.keys, *cache.values], [*held.keys, *held.values]
+  size = held.layers[0][0].size
 
-  def take_block(index: int) -> list[Array]:
-    def put(place: Array, taken: list[Array]) -> list[Array]:
-      return [
-          _with_slot(old, place, layer[index], rows[place])
-          for old, layer in zip(taken, sources, strict=True)
-      ]
+  def take_block(index: int) -> Blocks:
+    def put(place: Array, taken: Blocks) -> Blocks:
+      return jax.tree.map(
+          lambda old, block: _with_slot(old, place, block, rows[place]),
+          taken,
+          tuple(layer[index] for layer in cache.layers),
+      )
 
     # One gather would be hoisted out, and done for unused blocks, too.
     count = jnp.where(longest > index * size, len(rows), 0)
-    return jax.lax.fori_loop(0, count, put, [one[index] for one in places])
+    taken = tuple(layer[index] for layer in held.layers)
+    return jax.lax.fori_loop(0, count, put, taken)
 
-  sides = tuple(zip(*map(take_block, range(len(sources[0]))), strict=True))
-  return KVCache(keys=sides[: len(cache.keys)], values=sides[len(cache.keys) :])
+  return KVCache(layers=_by_layer(take_block, len(held.layers[0])))
+
+
+def _by_layer(
+    of_block: Callable[[int], Blocks], number: int
+) -> tuple[Blocks, ...]:
+  """Layers of blocks, from a function that gives a block of every layer."""
+  return tuple(zip(*map(of_block, range(number)), strict=True))
 
 
 def _with_slot(
@@ -149,22 +184,44 @@ def _with_slot(
   return jax.lax.dynamic_update_index_in_dim(block, slot, index, axis=0)
 
 
-def heads_first(x: Float[Array, "P T Hkv D"]) -> Float[Array, "P Hkv T D"]:
-  """Brings keys or values into the order that the cache has.
+def arranged(
+    key: Float[Array, "P T Hkv D"], value: Float[Array, "P T Hkv D"]
+) -> Block:
+  """Brings keys and values into the order that the cache has.
 
   Args:
-    x: as `transformer.project` gives them.
+    key: as `transformer.project` gives them.
+    value: likewise.
 
   Returns:
-    The same numbers, tokens after heads.
+    A block of T tokens of each of P streams.
   """
-  return jnp.swapaxes(x, 1, 2)
+  return Block(keys=jnp.swapaxes(key, 1, 2), values=jnp.swapaxes(value, 1, 2))
+
+
+def put(block: Block, new: Block, start: Int[Array, ""]) -> Block:
+  """Puts tokens into a block.
+
+  Args:
+    block: of C tokens.
+    new: of as many streams; all of its tokens fit in behind `start`.
+    start: [] int32, where in the block they go.
+
+  Returns:
+    The block, in place where it can be.
+  """
+  return jax.tree.map(
+      lambda old, new: jax.lax.dynamic_update_slice_in_dim(
+          old, new, start, axis=2
+      ),
+      block,
+      new,
+  )
 
 
 def write(
     cache: KVCache,
-    keys: Sequence[Float[Array, "P Hkv T D"]],
-    values: Sequence[Float[Array, "P Hkv T D"]],
+    news: Blocks,
     slots: Int[Array, " P"],
     starts: Int[Array, " P"],
     lengths: Int[Array, " P"],
@@ -176,8 +233,7 @@ def write(
 
   Args:
     cache: to write to.
-    keys: one array a layer, P rows of T tokens.
-    values: likewise.
+    news: one a layer, T tokens of each of P rows.
     slots: [P] int32, the row's slot; distinct where lengths are positive.
     starts: [P] int32, where in the slot the row's tokens go.
     lengths: [P] int32, how many of them.
@@ -185,8 +241,7 @@ def write(
   Returns:
     The cache.
   """
-  layers, news = [*cache.keys, *cache.values], [*keys, *values]
-  number, size = len(layers[0]), layers[0][0].shape[2]
+  number, size = len(cache.layers[0]), cache.layers[0][0].size
   firsts = size * jnp.arange(number, dtype=jnp.int32)[:, None]
   ends = (starts + lengths)[None]
   touched = (starts[None] < firsts + size) & (
@@ -195,25 +250,25 @@ def write(
   order = jnp.argsort(~touched, axis=1)
   counts = jnp.sum(touched, axis=1)
 
-  def write_block(index: int) -> list[Array]:
-    def put(place: Array, blocks: list[Array]) -> list[Array]:
+  def write_block(index: int) -> Blocks:
+    def put_row(place: Array, blocks: Blocks) -> Blocks:
       row = order[index, place]
       start = starts[row] - index * size
-      return [
-          _put(block, new, row, slots[row], start, lengths[row])
-          for block, new in zip(blocks, news, strict=True)
-      ]
+      return jax.tree.map(
+          lambda old, new: _put_row(
+              old, new, row, slots[row], start, lengths[row]
+          ),
+          blocks,
+          news,
+      )
 
-    blocks = [layer[index] for layer in layers]
-    return jax.lax.fori_loop(0, counts[index], put, blocks)
+    blocks = tuple(layer[index] for layer in cache.layers)
+    return jax.lax.fori_loop(0, counts[index], put_row, blocks)
 
-  sides = tuple(zip(*map(write_block, range(number)), strict=True))
-  return dataclasses.replace(
-      cache, keys=sides[: len(keys)], values=sides[len(keys) :]
-  )
+  return dataclasses.replace(cache, layers=_by_layer(write_block, number))
 
 
-def _put(
+def _put_row(
     block: Float[Array, "S Hkv C D"],
     new: Float[Array, "P Hkv T D"],
     row: Int[Array, ""],

@@ -59,8 +59,7 @@ class _Visit:
   step: jax.Array  # [] int32
   token: jax.Array  # [R] int32
   running: jax.Array  # [R] bool
-  keys: Blocks  # L × [R, Hkv, N, D]
-  values: Blocks  # L × [R, Hkv, N, D]
+  own: Blocks  # L, of R streams and N tokens
   drawn: Drawn  # [N, R]
 
 
@@ -97,19 +96,17 @@ def prefill(
   causal = positions[:, :, None] >= positions[:, None]
   rotation = transformer.rotations(positions, config=config)
   x = transformer.embed(params, tokens, config=config)
-  keys, values = [], []
+  own = []
   for index, layer in enumerate(params.layers):
     window = config.window(index)
     query, key, value = paged.widened(
         transformer.project(layer, x, rotation[window > 0], config=config),
         config=config,
     )
-    keys.append(caching.heads_first(key))
-    values.append(caching.heads_first(value))
+    own.append(caching.arranged(key, value))
     part = online.attend_cached(
         query,
-        cache.keys[index],
-        cache.values[index],
+        cache.layers[index],
         starts,
         lambda block: block.at[slots].get(mode="promise_in_bounds"),
         positions=positions,
@@ -119,10 +116,10 @@ def prefill(
         positions[:, None]
         >= online.seen_from(positions, window=window)[:, :, None]
     )
-    part = online.attend(part, query, keys[-1], values[-1], causal & near)
+    part = online.attend(part, query, own[-1], causal & near)
     mean = paged.narrowed(online.attended(part, x.dtype), config=config)
     x = transformer.finish(layer, x, mean, config=config)
-  return caching.write(cache, keys, values, slots, starts, lengths)
+  return caching.write(cache, tuple(own), slots, starts, lengths)
 
 
 def decode(
@@ -197,9 +194,7 @@ def _written(
   """The cache with what a visit has fed in R of its rows."""
   was_drawn = visit.drawn.tokens != sampling.NO_TOKEN
   added = jnp.sum(was_drawn, axis=0, dtype=jnp.int32)
-  return caching.write(
-      cache, visit.keys, visit.values, rows, slots.length, added
-  )
+  return caching.write(cache, visit.own, rows, slots.length, added)
 
 
 def _lengths(slots: Slots) -> Int[Array, " R"]:
@@ -226,8 +221,6 @@ def _run_steps(
 ) -> _Visit:
   """Samples without touching the cache."""
   num_slots = len(slots.token)
-  shape = (num_slots, config.num_kv_heads, num_steps, config.cache_dim)
-  empty = tuple(jnp.zeros(shape, config.dtype) for _ in params.layers)
   steps = jnp.arange(num_steps, dtype=jnp.int32)[:, None]
   uniform = sampling.uniforms(
       jnp.broadcast_to(slots.seed[None], (num_steps, num_slots, 2)),
@@ -241,8 +234,10 @@ def _run_steps(
       step=jnp.int32(0),
       token=slots.token,
       running=slots.budget > 0,
-      keys=empty,
-      values=empty,
+      own=tuple(
+          caching.empty(config, streams=num_slots, size=num_steps)
+          for _ in params.layers
+      ),
       drawn=_nothing(num_steps, num_slots),
   )
   slots = dataclasses.replace(slots, drawing=slots.drawing.where(first.running))
@@ -293,8 +288,7 @@ def _step(
 
 def _attend_cached(
     query: Float[Array, "R 1 Hkv G D"],
-    keys: Blocks,
-    values: Blocks,
+    blocks: Blocks,
     lengths: Int[Array, " R"],
     *,
     positions: Int[Array, "R 1"],
@@ -304,11 +298,10 @@ def _attend_cached(
   """Attends to what each slot has cached, block by block or by a kernel."""
   kernel = config.execution.decode_attention
   if kernel is not None:
-    return kernel(query, keys, values, lengths, window=window)
+    return kernel(query, blocks, lengths, window=window)
   return online.attend_cached(
       query,
-      keys,
-      values,
+      blocks,
       lengths,
       lambda block: block,
       positions=positions,
@@ -330,23 +323,18 @@ def _forward(
   positions = (slots.length + visit.step)[:, None]
   own = slots.length[:, None, None] + jnp.arange(num_steps)[None, None]
   x = transformer.embed(params, visit.token[:, None], config=config)
-  keys, values = list(visit.keys), list(visit.values)
+  blocks = list(visit.own)
   for index, layer in enumerate(params.layers):
     window = config.window(index)
     query, key, value = paged.widened(
         transformer.project(layer, x, rotation[window > 0], config=config),
         config=config,
     )
-    keys[index] = jax.lax.dynamic_update_slice_in_dim(
-        keys[index], caching.heads_first(key), visit.step, axis=2
-    )
-    values[index] = jax.lax.dynamic_update_slice_in_dim(
-        values[index], caching.heads_first(value), visit.step, axis=2
-    )
+    new = caching.arranged(key, value)
+    blocks[index] = caching.put(blocks[index], new, visit.step)
     part = _attend_cached(
         query,
-        cache.keys[index],
-        cache.values[index],
+        cache.layers[index],
         cached,
         positions=positions,
         window=window,
@@ -354,8 +342,8 @@ def _forward(
     )
     first = online.seen_from(positions, window=window)
     seen = (own <= positions[:, :, None]) & (own >= first[:, :, None])
-    part = online.attend(part, query, keys[index], values[index], seen)
+    part = online.attend(part, query, blocks[index], seen)
     mean = paged.narrowed(online.attended(part, x.dtype), config=config)
     x = transformer.finish(layer, x, mean, config=config)
-  visit = dataclasses.replace(visit, keys=tuple(keys), values=tuple(values))
+  visit = dataclasses.replace(visit, own=tuple(blocks))
   return visit, transformer.rms_norm(x, params.final_norm, config=config)

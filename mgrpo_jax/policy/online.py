@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mgrpo_jax.policy.attention import MASKED
-from mgrpo_jax.policy.cache import Blocks
+from mgrpo_jax.policy.cache import Block, Blocks
 
 
 @flax.struct.dataclass
@@ -31,8 +31,7 @@ class Partial:
 
 def attend_cached(
     query: Float[Array, "P T Hkv G D"],
-    keys: Blocks,
-    values: Blocks,
+    blocks: Blocks,
     lengths: Int[Array, " P"],
     rows: Callable[[Array], Array],
     *,
@@ -43,10 +42,9 @@ def attend_cached(
 
   Args:
     query: of P rows, scaled, grouped by the key head they share.
-    keys: a layer's blocks.
-    values: a layer's blocks.
+    blocks: of a layer, S slots each.
     lengths: [P] int32, tokens in the row's cache; 0 where it sees none.
-    rows: picks the P rows out of a block's S slots.
+    rows: picks the P rows out of an array's S slots.
     positions: [P, T] int32, of the queries.
     window: tokens that a query sees, itself included; 0 for all before it.
 
@@ -67,8 +65,7 @@ def attend_cached(
   )
 
   def attend_block(index: int, part: Partial) -> Partial:
-    key, value = keys[index], values[index]
-    size = key.shape[2]
+    size = blocks[index].size
     columns = index * size + jnp.arange(size, dtype=jnp.int32)
     mask = jnp.broadcast_to(
         (columns[None, None] < lengths[:, None, None])
@@ -77,23 +74,23 @@ def attend_cached(
     )
     return jax.lax.cond(
         (longest > index * size) & (earliest < (index + 1) * size),
-        lambda part, query, key, value, mask: attend(
-            part, query, rows(key), rows(value), mask
+        lambda part, query, block, mask: attend(
+            part, query, jax.tree.map(rows, block), mask
         ),
         lambda part, *_: part,
-        *(part, query, key, value, mask),
+        *(part, query, blocks[index], mask),
     )
 
   def attend_from(index: int, part: Partial) -> Partial:
     """As many blocks as there are before this one, and those behind them."""
-    end = min(2 * max(index, 1), len(keys))
+    end = min(2 * max(index, 1), len(blocks))
     for number in range(index, end):
       part = attend_block(number, part)
-    if end == len(keys):
+    if end == len(blocks):
       return part
     # One question for all that is unused, not one a block.
     return jax.lax.cond(
-        longest > end * keys[0].shape[2],
+        longest > end * blocks[0].size,
         functools.partial(attend_from, end),
         lambda part: part,
         part,
@@ -120,8 +117,7 @@ def seen_from(
 def attend(
     part: Partial,
     query: Float[Array, "P T Hkv G D"],
-    key: Float[Array, "P Hkv C D"],
-    value: Float[Array, "P Hkv C D"],
+    block: Block,
     mask: Bool[Array, "P T C"],
 ) -> Partial:
   """Adds C tokens to an attention (online softmax, arXiv 1805.02867).
@@ -134,8 +130,7 @@ def attend(
   Args:
     part: m, z and o so far.
     query: scaled, grouped by the key head they share.
-    key: of C tokens.
-    value: of C tokens.
+    block: C tokens of each of the P rows.
     mask: which tokens each query sees.
 
   Returns:
@@ -144,7 +139,7 @@ def attend(
   scores = jnp.einsum(
       "ptkgd,pkcd->pkgtc",
       query,
-      key,
+      block.keys,
       preferred_element_type=jnp.float32,
   )
   allowed = jnp.broadcast_to(mask[:, None, None], scores.shape)
@@ -154,8 +149,8 @@ def attend(
   weights = jnp.where(allowed, jnp.exp(scores - peak[..., None]), 0.0)
   added = jnp.einsum(
       "pkgtc,pkcd->pkgtd",
-      weights.astype(value.dtype),
-      value,
+      weights.astype(block.values.dtype),
+      block.values,
       preferred_element_type=jnp.float32,
   )
   return Partial(

@@ -37,8 +37,7 @@ _SCALARS = 1_000_000
 
 def attend(
     query: Float[Array, "S 1 Hkv G D"],
-    keys: Blocks,
-    values: Blocks,
+    blocks: Blocks,
     lengths: Int[Array, " S"],
     *,
     window: int,
@@ -48,8 +47,7 @@ def attend(
 
   Args:
     query: of every slot, scaled, grouped by the key head they share.
-    keys: a layer's only block.
-    values: a layer's only block.
+    blocks: a layer's, only one.
     lengths: [S] int32, tokens in each slot's cache; 0 where it sees none.
     window: must be 0.
     interpret: simulates a TPU, anywhere, slowly.
@@ -60,27 +58,28 @@ def attend(
   Raises:
     ValueError: the kernel cannot do it, saying what it needs.
   """
-  if window or len(keys) > 1:
+  if window or len(blocks) > 1:
     raise ValueError(
         "paged attention: window must be 0 and the cache one block, got"
-        f" {window} and {len(keys)}"
+        f" {window} and {len(blocks)}"
     )
+  keys, values = blocks[0].keys, blocks[0].values
   slots, _, heads, group, head_dim = query.shape
   rows = slots * heads
-  size = _page(rows, keys[0].shape[2])
-  fetched = _fetched(keys[0].shape[2] // size)
-  kernel = _kernel(rows, group, head_dim, keys[0], size, fetched, interpret)
+  size = _page(rows, keys.shape[2])
+  fetched = _fetched(keys.shape[2] // size)
+  kernel = _kernel(rows, group, head_dim, keys, size, fetched, interpret)
   pages = (1, -1, size, head_dim)  # one head, whose sequences are ours
   mean, peak, total = kernel(
       jnp.repeat(lengths, heads),
-      jnp.arange(keys[0].size // (size * head_dim), dtype=jnp.int32),
+      jnp.arange(keys.size // (size * head_dim), dtype=jnp.int32),
       jnp.zeros(1, jnp.int32),  # of two buffers, the one to begin with
       jnp.ones(1, jnp.int32),  # that nothing was fetched yet
       # So that a head's vector has a tile of its own.
       query.astype(jnp.float32).reshape(rows, group, 1, head_dim),
-      keys[0].reshape(pages),
+      keys.reshape(pages),
       None,
-      values[0].reshape(pages),
+      values.reshape(pages),
       None,
   )
   shape = (slots, heads, group, 1)
