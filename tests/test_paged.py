@@ -32,7 +32,7 @@ SIZES = {
 def drawn(seed, slots, heads, group, length, head_dim):
   """Queries, keys and values; what no stream has cached is large."""
   rng = np.random.default_rng(seed)
-  query = rng.normal(size=(slots, 1, heads, group, head_dim))
+  query = rng.normal(size=(slots, heads, group, 1, head_dim))
   query *= head_dim**-0.5
   sides = rng.normal(size=(2, slots, heads, length, head_dim))
   lengths = rng.integers(0, length + 1, slots).astype(np.int32)
@@ -46,7 +46,7 @@ def drawn(seed, slots, heads, group, length, head_dim):
 def by_blocks(query, keys, values, lengths):
   positions = jnp.maximum(lengths, 1)[:, None]
   return online.attend_cached(
-      query, (Block(keys, values),), lengths, lambda block: block,
+      query, (Block(keys, values, "cd"),), lengths, lambda block: block,
       positions=positions, window=0,
   )  # fmt: skip
 
@@ -63,7 +63,7 @@ def test_the_kernel_attends_as_blocks_do(slots, heads, group, length, head_dim):
       0, slots, heads, group, length, head_dim
   )
   wanted = by_blocks(query, keys, values, lengths)
-  actual = SIMULATED(query, (Block(keys, values),), lengths, window=0)
+  actual = SIMULATED(query, (Block(keys, values, "cd"),), lengths, window=0)
   some = np.asarray(lengths) > 0
   for name in ("peak", "total"):
     one, other = getattr(wanted, name), getattr(actual, name)
@@ -80,7 +80,7 @@ def test_the_kernel_attends_as_blocks_do(slots, heads, group, length, head_dim):
   assert (np.asarray(actual.values)[~some] == 0).all()
   own = jnp.ones((slots, heads, 1, head_dim), jnp.bfloat16)
   seen = jnp.ones((slots, 1, 1), bool)
-  after = online.attend(actual, query, Block(own, own), seen)
+  after = online.attend(actual, query, Block(own, own, "cd"), seen)
   mean = online.attended(after, jnp.float32)
   np.testing.assert_allclose(mean[~some], 1.0, atol=1e-6)
 
@@ -146,7 +146,7 @@ def test_the_kernel_is_for_one_device():
 
 def test_a_kernel_called_for_what_it_cannot_do_says_so():
   side = jnp.zeros((2, 1, 16, 8))
-  block = Block(side, side)
+  block = Block(side, side, "cd")
   query = jnp.zeros((2, 1, 1, 1, 8))
   lengths = jnp.zeros(2, jnp.int32)
   for blocks, window in (((block,), 4), ((block, block), 0)):

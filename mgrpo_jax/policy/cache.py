@@ -22,13 +22,19 @@ from mgrpo_jax.policy.config import TransformerConfig
 class Block:
   """Rotated keys, and values, of C tokens of each of S streams."""
 
-  keys: Any  # [S, Hkv, C, D]
+  keys: Any  # [S, Hkv, D, C] or [S, Hkv, C, D], as `order` says
   values: Any  # [S, Hkv, C, D]
+  order: str = flax.struct.field(pytree_node=False)  # "dc" or "cd"
 
   @property
   def size(self) -> int:
     """C, the number of its tokens."""
     return self.values.shape[2]
+
+  @property
+  def axes(self) -> Block:
+    """The axis of the tokens, in place of each array."""
+    return Block(keys=2 + self.order.index("c"), values=2, order=self.order)
 
 
 Blocks = tuple[Block, ...]
@@ -98,10 +104,9 @@ def empty(config: TransformerConfig, *, streams: int, size: int) -> Block:
   Returns:
     Zeros.
   """
-  shape = (streams, config.num_kv_heads, size, config.cache_dim)
-  return Block(
-      keys=jnp.zeros(shape, config.dtype), values=jnp.zeros(shape, config.dtype)
-  )
+  shape = (streams, size, config.num_kv_heads, config.cache_dim)
+  zeros = jnp.zeros(shape, config.dtype)
+  return arranged(zeros, zeros, config=config)
 
 
 def copy_slots(
@@ -185,18 +190,27 @@ def _with_slot(
 
 
 def arranged(
-    key: Float[Array, "P T Hkv D"], value: Float[Array, "P T Hkv D"]
+    key: Float[Array, "P T Hkv D"],
+    value: Float[Array, "P T Hkv D"],
+    *,
+    config: TransformerConfig,
 ) -> Block:
   """Brings keys and values into the order that the cache has.
 
   Args:
     key: as `transformer.project` gives them.
     value: likewise.
+    config: says which order keys have.
 
   Returns:
     A block of T tokens of each of P streams.
   """
-  return Block(keys=jnp.swapaxes(key, 1, 2), values=jnp.swapaxes(value, 1, 2))
+  order = config.key_order
+  return Block(
+      keys=jnp.einsum(f"pckd->pk{order}", key),
+      values=jnp.swapaxes(value, 1, 2),
+      order=order,
+  )
 
 
 def put(block: Block, new: Block, start: Int[Array, ""]) -> Block:
@@ -211,9 +225,10 @@ def put(block: Block, new: Block, start: Int[Array, ""]) -> Block:
     The block, in place where it can be.
   """
   return jax.tree.map(
-      lambda old, new: jax.lax.dynamic_update_slice_in_dim(
-          old, new, start, axis=2
+      lambda axis, old, new: jax.lax.dynamic_update_slice_in_dim(
+          old, new, start, axis
       ),
+      block.axes,
       block,
       new,
   )
@@ -255,9 +270,10 @@ def write(
       row = order[index, place]
       start = starts[row] - index * size
       return jax.tree.map(
-          lambda old, new: _put_row(
-              old, new, row, slots[row], start, lengths[row]
+          lambda axis, old, new: _put_row(
+              old, new, row, slots[row], start, lengths[row], axis
           ),
+          tuple(new.axes for new in news),
           blocks,
           news,
       )
@@ -269,23 +285,25 @@ def write(
 
 
 def _put_row(
-    block: Float[Array, "S Hkv C D"],
-    new: Float[Array, "P Hkv T D"],
+    block: Float[Array, "S Hkv ..."],
+    new: Float[Array, "P Hkv ..."],
     row: Int[Array, ""],
     slot: Int[Array, ""],
     start: Int[Array, ""],
     length: Int[Array, ""],
-) -> Float[Array, "S Hkv C D"]:
+    axis: int,
+) -> Float[Array, "S Hkv ..."]:
   """Writes the part of a row that falls into a block `start` tokens before."""
-  _, heads, width, head_dim = new.shape
-  size = block.shape[2]
+  width, size = new.shape[axis], block.shape[axis]
   window = min(width, size)
   begin = jnp.clip(start, 0, size - window)
   offsets = begin + jnp.arange(window) - start
   tokens = jax.lax.dynamic_index_in_dim(new, row, keepdims=True)
-  tokens = jnp.take(tokens, offsets, axis=2, mode="clip")
+  tokens = jnp.take(tokens, offsets, axis, mode="clip")
   real = (offsets >= 0) & (offsets < length)
-  corner = (slot, 0, begin, 0)
-  old = jax.lax.dynamic_slice(block, corner, (1, heads, window, head_dim))
-  merged = jnp.where(real[None, None, :, None], tokens, old)
+  real = jnp.expand_dims(real, [one for one in range(4) if one != axis])
+  corner = [slot, 0, 0, 0]
+  corner[axis] = begin
+  old = jax.lax.dynamic_slice(block, corner, tokens.shape)
+  merged = jnp.where(real, tokens, old)
   return jax.lax.dynamic_update_slice(block, merged, corner)

@@ -202,6 +202,15 @@ class TransformerConfig:
     return -(-self.head_dim // LANES) * LANES
 
   @property
+  def key_order(self) -> str:
+    """Order of a head's keys in the sampler's cache, see `cache.Block`.
+
+    Products of few queries read columns, dc, without turning them; kernels
+    fetch a token as a row, cd.
+    """
+    return "dc" if self.execution.decode_attention is None else "cd"
+
+  @property
   def query_scale(self) -> float:
     """What queries are multiplied by."""
     if self.attention_scale is None:

@@ -103,7 +103,8 @@ def prefill(
         transformer.project(layer, x, rotation[window > 0], config=config),
         config=config,
     )
-    own.append(caching.arranged(key, value))
+    query = online.heads_first(query)
+    own.append(caching.arranged(key, value, config=config))
     part = online.attend_cached(
         query,
         cache.layers[index],
@@ -287,7 +288,7 @@ def _step(
 
 
 def _attend_cached(
-    query: Float[Array, "R 1 Hkv G D"],
+    query: Float[Array, "R Hkv G 1 D"],
     blocks: Blocks,
     lengths: Int[Array, " R"],
     *,
@@ -330,7 +331,8 @@ def _forward(
         transformer.project(layer, x, rotation[window > 0], config=config),
         config=config,
     )
-    new = caching.arranged(key, value)
+    query = online.heads_first(query)
+    new = caching.arranged(key, value, config=config)
     blocks[index] = caching.put(blocks[index], new, visit.step)
     part = _attend_cached(
         query,

@@ -29,8 +29,25 @@ class Partial:
   values: jax.Array  # [P, Hkv, G, T, D] float32, o
 
 
-def attend_cached(
+def heads_first(
     query: Float[Array, "P T Hkv G D"],
+) -> Float[Array, "P Hkv G T D"]:
+  """Brings queries into the order in which a cache is attended.
+
+  As the left factor of their product with keys they are read where they stand;
+  the other way round the product would be turned.
+
+  Args:
+    query: as `transformer.project` gives them.
+
+  Returns:
+    The same numbers, tokens after heads.
+  """
+  return jnp.transpose(query, (0, 2, 3, 1, 4))
+
+
+def attend_cached(
+    query: Float[Array, "P Hkv G T D"],
     blocks: Blocks,
     lengths: Int[Array, " P"],
     rows: Callable[[Array], Array],
@@ -41,7 +58,7 @@ def attend_cached(
   """Attends to cached tokens, skipping blocks that no row needs.
 
   Args:
-    query: of P rows, scaled, grouped by the key head they share.
+    query: of P rows, scaled, see `heads_first`.
     blocks: of a layer, S slots each.
     lengths: [P] int32, tokens in the row's cache; 0 where it sees none.
     rows: picks the P rows out of an array's S slots.
@@ -51,8 +68,8 @@ def attend_cached(
   Returns:
     An attention to go on with.
   """
-  batch, width, kv_heads, group, head_dim = query.shape
-  shape = (batch, kv_heads, group, width)
+  *shape, head_dim = query.shape
+  batch, _, _, width = shape
   part = Partial(
       peak=jnp.full(shape, MASKED, jnp.float32),
       total=jnp.zeros(shape, jnp.float32),
@@ -116,7 +133,7 @@ def seen_from(
 
 def attend(
     part: Partial,
-    query: Float[Array, "P T Hkv G D"],
+    query: Float[Array, "P Hkv G T D"],
     block: Block,
     mask: Bool[Array, "P T C"],
 ) -> Partial:
@@ -129,7 +146,7 @@ def attend(
 
   Args:
     part: m, z and o so far.
-    query: scaled, grouped by the key head they share.
+    query: scaled, see `heads_first`.
     block: C tokens of each of the P rows.
     mask: which tokens each query sees.
 
@@ -137,7 +154,7 @@ def attend(
     m', z' and o', float32.
   """
   scores = jnp.einsum(
-      "ptkgd,pkcd->pkgtc",
+      f"pkgtd,pk{block.order}->pkgtc",
       query,
       block.keys,
       preferred_element_type=jnp.float32,

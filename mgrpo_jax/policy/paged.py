@@ -36,7 +36,7 @@ _SCALARS = 1_000_000
 
 
 def attend(
-    query: Float[Array, "S 1 Hkv G D"],
+    query: Float[Array, "S Hkv G 1 D"],
     blocks: Blocks,
     lengths: Int[Array, " S"],
     *,
@@ -46,8 +46,8 @@ def attend(
   """Attends to cached tokens on a TPU, one query a slot.
 
   Args:
-    query: of every slot, scaled, grouped by the key head they share.
-    blocks: a layer's, only one.
+    query: of every slot, scaled, see `online.heads_first`.
+    blocks: a layer's, only one, its keys in the order cd.
     lengths: [S] int32, tokens in each slot's cache; 0 where it sees none.
     window: must be 0.
     interpret: simulates a TPU, anywhere, slowly.
@@ -64,7 +64,7 @@ def attend(
         f" {window} and {len(blocks)}"
     )
   keys, values = blocks[0].keys, blocks[0].values
-  slots, _, heads, group, head_dim = query.shape
+  slots, heads, group, _, head_dim = query.shape
   rows = slots * heads
   size = _page(rows, keys.shape[2])
   fetched = _fetched(keys.shape[2] // size)
