@@ -28,7 +28,7 @@ from mgrpo_jax.keys import check_name
 from mgrpo_jax.metrics import Accuracy
 from mgrpo_jax.rewards import Scores
 from mgrpo_jax.store import Store
-from mgrpo_jax.types import NO_PARENT, Account, RolloutGroup, Status, Trajectory
+from mgrpo_jax.types import NO_PARENT, Account, RolloutGroup, Trajectory
 
 _TRIES = 5  # to write a record that an earlier try still changes
 
@@ -288,18 +288,7 @@ def _rollouts(group: RolloutGroup, scores: Scores) -> list[list[list[Any]]]:
   rows = spool.write_scores(scores)
   found: list[list[list[Any]]] = [[] for _ in range(group.num_rollouts)]
   for one, earned in zip(group.trajectories, rows, strict=True):
-    found[one.rollout].append(
-        [
-            one.role,
-            one.call,
-            one.parent,
-            one.attempt,
-            int(one.status),
-            one.version_min,
-            one.version_max,
-            *earned,
-        ]
-    )
+    found[one.rollout].append([*wire.head(one), *earned])
   return found
 
 
@@ -308,21 +297,10 @@ def _told(task: str, repetition: int, told: Sequence[Any]) -> Told:
   rollouts, rows = [], []
   for k, made in enumerate(told):
     calls = []
-    for role, call, parent, attempt, status, oldest, newest, *row in made:
-      fields = {
-          "task_id": task,
-          "rollout": k,
-          "role": role,
-          "call": call,
-          "parent": parent,
-          "attempt": attempt,
-          "status": Status(status),
-          "version_min": oldest,
-          "version_max": newest,
-          "seconds": 0.0,
-      }
+    for row in made:
+      fields = wire.read_head(row[:7], task, k) | {"seconds": 0.0}
       calls.append(wire.stub(fields, _NOTHING))
-      rows.append(row)
+      rows.append(row[7:])
     if not calls or calls[0].parent != NO_PARENT:
       raise ValueError(f"rollout {k} of task {task} has no root")
     rollouts.append(tuple(calls))

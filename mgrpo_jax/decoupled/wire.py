@@ -198,11 +198,15 @@ def stub(row: Mapping[str, Any], account: Account) -> Trajectory:
   )
 
 
-def _row(one: Trajectory) -> list[Any]:
-  """A call as a row; the order is the module's."""
-  told = one.account
-  if told is None:
-    raise ValueError(f"call {one.call} of {one.role!r} has no account")
+def head(one: Trajectory) -> list[Any]:
+  """Says which call a row is of, made with which weights.
+
+  Args:
+    one: the call.
+
+  Returns:
+    Role, call, parent, attempt, status, and versions: how every row begins.
+  """
   return [
       one.role,
       one.call,
@@ -211,6 +215,44 @@ def _row(one: Trajectory) -> list[Any]:
       int(one.status),
       one.version_min,
       one.version_max,
+  ]
+
+
+def read_head(row: Sequence[Any], task: str, rollout: int) -> dict[str, Any]:
+  """Reads what `head` wrote.
+
+  Args:
+    row: it.
+    task: id of the call's task.
+    rollout: its index within the group.
+
+  Returns:
+    Those of a trajectory's fields.
+
+  Raises:
+    ValueError: it has another length, or the status is none.
+  """
+  role, call, parent, attempt, status, oldest, newest = row
+  return {
+      "task_id": task,
+      "rollout": rollout,
+      "role": role,
+      "call": call,
+      "parent": parent,
+      "attempt": attempt,
+      "status": Status(status),
+      "version_min": oldest,
+      "version_max": newest,
+  }
+
+
+def _row(one: Trajectory) -> list[Any]:
+  """A call as a row; the order is the module's."""
+  told = one.account
+  if told is None:
+    raise ValueError(f"call {one.call} of {one.role!r} has no account")
+  return [
+      *head(one),
       round(one.seconds, 3),
       told.sampled,
       told.turns,
@@ -234,20 +276,8 @@ def _stub(row: Sequence[Any], task: str, rollout: int) -> Trajectory:
       or grades[2] is None
   ):
     raise ValueError(f"not a row of a report: {str(row)[:80]}")
-  call, parent, attempt, status, oldest, newest = numbers[:6]
   return stub(
-      {
-          "task_id": task,
-          "rollout": rollout,
-          "role": role,
-          "call": call,
-          "parent": parent,
-          "attempt": attempt,
-          "status": Status(status),
-          "version_min": oldest,
-          "version_max": newest,
-          "seconds": float(numbers[6]),
-      },
+      read_head(row[:7], task, rollout) | {"seconds": float(numbers[6])},
       Account(
           sampled=numbers[7],
           turns=numbers[8],
