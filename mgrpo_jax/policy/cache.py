@@ -302,7 +302,7 @@ def _put_row(
   tokens = jnp.take(tokens, offsets, axis, mode="clip")
   real = (offsets >= 0) & (offsets < length)
   real = jnp.expand_dims(real, [one for one in range(4) if one != axis])
-  corner = [slot, 0, 0, 0]
+  corner: list[Any] = [slot, 0, 0, 0]
   corner[axis] = begin
   old = jax.lax.dynamic_slice(block, corner, tokens.shape)
   merged = jnp.where(real, tokens, old)
