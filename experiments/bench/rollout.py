@@ -302,6 +302,7 @@ def main() -> None:
   arguments = _arguments()
   directory = arguments.weights
   if not directory.exists():
+    directory.parent.mkdir(parents=True, exist_ok=True)
     save_directory(directory, policy.load("smollm2"))
   for case in arguments.case:
     for count in arguments.concurrency if case != "step" else [2 * GROUP]:
