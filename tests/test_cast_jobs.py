@@ -125,7 +125,8 @@ def test_jobs_out_of_step_change_the_cast_and_train_all_once(
 ):
   made, summaries = stale
   rows = read_metrics(made.root / policy / "metrics.jsonl")
-  test_async_run.check_ages(made.root / policy, rows, (policy,))
+  ages = test_async_run.check_ages(made.root / policy, rows, (policy,))
+  assert max(ages) == 1 or policy == "scout"  # of whom nothing was ahead
   assert [row["step"] for row in rows] == list(STEPS[policy])
   assert summaries[policy]["steps"] == STEPS[policy].stop
   expected = teams[0]["whole"].trained_tasks("all")
