@@ -49,6 +49,7 @@ def environment():
     patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
     patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     patch.setenv("PYTHONPATH", str(ROOT))
+    patch.setenv("RAY_worker_niceness", "0")  # else they wait for other tests
     yield dict(os.environ)
 
 
