@@ -34,7 +34,9 @@ def lead(tmp_path, bucket):
 def test_a_leader_without_its_follower_ends_saying_whom_it_misses(
     tmp_path, bucket
 ):
-  with pytest.raises(AbsentError, match="job of policy 'researcher'.*to start"):
+  with pytest.raises(
+      AbsentError, match="job of policy 'researcher'.*to be ready"
+  ):
     lead(tmp_path, bucket)
   assert bucket.list("members") == ["members/main/0.json"]
   assert not bucket.list("steps") and not bucket.list("evaluations")

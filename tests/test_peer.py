@@ -119,7 +119,7 @@ def test_a_job_that_never_comes_is_waited_for_only_so_long(bucket):
     async with waiting(bucket, said, patience=0.4) as other:
       await other.ready(0)
 
-  with pytest.raises(AbsentError, match="'sub'.*jobs.patience.*to start"):
+  with pytest.raises(AbsentError, match="'sub'.*jobs.patience.*to be ready"):
     asyncio.run(work())
   assert any("no sign of life" in line and "'sub'" in line for line in said)
 

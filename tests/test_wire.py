@@ -90,6 +90,18 @@ def test_a_report_carries_text_and_numbers_and_no_token():
   assert first.status == Status.COMPLETED
 
 
+def test_a_row_begins_as_other_programs_read_it():
+  """The columns of docs/bucket.md, in their order."""
+  first, _ = report(parent=0, attempt=1, version_min=3, version_max=5)
+  row = ["researcher", 2, 0, 1, int(Status.COMPLETED), 3, 5]
+  assert wire.head(first) == row
+  fields, rest = wire.read_head([*row, 0.5, 6], first.task_id, 7)
+  assert rest == [0.5, 6]
+  assert fields == {name: getattr(first, name) for name in fields}
+  names = {"role", "call", "parent", "attempt", "status", "version_min"}
+  assert fields.keys() == names | {"version_max", "task_id", "rollout"}
+
+
 def test_a_call_without_account_cannot_be_reported():
   with pytest.raises(ValueError, match="has no account"):
     wire.write_report(report(account=None))

@@ -298,9 +298,9 @@ def _told(task: str, repetition: int, told: Sequence[Any]) -> Told:
   for k, made in enumerate(told):
     calls = []
     for row in made:
-      fields = wire.read_head(row[:7], task, k) | {"seconds": 0.0}
-      calls.append(wire.stub(fields, _NOTHING))
-      rows.append(row[7:])
+      fields, earned = wire.read_head(row, task, k)
+      calls.append(wire.stub(fields | {"seconds": 0.0}, _NOTHING))
+      rows.append(earned)
     if not calls or calls[0].parent != NO_PARENT:
       raise ValueError(f"rollout {k} of task {task} has no root")
     rollouts.append(tuple(calls))

@@ -137,8 +137,8 @@ class Peer:
       member = self._read()
       return member if member and member.ready == steps else None
 
-    what = f"to have done {steps} step{'s' * (steps != 1)}"
-    await self.wait(probe, what if steps else "to start")
+    done = f"to have done {steps} step{'s' * (steps > 1)}"
+    await self.wait(probe, done if steps else "to be ready")
 
   async def wait(self, probe: Callable[[], T | None], what: str) -> T:
     """Waits for something that the job brings about.

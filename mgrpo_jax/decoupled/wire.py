@@ -218,22 +218,25 @@ def head(one: Trajectory) -> list[Any]:
   ]
 
 
-def read_head(row: Sequence[Any], task: str, rollout: int) -> dict[str, Any]:
-  """Reads what `head` wrote.
+def read_head(
+    row: Sequence[Any], task: str, rollout: int
+) -> tuple[dict[str, Any], list[Any]]:
+  """Reads a row that begins as `head` says.
 
   Args:
-    row: it.
+    row: of a call.
     task: id of the call's task.
-    rollout: its index within the group.
+    rollout: index of the call's rollout within the group.
 
   Returns:
-    Those of a trajectory's fields.
+    Fields of a trajectory, and what is left of the row.
 
   Raises:
-    ValueError: it has another length, or the status is none.
+    TypeError: it is no row.
+    ValueError: it is too short, or the status is none.
   """
-  role, call, parent, attempt, status, oldest, newest = row
-  return {
+  role, call, parent, attempt, status, oldest, newest, *rest = row
+  fields = {
       "task_id": task,
       "rollout": rollout,
       "role": role,
@@ -244,6 +247,7 @@ def read_head(row: Sequence[Any], task: str, rollout: int) -> dict[str, Any]:
       "version_min": oldest,
       "version_max": newest,
   }
+  return fields, rest
 
 
 def _row(one: Trajectory) -> list[Any]:
@@ -265,26 +269,29 @@ def _row(one: Trajectory) -> list[Any]:
 
 def _stub(row: Sequence[Any], task: str, rollout: int) -> Trajectory:
   """A row as a call without tokens; raises ValueError where it is none."""
-  role, *numbers = row
-  whole, grades = numbers[:6] + numbers[7:10], numbers[10:]
+  fields, rest = read_head(row, task, rollout)
+  if len(rest) != 7:
+    raise ValueError(f"not a row of a report: {str(row)[:80]}")
+  seconds, sampled, turns, well_formed, *grades = rest
+  whole = [*row[1 : -len(rest)], sampled, turns, well_formed]
   if (
-      not isinstance(role, str)
-      or len(numbers) != 13
+      not isinstance(fields["role"], str)
       or not all(type(n) is int and abs(n) <= _MOST for n in whole)
       or not all(g is None or _is_share(g) for g in grades)
-      or not _is_number(numbers[6])
+      or not _is_number(seconds)
       or grades[2] is None
   ):
     raise ValueError(f"not a row of a report: {str(row)[:80]}")
+  correct, expert, overlong = grades
   return stub(
-      read_head(row[:7], task, rollout) | {"seconds": float(numbers[6])},
+      fields | {"seconds": float(seconds)},
       Account(
-          sampled=numbers[7],
-          turns=numbers[8],
-          format=bool(numbers[9]),
-          correct=grades[0],
-          expert=grades[1],
-          overlong=float(grades[2]),
+          sampled=sampled,
+          turns=turns,
+          format=bool(well_formed),
+          correct=correct,
+          expert=expert,
+          overlong=float(overlong),
       ),
   )
 
