@@ -146,9 +146,13 @@ def test_the_kernel_is_for_one_device():
 
 def test_a_kernel_called_for_what_it_cannot_do_says_so():
   side = jnp.zeros((2, 1, 16, 8))
-  block = Block(side, side, "cd")
+  block, turned = Block(side, side, "cd"), Block(side, side, "dc")
   query = jnp.zeros((2, 1, 1, 1, 8))
   lengths = jnp.zeros(2, jnp.int32)
-  for blocks, window in (((block,), 4), ((block, block), 0)):
+  for blocks, window in (
+      ((block,), 4),
+      ((block, block), 0),
+      ((turned,), 0),
+  ):
     with pytest.raises(ValueError, match="window must be 0 and the cache one"):
       paged.attend(query, blocks, lengths, window=window)

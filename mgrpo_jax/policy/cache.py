@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -24,7 +24,7 @@ class Block:
 
   keys: Any  # [S, Hkv, D, C] or [S, Hkv, C, D], as `order` says
   values: Any  # [S, Hkv, C, D]
-  order: str = flax.struct.field(pytree_node=False)  # "dc" or "cd"
+  order: Literal["dc", "cd"] = flax.struct.field(pytree_node=False)
 
   @property
   def size(self) -> int:
@@ -37,7 +37,7 @@ class Block:
     return Block(keys=2 + self.order.index("c"), values=2, order=self.order)
 
 
-Blocks = tuple[Block, ...]
+Blocks = tuple[Block, ...]  # of one layer, or one of each
 
 
 @flax.struct.dataclass
@@ -159,7 +159,7 @@ def take(
   size = held.layers[0][0].size
 
   def take_block(index: int) -> Blocks:
-    def put(place: Array, taken: Blocks) -> Blocks:
+    def put_slot(place: Array, taken: Blocks) -> Blocks:
       return jax.tree.map(
           lambda old, block: _with_slot(old, place, block, rows[place]),
           taken,
@@ -169,7 +169,7 @@ def take(
     # One gather would be hoisted out, and done for unused blocks, too.
     count = jnp.where(longest > index * size, len(rows), 0)
     taken = tuple(layer[index] for layer in held.layers)
-    return jax.lax.fori_loop(0, count, put, taken)
+    return jax.lax.fori_loop(0, count, put_slot, taken)
 
   return KVCache(layers=_by_layer(take_block, len(held.layers[0])))
 
@@ -225,8 +225,8 @@ def put(block: Block, new: Block, start: Int[Array, ""]) -> Block:
     The block, in place where it can be.
   """
   return jax.tree.map(
-      lambda axis, old, new: jax.lax.dynamic_update_slice_in_dim(
-          old, new, start, axis
+      lambda axis, old, added: jax.lax.dynamic_update_slice_in_dim(
+          old, added, start, axis
       ),
       block.axes,
       block,
@@ -301,8 +301,10 @@ def _put_row(
   tokens = jax.lax.dynamic_index_in_dim(new, row, keepdims=True)
   tokens = jnp.take(tokens, offsets, axis, mode="clip")
   real = (offsets >= 0) & (offsets < length)
-  real = jnp.expand_dims(real, [one for one in range(4) if one != axis])
-  corner: list[Any] = [slot, 0, 0, 0]
+  real = jnp.expand_dims(
+      real, [one for one in range(block.ndim) if one != axis]
+  )
+  corner: list[Any] = [slot, *[0] * (block.ndim - 1)]
   corner[axis] = begin
   old = jax.lax.dynamic_slice(block, corner, tokens.shape)
   merged = jnp.where(real, tokens, old)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from mgrpo_jax.policy import attention
 from mgrpo_jax.policy.rotary import Scaling
@@ -202,11 +202,11 @@ class TransformerConfig:
     return -(-self.head_dim // LANES) * LANES
 
   @property
-  def key_order(self) -> str:
+  def key_order(self) -> Literal["dc", "cd"]:
     """Order of a head's keys in the sampler's cache, see `cache.Block`.
 
-    Products of few queries read columns, dc, without turning them; kernels
-    fetch a token as a row, cd.
+    Kernels fetch a token as a row, cd. Elsewhere keys are columns, dc, which
+    products of few queries read as they stand; a gain measured on CPUs.
     """
     return "dc" if self.execution.decode_attention is None else "cd"
 

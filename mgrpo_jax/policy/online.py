@@ -34,8 +34,8 @@ def heads_first(
 ) -> Float[Array, "P Hkv G T D"]:
   """Brings queries into the order in which a cache is attended.
 
-  As the left factor of their product with keys they are read where they stand;
-  the other way round the product would be turned.
+  As the left factor of their product with keys they give scores in the order
+  of `attend`; the other way round a CPU computes them turned.
 
   Args:
     query: as `transformer.project` gives them.

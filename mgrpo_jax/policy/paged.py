@@ -58,10 +58,10 @@ def attend(
   Raises:
     ValueError: the kernel cannot do it, saying what it needs.
   """
-  if window or len(blocks) > 1:
+  if window or len(blocks) > 1 or blocks[0].order != "cd":
     raise ValueError(
-        "paged attention: window must be 0 and the cache one block, got"
-        f" {window} and {len(blocks)}"
+        "paged attention: window must be 0 and the cache one block in the order"
+        f" cd, got {window} and {[block.order for block in blocks]}"
     )
   keys, values = blocks[0].keys, blocks[0].values
   slots, heads, group, _, head_dim = query.shape

@@ -45,10 +45,10 @@ def split_heads(mesh: Mesh) -> NamedSharding:
     mesh: of `sharding.sampler_mesh`.
 
   Returns:
-    The sharding of every block of the cache.
+    The sharding of every block of the cache, whose second axis are the heads
+    in whatever order the others are.
   """
-  axes = sharding.spec("slot", "kv_heads", "length", "head_dim")
-  return NamedSharding(mesh, axes)
+  return NamedSharding(mesh, sharding.spec("slot", "kv_heads"))
 
 
 @functools.partial(
