@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_llama
@@ -119,15 +120,33 @@ def test_joined_kernels_are_multiplied_apart(number):
       np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("number", [1, 3, products.FEW, products.FEW + 1])
+def test_half_precision_is_rounded_once_at_the_end(number):
+  rng = np.random.default_rng(0)
+  matrix = rng.normal(size=(20, 300)).astype(jnp.bfloat16)
+  x = rng.normal(size=(1, number, 300)).astype(jnp.bfloat16)
+  turned = products.Turned(matrix=matrix, outputs=((20,),))
+  found = jax.jit(products.multiply)(x, turned)
+  assert found.dtype == jnp.bfloat16
+  expected = x.astype(np.float64) @ matrix.astype(np.float64).T
+  # A rounding of sums of size 17, whose parts are 300 in float32.
+  np.testing.assert_allclose(
+      np.asarray(found, np.float64), expected, rtol=2**-8, atol=1e-4
+  )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 @pytest.mark.parametrize("number", [2, 12, 31, 32, 64, products.FEW])
 @pytest.mark.parametrize("sizes", [(24, 40), (96, 288), (576, 192)])
-def test_a_product_does_not_depend_on_the_row_it_stands_in(number, sizes):
+def test_a_product_does_not_depend_on_the_row_it_stands_in(
+    number, sizes, dtype
+):
   rng = np.random.default_rng(0)
   turned = products.Turned(
-      matrix=rng.normal(size=sizes[::-1]).astype(np.float32),
+      matrix=rng.normal(size=sizes[::-1]).astype(dtype),
       outputs=(sizes[1:],),
   )
-  x = np.tile(rng.normal(size=sizes[0]).astype(np.float32), (1, number, 1))
+  x = np.tile(rng.normal(size=sizes[0]).astype(dtype), (1, number, 1))
   found = np.asarray(jax.jit(products.multiply)(x, turned))[0]
   np.testing.assert_array_equal(found, np.tile(found[:1], (number, 1)))
 

@@ -83,6 +83,7 @@ def engine(case: str, count: int, sizes: Mapping[str, Any]) -> dict[str, Any]:
       "decode_steps": 8,
       "decode_rows": count if agents else 0,
       "outputs_first": True,
+      "dtype": "float32",
       **sizes,
   }
 
@@ -330,7 +331,9 @@ def _arguments() -> argparse.Namespace:
   parser.add_argument("--peers", help="Python of TRL's and Tunix's")
   parser.add_argument("--players", type=_words, help="only these")
   parser.add_argument(
-      "--engine", default="{}", help="sizes of our engine, as JSON"
+      "--engine",
+      default="{}",
+      help="""sizes of our engine as JSON, and the "dtype" it computes in""",
   )
   work = pathlib.Path(tempfile.gettempdir()) / "mgrpo_rollout"
   parser.add_argument("--weights", type=pathlib.Path, default=work / "smollm2")

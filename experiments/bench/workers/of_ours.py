@@ -3,8 +3,9 @@
     python -m experiments.bench.workers.of_ours SOURCE ENGINE [STEP]
 
 SOURCE is what `policy.load` takes, ENGINE the sizes of `Engine` as JSON, with
-`outputs_first` of its policy's execution, STEP the settings of a GRPO step, see
-`step.Steps`. Compiled before it says that it is ready, and how long that took.
+`outputs_first` of its policy's execution and the `dtype` it computes in, STEP
+the settings of a GRPO step, see `step.Steps`. Compiled before it says that it
+is ready, and how long that took.
 """
 
 from __future__ import annotations
@@ -122,6 +123,10 @@ def main() -> None:
   loaded = policy.load(sys.argv[1])
   start = time.perf_counter()
   sizes = json.loads(sys.argv[2])
+  loaded = dataclasses.replace(
+      loaded,
+      config=dataclasses.replace(loaded.config, dtype=sizes.pop("dtype")),
+  )
   config = dataclasses.replace(
       loaded.config,
       execution=Execution(outputs_first=sizes.pop("outputs_first")),
