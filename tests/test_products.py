@@ -68,9 +68,11 @@ def test_a_turned_head_holds_the_same_numbers(family):
     np.testing.assert_array_equal(head.matrix.T, weights.unembedding)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_turned_layers_compute_the_same_logits(family):
-  kept, config = configs(family)
+def logits(family, **changes):
+  """Of random tokens, as trained and with kernels turned."""
+  kept, config = (
+      dataclasses.replace(one, **changes) for one in configs(family)
+  )
   weights = tiny_llama.weights(kept)
   rng = np.random.default_rng(0)
   tokens = rng.integers(0, kept.vocab_size, (3, 7)).astype(np.int32)
@@ -79,9 +81,26 @@ def test_turned_layers_compute_the_same_logits(family):
   apply = jax.jit(transformer.apply, static_argnames="config")
   plain = apply(weights, tokens, positions, segments, config=kept)
   turned = products.turn(weights, config=config)
-  found = apply(turned, tokens, positions, segments, config=config)
+  return plain, apply(turned, tokens, positions, segments, config=config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_turned_layers_compute_the_same_logits(family):
+  plain, found = logits(family)
   # Sums of at most 24 terms of size 1, associated otherwise, in a few layers.
   np.testing.assert_allclose(found, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_turned_layers_are_as_exact_in_half_precision(family):
+  exact, _ = logits(family)
+  errors = [
+      np.sqrt(np.mean((one - exact) ** 2))
+      for one in logits(family, dtype="bfloat16")
+  ]
+  # A few layers of roundings to 8 bits, none of them the other's; where one
+  # sends a token to another expert, both are far off.
+  assert 0 < errors[1] < 1.5 * errors[0]
 
 
 @pytest.mark.parametrize("number", [1, products.FEW, products.FEW + 1])
@@ -209,6 +228,35 @@ def test_an_engine_that_turns_kernels_samples_the_same(family):
     np.testing.assert_array_equal(one.tokens, other.tokens)
     np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
     assert one.version_max == other.version_max
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe"])
+def test_a_turned_engine_in_half_precision_samples_from_the_same(family):
+  """Its cache and embedding are wide; what it computes with them is not."""
+  kept, config = (
+      dataclasses.replace(one, dtype="bfloat16") for one in configs(family)
+  )
+  assert (kept.cache_dtype, config.cache_dtype) == ("bfloat16", "float32")
+  for one, other in zip(sampled(kept), sampled(config), strict=True):
+    alike = [*(one.tokens == other.tokens), False]
+    until = alike.index(False)  # rounded otherwise, another token is drawn
+    np.testing.assert_allclose(
+        one.logprobs[:until], other.logprobs[:until], atol=0.05
+    )
+    assert until > 1
+
+
+def test_a_wide_embedding_is_rounded_where_it_is_looked_up():
+  _, config = configs("llama")
+  config = dataclasses.replace(config, dtype="bfloat16")
+  weights = jax.tree.map(
+      lambda one: jnp.asarray(one, jnp.bfloat16), tiny_llama.weights(config)
+  )
+  turned = products.turn(weights, config=config)
+  assert turned.embedding.dtype == jnp.float32
+  rows = transformer.embed(turned, np.array([[3, 5]]), config=config)
+  assert rows.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(rows[0], weights.embedding[np.array([3, 5])])
 
 
 def test_a_mesh_is_not_turned():

@@ -61,7 +61,7 @@ def init(
   """Makes an empty cache.
 
   Args:
-    config: sizes; the cache has its activations' dtype.
+    config: sizes; the cache has `config.cache_dtype`.
     num_slots: S.
     length: tokens a slot can hold, rounded up to whole blocks.
     block: C, tokens in a block, the unit in which unused cache is skipped.
@@ -97,7 +97,7 @@ def empty(config: TransformerConfig, *, streams: int, size: int) -> Block:
   """Makes an empty block.
 
   Args:
-    config: sizes; the block has its activations' dtype.
+    config: sizes, and the dtype of a cache.
     streams: S.
     size: C, tokens.
 
@@ -105,7 +105,7 @@ def empty(config: TransformerConfig, *, streams: int, size: int) -> Block:
     Zeros.
   """
   shape = (streams, size, config.num_kv_heads, config.cache_dim)
-  zeros = jnp.zeros(shape, config.dtype)
+  zeros = jnp.zeros(shape, config.cache_dtype)
   return arranged(zeros, zeros, config=config)
 
 
@@ -200,15 +200,15 @@ def arranged(
   Args:
     key: as `transformer.project` gives them.
     value: likewise.
-    config: says which order keys have.
+    config: says which order keys have, and the dtype of both.
 
   Returns:
     A block of T tokens of each of P streams.
   """
   order = config.key_order
   return Block(
-      keys=jnp.einsum(f"pckd->pk{order}", key),
-      values=jnp.swapaxes(value, 1, 2),
+      keys=jnp.einsum(f"pckd->pk{order}", key).astype(config.cache_dtype),
+      values=jnp.swapaxes(value, 1, 2).astype(config.cache_dtype),
       order=order,
   )
 

@@ -202,6 +202,15 @@ class TransformerConfig:
     return -(-self.head_dim // LANES) * LANES
 
   @property
+  def cache_dtype(self) -> str:
+    """Dtype of the sampler's cache.
+
+    Of activations, but for samplers on CPUs: those turn a whole block into
+    float32 and back to write a token of less into it.
+    """
+    return "float32" if self.execution.outputs_first else self.dtype
+
+  @property
   def key_order(self) -> Literal["dc", "cd"]:
     """Order of a head's keys in the sampler's cache, see `cache.Block`.
 

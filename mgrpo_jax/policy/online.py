@@ -155,7 +155,7 @@ def attend(
   """
   scores = jnp.einsum(
       f"pkgtd,pk{block.order}->pkgtc",
-      query,
+      query.astype(block.keys.dtype),
       block.keys,
       preferred_element_type=jnp.float32,
   )

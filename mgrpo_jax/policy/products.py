@@ -53,7 +53,8 @@ def turn(params: Params, *, config: TransformerConfig) -> Params:
   Returns:
     The same numbers; `multiply_each` takes either. Where kernels were joined,
     the first of them holds all and the others are None. A tied head shares the
-    embedding's memory.
+    embedding's memory in float32; else the embedding is made float32, for CPUs
+    would do so with all of it to look a token up.
   """
   specs = param_specs(config)
   layers = tuple(
@@ -64,7 +65,12 @@ def turn(params: Params, *, config: TransformerConfig) -> Params:
     head = Turned(matrix=params.embedding, outputs=((config.vocab_size,),))
   else:
     head = _turn([params.unembedding], [specs.unembedding])
-  return dataclasses.replace(params, layers=layers, unembedding=head)
+  return dataclasses.replace(
+      params,
+      embedding=jnp.asarray(params.embedding, jnp.float32),
+      layers=layers,
+      unembedding=head,
+  )
 
 
 def _turn_layer(layer: Layer, specs: Layer) -> Layer:

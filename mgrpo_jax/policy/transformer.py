@@ -134,15 +134,18 @@ def embed(
   Returns:
     The residual stream before the first layer, in `config.dtype`.
   """
-  table = sharding.constrain(
-      jnp.asarray(params.embedding, config.dtype), "vocab", "hidden"
-  )
+  table = params.embedding
+  if not config.execution.outputs_first:  # else it is wide, see `products.turn`
+    table = sharding.constrain(
+        jnp.asarray(table, config.dtype), "vocab", "hidden"
+    )
   rows = table.at[tokens].get(
       mode="fill",
       fill_value=jnp.nan,
       wrap_negative_indices=False,
       out_sharding=sharding.out("batch", "length", "hidden"),
   )
+  rows = rows.astype(config.dtype)
   if config.embedding_scale == 1.0:
     return rows
   return rows * jnp.asarray(config.embedding_scale, rows.dtype)
