@@ -55,7 +55,7 @@ def read(cache):
 def filled(config, *, times, width):
   """A cache after random writes, and what it should hold."""
   rng = np.random.default_rng(width)
-  cache, expected = empty(config), None
+  cache = empty(config)
   expected = read(cache).copy()
   for number in range(times):
     slots = rng.permutation(SLOTS)[:4].astype(np.int32)
