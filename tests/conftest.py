@@ -39,6 +39,16 @@ def s3_endpoint():
     yield endpoint
 
 
+@pytest.fixture(scope="session")
+def steady(tmp_path_factory):
+  """A finished run of the smoke in two jobs of two processes, undisturbed."""
+  from commands import train_spread
+
+  directory = tmp_path_factory.mktemp("steady")
+  assert train_spread(f"--workdir={directory}", "--launch=local").wait(600) == 0
+  return directory
+
+
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs():
   """Frees a file's compiled programs when its tests are through.

@@ -2,10 +2,8 @@
 
 import asyncio
 import contextlib
-import os
-import pathlib
-import subprocess
-import sys
+
+import commands
 
 from mgrpo_jax import publish
 from mgrpo_jax.policy import fingerprint
@@ -17,8 +15,6 @@ from mgrpo_jax.sampler.connection import Address
 from mgrpo_jax.serving import internal
 from mgrpo_jax.serving.listen import bind
 
-ROOT = pathlib.Path(__file__).parents[1]
-SMOKE = "--config=configs/decoupled_quickstart.py:smoke"
 TOKEN = "0123456789abcdef"
 EVERY = 0.05  # seconds
 
@@ -92,10 +88,7 @@ async def until(true, seconds=20.0):
 def command(directory, *arguments):
   """`experiments.replica` as a process, which logs to `replica.log`."""
   with open(directory / "replica.log", "a") as log:
-    return subprocess.Popen(
-        [sys.executable, "-m", "experiments.replica", SMOKE, *arguments],
-        cwd=ROOT,
-        stdout=log,
-        stderr=log,
-        env=dict(os.environ) | {"PYTHONPATH": str(ROOT)},
-    )
+    return commands.start(
+        "-m", "experiments.replica", commands.SMOKE, *arguments,
+        stdout=log, stderr=log,
+    )  # fmt: skip

@@ -2,45 +2,16 @@
 
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
 
 import pytest
+from commands import QUICKSTART, ROOT, command, environment, python, refused
 
 from configs import quickstart
 from experiments import recipe
 from mgrpo_jax import ownership, store, workdir
-
-ROOT = pathlib.Path(__file__).parents[1]
-QUICKSTART = "--config=configs/quickstart.py"
-
-
-def python(*arguments):
-  return subprocess.run(
-      [sys.executable, *arguments],
-      cwd=ROOT,
-      capture_output=True,
-      text=True,
-      timeout=120,
-      env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-      check=False,
-  )
-
-
-def command(name, *arguments):
-  return python("-m", f"experiments.{name}", *arguments)
-
-
-def refused(result):
-  """The one line of a refusal."""
-  assert result.returncode == 2, result.stderr
-  lines = result.stderr.strip().splitlines()
-  assert len(lines) == 1, result.stderr
-  assert lines[0].startswith("error: ")
-  assert not result.stdout
-  return lines[0]
 
 
 @pytest.mark.parametrize(
@@ -224,7 +195,7 @@ def in_shell(line, name, *arguments):
       capture_output=True,
       text=True,
       timeout=120,
-      env=os.environ | {"JAX_PLATFORMS": "cpu"},
+      env=environment(),
       check=False,
   )
 

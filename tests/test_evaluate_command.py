@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from test_commands import command, refused
+from commands import command, refused
 from test_serving_command import publish, run
 
 from mgrpo_jax.tasks import benchmarks

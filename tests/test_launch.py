@@ -2,16 +2,14 @@
 
 import contextlib
 import json
-import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 
 import pytest
 import replicated
-from replicated import ROOT, SMOKE
+from commands import SMOKE, command
 
 from experiments import fleet, joining, launch
 from experiments.fleet import Plan
@@ -20,19 +18,6 @@ from mgrpo_jax.replicas import records
 from mgrpo_jax.report.writer import read_metrics
 from mgrpo_jax.testing.setup import small_setup
 from mgrpo_jax.work import Budget
-
-
-def train(*arguments, timeout=120):
-  plain = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-  return subprocess.run(
-      [sys.executable, "-m", "experiments.train", *arguments],
-      cwd=ROOT,
-      capture_output=True,
-      text=True,
-      timeout=timeout,
-      env=plain | {"PYTHONPATH": str(ROOT)},  # as a user has it
-      check=False,
-  )
 
 
 def test_arguments_of_the_recipe_are_handed_on():
@@ -131,7 +116,7 @@ def test_all_jobs_of_a_run_have_one_name_and_one_config(tmp_path):
 )
 def test_wrong_flags_end_with_one_line(tmp_path, arguments, told):
   named = [a.replace("BUCKET", (tmp_path / "b").as_uri()) for a in arguments]
-  result = train(SMOKE, f"--workdir={tmp_path / 'run'}", *named)
+  result = command("train", SMOKE, f"--workdir={tmp_path / 'run'}", *named)
   assert result.returncode == 2, result.stderr
   (line,) = result.stderr.strip().splitlines()
   assert told in line
@@ -213,7 +198,9 @@ def runs(tmp_path_factory):
   taken = {}
   for name, extra in (("jobs", ["--launch=local"]), ("one", [])):
     began = time.monotonic()
-    result = train(SMOKE, f"--workdir={root / name}", *extra, timeout=280)
+    result = command(
+        "train", SMOKE, f"--workdir={root / name}", *extra, timeout=280
+    )
     assert result.returncode == 0, result.stderr
     taken[name] = time.monotonic() - began
   print(taken)
@@ -267,7 +254,9 @@ def test_replicas_help_a_job_and_are_killed(runs, tmp_path):
   killer.start()
   try:
     folder = f"--workdir={tmp_path / 'run'}"
-    result = train(SMOKE, folder, "--launch=local", *shared, timeout=280)
+    result = command(
+        "train", SMOKE, folder, "--launch=local", *shared, timeout=280
+    )
     assert result.returncode == 0, result.stderr
   finally:
     over.set()

@@ -1,23 +1,21 @@
 """Notebooks: as short as promised, stripped, and they run."""
 
 import ast
-import os
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 
 import finished_arms
 import nbclient
 import nbformat
 import pytest
+from commands import ROOT, environment
 
 from mgrpo_jax import atomic
 from mgrpo_jax.report import results
 
-ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 AT_WORK = ROOT / "notebooks" / "01_a_team_at_work.ipynb"
 ARMS = ROOT / "notebooks" / "04_arms.ipynb"
@@ -39,17 +37,6 @@ def code_of(cell):
 def code_cells(path):
   cells = nbformat.read(path, as_version=4).cells
   return [cell for cell in cells if cell.cell_type == "code"]
-
-
-def environment():
-  """This process's, without the eight devices that tests ask for."""
-  cache = pathlib.Path(tempfile.gettempdir()) / "mgrpo_jax_test_cache"
-  own = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-  return own | {
-      "JAX_PLATFORMS": "cpu",
-      "JAX_COMPILATION_CACHE_DIR": str(cache),
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-  }
 
 
 def execute(notebook, directory):

@@ -1,16 +1,10 @@
 """Jobs on a Ray cluster of several nodes, one of which is lost."""
 
 import concurrent.futures
-import json
-import os
-import pathlib
-import subprocess
-import sys
-import tempfile
 import time
 
 import pytest
-from replicated import ROOT, SMOKE
+from commands import assert_ended_alike, environment, train_spread
 
 from experiments import fleet, ray_fleet
 from experiments.fleet import FleetError, Plan
@@ -31,36 +25,26 @@ starts=$(wc -l < $policy.$process)
 . ./$policy.does
 """
 WAITS = "until [ -e over ]; do sleep 0.1; done"
-POLICIES = ("main", "researcher")
-# Of each policy, four devices: two of each of its two processes.
-SPREAD = [
-    f"--config.policies.{policy}.mesh.{axis}=2"
-    for policy in POLICIES
-    for axis in ("fsdp", "tensor")
-]
 
 
 @pytest.fixture(scope="module")
-def environment():
-  """What commands are told, on every node: where compiled programs are."""
-  cache = pathlib.Path(tempfile.gettempdir()) / "mgrpo_jax_tiny_cache"
-  with pytest.MonkeyPatch.context() as patch:
-    patch.delenv("XLA_FLAGS", raising=False)
-    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
-    patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    patch.setenv("PYTHONPATH", str(ROOT))
-    patch.setenv("RAY_worker_niceness", "0")  # else they wait for other tests
-    yield dict(os.environ)
-
-
-@pytest.fixture(scope="module")
-def cluster(environment):
-  """A head and three nodes of one place each."""
+def cluster():
+  """A head and three nodes of one place each, with a user's environment."""
   pytest.importorskip("ray", reason="ray is missing: pip install -e .[ray]")
   from ray.cluster_utils import Cluster
 
+  with pytest.MonkeyPatch.context() as patch:
+    patch.delenv("XLA_FLAGS", raising=False)
+    for name, value in environment().items():
+      patch.setenv(name, value)
+    patch.setenv("RAY_worker_niceness", "0")  # else they wait for other tests
+    yield from nodes(Cluster)
+
+
+def nodes(cluster):
+  """A cluster that lasts until it is asked for another; some do not start."""
   for _ in range(TRIES):
-    made = Cluster()
+    made = cluster()
     try:
       made.add_node(num_cpus=0, include_dashboard=False)  # the head
       for _ in range(3):
@@ -158,15 +142,12 @@ def test_a_job_goes_on_elsewhere_where_its_node_is_lost(cluster, run, tmp_path):
 
 
 @pytest.fixture
-def train(environment):
+def train():
   """Starts to train; what still runs is ended with its jobs."""
   started = []
 
   def train(*arguments):
-    command = [sys.executable, "-m", "experiments.train", SMOKE, *SPREAD]
-    started.append(
-        subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment)
-    )
+    started.append(train_spread(*arguments))
     return started[-1]
 
   yield train
@@ -175,7 +156,9 @@ def train(environment):
     process.wait(DEADLINE)
 
 
-def test_training_goes_on_where_a_node_is_lost(cluster, train, tmp_path):
+def test_training_goes_on_where_a_node_is_lost(
+    steady, cluster, train, tmp_path
+):
   """Two policies on two nodes each; a fifth takes the lost one's place.
 
   Compared with as many processes without Ray, for one process may add the four
@@ -185,27 +168,17 @@ def test_training_goes_on_where_a_node_is_lost(cluster, train, tmp_path):
 
   while len(cluster.worker_nodes) < 5:
     cluster.add_node(num_cpus=1)
-  steady, spread = tmp_path / "steady", tmp_path / "spread"
   address = f"--ray_address={cluster.address}"
-  running = train(f"--workdir={spread}", "--launch=ray", "--hosts=2", address)
-  second = spread / "bucket/steps/1.json"
+  running = train(f"--workdir={tmp_path}", "--launch=ray", address)
+  second = tmp_path / "bucket/steps/1.json"
   until(lambda: second.exists() or running.poll() is not None, "second step")
   assert running.poll() is None
   with ray.init(address=cluster.address, log_to_driver=False):
     lost = node_of(cluster, "researcher", process=1)
     cluster.remove_node(lost, allow_graceful=False)
-  quiet = train(f"--workdir={steady}", "--launch=local", "--hosts=2")
-  assert running.wait(DEADLINE) == quiet.wait(DEADLINE) == 0
-  for policy, folder in (("main", ""), ("researcher", "jobs/researcher/")):
-    file = f"{folder}policies/{policy}/model.safetensors"
-    assert (spread / file).read_bytes() == (steady / file).read_bytes()
-  expected, actual = (
-      json.loads((folder / "summary.json").read_text())
-      for folder in (steady, spread)
-  )
-  for name in ("seed", "steps", "eval", "tokens"):
-    assert actual[name] == expected[name]
-  log = (spread / "jobs/researcher.1.log").read_text()
+  assert running.wait(DEADLINE) == 0
+  assert_ended_alike(tmp_path, steady)
+  log = (tmp_path / "jobs/researcher.1.log").read_text()
   assert log.count("$ ") == 2  # it was started again
 
 

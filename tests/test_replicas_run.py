@@ -4,17 +4,13 @@ import asyncio
 import contextlib
 import dataclasses
 import io
-import os
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
 import replicated
+from commands import SMOKE, command, refused
 from delegating import delegating_setup
-from replicated import ROOT, SMOKE
-from test_launch import train
 from tiny_run import digest
 from tiny_run import train as train_here
 
@@ -120,24 +116,16 @@ def test_replicas_may_come_and_go(tmp_path, alone):
     ],
 )  # fmt: skip
 def test_wrong_flags_end_with_one_line(arguments, told):
-  result = subprocess.run(
-      [sys.executable, "-m", "experiments.replica", SMOKE, "--policy=main",
-       *arguments],
-      cwd=ROOT,
-      capture_output=True,
-      text=True,
-      timeout=120,
-      env=dict(os.environ) | {"PYTHONPATH": str(ROOT)},
-      check=False,
-  )  # fmt: skip
-  assert result.returncode == 2
-  (line,) = result.stderr.strip().splitlines()
-  assert told in line
+  ended = command("replica", SMOKE, "--policy=main", *arguments)
+  assert told in refused(ended)
 
 
 def test_a_run_without_a_bucket_cannot_be_helped(tmp_path):
-  result = train(
-      SMOKE, f"--workdir={tmp_path / 'run'}", "--config.rollout.replicas=True"
+  result = command(
+      "train",
+      SMOKE,
+      f"--workdir={tmp_path / 'run'}",
+      "--config.rollout.replicas=True",
   )
   assert result.returncode == 2
   assert "True needs --bucket" in result.stderr

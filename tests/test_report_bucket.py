@@ -2,13 +2,12 @@
 
 import json
 import math
-import subprocess
-import sys
 import time
 import uuid
 
 import killed
 import pytest
+from commands import command, refused
 
 from mgrpo_jax import atomic, bases, ownership, publish, store
 from mgrpo_jax.report import bucket
@@ -150,15 +149,11 @@ def test_an_empty_bucket_is_no_error(tmp_path):
 
 
 def test_the_command_prints_it(full):
-  command = [sys.executable, "-m", "experiments.view", f"--bucket={full.url}"]
-  done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+  done = command("view", f"--bucket={full.url}")
   assert done.returncode == 0, done.stderr
   assert "run the-run" in done.stdout
   assert "http://127.0.0.1:1" in done.stdout
-  command[-1] = "--bucket=ftp://x"
-  done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-  assert done.returncode == 2
-  assert done.stderr.count("\n") == 1 and "must start with" in done.stderr
+  assert "must start with" in refused(command("view", "--bucket=ftp://x"))
 
 
 @pytest.mark.parametrize(

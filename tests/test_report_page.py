@@ -7,23 +7,21 @@ import html.parser
 import json
 import math
 import os
-import pathlib
 import re
 import shutil
 import subprocess
-import sys
 
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from commands import ROOT, command
 from test_report import HOSTILE, make_group, make_trajectory, pieces_of, write
 
 from mgrpo_jax import metrics, store, types
 from mgrpo_jax.report import browse, curves, page, png, text, writer
 from mgrpo_jax.workdir import NotARunError
 
-ROOT = pathlib.Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -470,14 +468,7 @@ def test_matplotlib_is_imported_only_to_draw():
 
 def view(*arguments):
   """Runs the command as a user does."""
-  return subprocess.run(
-      [sys.executable, "-m", "experiments.view", *arguments],
-      cwd=ROOT,
-      capture_output=True,
-      text=True,
-      timeout=600,
-      check=False,
-  )
+  return command("view", *arguments, timeout=600)
 
 
 def test_view_writes_the_report_and_says_where(tmp_path):

@@ -2,19 +2,15 @@
 
 import json
 import math
-import os
-import pathlib
-import subprocess
-import sys
 
 import finished_arms
 import numpy as np
 import pytest
+from commands import ROOT, command
 
 from mgrpo_jax import atomic
 from mgrpo_jax.report import results, sweep
 
-ROOT = pathlib.Path(__file__).parents[1]
 KEPT = sorted(  # of runs; gradients.json has other tables, see test_game
     path
     for path in (ROOT / "experiments" / "results").glob("*.json")
@@ -159,26 +155,15 @@ def test_files_in_the_repository_are_whole(path):
   assert kept["statistics"] == json.loads(json.dumps(found))
 
 
-def record(*arguments):
-  return subprocess.run(
-      [sys.executable, "-m", "experiments.record", *arguments],
-      cwd=ROOT,
-      capture_output=True,
-      text=True,
-      env=os.environ | {"JAX_PLATFORMS": "cpu"},
-      check=False,
-  )
-
-
 def test_the_command_records_and_prints(tmp_path):
   finished_arms.make_arms(tmp_path / "runs")
   to = f"--to={tmp_path / 'results' / 'arms.json'}"
   runs = f"--runs={tmp_path}"
-  refused = record(runs, to)
+  refused = command("record", runs, to)
   assert (refused.returncode, refused.stdout) == (2, "")
   assert refused.stderr == "error: --machine is required with --runs\n"
-  made = record(runs, to, "--machine=two cores")
+  made = command("record", runs, to, "--machine=two cores")
   assert made.returncode == 0, made.stderr
   assert "| main_only | 0, 1 |" in made.stdout
-  again = record(to)
+  again = command("record", to)
   assert (again.returncode, again.stdout) == (0, made.stdout)

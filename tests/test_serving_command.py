@@ -2,18 +2,15 @@
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import urllib.error
 import urllib.request
 
-import jax
 import pytest
-from test_commands import ROOT, command, refused
+from commands import ROOT, command, refused, start
 
 from configs import quickstart
 from experiments import recipe
@@ -84,19 +81,10 @@ def test_a_warm_up_that_takes_too_long_ends_the_server(run):
 @contextlib.contextmanager
 def serving(run, *flags):
   """A server's process, and its address."""
-  process = subprocess.Popen(
-      [sys.executable, "-m", "experiments.serve", f"--workdir={run}", *flags],
-      cwd=ROOT,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-      env=os.environ
-      | {
-          "JAX_PLATFORMS": "cpu",
-          "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-          "PYTHONPATH": str(ROOT),
-      },
-  )
+  process = start(
+      "-m", "experiments.serve", f"--workdir={run}", *flags,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+  )  # fmt: skip
   watchdog = threading.Timer(300, process.kill)
   watchdog.start()
   try:

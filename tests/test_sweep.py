@@ -2,17 +2,15 @@
 
 import json
 import os
-import pathlib
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
+from commands import ROOT, command, start
 
 from experiments import grid
 
-ROOT = pathlib.Path(__file__).parents[1]
 SMOKE = "configs/quickstart.py:smoke"
 RATIOS = "loss.ratio=token,sequence"
 PROGRAM = """
@@ -40,13 +38,10 @@ class Sweep:
     fake = str(ROOT / "tests/fake_training.py")
     program = PROGRAM.format(fake=fake, plan=str(self.plan))
     given = [f"--config={SMOKE}", f"--out={self.out}", "--seeds=0,1"]
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *given, "--set", ratios, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    return start(
+        "-c", program, *given, "--set", ratios, *arguments,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
 
   def run(self, *arguments, **given):
     process = self.start(*arguments, **given)
@@ -140,10 +135,7 @@ def test_a_run_directory_of_another_config_is_refused(sweep):
 
 
 def test_help_shows_a_command_and_every_flag():
-  command = [sys.executable, "-m", "experiments.sweep", "--help"]
-  text = subprocess.run(
-      command, cwd=ROOT, capture_output=True, text=True, check=True
-  ).stdout
+  text = command("sweep", "--help").stdout
   assert "python -m experiments.sweep --config=" in text
   for flag in ("config", "out", "set", "arms", "seeds", "jobs"):
     assert f"  --{flag}: " in text
