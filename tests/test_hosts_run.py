@@ -16,7 +16,6 @@ from mgrpo_jax import publish, sharding, store
 from mgrpo_jax.policy.load import load
 from mgrpo_jax.policy.params import param_specs
 from mgrpo_jax.report.writer import read_metrics
-from mgrpo_jax.testing import object_servers
 
 PROGRAM = pathlib.Path(__file__).parent / "tiny_hosts.py"
 JOBS = ("main", "researcher")
@@ -26,9 +25,8 @@ DEADLINE = 1800  # seconds; a start takes 10 to 30 where nothing else runs
 class Team:
   """Processes by job and number; `all` is the run in one process."""
 
-  def __init__(self, root, url=None):
+  def __init__(self, root):
     self.root = root
-    self.url = url or (root / "bucket").as_uri()
     self.running = {}
 
   def start(self, job, *, processes):
@@ -41,7 +39,7 @@ class Team:
                 sys.executable,
                 PROGRAM,
                 str(self.root / job),
-                self.url,
+                (self.root / "bucket").as_uri(),
                 job,
                 meeting,
                 str(processes),
@@ -103,20 +101,6 @@ def teams(tmp_path_factory):
   return whole, spread, json.loads(whole.finish()["all", 0][-1]), said
 
 
-@pytest.fixture(params=["s3", "gs"])
-def url(request, s3_endpoint):
-  """An emulator's bucket."""
-  if request.param == "s3":
-    yield f"s3://{object_servers.BUCKET}/jobs?endpoint={s3_endpoint}"
-    return
-  pytest.importorskip(
-      "gcp_storage_emulator",
-      reason="gcp-storage-emulator is missing: pip install -e .[test]",
-  )
-  with object_servers.gcs() as endpoint:
-    yield f"gs://{object_servers.BUCKET}/jobs?endpoint={endpoint}"
-
-
 @pytest.mark.parametrize("policy", JOBS)
 def test_parameters_are_those_of_one_process_bit_for_bit(teams, policy):
   # The mesh's axes have two devices each, so the sums of all but the global
@@ -137,31 +121,6 @@ def chunks(bucket, policy, number):
   text = bucket.get(f"policies/{policy}/v{number}/manifest.json")
   arrays = json.loads(text)["arrays"].values()
   return sum(len(one["digests"]) for one in arrays)
-
-
-def test_parameters_are_the_same_where_the_bucket_is_a_server_s(
-    teams, url, tmp_path
-):
-  whole, _, _, _ = teams
-  spread = Team(tmp_path, url)
-  for job in JOBS:
-    spread.start(job, processes=2)
-  spread.finish()
-  assert not (tmp_path / "bucket").exists()  # all is with the server
-  for policy in JOBS:
-    expected = whole.weights("all", policy)
-    actual = spread.weights(policy, policy)
-    assert all(map(np.array_equal, expected, actual))
-    if url.startswith("gs"):  # a process has one GCS endpoint; others want it
-      continue
-    shared = store.open(url)
-    newest = publish.versions(shared, policy)[-1]
-    assert newest == publish.versions(bucket(whole), policy)[-1]
-    assert chunks(shared, policy, newest) > 2 * chunks(
-        bucket(whole), policy, newest
-    )
-  rows = read_metrics(tmp_path / "main" / "metrics.jsonl")
-  assert 0 < max(r.get("crossed_besides", 0.0) for r in rows) <= 1024
 
 
 @pytest.mark.parametrize("policy", JOBS)

@@ -16,6 +16,14 @@ from collections.abc import Iterator, Sequence
 
 BUCKET = "my-bucket"
 _START = 300.0  # seconds that an emulator may take, where all is busy
+# Its server keeps five connections waiting; the sixth is asked again by TCP,
+# after a second. Several processes that publish have more.
+_GCS = """
+import socketserver, sys
+from gcp_storage_emulator.__main__ import main
+socketserver.TCPServer.request_queue_size = 1024
+sys.exit(main())
+"""
 
 
 @contextlib.contextmanager
@@ -27,8 +35,8 @@ def s3() -> Iterator[str]:
   os.environ.setdefault("AWS_ACCESS_KEY_ID", "emulator")
   os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "emulator")
   port = _free_port()
-  command = ["moto.server", "-H", "127.0.0.1", "-p", str(port)]
-  with _running(command, port):
+  command = ["-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+  with _running("moto", command, port):
     _ask(port, "PUT", f"/{BUCKET}")
     yield f"http://127.0.0.1:{port}"
 
@@ -37,26 +45,26 @@ def s3() -> Iterator[str]:
 def gcs() -> Iterator[str]:
   """Runs gcp-storage-emulator with an empty bucket; yields its address."""
   port = _free_port()
-  command = ["gcp_storage_emulator", "start", "--host", "127.0.0.1"]
-  command += ["--port", str(port), "-M", "--default-bucket", BUCKET]
-  with _running(command, port):
+  command = ["-c", _GCS, "start", "--host", "127.0.0.1", "--port", str(port)]
+  command += ["-M", "--default-bucket", BUCKET]
+  with _running("gcp-storage-emulator", command, port):
     yield f"http://127.0.0.1:{port}"
 
 
 @contextlib.contextmanager
-def _running(command: Sequence[str], port: int) -> Iterator[None]:
-  """Runs a module as a process while it lasts, once it answers."""
+def _running(name: str, command: Sequence[str], port: int) -> Iterator[None]:
+  """Runs Python as a process while it lasts, once it answers."""
   quiet = subprocess.DEVNULL
   with subprocess.Popen(
-      [sys.executable, "-m", *command], stdout=quiet, stderr=quiet
+      [sys.executable, *command], stdout=quiet, stderr=quiet
   ) as process:
     try:
       limit = time.monotonic() + _START
       while not _ask(port, "GET", "/"):
         if process.poll() is not None:
-          raise RuntimeError(f"{command[0]} ended with {process.returncode}")
+          raise RuntimeError(f"{name} ended with {process.returncode}")
         if time.monotonic() > limit:
-          raise RuntimeError(f"{command[0]} does not answer in {_START:.0f} s")
+          raise RuntimeError(f"{name} does not answer in {_START:.0f} s")
         time.sleep(0.05)
       yield
     finally:
