@@ -10,7 +10,7 @@ import pytest
 
 from mgrpo_jax import leaves, store
 from mgrpo_jax.atomic import CorruptError
-from mgrpo_jax.decoupled import members, peer
+from mgrpo_jax.decoupled import members, peer, watch
 from mgrpo_jax.decoupled.claim import Home
 from mgrpo_jax.decoupled.errors import AbsentError, StuckJobsError
 from mgrpo_jax.decoupled.members import Heart
@@ -25,8 +25,9 @@ def bucket(tmp_path):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-  monkeypatch.setattr(peer, "_LOOK", 0.02)
-  monkeypatch.setattr(peer, "_SILENT", 0.1)
+  for module in (peer, watch):
+    monkeypatch.setattr(module, "LOOK", 0.02)
+  monkeypatch.setattr(watch, "_SILENT", 0.1)
 
 
 def heart(bucket, port=1, every=0.05, policy="sub"):
@@ -128,7 +129,7 @@ def test_a_job_that_lives_is_waited_for_longer_than_patience(
     bucket, monkeypatch
 ):
   monkeypatch.setattr(
-      peer, "_SILENT", 15.0
+      watch, "_SILENT", 15.0
   )  # where all is busy, beats are late
   said = []
 
@@ -267,6 +268,79 @@ def test_a_job_that_could_not_look_gives_nobody_up(bucket):
         await asyncio.wait_for(waits, 5)
 
   asyncio.run(work())
+
+
+def test_absence_that_begins_during_a_look_is_no_silence(bucket, monkeypatch):
+  """The record is read slowly, and nobody beats while the loop is blocked."""
+  read = members.read
+
+  def slowly(*arguments):
+    time.sleep(0.3)
+    return read(*arguments)
+
+  async def work():
+    with heart(bucket):
+      pass
+    monkeypatch.setattr(members, "read", slowly)
+    async with waiting(bucket, [], patience=2.5) as other:
+      waits = asyncio.create_task(other.wait(lambda: None, "to answer"))
+      await asyncio.sleep(0.1)  # the first look is under way
+      time.sleep(4.0)
+      blocked = time.monotonic()
+      with pytest.raises(AbsentError):
+        await waits
+      assert time.monotonic() - blocked > 1.5
+
+  asyncio.run(work())
+
+
+def test_a_bucket_that_answers_slowly_is_no_absence(bucket, monkeypatch):
+  """Its silence is borne as long as any other."""
+
+  async def work():
+    async with waiting(bucket, [], patience=1.0) as other:
+      monkeypatch.setattr(members, "read", lambda *_: time.sleep(3.0))
+      with pytest.raises(AbsentError):
+        await asyncio.wait_for(other.wait(lambda: None, "to answer"), 8)
+
+  asyncio.run(work())
+
+
+def test_nobody_looks_where_nobody_waits(bucket, monkeypatch):
+  looks = []
+  read = members.read
+  monkeypatch.setattr(
+      members, "read", lambda *some: (looks.append(some), read(*some))[1]
+  )
+
+  async def work():
+    async with waiting(bucket, [], patience=0.5) as other:
+      await asyncio.sleep(0.7)
+      assert not looks
+      with heart(bucket) as beating:
+        beating.ready(1)
+        await other.ready(1)
+      seen = len(looks)
+      await asyncio.sleep(0.7)  # silence in which nobody waited
+      assert 0 < seen == len(looks)
+      with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(other.wait(lambda: None, "to answer"), 0.3)
+      assert len(looks) > seen
+
+  asyncio.run(work())
+
+
+def test_what_breaks_the_looking_ends_the_wait(bucket, monkeypatch):
+  def broken(*_):
+    raise AttributeError("a bug")
+
+  async def work():
+    async with waiting(bucket, [], patience=30.0) as other:
+      monkeypatch.setattr(members, "read", broken)
+      await other.wait(lambda: None, "to answer")
+
+  with pytest.raises(AttributeError, match="a bug"):
+    asyncio.run(work())
 
 
 def test_a_record_damaged_on_its_way_is_read_again(bucket):

@@ -1,10 +1,11 @@
 """Another job: finding it, waiting for it, asking it.
 
 Every wait ends: with what was waited for, with `AbsentError` when the job has
-given no sign of life for `patience` seconds, or with `StuckJobsError` when it
-has waited for this one as long, and neither moved. In between it is told whom
-this job waits for. Only time in which this job could look is counted: not that
-in which its event loop computed or its process was stopped.
+given no sign of life for `patience` seconds (see `watch`), or with
+`StuckJobsError` when it has waited for this one as long, and neither moved. In
+between it is told whom this job waits for. A job that gives signs of life and
+brings nothing about is waited for, and told of: nobody can tell it from one
+that compiles.
 """
 
 from __future__ import annotations
@@ -18,25 +19,23 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
 from mgrpo_jax.atomic import CorruptError, StorageError
-from mgrpo_jax.decoupled import members
-from mgrpo_jax.decoupled.errors import AbsentError, StuckJobsError
+from mgrpo_jax.decoupled.errors import StuckJobsError
 from mgrpo_jax.decoupled.members import Heart, Member
+from mgrpo_jax.decoupled.watch import LOOK, Watch
 from mgrpo_jax.sampler.connection import Address, Connection, UnreachableError
 from mgrpo_jax.store import Store
 
 T = TypeVar("T")
 
 _FIRST_PAUSE = 0.02  # seconds
-_LONGEST_PAUSE = (
-    0.1  # seconds between looks at the bucket: a step waits so long
-)
+_PAUSE = 0.1  # seconds between looks at the bucket: a step waits so long
+# Or this share of what was waited: many jobs that wait for long ask seldom.
+_SHARE = 0.02
+LONGEST_PAUSE = 1.0  # seconds
 _LONGEST_REST = 1.0  # seconds until a job that is not ready is asked again
-_LOOK = 0.5  # seconds between looks at the record while a call is under way
-_LATE = 2.0  # seconds between looks from which on this job was busy itself
 _DAMAGED = (
     5  # looks in a row at a damaged record, before it counts as stored so
 )
-_SILENT = 15.0  # seconds without a sign of life before that is told
 _LONG = 60.0  # seconds of a wait before it is told, the job being alive
 
 
@@ -75,25 +74,19 @@ class Peer:
         nobody waits for.
     """
     self.policy = policy
-    self._store = store
+    self._watch = Watch(store, policy, patience=patience, tell=tell)
     self._patience = patience
     self._token = token
     self._timeout = timeout
     self._max_concurrent = max_concurrent
     self._tell = tell
     self._heart = heart
-    self._member: Member | None = None
-    self._away = 0.0  # seconds in which this job could not look
-    self._changed = self._now()  # when the record last did
-    self._told_at = _SILENT
     self._connections: dict[str, Connection] = {}
     self._stack = contextlib.AsyncExitStack()
-    self._looker: asyncio.Task[None] | None = None
 
   async def __aenter__(self) -> Self:
-    """Begins to look at the job's record."""
+    """Asks nothing yet."""
     await self._stack.__aenter__()
-    self._looker = asyncio.create_task(self._look_always())
     return self
 
   async def __aexit__(
@@ -103,9 +96,6 @@ class Peer:
       trace: types.TracebackType | None,
   ) -> None:
     """Closes every connection."""
-    if self._looker is not None:
-      self._looker.cancel()
-      await asyncio.gather(self._looker, return_exceptions=True)
     await self._stack.__aexit__(kind, error, trace)
 
   @property
@@ -120,8 +110,7 @@ class Peer:
 
   def expect(self) -> None:
     """Counts its silence from now on: it need not have been there before."""
-    self._changed = self._now()
-    self._told_at = _SILENT
+    self._watch.expect()
 
   async def ready(self, steps: int) -> None:
     """Waits until the job answers calls of a team so many steps old.
@@ -134,7 +123,7 @@ class Peer:
     """
 
     def probe() -> Member | None:
-      member = self._read()
+      member = self._watch.read()
       return member if member and member.ready == steps else None
 
     done = f"to have done {steps} step{'s' * (steps > 1)}"
@@ -156,8 +145,9 @@ class Peer:
       StorageError: the bucket could not be read for as long.
       StuckJobsError: the job waits for this one.
     """
-    with self._waiting(what):
-      return await self._wait(probe, what)
+    async with self._watch.watching():
+      with self._waiting(what):
+        return await self._wait(probe, what)
 
   async def _wait(self, probe: Callable[[], T | None], what: str) -> T:
     """See `wait`."""
@@ -178,16 +168,17 @@ class Peer:
         problem = error
       if found is not None:
         return found
-      if problem and self._now() - self._changed > self._patience:
+      if problem and self._watch.silence > self._patience:
         raise problem
-      await self._check(what)
+      await self._watch.check(what)
       self._check_standing(standing, what)
       waited = time.monotonic() - started
       if waited > told:
         told *= 2
-        self._tell(f"{self._name()}: waits {waited:.0f} s for it {what}")
+        self._tell(f"{self._watch.name}: waits {waited:.0f} s for it {what}")
       await asyncio.sleep(pause)
-      pause = min(pause * 1.5, _LONGEST_PAUSE)
+      longest = min(max(_PAUSE, _SHARE * waited), LONGEST_PAUSE)
+      pause = min(pause * 1.5, longest)
 
   async def post(self, path: str, body: Mapping[str, Any], what: str) -> Any:
     """Asks the job, again while it is away, wherever it comes back.
@@ -207,15 +198,16 @@ class Peer:
       StuckJobsError: it waits for this job.
     """
     pause, standing = _FIRST_PAUSE, _Standing()
-    with contextlib.ExitStack() as stack:
+    async with contextlib.AsyncExitStack() as stack:
+      await stack.enter_async_context(self._watch.watching())
       while True:
-        member = self._member
+        member = await self._watch.found()
         if member is not None:
           with contextlib.suppress(UnreachableError, _MovedError):
             return await self._once(member, path, body)
         if pause == _FIRST_PAUSE:
           stack.enter_context(self._waiting(what))
-        await self._check(what)
+        await self._watch.check(what)
         self._check_standing(standing, what)
         await asyncio.sleep(pause)
         pause = min(pause * 1.5, _LONGEST_REST)
@@ -237,12 +229,12 @@ class Peer:
     request = asyncio.create_task(connection.post(path, body))
     try:
       while not request.done():
-        await asyncio.wait({request}, timeout=_LOOK)
-        now = self._member
+        await asyncio.wait({request}, timeout=LOOK)
+        now = self._watch.member
         if now is not None and now.incarnation != member.incarnation:
           raise _MovedError
         if not request.done():
-          await self._check("to answer")
+          await self._watch.check("to answer")
       return request.result()
     finally:
       request.cancel()
@@ -265,72 +257,22 @@ class Peer:
       await self._stack.enter_async_context(found)
     return found
 
-  async def _look_always(self) -> None:
-    """Follows the job's record."""
-    while True:
-      with contextlib.suppress(StorageError):  # `_check` limits how long
-        await asyncio.to_thread(self._read)
-      began = time.monotonic()
-      await asyncio.sleep(_LOOK)
-      looked = time.monotonic()
-      if looked - began > _LATE:  # this job did not look: it was busy, stopped
-        self._away += looked - began
-
-  def _read(self) -> Member | None:
-    """Reads the record; a changed one is a sign of life."""
-    member, before = members.read(self._store, self.policy), self._member
-    if member is not None and member != before:
-      if before and member.incarnation != before.incarnation:
-        self._tell(f"{self._name()} was started again, at {member.address}")
-      elif self._told_at > _SILENT:
-        self._tell(f"{self._name()} is back, at {member.address}")
-      self._member = member
-      self._changed = self._now()
-      self._told_at = _SILENT
-    return member
-
-  async def _check(self, what: str) -> None:
-    """Tells of a job that is silent; raises AbsentError when it is too long."""
-    if self._now() - self._changed > self._patience:
-      await asyncio.to_thread(self._read)  # it may have been us who were away
-    silent = self._now() - self._changed
-    if silent > self._patience:
-      raise AbsentError(
-          f"{self._name()}: no sign of life for {silent:.0f} s"
-          f" (jobs.patience), while this job waited for it {what}; start it"
-          " and this one again: they go on"
-      )
-    if silent > self._told_at:
-      self._told_at = 2 * silent
-      self._tell(
-          f"{self._name()}: no sign of life for {silent:.0f} s, waits for it"
-          f" {what}"
-      )
-
   def _check_standing(self, standing: _Standing, what: str) -> None:
     """Raises StuckJobsError when each has waited for the other too long."""
-    member = self._member
+    member = self._watch.member
     if not self._heart or not member or member.waits != self._heart.policy:
       standing.wait = None
       return
     wait = (member.incarnation, member.ready, member.wait)
     if wait != standing.wait:
-      standing.wait, standing.since = wait, self._now()
-    if self._now() - standing.since > self._patience:
+      standing.wait, standing.since = wait, self._watch.now()
+    if self._watch.now() - standing.since > self._patience:
       raise StuckJobsError(
-          f"{self._name()} has waited for {self._patience:.0f} s"
+          f"{self._watch.name} has waited for {self._patience:.0f} s"
           f" (jobs.patience) for this one {member.wanted}, and this one for it"
           f" {what}: their run directories are of different steps, or what one"
           " of them wrote into the bucket was lost"
       )
-
-  def _now(self) -> float:
-    """Seconds, those not counted in which this job could not look."""
-    return time.monotonic() - self._away
-
-  def _name(self) -> str:
-    """The job, for people."""
-    return f"job of policy {self.policy!r}"
 
 
 @dataclasses.dataclass
