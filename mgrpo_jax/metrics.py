@@ -67,6 +67,7 @@ METRICS: Mapping[str, Metric] = dict((
     _metric("questions", "split", "questions", "",
             "held-out questions that accuracy was measured on"),
     # Rewards, over a step's trajectories that did not fail (Eq. 4-5).
+    _metric("counted", "role", "calls", "", "calls that rewards are means of"),
     _metric("reward", "role", "1", "higher", "mean total reward"),
     _metric("format", "role", "1", "higher", "mean format component"),
     _metric("correct", "role", "1", "higher",

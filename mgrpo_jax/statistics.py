@@ -33,7 +33,7 @@ def of_role(
     role: its name.
 
   Returns:
-    Metrics by name; those of rewards are missing where nothing counted.
+    Metrics by name; means of rewards are missing where nothing counted.
   """
   calls = [t for group in groups for t in group.trajectories if t.role == role]
   rollouts = sum(group.num_rollouts for group in groups)
@@ -299,15 +299,18 @@ def _share(made: Sequence[np.ndarray], part: int) -> float:
 def _rewards(
     groups: Sequence[RolloutGroup], scores: Sequence[Scores], role: str
 ) -> dict[str, float]:
-  """Mean reward components of a role's calls that count."""
+  """Mean reward components of a role's calls that count, and their number."""
   rows = [
       [getattr(graded, part)[m] for part in ("total", *_PARTS)]
       for group, graded in zip(groups, scores, strict=True)
       for m, trajectory in enumerate(group.trajectories)
       if trajectory.role == role and graded.weight[m] > 0
   ]
+  counted = {f"counted/{role}": float(len(rows))}
   if not rows:
-    return {}
+    return counted
   names = ("reward", *_PARTS)
   means = np.mean(np.array(rows, np.float64), axis=0)
-  return {f"{n}/{role}": float(v) for n, v in zip(names, means, strict=True)}
+  return counted | {
+      f"{n}/{role}": float(v) for n, v in zip(names, means, strict=True)
+  }

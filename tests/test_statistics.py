@@ -93,6 +93,7 @@ def test_a_worked_case():
       "completed/main": 0.5,
       "truncated/main": 0.5,
       "malformed/main": 0.0,
+      "counted/main": 2.0,
       "reward/main": 0.5,
       "format/main": 1.0,
       "correct/main": 0.5,

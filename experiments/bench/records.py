@@ -5,6 +5,7 @@
 A leader writes the record of a step to a bucket on this disk and a follower
 reads it, with everything that they ask of the store counted. `scaling` says how
 many requests that should be; they should take as long as such requests alone.
+(tests/test_leader.py counts a whole step's requests.)
 """
 
 from __future__ import annotations
@@ -29,10 +30,20 @@ from mgrpo_jax.testing.team import environment, small_team
 from mgrpo_jax.types import NO_PARENT, Account, Status, Task
 
 
-class _Counted:
-  """A store that counts requests."""
+class Counted:
+  """A store that counts requests.
+
+  Attributes:
+    requests: by kind.
+    written: bytes.
+  """
 
   def __init__(self, real: store.Store) -> None:
+    """Counts from zero.
+
+    Args:
+      real: the store that does what is asked.
+    """
     self._real = real
     self.requests: Counter[str] = Counter()
     self.written = 0
@@ -65,20 +76,18 @@ def check(work: scaling.Work, folder: pathlib.Path) -> list[str]:
   size = scaling.ROW * work.rollouts * (1 + work.calls)
   alone = _alone(lambda: real.put("one", b"x" * size))
   read_alone = _alone(lambda: real.get("one"))
-  groups, scores = _played(work)
-  leader, follower = _Counted(real), _Counted(real)
-  told = _board(leader, folder)
+  groups, scores = played(work)
+  leader, follower = Counted(real), Counted(real)
+  told = board_of(leader, folder)
   took = _seconds(lambda: told.announce(0, groups, scores))
-  reads = _board(follower, folder)
+  reads = board_of(follower, folder)
   found: list[Any] = []
   read = _seconds(lambda: found.append(reads.step(0)))
   if not found[0]:
     raise RuntimeError("the step that was written is not there")
-  leads, every = scaling.requests(2)
-  seen = sum(leader.requests.values()), sum(follower.requests.values())
   rows = [
-      ("requests of the leader", leads, seen[0]),
-      ("requests of both", every, sum(seen)),
+      ("requests to write", scaling.WRITTEN, sum(leader.requests.values())),
+      ("requests to read", 1, sum(follower.requests.values())),
       ("ms to write", (alone + read_alone) * 1e3, took * 1e3),
       ("ms to read", read_alone * 1e3, read * 1e3),
       ("bytes", size, leader.written),
@@ -90,8 +99,16 @@ def check(work: scaling.Work, folder: pathlib.Path) -> list[str]:
   ]
 
 
-def _board(counted: Any, folder: pathlib.Path) -> board.Board:
-  """Steps of eight rollouts a task."""
+def board_of(counted: Any, folder: pathlib.Path) -> board.Board:
+  """Makes the board of a job.
+
+  Args:
+    counted: its store.
+    folder: for what a leader keeps.
+
+  Returns:
+    The board, of eight rollouts a task.
+  """
   return board.Board(
       counted,
       rollouts_per_task=8,
@@ -117,8 +134,15 @@ async def _unasked(*arguments: Any, **others: Any) -> Any:
   raise RuntimeError("a policy was asked, though nothing is sampled here")
 
 
-def _played(work: scaling.Work) -> tuple[list[Any], list[Scores]]:
-  """Groups of rollouts in which the root calls so often, and their scores."""
+def played(work: scaling.Work) -> tuple[list[Any], list[Scores]]:
+  """Makes groups of rollouts in which the root calls so often.
+
+  Args:
+    work: how often, and how many rollouts, a multiple of eight.
+
+  Returns:
+    The groups, without tokens, and their scores.
+  """
   nothing = Account(
       sampled=0, turns=0, format=True, correct=None, expert=None, overlong=0.0
   )

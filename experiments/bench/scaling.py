@@ -6,7 +6,8 @@ From 2 to 256 policies and 2 to 4,096 chips, which all have their share of:
 
     sampling  = max(decode, one rollout's turns after each other) + prefill
     update    = ceil(rows / rows that the chips take at a time) · micro-batch
-    records   = what a step's record takes to be written and read
+    records   = what a step's record takes to be written and read, and what the
+                bucket is asked besides
     in step   = max over policies sampling + max over policies update + records
     one late  = max over policies (sampling + update), records beside it
     idle      = 1 - chip-seconds sampled or trained / chip-seconds of a step
@@ -26,6 +27,8 @@ from collections.abc import Mapping
 
 from experiments import pods
 from mgrpo_jax.aot import chips, flops
+from mgrpo_jax.decoupled.peer import LONGEST_PAUSE
+from mgrpo_jax.decoupled.watch import LOOK
 from mgrpo_jax.policy import params
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.load import huggingface
@@ -33,7 +36,10 @@ from mgrpo_jax.policy.load import huggingface
 POLICIES = (2, 8, 32, 256)
 CHIPS = (2, 16, 128, 1024, 4096)
 ENVELOPE = 718  # bytes of a call besides text: measured, "A job per policy"
+WRITTEN = 2  # requests with which a record is written: it is read before
+HEARTBEAT = 5.0  # seconds, `config.jobs.heartbeat`
 ROW = 100  # bytes of a call in a step's record: measured, `bench.records`
+_IN_TURN = 1 + 1 + 3 * WRITTEN + 1  # of a step's requests, see `step`
 TRAINED = 16  # bytes a parameter: weights, gradient and two moments, float32
 
 
@@ -131,7 +137,8 @@ class Step:
     idle: share of chip-seconds, in step.
     idle_late: the same, one step late.
     crossing: bytes of all calls between jobs.
-    requests: of the bucket.
+    requests: of the bucket, for records.
+    looks: of the bucket a second, while jobs wait.
     published: bytes of weights.
     bound: what most of a step in step is.
   """
@@ -145,6 +152,7 @@ class Step:
   idle_late: float
   crossing: float
   requests: int
+  looks: float
   published: float
   bound: str
 
@@ -223,9 +231,11 @@ def update(model: Model, work: Work, trajectories: float, each: int) -> float:
 
 
 def requests(policies: int) -> tuple[int, int]:
-  """Requests of a step to the bucket for its record.
+  """Requests of a step to the bucket for its records, all jobs taking part.
 
-  The leader looks at it and writes it, every follower reads it.
+  A record is written with two, a look and a swap. The leader looks for the
+  step's and at each follower's record, and writes the step's, that it is ready,
+  and its numbers; a follower reads the step's and writes the other two.
 
   Args:
     policies: jobs.
@@ -233,7 +243,27 @@ def requests(policies: int) -> tuple[int, int]:
   Returns:
     Of the leader, and of all.
   """
-  return 2, 2 + policies - 1
+  leads = 1 + (policies - 1) + 3 * WRITTEN
+  return leads, leads + (policies - 1) * (1 + 2 * WRITTEN)
+
+
+def looks(policies: int, calls: float) -> float:
+  """Requests a second to the bucket while all jobs wait.
+
+  Followers look for the step, and at the leader's record; the leader at the
+  records of those that it asks; every job writes its own.
+
+  Args:
+    policies: jobs.
+    calls: jobs, at most, that the leader asks at a time.
+
+  Returns:
+    Requests a second, in waits of more than a minute.
+  """
+  followers = policies - 1
+  waiting = followers * (1 / LONGEST_PAUSE + 1 / LOOK)
+  asking = min(calls, followers) / LOOK
+  return waiting + asking + policies * WRITTEN / HEARTBEAT
 
 
 def step(
@@ -260,11 +290,15 @@ def step(
   alone = (1 + calls) * work.sampled * _shortest(model, work)
   samplings = [sampling(model, work, one, each) for one in shares]
   updates = [update(model, work, one, each) for one in shares]
-  leads, every = requests(policies)
+  _, every = requests(policies)
+  asked = looks(policies, work.rollouts * calls)
   size = ROW * work.rollouts * (1 + calls)
-  records = max(  # written, then read by all at the same time
-      (leads + 1) * bucket.latency + 2 * size / bucket.bandwidth,
-      every / bucket.requests,
+  # One after the other: all say that they are ready, the leader looks at them
+  # and for the step, writes it, all read it and write their numbers; whatever
+  # many ask at the same time takes one request's time.
+  records = max(
+      _IN_TURN * bucket.latency + 2 * size / bucket.bandwidth,
+      every / max(bucket.requests - asked, 1.0),
   )
   longest = max(*samplings, alone)
   parts = {"sampling": longest, "update": max(updates), "records": records}
@@ -288,6 +322,7 @@ def step(
       idle_late=1 - busy / (policies * late),
       crossing=work.rollouts * calls * (work.text + ENVELOPE),
       requests=every,
+      looks=asked,
       published=policies * work.weights * model.params,
       bound=max(parts, key=lambda name: parts[name]),
   )
@@ -303,8 +338,9 @@ def table(model: Model, work: Work, bucket: Bucket) -> list[str]:
   """Lines of Markdown, one for each size of a team that fits."""
   lines = [
       "| policies | chips | sampling, s | update, s | records, s | a step, s |"
-      " idle | one late, s | idle | text, MB | bucket requests | mostly |",
-      "|---" * 12 + "|",
+      " idle | one late, s | idle | text, MB | bucket requests | a second |"
+      " mostly |",
+      "|---" * 13 + "|",
   ]
   for policies in POLICIES:
     for number in CHIPS:
@@ -315,7 +351,8 @@ def table(model: Model, work: Work, bucket: Bucket) -> list[str]:
           f"| {policies} | {number:,} | {one.sampling:.3g} | {one.update:.3g}"
           f" | {one.records:.3g} | {one.in_step:.3g} | {one.idle:.0%}"
           f" | {one.one_late:.3g} | {one.idle_late:.0%}"
-          f" | {one.crossing / 1e6:.1f} | {one.requests:,} | {one.bound} |"
+          f" | {one.crossing / 1e6:.1f} | {one.requests:,} | {one.looks:,.0f}"
+          f" | {one.bound} |"
       )
   return lines
 

@@ -113,7 +113,7 @@ class Board:
     return len(records[_step(step)])
 
   def repeat(self) -> None:
-    """Writes again what was kept, in its order, where it is not there.
+    """Writes again what was kept, in its order, over whatever differs.
 
     Raises:
       ClaimedError: another process leads now.

@@ -45,11 +45,7 @@ class _Answer:
 
 
 class Desk:
-  """Answers calls of one step at a time.
-
-  Attributes:
-    text_bytes: of requests and reports of training so far.
-  """
+  """Answers calls of one step at a time."""
 
   def __init__(
       self,
@@ -69,7 +65,6 @@ class Desk:
       stages: of the run; a call is graded by that of its step.
       method: how calls are graded.
     """
-    self.text_bytes = 0
     self._failure: Exception | None = None
     self._failed = asyncio.Event()
     self._folder = folder
@@ -141,7 +136,7 @@ class Desk:
     Raises:
       RequestError: 425 where this job is not there yet, 409 where it is past
         that step, 400 where there is no such task or role, 503 where something
-        broke that ends this job, see `check`.
+        broke that ends this job, see `failed`.
     """
     self._check(call)
     known = self._answers.get(call.identity)
@@ -156,13 +151,12 @@ class Desk:
         raise RequestError(503, "this job ends: a call broke it") from error
     return known.report
 
-  def check(self) -> None:
-    """Raises what broke a call, if anything did: the run cannot go on."""
-    if self._failure is not None:
-      raise self._failure
-
   async def failed(self) -> Exception:
-    """Waits for what breaks a call; see `check`."""
+    """Waits for what breaks a call, which ends this job.
+
+    Returns:
+      The error.
+    """
     while self._failure is None:
       await self._failed.wait()
     return self._failure
@@ -276,8 +270,6 @@ class Desk:
     """Takes an answer in; a later one to the same call replaces it."""
     self._answers[identity] = answer
     self._own |= {_identity(identity[0], one): one for one in answer.own}
-    texts = (answer.request, answer.report["text"])
-    self.text_bytes += sum(len(text.encode()) for text in texts)
 
   def _load(self, file: BinaryIO) -> None:
     """Reads what an earlier process kept; cuts off a line that is not whole."""

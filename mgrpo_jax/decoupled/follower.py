@@ -33,12 +33,7 @@ class Follower(Part):
   async def _answered(self, probe: Callable[[], T | None], what: str) -> T:
     """Answers calls until the leader has brought something about."""
     team = self.setup.team
-
-    def look() -> T | None:
-      self.desk.check()
-      return probe()
-
-    return await self._peers[team[team.root].policy].wait(look, what)
+    return await self._peers[team[team.root].policy].wait(probe, what)
 
   async def _rolled_out(
       self, stage: Stage, tasks: Sequence[Task], step: int, seed: int

@@ -12,8 +12,8 @@ from mgrpo_jax.atomic import CorruptError, MismatchError
 from mgrpo_jax.decoupled.part import Part
 from mgrpo_jax.evaluate import Evaluation
 from mgrpo_jax.meter import Meter
-from mgrpo_jax.rewards import Scores
 from mgrpo_jax.run import Run
+from mgrpo_jax.spares import together
 from mgrpo_jax.tasks.curriculum import Stage
 from mgrpo_jax.types import RolloutGroup, Status, Task, TrainState
 
@@ -45,10 +45,10 @@ class Leader(Part):
   async def _rolled_out(
       self, stage: Stage, tasks: Sequence[Task], step: int, seed: int
   ) -> tuple[list[RolloutGroup], int]:
-    """Executes the team, unless the step was made before."""
-    found = self._spool.read(step)
+    """Executes the team, unless the step was made before; makes it a fact."""
+    found, told = self._spool.read(step), self._board.has_step(step)
     if found is None:
-      if self._board.has_step(step):
+      if told:
         raise MismatchError(
             f"step {step} stands in the bucket, but not in this run directory:"
             " give that which the run began with, or another bucket"
@@ -64,17 +64,11 @@ class Leader(Part):
       groups, _ = found
       if [g.task.id for g in groups] != [t.id for t in tasks]:
         raise CorruptError(f"the spool of step {step} is of other tasks")
-    self._tell(step, groups, Run._scored(self, stage, groups))
-    return groups, sum(t.sampled for g in groups for t in g.trajectories)
-
-  def _tell(
-      self, step: int, groups: Sequence[RolloutGroup], scores: list[Scores]
-  ) -> None:
-    """Makes a step a fact for the others, and keeps what it earned."""
-    if not self._board.has_step(step):
-      written = self._board.announce(step, groups, scores)
-      self._count(written, groups)
+    scores = Run._scored(self, stage, groups)
+    if not told:
+      self._count(self._board.announce(step, groups, scores), groups)
     self._told.append(scores)
+    return groups, sum(t.sampled for g in groups for t in g.trajectories)
 
   async def _examined(
       self, tasks: Sequence[Task], split: str, done: int
@@ -97,10 +91,11 @@ class Leader(Part):
     """Waits until a team's jobs answer calls of it, so many steps old."""
     self._open(done)
     with meter.timed("jobs"):
-      for policy, peer in self._peers.items():
-        if policy in team.policies:
-          self._expect(policy)
-          await peer.ready(done)
+      async with together() as group:
+        for policy, peer in self._peers.items():
+          if policy in team.policies:
+            self._expect(policy)
+            group.create_task(peer.ready(done))
     self._awaited = frozenset(team.policies)
     self._begun = self._crossed()
 

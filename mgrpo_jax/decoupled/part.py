@@ -161,10 +161,8 @@ class Part(Run):
         for name, value in self.meter.values.items()
         if name.endswith(f"/{role}")
     }
-    return values | {
-        "trained_tokens": float(self.meter.work.trained_tokens),
-        "text_bytes": float(self.desk.text_bytes),
-    }
+    trained = float(self.meter.work.trained_tokens)
+    return values | {"trained_tokens": trained}
 
   def _kept(self, seed: int, told: Trajectory, *, failed: bool) -> Trajectory:
     """This job's own record of a call that stands in a rollout.
