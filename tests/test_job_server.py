@@ -25,7 +25,7 @@ class Desk:
 async def serve(desk, body):
   with bind("127.0.0.1", 0) as where:
     async with Ending() as ending:
-      async with server.serving(desk, where, "", broken=ending.tell):
+      async with server.serving(desk, "sub", where, "", broken=ending.tell):
         await body()
 
 

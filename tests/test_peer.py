@@ -57,14 +57,15 @@ def waiting(bucket, said, patience=1.0, heart=None):
 
 
 @contextlib.asynccontextmanager
-async def answering(status, body):
+async def answering(status, body, name="sub"):
   """A job that gives one answer to everything; yields its port."""
+  named = f"X-Job: {name}\r\n" if name else ""
 
   async def answer(reader, writer):
     with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
       await reader.readuntil(b"\r\n\r\n")
-      head = f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n\r\n"
-      writer.write(head.encode() + body)
+      head = f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n{named}"
+      writer.write(f"{head}\r\n".encode() + body)
       await writer.drain()
     writer.close()
 
@@ -187,6 +188,43 @@ def test_a_refusal_ends_the_wait(bucket):
 
   with pytest.raises(EngineError, match="409: older"):
     asyncio.run(work())
+
+
+@pytest.mark.parametrize("status", [200, 302, 400, 401, 404, 405])
+@pytest.mark.parametrize("name", ["", "other"])
+def test_somebody_else_at_its_address_is_no_answer(bucket, status, name):
+  """What now has the port of a job that died, until that is back."""
+
+  async def work():
+    async with waiting(bucket, [], patience=5.0) as other:
+      async with answering(status, b"{}", name) as port:
+        with heart(bucket, port=port):
+          asks = asyncio.create_task(other.post("calls", {}, "to answer"))
+          await asyncio.sleep(0.3)
+          assert not asks.done()
+      async with answering(200, b'{"text": "Lima"}') as port:
+        with heart(bucket, port=port):
+          return await asyncio.wait_for(asks, 5)
+
+  assert asyncio.run(work()) == {"text": "Lima"}
+
+
+def test_why_a_living_job_cannot_be_asked_is_told(bucket, monkeypatch):
+  monkeypatch.setattr(peer, "UNREACHABLE", 0.2)
+  said = []
+
+  async def work():
+    with heart(bucket, port=9) as theirs:
+      with heart(bucket, policy="main") as own:
+        with theirs.waiting("main", "to complete step 5"):
+          async with waiting(bucket, said, patience=1.5, heart=own) as other:
+            await other.post("calls", {}, "to answer")
+
+  with pytest.raises(
+      StuckJobsError, match="cannot be asked: http://127.0.0.1:9"
+  ):
+    asyncio.run(work())
+  assert any("gives signs of life, but: http://127.0.0.1:9/" in s for s in said)
 
 
 def test_a_silent_job_with_an_open_connection_is_given_up(bucket):

@@ -36,6 +36,7 @@ _LONGEST_REST = 1.0  # seconds until a job that is not ready is asked again
 _DAMAGED = (
     5  # looks in a row at a damaged record, before it counts as stored so
 )
+UNREACHABLE = 15.0  # seconds in which a job does not answer before that is told
 _LONG = 60.0  # seconds of a wait before it is told, the job being alive
 
 
@@ -175,7 +176,9 @@ class Peer:
       waited = time.monotonic() - started
       if waited > told:
         told *= 2
-        self._tell(f"{self._watch.name}: waits {waited:.0f} s for it {what}")
+        self._tell(
+            f"has waited {waited:.0f} s for the {self._watch.name} {what}"
+        )
       await asyncio.sleep(pause)
       longest = min(max(_PAUSE, _SHARE * waited), LONGEST_PAUSE)
       pause = min(pause * 1.5, longest)
@@ -198,17 +201,29 @@ class Peer:
       StuckJobsError: it waits for this job.
     """
     pause, standing = _FIRST_PAUSE, _Standing()
+    problem, started, told = "", time.monotonic(), UNREACHABLE
     async with contextlib.AsyncExitStack() as stack:
       await stack.enter_async_context(self._watch.watching())
       while True:
         member = await self._watch.found()
         if member is not None:
-          with contextlib.suppress(UnreachableError, _MovedError):
+          try:
             return await self._once(member, path, body)
+          except UnreachableError as error:
+            problem = str(error)
+          except _MovedError:
+            problem = ""
         if pause == _FIRST_PAUSE:
           stack.enter_context(self._waiting(what))
         await self._watch.check(what)
-        self._check_standing(standing, what)
+        self._check_standing(standing, what, problem)
+        waited = time.monotonic() - started
+        if problem and waited > told:
+          told *= 2
+          self._tell(
+              f"has waited {waited:.0f} s for the {self._watch.name} {what};"
+              f" it gives signs of life, but: {problem}"
+          )
         await asyncio.sleep(pause)
         pause = min(pause * 1.5, _LONGEST_REST)
 
@@ -251,13 +266,16 @@ class Peer:
               max_concurrent=self._max_concurrent,
               timeout=self._timeout,
               attempts=1,  # `post` tries again, wherever the job is then
+              name=self.policy,
           )
       )
       self._connections[member.incarnation] = found
       await self._stack.enter_async_context(found)
     return found
 
-  def _check_standing(self, standing: _Standing, what: str) -> None:
+  def _check_standing(
+      self, standing: _Standing, what: str, problem: str = ""
+  ) -> None:
     """Raises StuckJobsError when each has waited for the other too long."""
     member = self._watch.member
     if not self._heart or not member or member.waits != self._heart.policy:
@@ -267,11 +285,12 @@ class Peer:
     if wait != standing.wait:
       standing.wait, standing.since = wait, self._watch.now()
     if self._watch.now() - standing.since > self._patience:
+      why = f"; or it cannot be asked: {problem}" if problem else ""
       raise StuckJobsError(
           f"{self._watch.name} has waited for {self._patience:.0f} s"
           f" (jobs.patience) for this one {member.wanted}, and this one for it"
           f" {what}: their run directories are of different steps, or what one"
-          " of them wrote into the bucket was lost"
+          f" of them wrote into the bucket was lost{why}"
       )
 
 

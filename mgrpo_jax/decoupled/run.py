@@ -107,7 +107,9 @@ async def open_job(
     )
     part.append(run)
     await stack.enter_async_context(
-        server.serving(run.desk, job.where, job.token, broken=ending.tell)
+        server.serving(
+            run.desk, job.policy, job.where, job.token, broken=ending.tell
+        )
     )
     yield run
 

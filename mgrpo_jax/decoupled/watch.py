@@ -158,8 +158,9 @@ class Watch:
     if silent > self._told_at:
       self._told_at = 2 * silent
       self._tell(
-          f"{self.name}: no sign of life for {silent:.0f} s, waits for it"
-          f" {what}"
+          f"no sign of life from the {self.name} for {silent:.0f} s, while this"
+          f" one waits for it {what}; gives it up after {self._patience:.0f} s"
+          " (jobs.patience)"
       )
 
   async def _look_always(self) -> None:

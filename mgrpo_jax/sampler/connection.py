@@ -27,6 +27,7 @@ _FIRST_PAUSE = 0.5  # seconds; doubled from one attempt to the next
 _LONGEST_PAUSE = 30.0  # seconds
 _CONNECT = 10.0  # seconds until there is a connection
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
+NAME = "x-job"  # header of answers between the jobs of a run: the policy
 _LONGEST_BODY = 64 * 2**20  # bytes of an answer
 _SHOWN = 300  # characters of an error
 _LINE = 32  # bytes of the first line of a message and the empty one, about
@@ -48,6 +49,8 @@ class Address:
     max_concurrent: requests at the same time.
     timeout: seconds that an answer may take.
     attempts: how often a request is made in all.
+    name: that every answer bears in the header `NAME`; what does not bear it is
+      somebody else's, and no answer. Empty for whatever answers.
 
   Raises:
     ValueError: a field is out of range, naming it.
@@ -58,6 +61,7 @@ class Address:
   max_concurrent: int
   timeout: float
   attempts: int
+  name: str = ""
 
   def __post_init__(self) -> None:
     """Checks every field."""
@@ -165,10 +169,18 @@ class Connection:
       except (httpx2.RequestError, TimeoutError) as error:
         problem = f"{type(error).__name__} {error}".strip()
       else:
-        if response.is_success and (found := _json(response)) is not _NO_JSON:
+        named = response.headers.get(NAME, "")
+        known = named == self.address.name or not self.address.name
+        if (
+            known
+            and response.is_success
+            and (found := _json(response)) is not _NO_JSON
+        ):
           return found
         problem = f"status {response.status_code}: {_told(response)}"
-        if not response.is_success and response.status_code not in _PASSING:
+        if not known:
+          problem = f"another server answers there: {problem}"
+        elif not response.is_success and response.status_code not in _PASSING:
           raise EngineError(f"{url}: {problem}")
         pause = max(pause, _retry_after(response))
         if pause > _LONGEST_PAUSE:
@@ -228,9 +240,9 @@ async def _whole(response: httpx2.Response, url: str) -> httpx2.Response:
     data += part
     if len(data) > _LONGEST_BODY:
       raise EngineError(f"{url}: the answer has over {_LONGEST_BODY} bytes")
-  wait = response.headers.get("retry-after", "")
+  kept = {n: response.headers.get(n, "") for n in ("retry-after", NAME)}
   return httpx2.Response(
-      response.status_code, headers={"retry-after": wait}, content=bytes(data)
+      response.status_code, headers=kept, content=bytes(data)
   )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import types
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -21,9 +22,11 @@ from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mgrpo_jax.serving import response, service
 from mgrpo_jax.serving.errors import RequestError
@@ -53,13 +56,18 @@ class Server(uvicorn.Server):
     yield
 
 
-def build(answers: Mapping[str, Answer], token: str) -> Starlette:
+def build(
+    answers: Mapping[str, Answer],
+    token: str,
+    headers: Mapping[str, str] = types.MappingProxyType({}),
+) -> Starlette:
   """Builds the web application: GET /healthz, and what is answered.
 
   Args:
     answers: by path, makes of the body of a POST the JSON that it is answered;
       cancelled when the caller is gone, raises `RequestError` to refuse it.
     token: that callers must show; empty for none.
+    headers: of every answer.
 
   Returns:
     The ASGI application.
@@ -78,7 +86,27 @@ def build(answers: Mapping[str, Answer], token: str) -> Starlette:
           ),
       ],
       exception_handlers={RequestError: _refuse},
+      middleware=[Middleware(_Headed, headers=headers)] if headers else [],
   )
+
+
+class _Headed:
+  """An application whose answers bear some headers."""
+
+  def __init__(self, app: ASGIApp, headers: Mapping[str, str]) -> None:
+    self._app = app
+    self._headers = [(n.encode(), v.encode()) for n, v in headers.items()]
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers a request."""
+
+    async def headed(message: Message) -> None:
+      if message["type"] == "http.response.start":
+        given = [*message.get("headers", []), *self._headers]
+        message = {**message, "headers": given}
+      await send(message)
+
+    await self._app(scope, receive, headed)
 
 
 @contextlib.asynccontextmanager
