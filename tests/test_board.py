@@ -102,6 +102,8 @@ def test_a_step_is_one_record(board, bucket):
         {"rollouts": None},
         {"rollouts": [[], []]},
         {"rollouts": [None, None]},
+        {"step": 4},
+        {"rollouts": [[["main", 0, -1, 0, 0, 0, 0] + [10**400] * 6]] * 2},
         {"rollouts": [[["main", 0, -1]], [["main", 0, -1]]]},
         {"rollouts": [[["main", 0, -1, 0, 99, 0, 0] + [0.0] * 6]] * 2},
     ],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -120,6 +121,13 @@ def test_a_call_without_account_cannot_be_reported():
         lambda told: told["calls"][0].__setitem__(11, 2.0),
         lambda told: told["calls"][0].__setitem__(13, None),
         lambda told: told["calls"][0].__setitem__(8, [1, 2, 3]),
+        lambda told: told["calls"][0].__setitem__(8, -2),
+        lambda told: told["calls"][0].__setitem__(6, -9),
+        lambda told: told["calls"][0].__setitem__(2, 0),
+        lambda told: told["calls"][0].__setitem__(7, 10**400),
+        lambda told: told["calls"][0].__setitem__(7, math.nan),
+        lambda told: told["calls"][0].__setitem__(7, -1.0),
+        lambda told: told.update(text="\ud800"),
     ],
 )
 def test_what_is_no_report_of_the_call_is_refused(spoil):

@@ -179,6 +179,8 @@ class Board:
           " began: give another bucket and run directory"
       )
     with self._damaged(_step(step)):
+      if found["step"] != step:
+        raise ValueError(f"it is the record of step {found['step']}")
       tasks, rollouts = list(found["tasks"]), list(found["rollouts"])
       if len(rollouts) != len(tasks) * self._num:
         raise ValueError(
@@ -258,6 +260,7 @@ class Board:
     except (
         AttributeError,
         KeyError,
+        OverflowError,
         RecursionError,
         TypeError,
         ValueError,

@@ -21,7 +21,7 @@ import numpy as np
 from mgrpo_jax.keys import check_name
 from mgrpo_jax.serving import reading
 from mgrpo_jax.serving.errors import wrong
-from mgrpo_jax.types import Account, Status, Trajectory
+from mgrpo_jax.types import NO_PARENT, Account, Status, Trajectory
 
 PURPOSES = ("training", "testing")
 LONGEST_TEXT = 1 << 20  # characters of a request or report
@@ -160,6 +160,7 @@ def read_report(value: Any, call: Call) -> tuple[Trajectory, ...]:
     text, rows = value["text"], value["calls"]
     if not isinstance(text, str) or len(text) > LONGEST_TEXT:
       raise ValueError(f"no text of at most {LONGEST_TEXT} characters")
+    text.encode()  # half of a surrogate pair is no text
     if not 1 <= len(rows) <= MOST_CALLS:
       raise ValueError(f"{len(rows)} calls, allowed: 1 to {MOST_CALLS}")
     found = tuple(_stub(row, call.task, call.rollout) for row in rows)
@@ -170,6 +171,8 @@ def read_report(value: Any, call: Call) -> tuple[Trajectory, ...]:
   asked = (call.role, call.identity[4], call.attempt)
   if told != asked:
     raise ValueError(f"a report of {told}, asked for {asked}")
+  if first.parent != NO_PARENT:
+    raise ValueError(f"the first call has the parent {first.parent}")
   for place, one in enumerate(found[1:], 1):
     if not 0 <= one.parent < place:
       raise ValueError(f"call {place} has the parent {one.parent}")
@@ -276,9 +279,9 @@ def _stub(row: Sequence[Any], task: str, rollout: int) -> Trajectory:
   whole = [*row[1 : -len(rest)], sampled, turns, well_formed]
   if (
       not isinstance(fields["role"], str)
-      or not all(type(n) is int and abs(n) <= _MOST for n in whole)
+      or not all(type(n) is int and -1 <= n <= _MOST for n in whole)
       or not all(g is None or _is_share(g) for g in grades)
-      or not _is_number(seconds)
+      or not (_is_number(seconds) and 0 <= seconds <= _MOST)
       or grades[2] is None
   ):
     raise ValueError(f"not a row of a report: {str(row)[:80]}")
