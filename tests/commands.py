@@ -49,6 +49,15 @@ def train_spread(*arguments):
   return start("-m", "experiments.train", SMOKE, *SPREAD, *arguments)
 
 
+def ended(process, seconds=600):
+  """The code with which a command ends, and with it all that it started."""
+  try:
+    return process.wait(seconds)
+  finally:
+    process.terminate()
+    process.wait(60)
+
+
 def assert_ended_alike(directory, other):
   """Two runs in jobs: the same parameters bit for bit, the same summary."""
   for policy, folder in (("main", ""), ("researcher", "jobs/researcher/")):

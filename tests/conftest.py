@@ -42,10 +42,11 @@ def s3_endpoint():
 @pytest.fixture(scope="session")
 def steady(tmp_path_factory):
   """A finished run of the smoke in two jobs of two processes, undisturbed."""
-  from commands import train_spread
+  from commands import ended, train_spread
 
   directory = tmp_path_factory.mktemp("steady")
-  assert train_spread(f"--workdir={directory}", "--launch=local").wait(600) == 0
+  training = train_spread(f"--workdir={directory}", "--launch=local")
+  assert ended(training) == 0
   return directory
 
 

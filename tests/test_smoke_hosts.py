@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from commands import assert_ended_alike, train_spread
+from commands import assert_ended_alike, ended, train_spread
 
 from mgrpo_jax import publish, store
 from mgrpo_jax.report.writer import read_metrics
@@ -35,10 +35,10 @@ def arrays(bucket, policy):
 
 
 def test_it_ends_as_with_a_directory(steady, url, tmp_path):
-  ended = train_spread(
+  training = train_spread(
       f"--workdir={tmp_path}", "--launch=local", f"--bucket={url}"
   )
-  assert ended.wait(600) == 0
+  assert ended(training) == 0
   assert not (tmp_path / "bucket").exists()  # all is with the server
   assert_ended_alike(tmp_path, steady)
   rows = read_metrics(tmp_path / "metrics.jsonl")
