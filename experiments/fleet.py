@@ -19,7 +19,7 @@ import pathlib
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import ml_collections
 
@@ -38,7 +38,34 @@ _DEVICES = "--xla_force_host_platform_device_count"
 
 
 class FleetError(RuntimeError):
-  """A job cannot go on; says which, and what it said last."""
+  """A job cannot go on; says which, and what it said last.
+
+  Attributes:
+    code: to end with: 2 where the same command would end so again.
+  """
+
+  def __init__(self, text: str, *, code: int = cli.BROKEN) -> None:
+    """Takes what happened.
+
+    Args:
+      text: one line.
+      code: to end with.
+    """
+    super().__init__(text)
+    self.code = code
+
+
+@contextlib.contextmanager
+def failures() -> Iterator[None]:
+  """Turns a FleetError raised inside into one line and its exit code.
+
+  Yields:
+    Nothing.
+  """
+  try:
+    yield
+  except FleetError as error:
+    cli.fail(str(error), error.code)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -284,7 +311,9 @@ class Group:
     code = one.process.returncode
     said = jobs.last_line(one.job.log)
     what = f"job of policy {one.job.name} ended with code {code}: {said}"
-    if code == cli.USAGE_ERROR or not self._left:
+    if code == cli.USAGE_ERROR:
+      raise FleetError(what, code=code)
+    if not self._left:
       raise FleetError(what)
     self._tell(f"{what}; it is started again")
     self._left -= 1

@@ -135,11 +135,16 @@ def run(
 
   Raises:
     FleetError: a job died more often than it may, was used wrongly, or there
-      is no room for it.
+      is no room for it, or no cluster.
   """
   import ray
 
-  ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+  try:
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+  except ConnectionError as error:
+    raise FleetError(
+        f"--ray_address={address}: {error}", code=cli.USAGE_ERROR
+    ) from error
   with contextlib.ExitStack() as stack:
     stack.callback(ray.shutdown)
     groups = []
@@ -173,7 +178,8 @@ def _reserved(hosts: int, tpu: Slice | None, policy: str) -> Iterator[Any]:
       release()
       raise FleetError(
           f"--hosts={hosts}: a slice of {tpu.version}:{tpu.topology} has"
-          f" {whole.num_hosts}"
+          f" {whole.num_hosts}",
+          code=cli.USAGE_ERROR,
       )
   else:
     group = ray.util.placement_group(
@@ -256,7 +262,8 @@ class _Group:
       if cli.USAGE_ERROR in died:
         raise FleetError(
             f"job of {self._plan.policy!r} ended with code {cli.USAGE_ERROR};"
-            f" see {self._plan.log}*.log"
+            f" see {self._plan.log}*.log",
+            code=cli.USAGE_ERROR,
         )
       self._again(f"code {died[0]}")
 

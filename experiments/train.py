@@ -201,7 +201,7 @@ def _launch() -> None:
     )
     token = joining.token(_TOKEN_FILE.value, new=True)
     tpu = ray_fleet.parse_slice(_RAY_TPU.value)
-  with cli.user_errors(OSError, fleet.FleetError):
+  with cli.user_errors(OSError, code=cli.BROKEN), fleet.failures():
     if _LAUNCH.value == "local":
       fleet.run(plans, hosts=hosts, token=token)
       return

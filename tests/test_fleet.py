@@ -90,11 +90,16 @@ def test_every_process_is_told_its_place(jobs):
       assert call["--xla_force_host_platform_device_count"] == "2"
 
 
-@pytest.mark.parametrize(("code", "starts"), [(2, 1), (3, 4)])
-def test_what_does_not_mend_ends_all(jobs, code, starts):
+@pytest.mark.parametrize(
+    ("code", "starts", "ends"), [(2, 1, 2), (75, 4, 75), (3, 4, 75)]
+)
+def test_what_does_not_mend_ends_all(jobs, code, starts, ends):
   run, calls = jobs
-  with pytest.raises(FleetError, match=f"researcher.*code {code}: wrong"):
+  with pytest.raises(
+      FleetError, match=f"researcher.*code {code}: wrong"
+  ) as told:
     run(main="sleep 600", researcher=f"echo wrong; exit {code}")
+  assert told.value.code == ends
   assert max(len(calls(f"researcher.{n}")) for n in range(2)) == starts
 
 
@@ -128,5 +133,15 @@ def test_virtual_devices_are_only_where_there_are_no_others():
 def test_a_job_that_stays_behind_is_named(jobs, monkeypatch):
   run, _ = jobs
   monkeypatch.setattr(fleet, "_GRACE", 0.1)
-  with pytest.raises(FleetError, match="jobs of researcher do not end"):
+  with pytest.raises(FleetError, match="jobs of researcher do not end") as told:
     run(main="exit 0", researcher="sleep 600")
+  assert told.value.code == 75  # the same command goes on with it
+
+
+@pytest.mark.parametrize("code", [2, 75])
+def test_a_fleet_ends_with_the_code_of_what_ended_it(capsys, code):
+  with pytest.raises(SystemExit) as ended:
+    with fleet.failures():
+      raise FleetError("job of policy main.0 ended", code=code)
+  assert ended.value.code == code
+  assert capsys.readouterr().err == "error: job of policy main.0 ended\n"

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import replicated
-from commands import SMOKE, command
+from commands import SMOKE, SPREAD, command
 
 from experiments import fleet, joining, launch
 from experiments.fleet import Plan
@@ -120,6 +120,16 @@ def test_wrong_flags_end_with_one_line(tmp_path, arguments, told):
   assert result.returncode == 2, result.stderr
   (line,) = result.stderr.strip().splitlines()
   assert told in line
+
+
+def test_what_may_pass_is_no_mistake_in_the_command(tmp_path):
+  (tmp_path / "jobs").touch()  # where logs would be
+  result = command(
+      "train", SMOKE, *SPREAD, f"--workdir={tmp_path}", "--launch=local"
+  )
+  assert result.returncode == 75, result.stderr
+  (line,) = result.stderr.strip().splitlines()
+  assert f"cannot write {tmp_path}/jobs/main.0.log" in line
 
 
 @pytest.fixture

@@ -183,8 +183,9 @@ def test_training_goes_on_where_a_node_is_lost(
 
 
 def test_what_does_not_mend_ends_all(run):
-  with pytest.raises(FleetError, match="job of 'researcher' .* code 2"):
+  with pytest.raises(FleetError, match="job of 'researcher' .* code 2") as told:
     run(main="sleep 600", researcher="exit 2")
+  assert told.value.code == 2
 
 
 def test_a_host_that_is_started_again_leaves_no_process_behind(
