@@ -311,10 +311,11 @@ class Group:
     code = one.process.returncode
     said = jobs.last_line(one.job.log)
     what = f"job of policy {one.job.name} ended with code {code}: {said}"
-    if code == cli.USAGE_ERROR:
-      raise FleetError(what, code=code)
-    if not self._left:
-      raise FleetError(what)
+    if code == cli.USAGE_ERROR or not self._left:
+      wrong = code == cli.USAGE_ERROR
+      raise FleetError(
+          f"{what}; see {one.job.log}", code=code if wrong else cli.BROKEN
+      )
     self._tell(f"{what}; it is started again")
     self._left -= 1
     jobs.kill([one.process for one in self.running])  # it is of no use

@@ -45,8 +45,8 @@ def others(
 ) -> Iterator[None]:
   """Runs the other jobs of a team while it is entered, a process each.
 
-  A job that dies is started again, a few times; then this process is told to
-  end as by SIGTERM.
+  A job that dies is started again, a few times; then the body is ended as by
+  SIGTERM, so that it closes its files, and the error of that job raised.
 
   Args:
     plans: of the jobs.
@@ -58,6 +58,7 @@ def others(
 
   Raises:
     CutOffError: a job did not end well after the leader has.
+    FleetError: a job died more often than it may, or was used wrongly.
     OSError: a job cannot be started.
     StorageError: one that an earlier command started still runs.
   """
@@ -65,8 +66,9 @@ def others(
   for group in groups:
     group.wait_until_free()
   over = threading.Event()
+  lost: list[FleetError | OSError] = []
   watching = threading.Thread(
-      target=_watch, args=(groups, over, tell), daemon=True
+      target=_watch, args=(groups, over, tell, lost), daemon=True
   )
   try:
     for group, plan in zip(groups, plans, strict=True):
@@ -78,6 +80,10 @@ def others(
     watching.start()
     yield
     _finish(groups)
+  except KeyboardInterrupt:
+    if lost:  # not a user's
+      raise lost[0] from None
+    raise
   finally:
     over.set()
     if watching.is_alive():
@@ -86,15 +92,19 @@ def others(
 
 
 def _watch(
-    groups: Sequence[Group], over: threading.Event, tell: Callable[[str], None]
+    groups: Sequence[Group],
+    over: threading.Event,
+    tell: Callable[[str], None],
+    lost: list[FleetError | OSError],
 ) -> None:
-  """Starts again what died; where it may not, tells this process to end."""
+  """Starts again what died; where it may not, notes it and ends the body."""
   while not over.wait(fleet.LOOK):
     try:
       for group in groups:
         group.look()
     except (FleetError, OSError) as error:
       tell(str(error))
+      lost.append(error)
       os.kill(os.getpid(), signal.SIGTERM)
       return
 

@@ -129,7 +129,7 @@ def _run(started: float) -> None:
   """Trains all, or one policy's job."""
   with contextlib.ExitStack() as stack:
     with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
-      from experiments import joining, recipe
+      from experiments import fleet, joining, recipe
       from mgrpo_jax import journal, metrics, ownership, workdir
       from mgrpo_jax.hosts import driver, group
       from mgrpo_jax.tasks import curriculum
@@ -153,6 +153,7 @@ def _run(started: float) -> None:
       token = place.token or joining.token(_TOKEN_FILE.value, new=False)
       setup = joining.pooled(setup, config, token)
     with (
+        fleet.failures(),
         cli.user_errors(*_failures()),  # closing may fail as well
         _passing(place),
         workdir.hold(directory.path, values, name=naming),

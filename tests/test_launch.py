@@ -125,7 +125,12 @@ def test_wrong_flags_end_with_one_line(tmp_path, arguments, told):
 def test_what_may_pass_is_no_mistake_in_the_command(tmp_path):
   (tmp_path / "jobs").touch()  # where logs would be
   result = command(
-      "train", SMOKE, *SPREAD, f"--workdir={tmp_path}", "--launch=local"
+      "train",
+      SMOKE,
+      *SPREAD,
+      f"--workdir={tmp_path}",
+      "--launch=local",
+      timeout=280,
   )
   assert result.returncode == 75, result.stderr
   (line,) = result.stderr.strip().splitlines()
@@ -174,6 +179,50 @@ def test_a_job_is_started_again_unless_its_command_is_wrong(
   where, *ended = said
   assert where.endswith(f"prints to {tmp_path}/jobs/researcher.log")
   assert len(ended) == (starts if ends else 0)
+
+
+@pytest.mark.parametrize(("code", "ends"), [(2, 2), (75, 75), (1, 75)])
+def test_the_run_ends_in_order_with_the_job_that_cannot_go_on(
+    tmp_path, monkeypatch, others, code, ends
+):
+  def interrupt(*_):
+    raise KeyboardInterrupt  # as cli.run has it
+
+  monkeypatch.setattr(fleet, "_RESTARTS", 0)
+  closed, before = [], signal.signal(signal.SIGTERM, interrupt)
+  try:
+    with pytest.raises(fleet.FleetError, match="researcher ended") as told:
+      with others(f"print('wrong'); raise SystemExit({code})", []):
+        try:
+          time.sleep(60)
+        finally:
+          closed.append(True)
+  finally:
+    signal.signal(signal.SIGTERM, before)
+  log = tmp_path / "jobs/researcher.log"
+  assert str(told.value).endswith(f"code {code}: wrong; see {log}")
+  assert told.value.code == ends and closed
+
+
+def test_a_user_who_ends_the_run_is_not_told_of_jobs(others):
+  with pytest.raises(KeyboardInterrupt):
+    with others("import time; time.sleep(60)", []):
+      raise KeyboardInterrupt
+
+
+def test_a_job_of_another_config_ends_the_command_as_it_ended(tmp_path):
+  """The leader is well, but its command would end so again."""
+  other = tmp_path / "jobs/researcher"
+  other.mkdir(parents=True)
+  (other / "config.json").write_text('{"seed": 99}')
+  result = command(
+      "train", SMOKE, f"--workdir={tmp_path}", "--launch=local", timeout=280
+  )
+  assert result.returncode == 2, result.stderr
+  last = result.stderr.strip().splitlines()[-1]
+  assert last.startswith("error: job of policy researcher ended with code 2")
+  assert last.endswith(f"see {tmp_path}/jobs/researcher.log")
+  assert "interrupted" not in result.stderr
 
 
 def test_a_job_that_is_cut_off_is_told(monkeypatch, others):
