@@ -94,6 +94,7 @@ echo "$*" >> log
 case "$*" in
   *describe*) [ -e state ] && cat state ;;
   *create*)
+    [ ! -e refused ] || exit 1
     if [ -e broken ]; then rm broken; exit 1; fi
     echo ACTIVE > state ;;
   *ssh*) exit "$(cat code)" ;;
@@ -138,11 +139,56 @@ def test_slices_are_given_back_where_all_goes_well(launch, tmp_path):
 
 
 def test_what_never_ends_well_is_told_and_costs_no_slice(launch, tmp_path):
-  code, log = launch("main", "researcher", code=2)
+  code, log = launch("main", "researcher", code=75)
   assert code == 1
   for policy in ("main", "researcher"):
     assert log.count(f"ssh mgrpo-{policy}") == 3  # attempts
     assert f"delete mgrpo-{policy}" in log
+
+
+def test_what_would_end_so_again_is_tried_once(launch, tmp_path):
+  text = (tmp_path / "gcloud").read_text()
+  set_up = "*--command=true*) ;;\n  *ssh*)"
+  (tmp_path / "gcloud").write_text(text.replace("*ssh*)", set_up))
+  code, log = launch("main", code=2)
+  assert code == 2
+  assert log.count("--command=cd mgrpo_jax") == 1
+  assert log.splitlines()[-1].startswith("compute tpus queued-resources delete")
+
+
+def test_requests_that_are_refused_end(launch, tmp_path):
+  (tmp_path / "refused").touch()
+  code, log = launch("main", code=0)
+  assert code == 1
+  assert log.count("resources create mgrpo-main") == 3  # attempts
+  assert "ssh" not in log
+
+
+def test_a_slice_that_never_runs_ends(launch, tmp_path):
+  text = (tmp_path / "gcloud").read_text()
+  (tmp_path / "gcloud").write_text(text.replace("echo ACTIVE", "echo FAILED"))
+  code, log = launch("main", code=0)
+  assert code == 1
+  assert log.count("resources create mgrpo-main") == 3
+  assert log.splitlines()[-1].startswith("compute tpus queued-resources delete")
+
+
+def test_pods_that_would_end_so_again_end_the_jobset():
+  spec = jobset()["spec"]
+  inner = spec["replicatedJobs"][0]["template"]["spec"]
+  (rule,) = inner["podFailurePolicy"]["rules"]
+  (container,) = inner["template"]["spec"]["containers"]
+  assert rule["action"] == "FailJob"
+  assert rule["onExitCodes"] == {
+      "containerName": container["name"],
+      "operator": "In",
+      "values": [2],
+  }
+  (rule,) = spec["failurePolicy"]["rules"]
+  assert rule == {
+      "action": "FailJobSet",
+      "onJobFailureReasons": ["PodFailurePolicy"],
+  }
 
 
 def test_all_pods_of_a_job_are_started_again_together():

@@ -14,36 +14,55 @@ on_all() { gcloud compute tpus tpu-vm ssh "$1" --worker=all --command="$2" "${at
 state() { qr describe "$1" --format='value(state.state)' 2>/dev/null || true; }
 
 place() { # waits for a slice; one that is lost makes room for another
-  while [[ $(state "$1") != ACTIVE ]]; do
-    case $(state "$1") in
+  local now refused=0 lost=0 most="${ATTEMPTS:-50}"
+  while now=$(state "$1"); [[ $now != ACTIVE ]]; do
+    case $now in
       '') qr create "$1" --node-id="$1" --accelerator-type="$TYPE" \
-        --runtime-version="$RUNTIME" ${SPOT:+--spot} || true ;;
-      FAILED | SUSPENDED) qr delete "$1" --force || true ;;
+        --runtime-version="$RUNTIME" ${SPOT:+--spot} || {
+        refused=$((refused + 1))
+        echo "$1: request for a slice refused, $refused of $most times" >&2
+      } ;;
+      FAILED | SUSPENDED)
+        lost=$((lost + 1))
+        echo "$1: slice is $now, $lost of $most times before any ran" >&2
+        qr delete "$1" --force || true ;;
+      *) refused=0 ;; # it stands in the queue, for as long as that takes
     esac
+    ((refused < most && lost < most)) || return 1
     sleep 30
   done
 }
 
 job() { # one policy's, to its end
-  local name="mgrpo-$1" run
+  local name="mgrpo-$1" run code=0
   run="cd mgrpo_jax && python -m experiments.train --config=$CONFIG \
     --bucket=$BUCKET --policy=$1 --workdir=$SHARED/$1 --processes=0 \
     --listen=0.0.0.0 --reached_as=\$(hostname -I | cut -d' ' -f1) \
     --token_file=$SHARED/token"
   for _ in $(seq "${ATTEMPTS:-50}"); do
-    place "$name"
-    if on_all "$name" "$SETUP" && on_all "$name" "$run"; then
-      qr delete "$name" --force
-      return
+    code=1
+    place "$name" || break
+    if on_all "$name" "$SETUP"; then
+      code=0
+      on_all "$name" "$run" || code=$? # that of its first host that failed
+      ((code != 0 && code != 2)) || break
     fi
-    echo "job of $1 ended early" >&2
+    echo "job of $1 ended early, with code $code" >&2
     sleep 30
   done
-  qr delete "$name" --force
-  return 1
+  if ((code == 2)); then
+    echo "job of $1 ended with code 2, and would end so again" >&2
+  fi
+  qr delete "$name" --force || true
+  ((code == 0 || code == 2)) || code=1
+  return "$code"
 }
 
-jobs=() failed=0
+jobs=() ended=0
 for policy in "$@"; do job "$policy" & jobs+=("$!"); done
-for one in "${jobs[@]}"; do wait "$one" || failed=1; done
-exit "$failed"
+for one in "${jobs[@]}"; do
+  code=0
+  wait "$one" || code=$?
+  ((ended == 2 || code == 0)) || ended=$code
+done
+exit "$ended"
