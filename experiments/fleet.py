@@ -20,6 +20,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import ml_collections
 
@@ -205,21 +206,55 @@ def run(plans: Sequence[Plan], *, hosts: int, token: str) -> None:
       group.wait_until_free()
     for group in groups:
       group.start()
-    end = math.inf
-    while not all(group.is_over() for group in groups):
-      time.sleep(LOOK)
-      follow.show()
-      for group in groups:
-        group.look()
-      if groups[0].is_over():
-        end = min(end, time.monotonic() + _GRACE)
-      if time.monotonic() > end:
-        late = [group.policy for group in groups if not group.is_over()]
-        raise FleetError(f"jobs of {', '.join(late)} do not end with the first")
+    attend(groups, every=LOOK, show=follow.show)
   finally:
     with contextlib.suppress(OSError):
       follow.show()
     jobs.stop([one.process for group in groups for one in group.running])
+
+
+class Attended(Protocol):
+  """A job that is looked after."""
+
+  policy: str
+
+  def is_over(self) -> bool:
+    """Whether all of its processes have ended well."""
+
+  def look(self) -> None:
+    """Starts it again where it has died; raises FleetError if it may not."""
+
+
+def attend(
+    groups: Sequence[Attended],
+    *,
+    every: float,
+    show: Callable[[], None] = lambda: None,
+) -> None:
+  """Looks after jobs until all have ended.
+
+  Args:
+    groups: the jobs, the root's first.
+    every: seconds between looks.
+    show: called before each look.
+
+  Raises:
+    FleetError: a job cannot go on, or has not ended a while after the first.
+    OSError: a job cannot be started again.
+  """
+  end = math.inf
+  while late := [group.policy for group in groups if not group.is_over()]:
+    if time.monotonic() > end:
+      raise FleetError(
+          f"jobs of {', '.join(late)} do not end with the first:"
+          f" {_GRACE:g} s after it they still run"
+      )
+    time.sleep(every)
+    show()
+    for group in groups:
+      group.look()
+    if groups[0].is_over():
+      end = min(end, time.monotonic() + _GRACE)
 
 
 class Group:

@@ -30,6 +30,10 @@ _PLACING = 600.0  # seconds that Ray has to find places, at first or again
 _ANSWER = 90.0  # seconds that an actor has to answer
 
 
+class NewActorError(RuntimeError):
+  """The actor was started again, and knows of no process."""
+
+
 class Host:
   """One process of a job on its node; an actor."""
 
@@ -67,10 +71,10 @@ class Host:
     """The exit code; None while it runs.
 
     Raises:
-      RuntimeError: it was not started: the actor is new.
+      NewActorError: it was not started.
     """
     if self._running is None:
-      raise RuntimeError("the actor was started again")
+      raise NewActorError("the actor was started again")
     return self._running.process.poll()
 
   def stop(self, *, kill: bool) -> None:
@@ -134,8 +138,8 @@ def run(
     tpu: of each policy; None for a CPU a process.
 
   Raises:
-    FleetError: a job died more often than it may, was used wrongly, or there
-      is no room for it, or no cluster.
+    FleetError: a job died more often than it may, was used wrongly, cannot be
+      started or does not end; or there is no room for it, or no cluster.
   """
   import ray
 
@@ -155,10 +159,7 @@ def run(
       groups.append(group)
     for group in groups:
       group.start()
-    while not all(group.is_over for group in groups):
-      time.sleep(_LOOK)
-      for group in groups:
-        group.look()
+    fleet.attend(groups, every=_LOOK)
 
 
 @contextlib.contextmanager
@@ -166,6 +167,10 @@ def _reserved(hosts: int, tpu: Slice | None, policy: str) -> Iterator[Any]:
   """Places for the processes of a job: nodes of one slice, or any."""
   import ray
 
+  _tell(
+      f"job of {policy!r}: waits for its {hosts} places on the Ray cluster,"
+      f" {_PLACING:g} s at most"
+  )
   group: Any
   if tpu is not None:
     from ray.util.tpu import SlicePlacementGroup
@@ -201,7 +206,11 @@ def _reserved(hosts: int, tpu: Slice | None, policy: str) -> Iterator[Any]:
 
 
 class _Group:
-  """The processes of one job."""
+  """The processes of one job.
+
+  Attributes:
+    policy: whose job it is.
+  """
 
   def __init__(
       self,
@@ -215,7 +224,8 @@ class _Group:
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    self.is_over = False
+    self.policy = plan.policy
+    self._over = False
     self._plan = plan
     self._left = _RESTARTS
     chips = placed.bundle_specs[0].get("TPU", 0)
@@ -235,33 +245,49 @@ class _Group:
 
   def start(self) -> None:
     """Starts all processes; waits for actors that Ray is starting again."""
-    end = time.monotonic() + _PLACING
+    from ray import exceptions
+
+    end, told = time.monotonic() + _PLACING, False
     while True:
       try:
         self._begin()
         return
       except _lost() as error:
+        said = _last_line(error)
+        if getattr(error, "actor_init_failed", False):
+          raise self._refused(said) from error
         if time.monotonic() > end:
           raise FleetError(
-              f"Ray does not bring back the job of {self._plan.policy!r}:"
-              f" {error}"
+              f"Ray does not bring back the job of {self.policy!r}: {said}"
           ) from error
+        if not told:
+          _tell(
+              f"job of {self.policy!r}: waits for Ray to bring its processes'"
+              f" places back, {_PLACING:g} s at most: {said}"
+          )
+        told = True
         time.sleep(_LOOK)
+      except exceptions.RayTaskError as error:  # it would fail again
+        raise self._refused(_last_line(error)) from error
+
+  def is_over(self) -> bool:
+    """Whether all have ended well."""
+    return self._over
 
   def look(self) -> None:
     """Starts all of them again where one has died."""
-    if self.is_over:
+    if self._over:
       return
     try:
       codes = _get([host.code.remote() for host in self._hosts])
     except _lost() as error:
       self._again(type(error).__name__)
       return
-    self.is_over = all(code == 0 for code in codes)
+    self._over = all(code == 0 for code in codes)
     if died := [code for code in codes if code]:
       if cli.USAGE_ERROR in died:
         raise FleetError(
-            f"job of {self._plan.policy!r} ended with code {cli.USAGE_ERROR};"
+            f"job of {self.policy!r} ended with code {cli.USAGE_ERROR};"
             f" see {self._plan.log}*.log",
             code=cli.USAGE_ERROR,
         )
@@ -269,20 +295,28 @@ class _Group:
 
   def close(self) -> None:
     """Ends what still runs."""
+    self._stop(kill=False)
+
+  def _refused(self, why: str) -> FleetError:
+    """A node does not start what it is to."""
+    return FleetError(f"job of {self.policy!r} cannot be started: {why}")
+
+  def _stop(self, *, kill: bool) -> None:
+    """Ends the processes on all actors that are there."""
+    from ray import exceptions
+
     for host in self._hosts:
-      with contextlib.suppress(*_lost()):
-        _get([host.stop.remote(kill=False)])
+      with contextlib.suppress(exceptions.RayError):
+        _get([host.stop.remote(kill=kill)])
 
   def _again(self, why: str) -> None:
     """Starts the job again, if it may."""
-    what = f"job of {self._plan.policy!r}: {why}"
+    what = f"job of {self.policy!r}: {why}"
     if not self._left:
       raise FleetError(what)
     self._left -= 1
-    print(f"{what}; starting it again", file=sys.stderr, flush=True)
-    for host in self._hosts:
-      with contextlib.suppress(*_lost()):
-        _get([host.stop.remote(kill=True)])
+    _tell(f"{what}; starting it again")
+    self._stop(kill=True)
     self.start()
 
   def _begin(self) -> None:
@@ -317,6 +351,17 @@ def _get(references: Sequence[Any]) -> Any:
   return ray.get(list(references), timeout=_ANSWER)
 
 
+def _tell(line: str) -> None:
+  """Prints a line."""
+  print(line, file=sys.stderr, flush=True)
+
+
+def _last_line(error: Exception) -> str:
+  """What an error says at the end; Ray's quote a traceback before."""
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  return lines[-1] if lines else type(error).__name__
+
+
 def _lost() -> tuple[type[Exception], ...]:
   """What Ray raises where an actor is not there, or is another one by now."""
   from ray import exceptions
@@ -324,5 +369,5 @@ def _lost() -> tuple[type[Exception], ...]:
   return (
       exceptions.RayActorError,
       exceptions.GetTimeoutError,
-      exceptions.RayTaskError,
+      NewActorError,
   )

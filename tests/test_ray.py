@@ -188,6 +188,53 @@ def test_what_does_not_mend_ends_all(run):
   assert told.value.code == 2
 
 
+def test_a_job_that_stays_behind_is_named(run, monkeypatch, capsys):
+  monkeypatch.setattr(fleet, "_GRACE", 0.1)
+  with pytest.raises(FleetError, match="jobs of researcher do not") as told:
+    run(main="exit 0", researcher="sleep 600")
+  assert told.value.code == 75
+  said = capsys.readouterr().err
+  for policy in ("main", "researcher"):
+    assert said.count(f"'{policy}': waits for its 1 places") == 1
+
+
+def test_what_no_node_can_start_is_told_at_once(run, tmp_path):
+  (tmp_path / "logs").touch()  # where they would be
+  began = time.monotonic()
+  with pytest.raises(FleetError, match="'main' cannot be started") as told:
+    run(main="exit 0", researcher="exit 0")
+  assert f"cannot write {tmp_path}/logs/main.log" in str(told.value)
+  assert "\n" not in str(told.value) and told.value.code == 75
+  assert time.monotonic() - began < ray_fleet._PLACING / 2
+
+
+def test_a_folder_that_a_node_lacks_is_told_at_once(run, monkeypatch):
+  monkeypatch.setattr(ray_fleet.os, "getcwd", lambda: "/nowhere")
+  with pytest.raises(FleetError, match="'main' cannot .*/nowhere"):
+    run(main="exit 0", researcher="exit 0")
+
+
+def test_who_waits_for_ray_says_so_once(tmp_path, monkeypatch, capsys):
+  pytest.importorskip("ray", reason="ray is missing: pip install -e .[ray]")
+  from ray.exceptions import ActorUnavailableError
+
+  monkeypatch.setattr(ray_fleet, "_LOOK", 0.01)
+  monkeypatch.setattr(ray_fleet, "_PLACING", 0.2)
+  tries = []
+
+  def begin(_):
+    tries.append(1)
+    raise ActorUnavailableError("it is elsewhere", None)
+
+  monkeypatch.setattr(ray_fleet._Group, "_begin", begin)
+  group = object.__new__(ray_fleet._Group)
+  group.policy = "main"
+  with pytest.raises(FleetError, match="not bring back .*'main'.*elsewhere"):
+    group.start()
+  (line,) = capsys.readouterr().err.splitlines()
+  assert "'main': waits for Ray" in line and len(tries) > 2
+
+
 def test_a_host_that_is_started_again_leaves_no_process_behind(
     tmp_path, monkeypatch
 ):
