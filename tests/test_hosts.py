@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import json
 import queue
 import threading
 import time
@@ -61,9 +62,36 @@ class Keys:
       del self.values[key]
 
 
-def pair(patience=600.0):
+class CutOff(Keys):
+  """Keys of which one operation ends in an error, before or after it."""
+
+  def __init__(self, operation, count, error, *, done):
+    super().__init__()
+    self._cut = operation, count
+    self._error, self._done = error, done
+
+  def _do(self, operation, *what):
+    name, count = self._cut
+    self._cut = name, count - (name == operation)
+    is_cut = name == operation and not count
+    if not is_cut or self._done:
+      found = getattr(super(), operation)(*what)
+    if is_cut:
+      raise self._error
+    return found
+
+  def key_value_set(self, key, value):
+    if key in self.values:
+      raise jax.errors.JaxRuntimeError(f"ALREADY_EXISTS: key {key} already")
+    self._do("key_value_set", key, value)
+
+  def blocking_key_value_get(self, key, timeout_in_ms):
+    return self._do("blocking_key_value_get", key, timeout_in_ms)
+
+
+def pair(patience=600.0, keys=None):
   """The ends of a channel between two processes, and its keys."""
-  keys, sent = Keys(), queue.Queue()
+  keys, sent = Keys() if keys is None else keys, queue.Queue()
 
   def give(buffer):
     sent.put(buffer.copy())
@@ -228,6 +256,56 @@ def test_the_crew_ends_with_the_reason_of_process_0(bucket):
     crew.assist(
         second, mesh=None, make=make, objectives=OBJECTIVES, store=bucket
     )
+
+
+def given(keys):
+  """Kinds of the orders that can be heard, up to the first that is missing."""
+  kinds = []
+  while words := keys.values.get(f"mgrpo/orders/{len(kinds)}/words"):
+    kinds.append(json.loads(words)["kind"])
+  return kinds
+
+
+def test_the_crew_hears_that_one_of_it_takes_no_orders():
+  first, second, keys = pair(patience=0.01)
+  with pytest.raises(SilentError, match="process 1 .* order 0"):
+    with driving(first):
+      for _ in range(channels._AHEAD + 1):
+        first.tell("kind")
+  assert given(keys) == ["kind"] * channels._AHEAD + [crew.FAIL]
+  heard = [second.hear() for _ in given(keys)]
+  assert "has not taken order 0" in heard[-1].values["reason"]
+
+
+def test_the_crew_hears_that_its_end_could_not_be_told():
+  first, _, keys = pair(patience=0.01)
+  with pytest.raises(SilentError, match="process 1 .* order 0"):
+    with driving(first):
+      for _ in range(channels._AHEAD):
+        first.tell("kind")
+  assert given(keys) == ["kind"] * channels._AHEAD + [crew.FAIL]
+
+
+@pytest.mark.parametrize(
+    ("operation", "count", "done", "orders"),
+    [
+        ("blocking_key_value_get", 0, False, channels._AHEAD),
+        ("key_value_set", 2, False, 2),
+        ("key_value_set", 2, True, 3),
+    ],
+)
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), jax.errors.JaxRuntimeError("INTERNAL: no")]
+)
+def test_the_crew_hears_of_what_cut_off_an_order(
+    operation, count, done, orders, error
+):
+  first, _, keys = pair(keys=CutOff(operation, count, error, done=done))
+  with pytest.raises(type(error)):
+    with driving(first):
+      for _ in range(channels._AHEAD + 1):
+        first.tell("kind")
+  assert given(keys) == ["kind"] * orders + [crew.FAIL]
 
 
 def test_orders_that_do_not_fit_are_refused(bucket):

@@ -127,21 +127,21 @@ class Channel:
       kind: of the order.
       values: JSON.
       arrays: all of each on this host.
-      waits: for who is far behind.
+      waits: for who is far behind; a last order does not, and is given also
+        where an error or a signal cut off the one before.
 
     Raises:
       SilentError: another process has not taken an earlier one in time.
     """
     given = [np.asarray(array, order="C") for array in arrays]
-    number, self._number = self._number, self._number + 1
-    if waits and number >= _AHEAD:
-      self._forget(number - _AHEAD)
+    if waits and self._number >= _AHEAD:
+      self._forget(self._number - _AHEAD)
     words = {
         "kind": kind,
         "values": dict(values or {}),
         "arrays": [[list(one.shape), one.dtype.name] for one in given],
     }
-    self._client.key_value_set(_order(number), json.dumps(words))
+    self._write(json.dumps(words), last=not waits)
     self._share(given, source=True)
 
   def hear(self) -> Order:
@@ -212,6 +212,17 @@ class Channel:
   def forget(self, topic: str) -> None:
     """Removes what this process said, when all have heard it."""
     self._client.key_value_delete(_said(topic, self.process))
+
+  def _write(self, words: str, *, last: bool) -> None:
+    """Writes the next order, whose number counts once it is there."""
+    try:
+      self._client.key_value_set(_order(self._number), words)
+    except jax.errors.JaxRuntimeError as error:
+      if not last or "ALREADY_EXISTS" not in str(error):
+        raise
+      self._number += 1  # a signal came when the one before was written
+      self._client.key_value_set(_order(self._number), words)
+    self._number += 1
 
   def _wait(self, name: str) -> None:
     """Waits until all processes wait under the same name."""

@@ -138,6 +138,8 @@ def driving(channel: Channel | None) -> Iterator[None]:
   """
   try:
     yield
+    if channel is not None:
+      channel.tell(crew.END)
   except BaseException as error:
     if channel is not None:
       cause = error.__context__ if isinstance(error, SystemExit) else error
@@ -145,5 +147,3 @@ def driving(channel: Channel | None) -> Iterator[None]:
       with contextlib.suppress(jax.errors.JaxRuntimeError):  # they are gone
         channel.tell(crew.FAIL, {"reason": reason}, waits=False)
     raise
-  if channel is not None:
-    channel.tell(crew.END)
