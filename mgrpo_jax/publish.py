@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-from mgrpo_jax import atomic, contents, leases, leaves, retention
+from mgrpo_jax import atomic, contents, leases, leaves, pointer, retention
 from mgrpo_jax import manifest as manifests
 from mgrpo_jax.bases import Base, Bases
 from mgrpo_jax.keys import check_name
@@ -133,12 +133,11 @@ def publish(
         policy=policy, number=number, path=path, digest=manifest["digest"]
     )
     store.settle()
-    before = store.read(_pointer_key(policy))
+    before = store.read(pointer.key(policy))
     if not _is_whole(store, version):
       _write(store, offer, version, manifest, base, bases, sure)
-  pointer = {"number": number, "path": path, "digest": version.digest}
   sure()
-  if not store.replace(before, json.dumps(pointer).encode()):
+  if not pointer.move(store, before, version):
     sure()  # whose job another process has taken is told that
     raise OvertakenError(
         f"{before.key} in {store.url} was changed while version {number} was"
@@ -163,7 +162,7 @@ def read(
     store: the bucket.
     policy: the policy's name.
     number: a version, or `latest`: the version LATEST points at or, where that
-      is corrupt, the newest good one before it.
+      is corrupt or another by its digest, the newest good one before it.
     like: pytree of arrays or `jax.ShapeDtypeStruct`s, as `policy.abstract`
       gives; weights go to its shardings. Where those are of several processes
       each reads, by number, only chunks that its devices take.
@@ -185,12 +184,13 @@ def read(
   _check(policy, 0)
   skipped: dict[int, str] = {}
   for _ in range(_ATTEMPTS):
-    pointer = store.get(_pointer_key(policy))
-    for candidate in _candidates(store, policy, pointer, skipped):
+    skipped.clear()  # who has published since may have mended what was
+    found = store.get(pointer.key(policy))
+    for candidate, digest in _candidates(store, policy, found, skipped):
       try:
-        weights = _read_number(store, policy, candidate, like, held)
+        weights = _read_number(store, policy, candidate, like, held, digest)
       except (NoVersionError, atomic.CorruptError) as error:
-        if store.get(_pointer_key(policy)) != pointer:
+        if store.get(pointer.key(policy)) != found:
           break  # retention overtook us: start from where LATEST points now
         skipped[candidate] = str(error)
         _LOG.warning("%s; trying the version before it", error)
@@ -198,8 +198,8 @@ def read(
       return dataclasses.replace(weights, skipped=tuple(skipped.values()))
     else:
       break
-  found = "; ".join(skipped.values()) or "versions vanish while being read"
-  raise NoVersionError(f"no good version of {policy} in {store.url}: {found}")
+  why = "; ".join(skipped.values()) or "versions vanish while being read"
+  raise NoVersionError(f"no good version of {policy} in {store.url}: {why}")
 
 
 def latest(store: Store, policy: str) -> PolicyVersion | None:
@@ -218,8 +218,8 @@ def latest(store: Store, policy: str) -> PolicyVersion | None:
     ValueError: the name is out of range.
   """
   _check(policy, 0)
-  pointer = store.get(_pointer_key(policy))
-  return None if pointer is None else _pointed(store, policy, pointer)
+  found = store.get(pointer.key(policy))
+  return None if found is None else pointer.parse(store, policy, found)
 
 
 def versions(store: Store, policy: str) -> list[int]:
@@ -298,8 +298,13 @@ def _read_number(
     number: int,
     like: Any,
     held: contents.Held | None,
+    digest: str | None = None,
 ) -> Weights:
-  """Reads one version; what changed while being read is read again."""
+  """Reads one version; what changed while being read is read again.
+
+  A digest is that of the manifest it must have: another one's is of a version
+  that is not published yet, or of a publisher that came second.
+  """
   path = manifests.path(policy, number)
   error: atomic.CorruptError | None = None
   seen = collections.Counter[bytes]()
@@ -312,6 +317,9 @@ def _read_number(
     seen[found] += 1
     try:
       manifest = manifests.parse(found, policy, number)
+      own = json.loads(found)["digest"]
+      if digest is not None and own != digest:
+        raise atomic.CorruptError("its digest is not the one that LATEST names")
       arrays = contents.read(store, manifest, like, held)
     except atomic.CorruptError as caught:
       error = caught
@@ -322,10 +330,7 @@ def _read_number(
             manifests.widened(arrays, manifest), like, what=what
         ),
         version=PolicyVersion(
-            policy=policy,
-            number=number,
-            path=path,
-            digest=json.loads(found)["digest"],
+            policy=policy, number=number, path=path, digest=own
         ),
         meta=manifest["meta"],
         skipped=(),
@@ -335,41 +340,24 @@ def _read_number(
   ) from error
 
 
-def _pointed(store: Store, policy: str, pointer: bytes) -> PolicyVersion:
-  """Returns the version a pointer holds."""
-  try:
-    found = json.loads(pointer)
-    number, path, digest = (found[k] for k in ("number", "path", "digest"))
-  except (ValueError, KeyError, TypeError, RecursionError):
-    number, path, digest = None, "", ""
-  if (
-      type(number) is not int
-      or not 0 <= number < 2**63
-      or path != manifests.path(policy, number)
-      or type(digest) is not str
-  ):
-    raise atomic.CorruptError(
-        f"pointer {store.url}/{_pointer_key(policy)} is corrupt"
-    )
-  return PolicyVersion(policy=policy, number=number, path=path, digest=digest)
-
-
 def _candidates(
-    store: Store, policy: str, pointer: bytes | None, skipped: dict[int, str]
-) -> Iterator[int]:
-  """Yields versions to try, newest first; lists them only when needed."""
-  if pointer is None:
+    store: Store, policy: str, found: bytes | None, skipped: dict[int, str]
+) -> Iterator[tuple[int, str | None]]:
+  """Yields versions to try, newest first, with the digest that LATEST names.
+
+  They are listed only when needed.
+  """
+  if found is None:
     raise NoVersionError(f"nothing is published for {policy} in {store.url}")
   try:
-    newest = _pointed(store, policy, pointer).number
-    if newest not in skipped:
-      yield newest
-    older = [n for n in versions(store, policy) if n < newest]
+    newest = pointer.parse(store, policy, found)
+    yield newest.number, newest.digest
+    older = [n for n in versions(store, policy) if n < newest.number]
   except atomic.CorruptError as error:
     _LOG.warning("%s; starting from the newest version", error)
     skipped[_NO_NUMBER] = str(error)
     older = versions(store, policy)
-  yield from (n for n in reversed(older) if n not in skipped)
+  yield from ((n, None) for n in reversed(older))
 
 
 def _is_whole(store: Store, version: PolicyVersion) -> bool:
@@ -392,8 +380,3 @@ def _check(policy: str, number: int) -> None:
   check_name(policy, "policy")
   if isinstance(number, bool) or not isinstance(number, int) or number < 0:
     raise ValueError(f"number: {number!r} must be an integer of at least 0")
-
-
-def _pointer_key(policy: str) -> str:
-  """Returns where the pointer lies."""
-  return f"policies/{policy}/LATEST"
