@@ -377,8 +377,9 @@ async def open_resources(
   """
   resources = Resources(setup, store, reach, learner)
   async with contextlib.AsyncExitStack() as stack:
-    stack.callback(resources.writer.close)
     for engine in resources.engines.values():
       await stack.enter_async_context(engine)
+    # Before the engines end: a pool that leaves gives their store less time.
+    stack.callback(resources.writer.close)
     yield resources
     resources.writer.settle()

@@ -1,17 +1,21 @@
 """Weights go to the store while other work goes on."""
 
+import asyncio
 import gc
+import math
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import jax
 import killed
 import numpy as np
 import pytest
+import replicated
 from jax.sharding import PartitionSpec
 
-from mgrpo_jax import atomic, publish, store
+from mgrpo_jax import atomic, publish, resources, store
 from mgrpo_jax.hosts.sharing import Helper, Shared
 from mgrpo_jax.writer import Writer
 
@@ -77,6 +81,48 @@ def test_what_is_damaged_is_handed_on(bucket):
   (line,) = writer.settle()
   assert "leases/notes" in line
   writer.close()
+
+
+class Idle:
+  """An engine that samples nothing."""
+
+  async def __aenter__(self):
+    return self
+
+  async def __aexit__(self, *exception):
+    pass
+
+
+def test_a_last_version_has_its_time_where_replicas_help(bucket, monkeypatch):
+  found, straight = [], bucket.write_arrays
+
+  def slow(prefix, arrays):
+    end = time.monotonic() + 60
+    while bucket.limit() == math.inf and time.monotonic() < end:
+      time.sleep(0.01)  # until the run leaves
+    time.sleep(0.2)
+    found.append(bucket.limit() - time.monotonic())
+    straight(prefix, arrays)
+
+  monkeypatch.setattr(bucket, "write_arrays", slow)
+  writer = Writer(
+      bucket, keep=3, short=False, whole_every=1, tell=lambda _: None
+  )
+  pool = replicated.pool(
+      Idle(), bucket, "main", slots=1, context=9, vocab_size=9
+  )
+  made = SimpleNamespace(writer=writer, engines={"main": pool})
+  monkeypatch.setattr(resources, "Resources", lambda *_: made)
+
+  async def leave():
+    async with resources.open_resources(None, bucket):
+      hand_over(writer, 0)
+      raise RuntimeError("the run ends")
+
+  with pytest.raises(RuntimeError, match="the run ends"):
+    asyncio.run(leave())
+  assert 20 < found[0] < 30
+  assert publish.latest(bucket, "main").number == 0
 
 
 class Litter:
