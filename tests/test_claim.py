@@ -240,6 +240,19 @@ def test_a_beat_that_arrives_late_undoes_no_later_one(bucket):
     assert members.read(bucket, "sub").ready == 2
 
 
+def test_a_heart_that_stops_for_another_reason_says_so(bucket):
+  told, heard = [], threading.Event()
+
+  def lost(error):
+    told.append(error)
+    heard.set()
+
+  with heart(bucket, OURS, lost=lost) as beating:
+    beating._claim.renew = lambda _: (_ for _ in ()).throw(OSError("a fault"))
+    assert heard.wait(20)
+  assert [str(error) for error in told] == ["a fault"]
+
+
 def test_of_two_that_come_at_once_one_has_the_job(bucket):
   outcomes = []
   ready = threading.Barrier(2)

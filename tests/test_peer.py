@@ -92,6 +92,34 @@ def test_a_record_that_was_changed_is_no_record(bucket):
     members.read(bucket, "sub")
 
 
+@pytest.mark.parametrize("value", [5, None, [], {}, True, 0.5])
+@pytest.mark.parametrize(
+    "name", [field.name for field in dataclasses.fields(members.Member)]
+)
+def test_fields_of_other_types_make_no_record(bucket, name, value):
+  with heart(bucket):
+    pass
+  key = members.key("sub")
+  record = leaves.check_seal(json.loads(bucket.get(key)))
+  if type(value) is type(record[name]) or (name, value) == ("time", 5):
+    return
+  bucket.put(key, json.dumps(leaves.seal(record | {name: value})).encode())
+  with pytest.raises(CorruptError, match=f"{name} must be of type"):
+    members.read(bucket, "sub")
+
+
+@pytest.mark.parametrize("address", ["http://a:b", "http://a:99999"])
+def test_addresses_have_ports(bucket, address):
+  with heart(bucket):
+    pass
+  key = members.key("sub")
+  record = leaves.check_seal(json.loads(bucket.get(key)))
+  record = leaves.seal(record | {"address": address})
+  bucket.put(key, json.dumps(record).encode())
+  with pytest.raises(CorruptError, match="[Pp]ort"):
+    members.read(bucket, "sub")
+
+
 @pytest.mark.parametrize("address", ["file:///etc/passwd", "http://", "x"])
 def test_addresses_are_of_http(bucket, address):
   member = members.Member(

@@ -16,6 +16,7 @@ import json
 import threading
 import time
 import types
+import typing
 import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator
@@ -109,14 +110,14 @@ def read(store: Store, policy: str, process: int = 0) -> Member | None:
 
 def _check(member: Member, policy: str) -> None:
   """Raises ValueError unless a record is one of the policy's."""
+  for name, kind in typing.get_type_hints(Member).items():
+    found = type(getattr(member, name))
+    if found is not kind and (kind, found) != (float, int):
+      raise ValueError(f"{name} must be of type {kind.__name__}")
   url = urllib.parse.urlsplit(member.address)
+  _ = url.port  # raises ValueError where it is none
   if member.policy != policy or url.scheme != "http" or not url.hostname:
     raise ValueError("is not a record of that policy with an http address")
-  if not {type(n) for n in (member.ready, member.beat, member.wait)} == {int}:
-    raise ValueError("ready, beat and wait must be whole numbers")
-  texts = (member.incarnation, member.place, member.waits, member.wanted)
-  if not all(isinstance(text, str) for text in texts):
-    raise ValueError("incarnation, place, waits and wanted must be texts")
 
 
 class Heart:
@@ -153,7 +154,7 @@ class Heart:
         run directory is believed to be gone.
       tell: takes a line about a beat that could not be written.
       lost: is told, once and from the thread, that another process has the
-        job.
+        job, or what else ended the thread.
     """
     self.policy = policy
     self._store = store
@@ -286,6 +287,9 @@ class Heart:
         return
       except atomic.StorageError as error:
         self._tell(f"heartbeat: {error}")
+      except Exception as error:  # nobody joins a thread to hear of it
+        self._lost(error)
+        return
 
   def _beat(self, **changes: Any) -> None:
     """Writes the record, one beat on."""
