@@ -451,6 +451,41 @@ def test_who_cannot_remove_a_record_looks_on_and_tries_again(
   asyncio.run(run())
 
 
+def test_the_search_for_replicas_outlives_any_error(
+    bucket, monkeypatch, caplog
+):
+  straight, failed = records.read, []
+
+  def read(*what):
+    if len(failed) < 3:
+      failed.append(what)
+      raise OSError("a fault")
+    return straight(*what)
+
+  monkeypatch.setattr(records, "read", read)
+
+  async def run():
+    async with pool(bucket) as made:
+      await until(lambda: len(failed) == 3)
+      records.write(bucket, ENTRY)
+      await until(lambda: made._members)
+
+  asyncio.run(run())
+  assert caplog.text.count("replicas of main: OSError('a fault')") == 1
+
+
+def test_what_fails_beside_requests_is_told(bucket, caplog):
+  async def run():
+    async def fail():
+      raise OSError("a fault")
+
+    async with pool(bucket) as made:
+      made._do_aside(fail())
+      await until(lambda: "replicas of main: OSError('a fault')" in caplog.text)
+
+  asyncio.run(run())
+
+
 def test_a_cancelled_call_frees_the_replicas_slot(bucket):
   async def run():
     async with (

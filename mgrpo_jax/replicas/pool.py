@@ -81,12 +81,9 @@ class Pool:
         of life.
     """
     self.engine = engine
-    self._store = store
-    self._policy = policy
-    self._slots = slots
-    self._context, self._vocab_size = context, vocab_size
-    self._every = every
-    self._address = address
+    self._store, self._policy = store, policy
+    self._slots, self._context, self._vocab_size = slots, context, vocab_size
+    self._every, self._address = every, address
     self._here = 0  # requests
     self._elsewhere = 0  # tokens
     self._version = 0
@@ -94,7 +91,7 @@ class Pool:
     self._members: dict[str, _Member] = {}
     self._held: dict[str, _Member | None] = {}  # by session; None: is here
     self._helpers: set[str] = set()  # who has sampled lately
-    self._strange: set[str] = set()  # ids of records that are of no use
+    self._strange: set[str] = set()  # ids of useless records, errors told
     self._aside: set[asyncio.Task[Any]] = set()
     self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -331,10 +328,11 @@ class Pool:
     while True:
       try:
         found = await asyncio.to_thread(records.read, self._store, self._policy)
+        await self._see(found)
       except atomic.StorageError as error:  # who is there is asked all the same
         _LOG.debug("replicas of %s: %s", self._policy, error)
-      else:
-        await self._see(found)
+      except Exception as error:  # without them the run is slower, no more
+        self._complain(error)
       await asyncio.sleep(self._every)
 
   async def _see(self, found: dict[str, Entry]) -> None:
@@ -386,5 +384,17 @@ class Pool:
     """Does something beside what requests wait for."""
     task = asyncio.create_task(work)
     self._aside.add(task)
-    task.add_done_callback(self._aside.discard)
+    task.add_done_callback(self._end_aside)
     return task
+
+  def _end_aside(self, task: asyncio.Task[Any]) -> None:
+    """Tells of what went wrong in what nobody waits for."""
+    self._aside.discard(task)
+    if not task.cancelled() and (error := task.exception()) is not None:
+      self._complain(error)
+
+  def _complain(self, error: BaseException) -> None:
+    """Says what is wrong here, once, and that the run goes on."""
+    if (reason := repr(error)) not in self._strange:
+      self._strange.add(reason)
+      _LOG.error("replicas of %s: %s", self._policy, reason, exc_info=error)
