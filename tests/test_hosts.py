@@ -1,6 +1,7 @@
 """What process 0 of a job tells the others, and that they do as it does."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import queue
@@ -306,6 +307,42 @@ def test_the_crew_hears_of_what_cut_off_an_order(
       for _ in range(channels._AHEAD + 1):
         first.tell("kind")
   assert given(keys) == ["kind"] * orders + [crew.FAIL]
+
+
+class Says(Channel):
+  """Cannot say what is too long; nor anything where it is cut off."""
+
+  cut_off = False
+
+  def say(self, topic, value):
+    if self.cut_off or "problem" not in value:
+      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: too long")
+    super().say(topic, value)
+
+
+def test_what_cannot_be_said_is_told_in_short(bucket):
+  first, second, _ = pair(patience=5.0)
+  second.__class__ = Says
+  with contextlib.closing(Helper(bucket, second)) as helper:
+    helper.begin({"a": jax.numpy.zeros(3)}, topic="t", folder="f", short=False)
+    said = first.listen("t/described", 1)
+    first.say("t/write", {"write": False})
+  assert said == {"problem": "JaxRuntimeError: RESOURCE_EXHAUSTED: too long"}
+  helper.check()  # process 0 has heard it
+
+
+def test_what_process_0_cannot_hear_ends_the_other(bucket):
+  _, second, _ = pair()
+  second.__class__, second.cut_off = Says, True
+  with contextlib.closing(Helper(bucket, second)) as helper:
+    helper.begin({"a": jax.numpy.zeros(3)}, topic="t", folder="f", short=False)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="too long"):
+      end = time.monotonic() + 60
+      while time.monotonic() < end:
+        helper.check()
+        time.sleep(0.01)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="too long"):
+      Crew(None, OBJECTIVES, helper).run(second)  # no order comes
 
 
 def test_orders_that_do_not_fit_are_refused(bucket):

@@ -144,17 +144,22 @@ class Channel:
     self._write(json.dumps(words), last=not waits)
     self._share(given, source=True)
 
-  def hear(self) -> Order:
+  def hear(self, check: Callable[[], None] = lambda: None) -> Order:
     """Waits for the next order; for every other process.
 
     The wait ends with process 0, whose end `jax.distributed` notices.
+
+    Args:
+      check: called before each look; raises what is to end the wait.
 
     Returns:
       The order.
     """
     number, self._number = self._number, self._number + 1
-    while (text := self._look(_order(number))) is None:
-      pass
+    text = None
+    while text is None:
+      check()
+      text = self._look(_order(number))
     self._client.key_value_set(_taken(number, self.process), "1")
     words = json.loads(text)
     arrays = [np.empty(shape, kind) for shape, kind in words["arrays"]]

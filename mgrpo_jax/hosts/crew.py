@@ -96,7 +96,7 @@ class Crew:
     Raises:
       DrivenError: process 0 ended in an error.
     """
-    while (order := _heard(channel)).kind != END:
+    while (order := _heard(channel, self._helper.check)).kind != END:
       self.obey(order)
 
   def obey(self, order: Order) -> None:
@@ -155,9 +155,9 @@ class Crew:
     )
 
 
-def _heard(channel: Channel) -> Order:
+def _heard(channel: Channel, check: Callable[[], None] = lambda: None) -> Order:
   """The next order; raises DrivenError where it is that process 0 failed."""
-  order = channel.hear()
+  order = channel.hear(check)
   if order.kind == FAIL:
     raise DrivenError(f"process 0 ended: {order.values['reason']}")
   return order

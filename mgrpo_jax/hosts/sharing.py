@@ -165,6 +165,7 @@ class Helper:
     self._store = store
     self._channel = channel
     self._left = threading.Event()
+    self._error: BaseException | None = None  # that process 0 has not heard
     self._kept: tuple[str, Mapping[str, Parts]] = "", {}  # a base, and where
     self._thread = concurrent.futures.ThreadPoolExecutor(
         1, thread_name_prefix="publish"
@@ -180,7 +181,18 @@ class Helper:
       short: whether float32 is rounded to bfloat16.
     """
     leaves.list_shards(params)
-    self._thread.submit(self._share, [params], topic, folder, short)
+    future = self._thread.submit(self._share, [params], topic, folder, short)
+    future.add_done_callback(self._end)
+
+  def check(self) -> None:
+    """Raises what ended a part in a publication, unless process 0 heard it."""
+    if self._error is not None:
+      raise self._error
+
+  def _end(self, future: concurrent.futures.Future[None]) -> None:
+    """Keeps an error, for nobody waits for the thread; not when it leaves."""
+    if not future.cancelled() and not self._left.is_set():
+      self._error = self._error or future.exception()
 
   def close(self) -> None:
     """Writes no more than what is under way, and not for ever."""
@@ -204,7 +216,7 @@ class Helper:
       self._write(folder, parts, word["base"], keeps=word["keeps"])
       return {}
 
-    self._channel.say(f"{topic}/{_DESCRIBED}", _outcome(describe))
+    self._answer(f"{topic}/{_DESCRIBED}", describe)
     # The wait ends with process 0, whose end `jax.distributed` notices.
     word = self._channel.listen(
         f"{topic}/{_WRITE}",
@@ -214,7 +226,15 @@ class Helper:
         keeps=True,
     )
     if word["write"]:
-      self._channel.say(f"{topic}/{_WRITTEN}", _outcome(write))
+      self._answer(f"{topic}/{_WRITTEN}", write)
+
+  def _answer(self, topic: str, work: Callable[[], dict[str, Any]]) -> None:
+    """Tells process 0 what work gives, or why it cannot be told."""
+    word = _outcome(work)
+    try:
+      self._channel.say(topic, word)
+    except Exception as error:  # too long perhaps, which the reason is not
+      self._channel.say(topic, _problem(error))
 
   def _write(
       self,
@@ -272,4 +292,9 @@ def _outcome(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
   except atomic.StorageError as error:
     return {"problem": str(error)}
   except Exception as error:
-    return {"problem": f"{type(error).__name__}: {atomic.reason(error)}"}
+    return _problem(error)
+
+
+def _problem(error: Exception) -> dict[str, Any]:
+  """What process 0 is told of an error."""
+  return {"problem": f"{type(error).__name__}: {atomic.reason(error)}"}
