@@ -170,19 +170,21 @@ def naming(
     of the bucket. None for a run in one process.
 
   Raises:
-    ClaimedError: the directory is new, and another one has the job.
+    ClaimedError: the directory is new, and another one has trained a policy
+      that it would train.
     StorageError: the bucket or the directory cannot be read.
-    TakenError: the bucket is another run's.
+    TakenError: the bucket is another run's, or one of the other kind.
   """
-  run_id = directory.read_id()
-  if run_id or place.where is None:
-    ownership.check(store, run_id)
-  if place.where is None:
-    return None
+  run_id, jobs = directory.read_id(), place.where is not None
+  if run_id or not jobs:
+    ownership.check(store, run_id, jobs=jobs)
+  else:
+    ownership.found(store, values, jobs=jobs)
   if not run_id:
-    key = members.key(place.policy)
-    claim.check_new(store, policy=place.policy, key=key, path=directory.path)
-  return functools.partial(ownership.join, store, values)
+    for policy in [place.policy] if jobs else sorted(values["policies"]):
+      key = members.key(policy)
+      claim.check_new(store, policy=policy, key=key, path=directory.path)
+  return functools.partial(ownership.join, store, values) if jobs else None
 
 
 def restrict(setup: Setup, place: Place) -> Setup:

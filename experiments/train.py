@@ -158,7 +158,8 @@ def _run(started: float) -> None:
         _passing(place),
         workdir.hold(directory.path, values, name=naming),
     ):
-      ownership.claim(store, directory.read_id(), values)
+      jobs = place.where is not None
+      ownership.claim(store, directory.read_id(), values, jobs=jobs)
       with (
           journal.Journal(
               directory,

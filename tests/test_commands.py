@@ -156,7 +156,7 @@ def test_what_cannot_go_on_ends_with_one_line(tmp_path, name, error):
 @pytest.mark.parametrize("name", ["train", "evaluate"])
 def test_the_bucket_of_another_run_is_refused(tmp_path, name):
   bucket = tmp_path / "bucket"
-  ownership.claim(store.open_folder(bucket), "someone", {})
+  ownership.claim(store.open_folder(bucket), "someone", {}, jobs=False)
   config = quickstart.get_config()
   config.publish.bucket = bucket.as_uri()
   run = tmp_path / "run"

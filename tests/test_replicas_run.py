@@ -135,7 +135,7 @@ def test_a_replica_of_another_config_is_refused(tmp_path):
   from mgrpo_jax import ownership
 
   bucket = store.open_folder(tmp_path / "bucket")
-  ownership.claim(bucket, "the-run", {"seed": 0})
+  ownership.claim(bucket, "the-run", {"seed": 0}, jobs=False)
   one = replicated.command(
       tmp_path, f"--bucket={(tmp_path / 'bucket').as_uri()}",
       "--config.rollout.replicas=True", "--policy=main",

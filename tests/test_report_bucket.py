@@ -20,7 +20,7 @@ def full(tmp_path, monkeypatch) -> store.Store:
   """Two policies, a lease, two members, three steps."""
   made = store.open_folder(tmp_path)
   monkeypatch.setattr(time, "time", lambda: NOW - 300)
-  ownership.claim(made, "the-run", {"seed": 0})
+  ownership.claim(made, "the-run", {"seed": 0}, jobs=False)
   for policy, newest in (("main", 3), ("researcher", 0)):
     for number in range(newest + 1):
       publish.publish(

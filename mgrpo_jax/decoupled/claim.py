@@ -5,7 +5,8 @@ that take it one is told, and whoever finds another's in its place writes no
 more. Where the store has no compare-and-swap it is read back instead.
 
     the record is of       it may be taken
-    nobody                 at once
+    nobody                 at once; by a new run directory not where a trained
+                           version stands in the bucket
     this run directory     at once: its lock says that the process is gone
     another one            when it has not changed for `patience` seconds; never
                            where a trained version stands in the bucket, which
@@ -70,11 +71,13 @@ def home_of(path: pathlib.Path) -> Home:
 def check_new(
     store: Store, *, policy: str, key: str, path: pathlib.Path
 ) -> None:
-  """Sees that a new run directory may take a job, and changes nothing.
+  """Sees that a new run directory may train a policy, and changes nothing.
+
+  Records are no proof that nobody has: runs in one process leave none.
 
   Args:
     store: the bucket.
-    policy: of the job.
+    policy: that it would train.
     key: of the record.
     path: of the directory that is to be made.
 
@@ -82,9 +85,7 @@ def check_new(
     ClaimedError: another run directory has trained the policy.
     StorageError: the bucket cannot be read.
   """
-  found = store.read(key)
-  if found.value is not None:
-    _check_untrained(store, policy, found, _place_of(path))
+  _check_untrained(store, policy, store.read(key), _place_of(path))
 
 
 class Claim:
@@ -207,11 +208,15 @@ def _check_untrained(
 ) -> None:
   """Raises where a directory would replace what another one trained."""
   latest = publish.latest(store, policy)
-  newest = 0 if latest is None else latest.number
+  if latest is None:  # removed by hand; what it pointed to may be there
+    newest = max(publish.versions(store, policy), default=0)
+  else:
+    newest = latest.number
   if newest > 0:
+    where = "" if found.value is None else f" from {_place(found)}"
     raise ClaimedError(
-        f"policy {policy!r} was trained to version {newest} in {store.url} from"
-        f" {_place(found)}, which this run directory, {place}, cannot continue:"
+        f"policy {policy!r} was trained to version {newest} in {store.url}"
+        f"{where}, which this run directory, {place}, cannot continue:"
         " give that one, or another bucket"
     )
 
