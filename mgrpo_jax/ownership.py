@@ -12,6 +12,7 @@ apart.
 """
 
 import json
+import time
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,7 @@ from mgrpo_jax.store import Store
 
 FORMAT = 1
 KEY = "run.json"
+_PAUSE = 5.0  # seconds in which others that saw no record have written theirs
 
 
 class TakenError(ValueError):
@@ -32,9 +34,9 @@ def claim(
 ) -> None:
   """Makes a bucket this run's, or sees that it is already.
 
-  Where the store has no compare-and-swap, of two runs that begin in the same
-  moment the last to write is the owner, and `check` tells the other; at worst
-  when it is next asked.
+  Where the store has no compare-and-swap, of two that begin in the same moment
+  the last to write is the owner: so who writes waits, then reads it again. One
+  that wrote later still is told by `check` when it is next asked.
 
   Args:
     store: the bucket.
@@ -59,6 +61,8 @@ def claim(
   before = store.read(KEY)
   if before.value is None:
     store.replace(before, value)  # `check` says whether we came first
+    if not store.can_swap:
+      time.sleep(_PAUSE)
   check(store, run_id, jobs=jobs)
 
 

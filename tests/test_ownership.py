@@ -1,4 +1,6 @@
 import json
+import threading
+import time
 
 import pytest
 
@@ -118,3 +120,31 @@ def test_a_run_whose_record_names_no_kind_goes_on(bucket):
   bucket.put("run.json", json.dumps(leaves.seal(record)).encode())
   with pytest.raises(atomic.CorruptError, match="run.json is damaged"):
     ownership.check(bucket, "one")
+
+
+def test_jobs_that_come_at_once_have_one_name_without_swaps(
+    bucket, monkeypatch
+):
+  """Both see that the bucket is nobody's; one writes later than the other."""
+  monkeypatch.setattr(bucket, "_can_swap", False)
+  monkeypatch.setattr(ownership, "_PAUSE", 1.0)
+  both, write, names = threading.Barrier(2), bucket.replace, {}
+
+  def late(record, value):
+    both.wait(20)
+    if threading.current_thread().name == "second":
+      time.sleep(0.2)
+    return write(record, value)
+
+  def come():
+    name = threading.current_thread().name
+    names[name] = ownership.join(bucket, CONFIG)
+
+  monkeypatch.setattr(bucket, "replace", late)
+  threads = [threading.Thread(target=come, name=n) for n in ("first", "second")]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join(30)
+  assert names["first"] == names["second"]
+  ownership.claim(bucket, names["first"], CONFIG, jobs=True)
