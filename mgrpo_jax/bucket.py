@@ -10,6 +10,9 @@ Emulators on localhost are reached by naming their endpoint:
     gs://bucket/folder?endpoint=http://localhost:4443
     s3://bucket/folder?endpoint=http://localhost:9000&region=us-east-1
 
+An option that is unknown, empty or there twice is refused; a question mark or a
+hash of a path is written %3F and %23.
+
 TensorStore reads the GCS endpoint from the environment once, so one process
 talks to one GCS endpoint, which it sends no Google credentials where it is
 plain http. S3 credentials are looked for where AWS's own tools look; an
@@ -21,6 +24,7 @@ environment says otherwise before its first request; so it does, for at most
 """
 
 import os
+import re
 import urllib.parse
 from collections.abc import Mapping
 from typing import Any
@@ -35,6 +39,7 @@ QUIET = 20  # seconds without a byte until a connection counts as dead
 _GCS_ENDPOINT = "TENSORSTORE_GCS_HTTP_URL"
 _GCS_TOKEN = "GOOGLE_AUTH_TOKEN_FOR_TESTING"
 _CURL = "TENSORSTORE_CURL_"
+_ENDPOINT = re.compile(r"https?://[^/@?#\s]+(/[^@?#\s]*)?")
 
 
 def spec(url: str) -> dict[str, Any]:
@@ -49,22 +54,63 @@ def spec(url: str) -> dict[str, Any]:
   Raises:
     ValueError: the scheme, the path or an option is not one of these.
   """
-  parts = urllib.parse.urlsplit(url)
-  options = dict(urllib.parse.parse_qsl(parts.query))
-  if parts.scheme not in OPTIONS or parts.fragment:
+  parts, shown = _parts(url), _shown(url)
+  if parts.scheme not in OPTIONS or "#" in url:
     allowed = ", ".join(f"{scheme}://" for scheme in OPTIONS)
-    raise ValueError(f"url: {url!r} must start with one of {allowed}")
-  if parts.scheme in ("gs", "s3") and not parts.netloc:
-    raise ValueError(f"url: {url!r} must name a bucket, {parts.scheme}://NAME")
-  unknown = sorted(options.keys() - OPTIONS[parts.scheme])
-  if unknown:
-    raise ValueError(f"url: unknown option {unknown[0]!r} in {url!r}")
+    raise ValueError(
+        f"url: {shown} must start with one of {allowed} and have no #"
+    )
+  if parts.scheme in ("gs", "s3") and (not parts.netloc or "@" in parts.netloc):
+    raise ValueError(f"url: {shown} must name a bucket, {parts.scheme}://NAME")
+  options = _options(url, parts)
   if parts.scheme in ("gs", "s3"):
     os.environ.setdefault(f"{_CURL}LOW_SPEED_TIME_SECONDS", str(QUIET))
     os.environ.setdefault(f"{_CURL}LOW_SPEED_LIMIT_BYTES", "1")
     os.environ.setdefault(f"{_CURL}CONNECT_TIMEOUT_SECONDS", str(QUIET))
   build = {"file": _file, "memory": _memory, "gs": _gcs, "s3": _s3}
   return build[parts.scheme](parts, options)
+
+
+def _parts(url: str) -> urllib.parse.SplitResult:
+  """Takes a URL apart; Python would leave out some of what is not printed."""
+  if not url.isprintable():
+    raise ValueError(f"url: {_shown(url)} has characters that are not printed")
+  try:
+    return urllib.parse.urlsplit(url)
+  except ValueError as error:
+    raise ValueError(f"url: {_shown(url)}: {error}") from error
+
+
+def _options(url: str, parts: urllib.parse.SplitResult) -> dict[str, str]:
+  """Reads what follows the question mark, if there is one."""
+  if "?" not in url:
+    return {}
+  shown, options = _shown(url), dict[str, str]()
+  for field in parts.query.split("&"):
+    name, _, value = map(urllib.parse.unquote_plus, field.partition("="))
+    if name not in OPTIONS[parts.scheme]:
+      known = " or ".join(sorted(OPTIONS[parts.scheme])) or "none (? is %3F)"
+      raise ValueError(
+          f"url: unknown option {name!r} in {shown}, allowed: {known}"
+      )
+    if not value:
+      raise ValueError(f"url: option {name!r} is empty in {shown}")
+    if name in options:
+      raise ValueError(f"url: option {name!r} stands twice in {shown}")
+    options[name] = value
+  if not _ENDPOINT.fullmatch(options.get("endpoint", "http://none")):
+    raise ValueError(
+        f"url: option 'endpoint' in {shown} must be http://HOST:PORT or"
+        " https://HOST:PORT"
+    )
+  return options
+
+
+def _shown(url: str) -> str:
+  """A URL as errors show it: without what may be a secret."""
+  plain, mark, _ = url.partition("?")
+  plain = re.sub(r"//[^/]*@", "//...@", plain)
+  return repr(f"{plain}?..." if mark else plain)
 
 
 def _file(parts: Any, options: Mapping[str, str]) -> dict[str, Any]:

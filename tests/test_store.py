@@ -244,12 +244,39 @@ def test_names_are_single_segments():
         ("gs://bucket/x?region=us", "unknown option 'region'"),
         ("s3://bucket/x#y", "must start with one of"),
         ("file:///x/n%E9", "not UTF-8"),
+        ("file:///x?b/c", "unknown option 'b/c' in 'file:///x.*none"),
+        ("file:///x?", "unknown option ''"),
+        ("file:///x#", "must start with one of"),
+        ("file:///x\n", "not printed"),
+        ("file://[x/y", "Invalid IPv6"),
+        ("s3://bucket/x?", "unknown option ''.*endpoint or region"),
+        ("s3://bucket/x?endpoint", "'endpoint' is empty in 's3://bucket/x"),
+        ("s3://bucket/x?endpoint=", "'endpoint' is empty"),
+        ("gs://bucket/x?endpoint=", "'endpoint' is empty"),
+        ("s3://bucket/x?region=", "'region' is empty"),
+        ("s3://bucket/x?region=a&region=b", "'region' stands twice"),
+        ("s3://bucket/x?region=a&&", "unknown option ''"),
+        ("s3://bucket/x?endpoint=localhost:1", "must be http://HOST:PORT"),
+        ("s3://bucket/x?endpoint=http://u:p@h", "must be http://HOST:PORT"),
+        ("s3://user:pw@bucket/x", "must name a bucket"),
         ("gs://bucket/n%E9", "not UTF-8"),
     ],
 )
 def test_other_addresses_are_refused(url, words):
-  with pytest.raises(ValueError, match=words):
+  with pytest.raises(ValueError, match=words) as caught:
     store.open(url)
+  assert "\n" not in str(caught.value)
+
+
+def test_no_error_shows_what_may_be_a_secret():
+  for url in (
+      "s3://user:pw@b/x",
+      "s3://b/x?key=pw",
+      "gs://b?endpoint=http://pw@h",
+  ):
+    with pytest.raises(ValueError) as caught:
+      store.open(url)
+    assert "pw" not in str(caught.value)
 
 
 def test_one_process_has_one_gcs_endpoint(gcs_endpoint):
