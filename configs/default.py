@@ -330,6 +330,7 @@ def _add_bookkeeping(config: ml_collections.ConfigDict) -> None:
   config.publish.whole_every = 1
 
   config.jobs = ml_collections.ConfigDict()  # of one policy each, and replicas
-  config.jobs.heartbeat = 5.0  # seconds between signs of life, > 0
-  # Seconds without one that are borne of another job; then this one ends, > 0.
+  config.jobs.heartbeat = 5.0  # seconds between signs of life, 0.01 .. 3600
+  # Seconds without one that are borne of another job; then this one ends. From
+  # 3 heartbeats to 30 days (2,592,000).
   config.jobs.patience = 1800.0

@@ -64,6 +64,8 @@ _RANGES = {  # lowest and highest allowed
     "publish.every": (1, _MOST),
     "publish.keep": (1, _MOST),
     "publish.whole_every": (1, _MOST),
+    "jobs.heartbeat": (0.01, 3600.0),
+    "jobs.patience": (0.03, 30 * 24 * 3600.0),
 }
 _POSITIVE = (  # as float32, which is what they are computed with
     "rollout.turn_deadline",
@@ -73,8 +75,6 @@ _POSITIVE = (  # as float32, which is what they are computed with
     "optimizer.eps",
     "reward.overlong_share",
     "optimizer.clip_norm",
-    "jobs.heartbeat",
-    "jobs.patience",
 )
 _COLDEST = 1e-3  # temperature; below, logits are divided beyond float32
 _SIZES = (

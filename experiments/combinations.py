@@ -10,6 +10,8 @@ from experiments import checks
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.tasks.curriculum import Stage
 
+_BEATS = 3  # at least, until a job that lives may be taken for dead
+
 
 def sizes(values: Mapping[str, Any], team: Team) -> None:
   """Checks numbers that must go together.
@@ -60,6 +62,7 @@ def sizes(values: Mapping[str, Any], team: Team) -> None:
         f" {values['tasks']['per_step']}, config.tasks.per_step"
     )
   _staleness(values)
+  _signs_of_life(values["jobs"])
   for role in team.roles:
     if team.most_calls(role.name) > checks.MOST_CALLS:
       raise ValueError(
@@ -103,6 +106,16 @@ def learners(values: Mapping[str, Any], team: Team, stage: Stage) -> None:
     raise ValueError(
         f"{key}: nothing learns in this stage; its policies are frozen, or all"
         " roles that use them"
+    )
+
+
+def _signs_of_life(jobs: Mapping[str, Any]) -> None:
+  """Raises where a job that lives would be taken for dead."""
+  least = _BEATS * jobs["heartbeat"]
+  if jobs["patience"] < least:
+    raise ValueError(
+        f"config.jobs.patience: {jobs['patience']} must be at least {least:g},"
+        f" {_BEATS} times config.jobs.heartbeat"
     )
 
 
