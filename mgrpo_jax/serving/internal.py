@@ -45,6 +45,8 @@ _LIMITS = Limits(
     write_deadline=60.0,
 )
 _MAX_CONNECTIONS = 8192
+_LAST = 2.0  # seconds in which requests that are cut short must end
+_ENDS = RequestError(503, "this process ends", retry_after=1)
 
 
 class Server(uvicorn.Server):
@@ -54,6 +56,49 @@ class Server(uvicorn.Server):
   def capture_signals(self) -> Iterator[None]:
     """Captures none."""
     yield
+
+
+class _Requests:
+  """The requests under way of an application, which can be cut short.
+
+  uvicorn logs a request that ends by cancellation as it does a bug, with its
+  traceback. Here none does: who is cut short is told 503.
+  """
+
+  def __init__(self, built: ASGIApp) -> None:
+    """Has none."""
+    self._built = built
+    self._tasks: set[asyncio.Task[Any]] = set()
+    self._closed = False
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers one, in the task that uvicorn made for it."""
+    begun = False
+
+    async def tell(message: Message) -> None:
+      nonlocal begun
+      begun = True
+      await send(message)
+
+    task = asyncio.current_task()
+    assert task is not None
+    self._tasks.add(task)
+    try:
+      if not self._closed:
+        with contextlib.suppress(asyncio.CancelledError):
+          await self._built(scope, receive, tell)
+      if not begun:
+        await _told(_ENDS)(scope, receive, send)
+    finally:
+      self._tasks.discard(task)
+
+  async def close(self) -> None:
+    """Cuts short what is under way, and whatever comes later."""
+    self._closed = True
+    for task in self._tasks:
+      task.cancel()
+    if self._tasks:
+      await asyncio.wait(self._tasks.copy(), timeout=_LAST)
 
 
 def build(
@@ -120,6 +165,9 @@ async def serving(
 ) -> AsyncIterator[None]:
   """Answers requests while it is entered.
 
+  Those that are under way when it is left get 503, and have ended before
+  whatever was entered earlier is left.
+
   Args:
     built: the application.
     where: socket, listening.
@@ -130,7 +178,8 @@ async def serving(
   Yields:
     Nothing.
   """
-  server = Server(settings(built, _MAX_CONNECTIONS))
+  requests = _Requests(built)
+  server = Server(settings(requests, _MAX_CONNECTIONS))
   task = asyncio.create_task(server.serve(sockets=[where]))
 
   async def watch() -> None:
@@ -152,6 +201,7 @@ async def serving(
     watching.cancel()
     server.should_exit = True
     server.force_exit = True
+    await requests.close()  # while what they ask is still there
     await asyncio.gather(task, watching, return_exceptions=True)
 
 
@@ -182,11 +232,19 @@ def _json(body: bytes, **more: Any) -> Response:
   return Response(body, media_type="application/json", **more)
 
 
-def _refuse(request: Request, error: Exception) -> Response:
-  """Tells a caller what is wrong."""
+async def _refuse(request: Request, error: Exception) -> Response:
+  """Tells a caller what is wrong; not in a thread, as it would if it were def.
+
+  A thread would be left behind where the request is cut short.
+  """
   del request
   if not isinstance(error, RequestError):
     raise TypeError(f"no RequestError: {error!r}")
+  return _told(error)
+
+
+def _told(error: RequestError) -> Response:
+  """An error as a response."""
   return _json(
       response.dump(error.body()),
       status_code=error.status,
