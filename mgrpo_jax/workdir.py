@@ -137,8 +137,8 @@ def hold(
     path: made where it is missing.
     config: nested dictionaries of JSON values; written into a new directory,
       compared with what an old one holds.
-    name: gives the id of the run that a new directory belongs to; None for
-      a new one.
+    name: gives the id of the run that a new directory belongs to, or raises
+      before anything but the lock is written; None for a new one.
 
   Yields:
     The directory, locked against other processes.
@@ -151,13 +151,16 @@ def hold(
   check_ours(directory.path, CONFIG_FILE, "run")
   with atomic.exclusive(directory.path / LOCK_FILE):
     atomic.sweep(directory.path)
-    if _is_there(directory.path / CONFIG_FILE):
+    new = not _is_there(directory.path / CONFIG_FILE)
+    if not new:
       _compare(directory, config)
-    else:
+    run = directory.read_id()
+    if not run:  # first: whom it refuses may come again with another config
+      named = name() if name else uuid.uuid4().hex
+    if new:
       atomic.write_json(directory.path / CONFIG_FILE, dict(config))
-    if not directory.read_id():
-      run = {"run": name() if name else uuid.uuid4().hex}
-      atomic.write_json(directory.path / _ID_FILE, run)
+    if not run:
+      atomic.write_json(directory.path / _ID_FILE, {"run": named})
     yield directory
 
 

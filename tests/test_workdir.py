@@ -33,6 +33,21 @@ def test_the_same_config_resumes_and_another_lists_differences(tmp_path):
   assert "ratio" not in text
 
 
+def test_a_directory_whose_run_refuses_it_takes_another_config(tmp_path):
+  def refuse():
+    raise atomic.MismatchError("the bucket belongs to another config")
+
+  with pytest.raises(atomic.MismatchError, match="the bucket"):
+    with workdir.hold(tmp_path / "run", CONFIG, name=refuse):
+      pass
+  assert os.listdir(tmp_path / "run") == [".lock"]
+  other = CONFIG | {"seed": 1}
+  workdir.check(tmp_path / "run", other)
+  with workdir.hold(tmp_path / "run", other, name=lambda: "joined") as held:
+    assert held.read_id() == "joined"
+    assert held.read_config() == other
+
+
 def test_checking_changes_nothing(tmp_path):
   workdir.check(tmp_path / "new", CONFIG)
   assert not (tmp_path / "new").exists()
