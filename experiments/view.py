@@ -45,9 +45,12 @@ def _inspect() -> None:
     found = bucket.look(opened, now=time.time())
   if not (found.records or found.run):
     cli.fail(f"--bucket={url}: nothing lies there")
-  cli.say(bucket.text(found))
   if "bucket" in found.records and not found.run:
-    cli.say(f"this is no bucket; a run's directory keeps one: {url}/bucket")
+    cli.fail(
+        f"--bucket={url}: is no bucket but a run's directory, which keeps one:"
+        f" {url.rstrip('/')}/bucket"
+    )
+  cli.say(bucket.text(found))
 
 
 def main() -> None:

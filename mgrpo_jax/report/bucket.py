@@ -238,7 +238,7 @@ def _member(
   waits = f"{told.get('waits', '')} {told.get('wanted', '')}".strip()
   return {
       "address": str(told.get("address", "?"))[:60],
-      "heartbeat": f"{_seconds(now - _number(told.get('time')))} ago",
+      "heartbeat": f"{_ago(now - _number(told.get('time')))} ago",
       "lag": lag,
       "waits for": waits[:80],
   }
@@ -257,6 +257,11 @@ def _number(value: Any) -> float:
   """Returns a number of JSON that can be one; NaN for anything else."""
   good = type(value) in (int, float) and abs(value) < _MOST
   return float(value) if good else math.nan
+
+
+def _ago(span: float) -> str:
+  """Returns how long ago; clocks a little apart are no prophets."""
+  return _seconds(span if math.isnan(span) else max(0.0, span))
 
 
 def _seconds(span: float) -> str:
