@@ -127,6 +127,10 @@ class Journal:
     last_step = checkpoint.step if checkpoint else -1
     if checkpoint:
       self._carried = dict(checkpoint.host["totals"])
+      self.progress.note(
+          f"goes on after step {checkpoint.step + 1}, from the checkpoint of"
+          f" {self.workdir.checkpoints}"
+      )
       self.skipped(checkpoint.skipped)
     records.remove_after(self.workdir.rollouts, last_step)
     self._writer = self._stack.enter_context(

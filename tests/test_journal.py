@@ -54,3 +54,28 @@ def test_one_failure_is_told_once(opened):
     with journal:
       raise checkpoint.CheckpointError("checkpoint 7: disk full")
   assert stream.getvalue() == ""
+
+
+def test_a_run_that_resumes_says_from_where(opened, monkeypatch, tmp_path):
+  journal, stream = opened
+  kept = checkpoint.Checkpoint(
+      step=6, states={}, host={"totals": {}}, skipped=()
+  )
+  monkeypatch.setattr(
+      checkpoint.Checkpoints, "restore", lambda self, like: kept
+  )
+  with pytest.raises(checkpoint.CheckpointError, match="disk full"):
+    with journal:
+      assert journal.restore({}) is kept
+  first = stream.getvalue().splitlines()[0]
+  assert first == (
+      f"goes on after step 7, from the checkpoint of {tmp_path}/checkpoints"
+  )
+
+
+def test_a_new_run_says_nothing_of_checkpoints(opened, monkeypatch):
+  journal, stream = opened
+  with pytest.raises(checkpoint.CheckpointError, match="disk full"):
+    with journal:
+      assert journal.restore({}) is None
+  assert "goes on" not in stream.getvalue()
