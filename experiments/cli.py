@@ -26,6 +26,12 @@ INTERRUPTED = 128 + signal.SIGINT  # as shells do
 TERMINATED = 128 + signal.SIGTERM
 
 
+JOBS_TOKEN = (
+    "give the same token to all jobs and replicas by --token_file=FILE (openssl"
+    " rand -hex 16 > FILE makes one) or MGRPO_JOBS_TOKEN"
+)
+
+
 def fail(message: str, code: int = USAGE_ERROR) -> None:
   """Ends the process with one line and an exit code."""
   with contextlib.suppress(OSError):  # the code says it, too
@@ -99,6 +105,25 @@ def secret(file: str, name: str) -> str:
   if not token:
     raise ValueError(f"{name}: {file} is empty")
   return token
+
+
+def check_exposure(host: str, token: str, how: str) -> None:
+  """Checks that nobody but this machine is served without a token.
+
+  Args:
+    host: address or name that is listened at.
+    token: that clients must send; empty for none.
+    how: a token is given to this command.
+
+  Raises:
+    ValueError: others can reach it and there is no token, or it is too short.
+  """
+  from mgrpo_jax.serving import limits
+
+  try:
+    limits.check_exposure(host, token)
+  except ValueError as error:
+    raise ValueError(f"{error}; {how}") from error
 
 
 def out_file(text: str) -> pathlib.Path:

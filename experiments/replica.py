@@ -50,14 +50,18 @@ _POLICY = flags.DEFINE_string("policy", "", "that is sampled")
 _LISTEN = flags.DEFINE_string(
     "listen",
     "127.0.0.1",
-    "where it is asked; others than this machine's addresses need a token",
+    "where it is asked; any but 127.0.0.1, ::1 and localhost needs a token,"
+    " see --token_file",
 )
 _PORT = flags.DEFINE_integer("port", 0, "where it is asked; 0 for any")
 _REACHED_AS = flags.DEFINE_string(
     "reached_as", "", "host by which the run reaches it; empty for --listen"
 )
 _TOKEN_FILE = flags.DEFINE_string(
-    "token_file", "", "that holds what the run shows, 16 characters up"
+    "token_file",
+    "",
+    "File with the token of the run, at least 16 characters; empty for the"
+    " environment's MGRPO_JOBS_TOKEN",
 )
 _LOOK = 1.0  # seconds between looks for a run that has not begun
 _COMPILING = 3600.0  # seconds that what samples may take to be compiled
@@ -75,13 +79,15 @@ def main() -> None:
 
       config = _config()
       values = recipe.plain(config)
+      token = joining.token(_TOKEN_FILE.value, new=False)
+      cli.check_exposure(_LISTEN.value, token, cli.JOBS_TOKEN)
       place = stack.enter_context(
           joining.placed(
               _POLICY.value,
               host=_LISTEN.value,
               port=_PORT.value,
               reached_as=_REACHED_AS.value,
-              token=joining.token(_TOKEN_FILE.value, new=False),
+              token=token,
           )
       )
       setup = recipe.build(_alone(config), only=_POLICY.value)

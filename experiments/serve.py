@@ -46,7 +46,7 @@ _WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run.")
 _HOST = flags.DEFINE_string(
     "host",
     "127.0.0.1",
-    "To listen at; others than this machine's need a token.",
+    "To listen at; any but 127.0.0.1, ::1 and localhost needs a token.",
 )
 _PORT = flags.DEFINE_integer("port", 8000, "To listen at; 0 for any free one.")
 _TOKEN = flags.DEFINE_string(
@@ -105,10 +105,12 @@ def main() -> None:
     from experiments import recipe
     from mgrpo_jax import ownership, publish, workdir
     from mgrpo_jax.sampler.interface import EngineError
-    from mgrpo_jax.serving import limits, listen
+    from mgrpo_jax.serving import listen
 
     token = _token()
-    limits.check_exposure(_HOST.value, token)
+    cli.check_exposure(
+        _HOST.value, token, "give one by --token_file=FILE or --token"
+    )
     bounds = _limits()
     folder = pathlib.Path(_WEIGHTS.value).resolve() if _WEIGHTS.value else None
     version = _version()

@@ -3,13 +3,16 @@ r"""Trains a team, or continues where its run directory stands.
     python -m experiments.train --config=configs/quickstart.py \
         --workdir=runs/quickstart [--config.key=value]
 
-Any key of configs/default.py can be set. A run that was interrupted goes on
-when the same command is given again.
+Any key of configs/default.py can be set.
 
 With --policy=NAME this process is the job of one policy; the jobs of the others
 are started with the same config and bucket and a --workdir of their own, here
-or elsewhere. --launch=local starts them all on this machine. A job that began
-and ends because of what may pass has the exit code 75.
+or elsewhere. --launch=local starts them all on this machine. Between machines
+all need the same token, by --token_file or MGRPO_JOBS_TOKEN.
+
+Exit codes: 0 it has ended; 2 it would end so again (one line says why); 75 it
+is a job, had begun and ended because of what may pass; 130 Ctrl-C; 143 SIGTERM.
+After the last three, or a kill, the same command goes on.
 
 A job may have several processes, one a host of its slice: the same command on
 each, with --processes=0 on TPUs, else with --coordinator, --processes and
@@ -52,10 +55,13 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", "", "directory of the run; made, or resumed"
 )
 _POLICY = flags.DEFINE_string(
-    "policy", "", "that this process is the job of; empty for all in one"
+    "policy", "", "Trains this one alone, as researcher; empty: all, in here."
 )
 _BUCKET = flags.DEFINE_string(
-    "bucket", "", "URL that all jobs share, for config.publish.bucket"
+    "bucket",
+    "",
+    "URL that all jobs share, as file:///shared/run or gs://bucket/run; takes"
+    " the place of config.publish.bucket.",
 )
 _LAUNCH = flags.DEFINE_enum(
     "launch",
@@ -92,15 +98,18 @@ _SILENCE = flags.DEFINE_integer(
 _LISTEN = flags.DEFINE_string(
     "listen",
     "127.0.0.1",
-    "where the job is called; others than this machine's"
-    " addresses need a token",
+    "where the job is called; any but 127.0.0.1, ::1 and localhost needs a"
+    " token, see --token_file",
 )
 _PORT = flags.DEFINE_integer("port", 0, "where it is called; 0 for any")
 _REACHED_AS = flags.DEFINE_string(
     "reached_as", "", "host by which other jobs reach it; empty for --listen"
 )
 _TOKEN_FILE = flags.DEFINE_string(
-    "token_file", "", "that holds what jobs show each other, 16 characters up"
+    "token_file",
+    "",
+    "File with the token of all jobs and replicas, 16 characters up, as openssl"
+    " rand -hex 16 > FILE makes; empty for the environment's MGRPO_JOBS_TOKEN.",
 )
 
 
@@ -327,12 +336,15 @@ def _placed(
   if _LAUNCH.value:  # this is the job that leads
     team = recipe.build_team(config)
     policy = team[team.root].policy
+  token = joining.token(_TOKEN_FILE.value, new=bool(_LAUNCH.value))
+  if policy:
+    cli.check_exposure(_LISTEN.value, token, cli.JOBS_TOKEN)
   return joining.placed(
       policy,
       host=_LISTEN.value,
       port=_PORT.value,
       reached_as=_REACHED_AS.value,
-      token=joining.token(_TOKEN_FILE.value, new=bool(_LAUNCH.value)),
+      token=token,
   )
 
 
@@ -381,6 +393,8 @@ def _train(
       f" {summary['peak_rss_bytes'] / 2**30:.1f} GiB of memory"
   )
   cli.say(f"report: {report.page}")
+  for name in sorted(setup.elsewhere) if _LAUNCH.value else ():
+    cli.say(f"policy {name}: {report.page.parents[1]}/jobs/{name}")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def publish(run):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--host=0.0.0.0"], "token"),
+        (["--host=0.0.0.0"], "--token_file=FILE"),
         (["--token=short"], "16"),
         ([f"--token={TOKEN}", "--token_file=x"], "one of them"),
         (["--token_file=nowhere"], "nowhere"),
