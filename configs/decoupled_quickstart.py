@@ -6,7 +6,8 @@ the parameters of the same run in one process, bit for bit on a CPU.
     python -m experiments.train --config=configs/decoupled_quickstart.py \
         --workdir=runs/decoupled --launch=local
 
-starts both jobs on this machine; see docs/decoupled.md for several. Without
+starts both jobs on this machine; docs/decoupled.md begins with the commands
+that start them one by one, in two terminals or on two machines. Without
 --launch and --policy it is the run in one process.
 
 Hardware: two CPU cores. Arms, after a colon, are those of configs/quickstart.py
