@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import ipaddress
 import os
+import re
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,8 @@ from mgrpo_jax.workdir import Workdir
 
 Opened = Callable[[Setup, Store], contextlib.AbstractAsyncContextManager[Run]]
 TOKEN = "MGRPO_JOBS_TOKEN"  # of the environment
+_LABEL = "[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_HOST = re.compile(rf"(?!.{{254}}){_LABEL}(\.{_LABEL})*\.?")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +98,8 @@ def placed(
   Raises:
     ModuleNotFoundError: a package of the extra is not installed.
     OSError: the port cannot be had.
-    ValueError: others can reach the port and there is no token.
+    ValueError: others can reach the port and there is no token, or what they
+      are to reach is no host.
   """
   if not policy:
     yield Place(policy="", where=None, address="", token="")
@@ -104,7 +108,7 @@ def placed(
   from mgrpo_jax.serving import limits, listen
 
   limits.check_exposure(host, token)
-  name = reached_as or host
+  name = _host(reached_as) if reached_as else host
   if _is_anywhere(name):
     raise ValueError(
         f"--listen={host}: is every address of this machine; --reached_as must"
@@ -113,6 +117,7 @@ def placed(
   if not 0 <= port < 2**16:
     raise ValueError(f"--port={port}: allowed: 0 to 65535")
   with listen.bind(host, port) as where:
+    name = name if reached_as else _host(name, flag="listen")
     shown = f"[{name}]" if ":" in name else name
     yield Place(
         policy=policy,
@@ -297,6 +302,25 @@ def opened(
       channel=channel,
   )
   return functools.partial(open_job, job=job)
+
+
+def _host(text: str, *, flag: str = "reached_as") -> str:
+  """Reads a host name or an IP address, an IPv6 one in brackets or not."""
+  bare = text[1:-1] if text[:1] == "[" and text[-1:] == "]" else text
+  try:
+    address = ipaddress.ip_address(bare)
+  except ValueError:
+    # A name that ends in a number would be taken for a broken IPv4 address.
+    last = text.rstrip(".").rpartition(".")[2]
+    if _HOST.fullmatch(text) and not last.isdecimal():
+      return text
+  else:
+    if "%" not in bare and (address.version == 6 or bare == text):
+      return bare
+  raise ValueError(
+      f"--{flag}={text!r}: allowed: a host name or an IP address, without"
+      " scheme, port, path or zone"
+  )
 
 
 def _is_anywhere(host: str) -> bool:

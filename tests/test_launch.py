@@ -79,6 +79,50 @@ def test_a_place_that_is_open_or_cannot_be_reached_is_refused(changes, told):
       pass
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "10.0.0.1:80", "node:8", "http://nodeA", "a b", "host/", "user@h",
+        "host?x", "a\n", "[host]", "[10.0.0.1]", "[::1]:80", "[::1", "::1]",
+        "10.0.0", "10.0.0.300", "a..b", "-a", "x" * 64, "fe80::1%eth0", "[]",
+    ],
+)  # fmt: skip
+def test_what_is_no_host_is_no_place(name):
+  with pytest.raises(ValueError, match="--reached_as=.*allowed: a host name"):
+    with joining.placed(
+        "main", host="127.0.0.1", port=0, reached_as=name, token=""
+    ):
+      pass
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("10.0.0.1", "10.0.0.1"),
+        ("::1", "[::1]"),
+        ("[::1]", "[::1]"),
+        ("node-1", "node-1"),
+        ("main_1.example.", "main_1.example."),
+        ("", "127.0.0.1"),
+    ],
+)
+def test_a_host_is_a_place_by_name_or_address(name, shown):
+  with joining.placed(
+      "main", host="127.0.0.1", port=0, reached_as=name, token=""
+  ) as place:
+    port = place.where.getsockname()[1]
+  assert place.address == f"http://{shown}:{port}"
+
+
+@pytest.mark.parametrize("name", ["::", "[::]", "0.0.0.0"])
+def test_every_address_is_no_place(name):
+  with pytest.raises(ValueError, match="every address of this machine"):
+    with joining.placed(
+        "main", host="127.0.0.1", port=0, reached_as=name, token=""
+    ):
+      pass
+
+
 def test_what_jobs_cannot_do_is_refused_by_name():
   from dataclasses import replace
 
