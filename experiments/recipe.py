@@ -110,6 +110,18 @@ def check(
         raise ValueError("memory:// ends with the run; nothing could read it")
 
 
+def name_bucket(config: ml_collections.ConfigDict, url: str = "") -> None:
+  """Names a config's bucket in one way, for all who are given the same one.
+
+  Args:
+    config: of a recipe, changed.
+    url: in place of the config's; empty for that.
+  """
+  named = url or (config.get("publish") or {}).get("bucket")
+  if named and isinstance(named, str):  # what is none, `check` says
+    config.publish.bucket = bucket.normal(named)
+
+
 def open_store(
     config: ml_collections.ConfigDict, directory: Workdir
 ) -> store.Store:

@@ -151,11 +151,10 @@ async def _sample(
 
 def _config() -> ml_collections.ConfigDict:
   """The run's recipe, checked as far as it concerns its samplers."""
-  from experiments import joining
+  from experiments import joining, recipe
 
   config = cli.config_of(_CONFIG)
-  if _BUCKET.value:
-    config.publish.bucket = _BUCKET.value
+  recipe.name_bucket(config, _BUCKET.value)
   if not config.publish.bucket:
     raise ValueError("--bucket: must be the URL of the run's bucket")
   if not config.rollout.replicas:

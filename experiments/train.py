@@ -313,12 +313,13 @@ def _passing(place: Place) -> contextlib.AbstractContextManager[None]:
 
 def _config() -> ml_collections.ConfigDict:
   """The recipe, with the bucket that the jobs share."""
+  from experiments import recipe
+
   config, url = cli.config_of(_CONFIG), _BUCKET.value
   if _LAUNCH.value and not url and not config.publish.bucket:
     folder = pathlib.Path(_WORKDIR.value).absolute() / "bucket"
     url = folder.as_uri()
-  if url:
-    config.publish.bucket = url
+  recipe.name_bucket(config, url)
   if _POLICY.value and not config.publish.bucket:
     raise ValueError("--policy: needs --bucket, which all jobs share")
   return config

@@ -71,6 +71,20 @@ def spec(url: str) -> dict[str, Any]:
   return build[parts.scheme](parts, options)
 
 
+def normal(url: str) -> str:
+  """Writes a bucket's URL in one way: no slashes at the end of its path.
+
+  Args:
+    url: see above; what is none is left as it is.
+
+  Returns:
+    The URL of the same bucket.
+  """
+  plain, mark, options = url.partition("?")
+  bare = plain.rstrip("/")
+  return f"{plain if bare.endswith(':') else bare}{mark}{options}"
+
+
 def _parts(url: str) -> urllib.parse.SplitResult:
   """Takes a URL apart; Python would leave out some of what is not printed."""
   if not url.isprintable():

@@ -7,7 +7,8 @@ import socket
 import killed
 import pytest
 
-from experiments import joining
+from configs import default
+from experiments import joining, recipe
 from mgrpo_jax import leaves, ownership, publish, store, workdir
 from mgrpo_jax.decoupled.errors import ClaimedError
 
@@ -95,3 +96,24 @@ def test_a_run_without_a_record_of_its_kind_is_not_replaced(
   with pytest.raises(ClaimedError, match="version 2 in .*, which this run dir"):
     named(bucket, tmp_path / "jobs", job)
   assert publish.versions(bucket, "main") == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("file:///a/b//", "file:///a/b"),
+        ("s3://b/?endpoint=http://h/", "s3://b?endpoint=http://h/"),
+        ("gs://b/run/", "gs://b/run"),
+        ("file:///", "file:///"),  # which is refused as it was given
+        ("", ""),
+    ],
+)
+def test_a_bucket_has_one_name_with_and_without_a_slash(given, named):
+  """For it stands in the config, whose digest all jobs compare."""
+  for config, url in (
+      (default.get_config(), given),
+      (default.get_config(), ""),
+  ):
+    config.publish.bucket = "" if url else given
+    recipe.name_bucket(config, url)
+    assert config.publish.bucket == named
