@@ -70,14 +70,6 @@ def test_a_clock_ahead_of_ours_makes_no_negative_time(full):
   assert rows["main"]["heartbeat"] == "0 s ago"
 
 
-def test_a_runs_directory_is_no_bucket(tmp_path):
-  made = store.open_folder(tmp_path / "bucket")
-  made.put("run.json", b"{}")
-  told = refused(command("view", f"--bucket={tmp_path}"))
-  assert "is no bucket but a run's directory" in told
-  assert f"{tmp_path}/bucket" in told
-
-
 def test_who_waits_for_whom_is_told(full):
   told = {"waits": "researcher", "wanted": "to have done 1 steps", "ready": -1}
   full.put("members/main/0.json", json.dumps(told).encode())

@@ -509,8 +509,10 @@ def test_view_ends_with_code_2_and_one_line_on_misuse(flags, told):
 
 def test_view_knows_a_run_from_a_bucket(tmp_path):
   store.open_folder(tmp_path / "bucket").put("steps/0.json", b"{}")
-  last = view(f"--bucket={tmp_path}").stdout.splitlines()[-1]
-  assert last.endswith(f"a run's directory keeps one: {tmp_path}/bucket")
+  done = view(f"--bucket={tmp_path}")
+  assert done.returncode == 2 and done.stdout == ""
+  (line,) = done.stderr.splitlines()
+  assert line.endswith(f"a run's directory, which keeps one: {tmp_path}/bucket")
 
 
 @pytest.mark.skipif(
