@@ -156,6 +156,22 @@ def test_what_would_end_so_again_is_tried_once(launch, tmp_path):
   assert log.splitlines()[-1].startswith("compute tpus queued-resources delete")
 
 
+def test_who_waits_for_what_never_comes_is_not_started_again(launch, tmp_path):
+  """The researcher's command ends when main's has: its patience is over."""
+  text = (tmp_path / "gcloud").read_text()
+  waits = (
+      "*--command=true*) ;;\n"
+      "  *ssh*mgrpo-researcher*)\n"
+      "    until grep -q 'delete mgrpo-main' log; do :; done; exit 75 ;;\n"
+      "  *ssh*)"
+  )
+  (tmp_path / "gcloud").write_text(text.replace("*ssh*)", waits))
+  code, log = launch("main", "researcher", code=2)
+  assert code == 2
+  assert log.count("--command=cd mgrpo_jax") == 2  # one of each
+  assert "delete mgrpo-researcher" in log
+
+
 def test_requests_that_are_refused_end(launch, tmp_path):
   (tmp_path / "refused").touch()
   code, log = launch("main", code=0)

@@ -34,12 +34,13 @@ place() { # waits for a slice; one that is lost makes room for another
 }
 
 job() { # one policy's, to its end
-  local name="mgrpo-$1" run code=0
+  local name="mgrpo-$1" run code=1
   run="cd mgrpo_jax && python -m experiments.train --config=$CONFIG \
     --bucket=$BUCKET --policy=$1 --workdir=$SHARED/$1 --processes=0 \
     --listen=0.0.0.0 --reached_as=\$(hostname -I | cut -d' ' -f1) \
     --token_file=$SHARED/token"
   for _ in $(seq "${ATTEMPTS:-50}"); do
+    [[ ! -e $stop/2 ]] || break # a job that this one waits for never comes
     code=1
     place "$name" || break
     if on_all "$name" "$SETUP"; then
@@ -52,13 +53,15 @@ job() { # one policy's, to its end
   done
   if ((code == 2)); then
     echo "job of $1 ended with code 2, and would end so again" >&2
+    touch "$stop/2"
   fi
   qr delete "$name" --force || true
   ((code == 0 || code == 2)) || code=1
   return "$code"
 }
 
-jobs=() ended=0
+jobs=() ended=0 stop=$(mktemp -d)
+trap 'rm -rf "$stop"' EXIT
 for policy in "$@"; do job "$policy" & jobs+=("$!"); done
 for one in "${jobs[@]}"; do
   code=0
