@@ -60,8 +60,7 @@ _POLICY = flags.DEFINE_string(
 _BUCKET = flags.DEFINE_string(
     "bucket",
     "",
-    "URL that all jobs share, as file:///shared/run or gs://bucket/run; takes"
-    " the place of config.publish.bucket.",
+    "URL that all jobs share: file:///shared/run; for config.publish.bucket.",
 )
 _LAUNCH = flags.DEFINE_enum(
     "launch",
@@ -108,8 +107,7 @@ _REACHED_AS = flags.DEFINE_string(
 _TOKEN_FILE = flags.DEFINE_string(
     "token_file",
     "",
-    "File with the token of all jobs and replicas, 16 characters up, as openssl"
-    " rand -hex 16 > FILE makes; empty for the environment's MGRPO_JOBS_TOKEN.",
+    "File with the token of all jobs, 16 characters up; else MGRPO_JOBS_TOKEN.",
 )
 
 

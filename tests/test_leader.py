@@ -24,30 +24,11 @@ FOLLOWERS = ("researcher", "reader", "writer")
 STAGE = types.SimpleNamespace(objective="reinforce")
 
 
-class Requests:
-  """A store that notes what it is asked, and may take its time."""
-
-  def __init__(self, real, pause=0.0):
-    self.real, self.pause, self.asked = real, pause, []
-
-  def __getattr__(self, name):
-    done = getattr(self.real, name)
-    if name not in ("get", "read", "replace", "put", "swap"):
-      return done
-
-    def noted(first, *rest):
-      self.asked.append((name, first if isinstance(first, str) else first.key))
-      time.sleep(self.pause)
-      return done(first, *rest)
-
-    return noted
-
-  def number(self, ours):
-    """How many there were, looks at another's record counted once."""
-    looked = {key for _, key in self.asked if key.startswith("members/")}
-    looked.discard(members.key(ours))
-    rest = [key for _, key in self.asked if key not in looked]
-    return len(rest) + len(looked)  # a look at a record may be repeated
+def number(bucket, ours):
+  """How many requests there were, looks at another's record counted once."""
+  looked = {key for key in bucket.asked if key.startswith("members/")}
+  looked.discard(members.key(ours))
+  return len([key for key in bucket.asked if key not in looked]) + len(looked)
 
 
 def job(kind, policy, bucket, peers, beating, tmp_path):
@@ -127,7 +108,7 @@ async def looking_at(bucket, policies):
 
 def test_a_steps_requests_are_those_of_the_model(tmp_path):
   real = store.open_folder(tmp_path / "bucket")
-  buckets = {name: Requests(real) for name in ("main", *FOLLOWERS)}
+  buckets = {name: records.Counted(real) for name in ("main", *FOLLOWERS)}
 
   async def work():
     with contextlib.ExitStack() as stack:
@@ -151,7 +132,7 @@ def test_a_steps_requests_are_those_of_the_model(tmp_path):
           await step(one)
 
   asyncio.run(work())
-  found = {name: one.number(name) for name, one in buckets.items()}
+  found = {name: number(one, name) for name, one in buckets.items()}
   leads, every = scaling.requests(1 + len(FOLLOWERS))
   looks = len(FOLLOWERS)  # of followers at the leader, while they wait
   assert found["main"] == leads
@@ -161,7 +142,7 @@ def test_a_steps_requests_are_those_of_the_model(tmp_path):
 
 def test_jobs_are_waited_for_at_the_same_time(tmp_path):
   real = store.open_folder(tmp_path / "bucket")
-  slow = Requests(real, pause=0.4)
+  slow = records.Counted(real, pause=0.4)
 
   async def work():
     with contextlib.ExitStack() as stack:

@@ -16,7 +16,6 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -31,21 +30,23 @@ from mgrpo_jax.types import NO_PARENT, Account, Status, Task
 
 
 class Counted:
-  """A store that counts requests.
+  """A store that notes its requests.
 
   Attributes:
-    requests: by kind.
+    asked: the key of each.
     written: bytes.
   """
 
-  def __init__(self, real: store.Store) -> None:
+  def __init__(self, real: store.Store, pause: float = 0.0) -> None:
     """Counts from zero.
 
     Args:
       real: the store that does what is asked.
+      pause: seconds that a request takes besides.
     """
     self._real = real
-    self.requests: Counter[str] = Counter()
+    self._pause = pause
+    self.asked: list[str] = []
     self.written = 0
 
   def __getattr__(self, name: str) -> Any:
@@ -55,7 +56,8 @@ class Counted:
       return done
 
     def counted(first: Any, *rest: Any) -> Any:
-      self.requests[name] += 1
+      self.asked.append(first if isinstance(first, str) else first.key)
+      time.sleep(self._pause)
       self.written += sum(len(one) for one in rest if isinstance(one, bytes))
       return done(first, *rest)
 
@@ -86,8 +88,8 @@ def check(work: scaling.Work, folder: pathlib.Path) -> list[str]:
   if not found[0]:
     raise RuntimeError("the step that was written is not there")
   rows = [
-      ("requests to write", scaling.WRITTEN, sum(leader.requests.values())),
-      ("requests to read", 1, sum(follower.requests.values())),
+      ("requests to write", scaling.WRITTEN, len(leader.asked)),
+      ("requests to read", 1, len(follower.asked)),
       ("ms to write", (alone + read_alone) * 1e3, took * 1e3),
       ("ms to read", read_alone * 1e3, read * 1e3),
       ("bytes", size, leader.written),

@@ -68,19 +68,18 @@ async def open_job(
             lost=ending.tell,
         )
     )
+    peer = functools.partial(
+        Peer,
+        store,
+        token=job.token,
+        patience=job.patience,
+        timeout=setup.sampler.deadline,
+        max_concurrent=2 * setup.sampler.max_concurrent,
+        tell=job.tell,
+        heart=heart,
+    )
     peers = {
-        policy: await stack.enter_async_context(
-            Peer(
-                store,
-                policy,
-                token=job.token,
-                patience=job.patience,
-                timeout=setup.sampler.deadline,
-                max_concurrent=2 * setup.sampler.max_concurrent,
-                tell=job.tell,
-                heart=heart,
-            )
-        )
+        policy: await stack.enter_async_context(peer(policy))
         for policy in sorted(setup.elsewhere)
     }
 
@@ -106,11 +105,10 @@ async def open_job(
         resources, job=job, peers=peers, heart=heart, traffic=traffic
     )
     part.append(run)
-    await stack.enter_async_context(
-        server.serving(
-            run.desk, job.policy, job.where, job.token, broken=ending.tell
-        )
+    answers = server.serving(
+        run.desk, job.policy, job.where, job.token, broken=ending.tell
     )
+    await stack.enter_async_context(answers)
     yield run
 
 

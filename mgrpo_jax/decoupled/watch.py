@@ -29,6 +29,7 @@ class Watch:
 
   Attributes:
     member: the record as it was read last; None before there was one.
+    name: of the job, for people.
   """
 
   def __init__(
