@@ -51,9 +51,9 @@ def parse(store: Store, policy: str, pointer: bytes) -> PolicyVersion:
 def move(store: Store, before: Record, version: PolicyVersion) -> bool:
   """Points at a version, unless another publisher has moved the pointer.
 
-  Where there is no compare-and-swap the pointer is looked at before it is
-  written, and read back. That finds who published meanwhile; of two that
-  write at the same moment one is told, or none.
+  Where there is no compare-and-swap, or the pointer says so already, it is
+  looked at before it is written, and read back. That finds who published
+  meanwhile; of two that write at the same moment one is told, or none.
 
   Args:
     store: the bucket.
@@ -72,7 +72,7 @@ def move(store: Store, before: Record, version: PolicyVersion) -> bool:
       "digest": version.digest,
   }
   value = json.dumps(said).encode()
-  if store.can_swap:
+  if store.can_swap and value != before.value:
     return store.replace(before, value)
   if store.get(before.key) != before.value:
     return False

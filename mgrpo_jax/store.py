@@ -259,7 +259,7 @@ class Store:
       value: new contents.
 
     Returns:
-      Whether it was still as it was read, as far as can be told.
+      Whether it was as it was read; one with the value is not looked at again.
 
     Raises:
       StorageError: the store cannot be written.

@@ -117,6 +117,30 @@ def test_who_was_overtaken_without_compare_and_swap_is_told(
   assert weights.version.number == 1 and same(weights.params, params(100))
 
 
+@pytest.mark.parametrize("swaps", [True, False])
+@pytest.mark.parametrize("newer", [1, 2])
+def test_who_publishes_what_is_there_is_told_too(
+    bucket, monkeypatch, swaps, newer
+):
+  """A run that resumes does; its pointer says already what it would write."""
+  other = store.open(bucket.url)
+  if not swaps:
+    bucket._can_swap = other._can_swap = False
+  for number in range(2):
+    put(bucket, number)
+  manifest = "policies/main/v1/manifest.json"
+  overtaken(
+      monkeypatch,
+      bucket,
+      "get",
+      manifest,
+      lambda: put(other, newer, seed=100),
+  )
+  with pytest.raises(publish.OvertakenError):
+    put(bucket, 1)
+  assert newer in publish.versions(bucket, "main")
+
+
 def test_without_compare_and_swap_one_publisher_goes_on(bucket):
   bucket._can_swap = False
   for number in (0, 1, 1, 2, 1):
