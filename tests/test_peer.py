@@ -255,6 +255,49 @@ def test_why_a_living_job_cannot_be_asked_is_told(bucket, monkeypatch):
   assert any("gives signs of life, but: http://127.0.0.1:9/" in s for s in said)
 
 
+def test_a_dead_job_is_not_told_of_as_living(bucket, monkeypatch):
+  """Nobody listens at its address any more; many ask it at once."""
+  monkeypatch.setattr(peer, "UNREACHABLE", 0.2)
+  said = []
+
+  async def work():
+    with heart(bucket, port=9):
+      pass
+    async with waiting(bucket, said, patience=1.5) as other:
+      calls = (other.post("calls", {}, "to answer") for _ in range(5))
+      return await asyncio.gather(*calls, return_exceptions=True)
+
+  ends = asyncio.run(work())
+  assert [type(end) for end in ends] == 5 * [AbsentError]
+  assert said and all(line.startswith("no sign of life") for line in said)
+
+
+def test_calls_tell_together_why_a_job_cannot_be_asked(bucket, monkeypatch):
+  """However many wait for it; and anew after it has answered."""
+  monkeypatch.setattr(peer, "UNREACHABLE", 0.3)
+  said = []
+
+  async def work():
+    async with waiting(bucket, said, patience=9.0) as other:
+
+      async def ask():
+        calls = [other.post("calls", {}, "to answer") for _ in range(10)]
+        async with asyncio.timeout(1.5):
+          return await asyncio.gather(*calls)
+
+      for _ in range(2):
+        with heart(bucket, port=9):
+          with pytest.raises(TimeoutError):
+            await ask()
+        async with answering(200, b"{}") as port:
+          with heart(bucket, port=port):
+            await ask()
+
+  asyncio.run(work())
+  told = sum("gives signs of life, but" in line for line in said)
+  assert 2 <= told <= 2 * 3  # after 0.3 s, and after twice as long each time
+
+
 def test_a_silent_job_with_an_open_connection_is_given_up(bucket):
   async def silent(reader, writer):
     await reader.read()

@@ -82,6 +82,8 @@ class Peer:
     self._max_concurrent = max_concurrent
     self._tell = tell
     self._heart = heart
+    self._failing: float | None = None  # since when it does not answer
+    self._told_at = UNREACHABLE
     self._connections: dict[str, Connection] = {}
     self._stack = contextlib.AsyncExitStack()
 
@@ -201,31 +203,42 @@ class Peer:
       StuckJobsError: it waits for this job.
     """
     pause, standing = _FIRST_PAUSE, _Standing()
-    problem, started, told = "", time.monotonic(), UNREACHABLE
+    problem = ""
     async with contextlib.AsyncExitStack() as stack:
       await stack.enter_async_context(self._watch.watching())
       while True:
         member = await self._watch.found()
         if member is not None:
           try:
-            return await self._once(member, path, body)
+            found = await self._once(member, path, body)
+            self._failing = None
+            return found
           except UnreachableError as error:
             problem = str(error)
           except _MovedError:
-            problem = ""
+            problem, self._failing = "", None
         if pause == _FIRST_PAUSE:
           stack.enter_context(self._waiting(what))
         await self._watch.check(what)
         self._check_standing(standing, what, problem)
-        waited = time.monotonic() - started
-        if problem and waited > told:
-          told *= 2
-          self._tell(
-              f"has waited {waited:.0f} s for the {self._watch.name} {what};"
-              f" it gives signs of life, but: {problem}"
-          )
+        if problem:
+          self._tell_problem(problem, what)
         await asyncio.sleep(pause)
         pause = min(pause * 1.5, _LONGEST_REST)
+
+  def _tell_problem(self, problem: str, what: str) -> None:
+    """Tells, once for all who ask, why a living job does not answer."""
+    now = self._watch.now()
+    if self._failing is None:
+      self._failing, self._told_at = now, UNREACHABLE
+    waited = now - self._failing
+    # One that was heard of before its trouble alone: the watch tells of that.
+    if waited > self._told_at and self._watch.silence < waited / 2:
+      self._told_at = 2 * waited
+      self._tell(
+          f"has waited {waited:.0f} s for the {self._watch.name} {what};"
+          f" it gives signs of life, but: {problem}"
+      )
 
   @contextlib.contextmanager
   def _waiting(self, what: str) -> Iterator[None]:
