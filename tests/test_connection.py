@@ -232,3 +232,12 @@ def test_an_answer_without_end_is_not_kept(server, monkeypatch):
   server.plan = [(200, {}, b'"' + b"a" * 999 + b'"')]
   with pytest.raises(EngineError, match="over 1000 bytes"):
     post(server)
+
+
+def test_a_strangers_answer_without_end_is_none(server, monkeypatch):
+  monkeypatch.setattr(connection, "_LONGEST_BODY", 1000)
+  server.plan = [
+      (200, {}, b'"' + b"a" * 2000 + b'"'),
+      (200, {"x-job": "sub"}, {}),
+  ]
+  assert post(server, name="sub")[0] == [{}]

@@ -62,6 +62,19 @@ def test_a_server_that_is_told_to_end_breaks_nothing():
   asyncio.run(serve(Desk(), lambda: asyncio.sleep(0.2)))
 
 
+@pytest.mark.parametrize("path, status", [("v1/calls", 415), ("other", 404)])
+def test_every_answer_says_whose_it_is(path, status):
+  async def work():
+    with bind("127.0.0.1", 0) as where:
+      url = f"http://127.0.0.1:{where.getsockname()[1]}/{path}"
+      async with httpx2.AsyncClient(trust_env=False) as client:
+        async with server.serving(Desk(), "sub", where, "", broken=pytest.fail):
+          return await client.post(url, content=b"nonsense")
+
+  response = asyncio.run(work())
+  assert (response.status_code, response.headers["x-job"]) == (status, "sub")
+
+
 @contextlib.asynccontextmanager
 async def asked(answer):
   """A server within which somebody waits for an answer; yields that task."""
@@ -80,6 +93,7 @@ async def asked(answer):
           failed=asyncio.Event().wait,
           ended=RuntimeError,
           broken=lambda error: pytest.fail(str(error)),
+          headers={"x-job": "sub"},
       ):
         call = asyncio.create_task(client.post(url, json={}))
         await under_way.wait()
@@ -115,6 +129,7 @@ def test_who_is_answered_when_the_server_is_left_gets_503_and_no_traceback(
   assert response.status_code == 503
   assert response.json()["error"]["message"] == "this process ends"
   assert response.headers["retry-after"] == "1"
+  assert response.headers["x-job"] == "sub"
   assert [r for r in caplog.records if r.levelno >= logging.ERROR] == []
 
 

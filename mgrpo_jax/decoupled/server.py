@@ -11,16 +11,15 @@ from starlette.applications import Starlette
 from mgrpo_jax.decoupled import wire
 from mgrpo_jax.decoupled.desk import Desk
 from mgrpo_jax.decoupled.errors import ServerError
-from mgrpo_jax.sampler.connection import NAME
+from mgrpo_jax.sampler.connection import JOB_HEADER
 from mgrpo_jax.serving import internal
 
 
-def build(desk: Desk, policy: str, token: str) -> Starlette:
+def build(desk: Desk, token: str) -> Starlette:
   """Builds the web application.
 
   Args:
     desk: answers the calls.
-    policy: whose job this is, which every answer says.
     token: that callers must show; empty for none.
 
   Returns:
@@ -30,7 +29,7 @@ def build(desk: Desk, policy: str, token: str) -> Starlette:
   async def call(body: bytes) -> bytes:
     return wire.dump(await desk.answer(wire.read_call(body)))
 
-  return internal.build({"/v1/calls": call}, token, {NAME: policy})
+  return internal.build({"/v1/calls": call}, token)
 
 
 def serving(
@@ -45,7 +44,7 @@ def serving(
 
   Args:
     desk: answers them.
-    policy: whose job this is.
+    policy: whose job this is, which every answer says.
     where: socket, listening.
     token: that callers must show; empty for none.
     broken: is told, once, that no calls are answered any more and why.
@@ -54,9 +53,10 @@ def serving(
     A context manager.
   """
   return internal.serving(
-      build(desk, policy, token),
+      build(desk, token),
       where,
       failed=desk.failed,
       ended=lambda why: ServerError(f"this job's {why}"),
       broken=broken,
+      headers={JOB_HEADER: policy},
   )

@@ -27,7 +27,7 @@ _FIRST_PAUSE = 0.5  # seconds; doubled from one attempt to the next
 _LONGEST_PAUSE = 30.0  # seconds
 _CONNECT = 10.0  # seconds until there is a connection
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
-NAME = "x-job"  # header of answers between the jobs of a run: the policy
+JOB_HEADER = "x-job"  # header of answers between the jobs of a run: the policy
 _LONGEST_BODY = 64 * 2**20  # bytes of an answer
 _SHOWN = 300  # characters of an error
 _LINE = 32  # bytes of the first line of a message and the empty one, about
@@ -49,8 +49,8 @@ class Address:
     max_concurrent: requests at the same time.
     timeout: seconds that an answer may take.
     attempts: how often a request is made in all.
-    name: that every answer bears in the header `NAME`; what does not bear it is
-      somebody else's, and no answer. Empty for whatever answers.
+    name: that every answer bears in the header `JOB_HEADER`; what does not
+      bear it is somebody else's, and no answer. Empty for whatever answers.
 
   Raises:
     ValueError: a field is out of range, naming it.
@@ -169,8 +169,7 @@ class Connection:
       except (httpx2.RequestError, TimeoutError) as error:
         problem = f"{type(error).__name__} {error}".strip()
       else:
-        named = response.headers.get(NAME, "")
-        known = named == self.address.name or not self.address.name
+        known = self._knows(response)
         if (
             known
             and response.is_success
@@ -187,10 +186,16 @@ class Connection:
           raise UnreachableError(f"{url}: wants {pause:.0f} s to pass")
       if attempt + 1 < self.address.attempts:
         await asyncio.sleep(pause)
+    attempts = self.address.attempts
     raise UnreachableError(
-        f"{url}: no answer in {self.address.attempts} attempts, at last"
+        f"{url}: no answer in {attempts} attempt{'s' * (attempts > 1)}, at last"
         f" {problem}"
     )
+
+  def _knows(self, response: httpx2.Response) -> bool:
+    """Whether it is who was asked that answers."""
+    name = self.address.name
+    return not name or response.headers.get(JOB_HEADER, "") == name
 
   async def _once(
       self, method: str, url: str, body: Mapping[str, Any] | None
@@ -206,7 +211,11 @@ class Connection:
         async with self._client.stream(
             method, url, json=body, extensions={"trace": self._trace}
         ) as response:
-          whole = await _whole(response, url)
+          whole = await _whole(response)
+          if len(whole.content) > _LONGEST_BODY and self._knows(whole):
+            raise EngineError(
+                f"{url}: the answer has over {_LONGEST_BODY} bytes"
+            )
           if whole.is_success:
             self.sent += _size(response.request.headers.raw, body)
             self.received += _size(response.headers.raw, None)
@@ -233,14 +242,14 @@ def _size(
   return size
 
 
-async def _whole(response: httpx2.Response, url: str) -> httpx2.Response:
-  """Reads a response; raises EngineError where it is too long."""
+async def _whole(response: httpx2.Response) -> httpx2.Response:
+  """Reads a response until it has more bytes than it may have."""
   data = bytearray()
   async for part in response.aiter_bytes():
     data += part
     if len(data) > _LONGEST_BODY:
-      raise EngineError(f"{url}: the answer has over {_LONGEST_BODY} bytes")
-  kept = {n: response.headers.get(n, "") for n in ("retry-after", NAME)}
+      break
+  kept = {n: response.headers.get(n, "") for n in ("retry-after", JOB_HEADER)}
   return httpx2.Response(
       response.status_code, headers=kept, content=bytes(data)
   )

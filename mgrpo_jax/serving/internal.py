@@ -22,7 +22,6 @@ from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -101,18 +100,13 @@ class _Requests:
       await asyncio.wait(self._tasks.copy(), timeout=_LAST)
 
 
-def build(
-    answers: Mapping[str, Answer],
-    token: str,
-    headers: Mapping[str, str] = types.MappingProxyType({}),
-) -> Starlette:
+def build(answers: Mapping[str, Answer], token: str) -> Starlette:
   """Builds the web application: GET /healthz, and what is answered.
 
   Args:
     answers: by path, makes of the body of a POST the JSON that it is answered;
       cancelled when the caller is gone, raises `RequestError` to refuse it.
     token: that callers must show; empty for none.
-    headers: of every answer.
 
   Returns:
     The ASGI application.
@@ -131,27 +125,7 @@ def build(
           ),
       ],
       exception_handlers={RequestError: _refuse},
-      middleware=[Middleware(_Headed, headers=headers)] if headers else [],
   )
-
-
-class _Headed:
-  """An application whose answers bear some headers."""
-
-  def __init__(self, app: ASGIApp, headers: Mapping[str, str]) -> None:
-    self._app = app
-    self._headers = [(n.encode(), v.encode()) for n, v in headers.items()]
-
-  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers a request."""
-
-    async def headed(message: Message) -> None:
-      if message["type"] == "http.response.start":
-        given = [*message.get("headers", []), *self._headers]
-        message = {**message, "headers": given}
-      await send(message)
-
-    await self._app(scope, receive, headed)
 
 
 @contextlib.asynccontextmanager
@@ -162,6 +136,7 @@ async def serving(
     failed: Callable[[], Coroutine[Any, Any, BaseException]],
     ended: Callable[[str], BaseException],
     broken: Callable[[BaseException], None],
+    headers: Mapping[str, str] = types.MappingProxyType({}),
 ) -> AsyncIterator[None]:
   """Answers requests while it is entered.
 
@@ -174,12 +149,13 @@ async def serving(
     failed: waits until what answers cannot go on, and gives the reason.
     ended: makes an error of why the server ended by itself.
     broken: is told, once, that nothing is answered any more and why.
+    headers: of every answer, those of errors included.
 
   Yields:
     Nothing.
   """
   requests = _Requests(built)
-  server = Server(settings(requests, _MAX_CONNECTIONS))
+  server = Server(settings(requests, _MAX_CONNECTIONS, headers))
   task = asyncio.create_task(server.serve(sockets=[where]))
 
   async def watch() -> None:

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Callable
-from types import FrameType
+import types
+from collections.abc import Callable, Mapping
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -30,7 +30,7 @@ class _Server(uvicorn.Server):
     super().__init__(config)
     self._stop = stop
 
-  def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+  def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:
     """Stops gracefully; asked again, at once."""
     del sig, frame
     self._stop()
@@ -53,12 +53,17 @@ def bind(host: str, port: int) -> socket.socket:
   return socket.create_server((host, port), family=family, backlog=_BACKLOG)
 
 
-def settings(built: ASGIApp, max_connections: int) -> uvicorn.Config:
+def settings(
+    built: ASGIApp,
+    max_connections: int,
+    headers: Mapping[str, str] = types.MappingProxyType({}),
+) -> uvicorn.Config:
   """How every server here behaves.
 
   Args:
     built: the application.
     max_connections: more get 503.
+    headers: of every answer.
 
   Returns:
     The settings.
@@ -73,6 +78,7 @@ def settings(built: ASGIApp, max_connections: int) -> uvicorn.Config:
       access_log=False,
       proxy_headers=False,
       server_header=False,
+      headers=list(headers.items()),
       limit_concurrency=max_connections,
       timeout_keep_alive=_KEEP_ALIVE,
       timeout_graceful_shutdown=_LAST_WORDS,
