@@ -185,7 +185,7 @@ def naming(
     ownership.check(store, run_id, jobs=jobs)
   else:
     ownership.found(store, values, jobs=jobs)
-  if not run_id:
+  if directory.is_new:
     for policy in [place.policy] if jobs else sorted(values["policies"]):
       key = members.key(policy)
       claim.check_new(store, policy=policy, key=key, path=directory.path)

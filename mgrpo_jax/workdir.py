@@ -67,6 +67,11 @@ class Workdir:
     """The outcome of the run."""
     return self.path / SUMMARY_FILE
 
+  @property
+  def is_new(self) -> bool:
+    """Whether no run has begun there."""
+    return not _is_there(self.path / CONFIG_FILE)
+
   def read_config(self) -> dict[str, Any]:
     """Reads the configuration the run was started with.
 
@@ -120,7 +125,7 @@ def check(path: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
   _check_name(os.fspath(path))
   directory = Workdir(pathlib.Path(path))
   check_ours(directory.path, CONFIG_FILE, "run")
-  if _is_there(directory.path / CONFIG_FILE):
+  if not directory.is_new:
     _compare(directory, config)
 
 
@@ -151,7 +156,7 @@ def hold(
   check_ours(directory.path, CONFIG_FILE, "run")
   with atomic.exclusive(directory.path / LOCK_FILE):
     atomic.sweep(directory.path)
-    new = not _is_there(directory.path / CONFIG_FILE)
+    new = directory.is_new
     if not new:
       _compare(directory, config)
     run = directory.read_id()

@@ -9,7 +9,7 @@ import pytest
 
 from configs import default
 from experiments import joining, recipe
-from mgrpo_jax import leaves, ownership, publish, store, workdir
+from mgrpo_jax import atomic, leaves, ownership, publish, store, workdir
 from mgrpo_jax.decoupled.errors import ClaimedError
 
 VALUES = {"seed": 0, "policies": {"main": {}, "sub": {}}}
@@ -80,6 +80,12 @@ def test_a_job_may_come_when_others_have_trained(bucket, tmp_path, job):
   trained(bucket, "main")
   late = dataclasses.replace(job, policy="sub")
   assert named(bucket, tmp_path / "sub", late) == name
+
+
+def test_a_directory_of_before_runs_had_ids_goes_on(bucket, tmp_path):
+  atomic.write_json(tmp_path / "old" / workdir.CONFIG_FILE, VALUES)
+  trained(bucket, "main")
+  assert named(bucket, tmp_path / "old", ALONE)
 
 
 def test_a_run_without_a_record_of_its_kind_is_not_replaced(

@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from mgrpo_jax.atomic import CorruptError
+from mgrpo_jax.atomic import MismatchError
 from mgrpo_jax.decoupled import wire
 from mgrpo_jax.decoupled.part import Part
 from mgrpo_jax.types import Account, Status
@@ -36,5 +36,5 @@ def test_a_call_that_a_machine_failed_on_stands_as_it_is_told():
 
 
 def test_any_other_call_must_have_been_kept():
-  with pytest.raises(CorruptError, match="'researcher' in rollout 1 of task t"):
+  with pytest.raises(MismatchError, match="'researcher' in rollout 1 of task t"):
     Part._kept(NOTHING, 7, TOLD, failed=False)

@@ -120,8 +120,8 @@ def test_addresses_have_ports(bucket, address):
     members.read(bucket, "sub")
 
 
-@pytest.mark.parametrize("address", ["file:///etc/passwd", "http://", "x"])
-def test_addresses_are_of_http(bucket, address):
+def placed_at(bucket, address):
+  """Says that the job is at an address, whatever that is."""
   member = members.Member(
       policy="sub",
       process=0,
@@ -138,8 +138,24 @@ def test_addresses_are_of_http(bucket, address):
   )
   record = leaves.seal({"format": members.FORMAT, **dataclasses.asdict(member)})
   bucket.put(members.key("sub"), json.dumps(record).encode())
+
+
+@pytest.mark.parametrize("address", ["file:///etc/passwd", "http://", "x"])
+def test_addresses_are_of_http(bucket, address):
+  placed_at(bucket, address)
   with pytest.raises(CorruptError, match="http address"):
     members.read(bucket, "sub")
+
+
+def test_an_address_that_cannot_be_asked_is_waited_out(bucket):
+  placed_at(bucket, "http://256.1.1.1:1")
+
+  async def work():
+    async with waiting(bucket, [], patience=0.4) as other:
+      await other.post("calls", {}, "to answer")
+
+  with pytest.raises(AbsentError):
+    asyncio.run(work())
 
 
 def test_a_job_that_never_comes_is_waited_for_only_so_long(bucket):

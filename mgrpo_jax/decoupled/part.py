@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mgrpo_jax.agents.team import Team
-from mgrpo_jax.atomic import CorruptError, MismatchError
+from mgrpo_jax.atomic import MismatchError
 from mgrpo_jax.credit import Credits
 from mgrpo_jax.decoupled import wire
 from mgrpo_jax.decoupled.board import Board
@@ -177,7 +177,7 @@ class Part(Run):
       The call with its tokens; as it is told where it was not kept.
 
     Raises:
-      CorruptError: it should have been kept.
+      MismatchError: it should have been kept: another attempt finds it no more.
     """
     found = self.desk.own(
         wire.identity(
@@ -187,7 +187,7 @@ class Part(Run):
     if found is None and failed:
       return told
     if found is None:
-      raise CorruptError(
+      raise MismatchError(
           f"call {told.call} to {told.role!r} in rollout {told.rollout} of task"
           f" {told.task_id} was reported, but is not kept here: the run cannot"
           " go on from this run directory"

@@ -272,19 +272,24 @@ class Peer:
     """The connection to one incarnation."""
     found = self._connections.get(member.incarnation)
     if found is None:
-      found = Connection(
-          Address(
-              url=f"{member.address}/v1",
-              token=self._token,
-              max_concurrent=self._max_concurrent,
-              timeout=self._timeout,
-              attempts=1,  # `post` tries again, wherever the job is then
-              name=self.policy,
-          )
-      )
+      found = Connection(self._address(member))
       self._connections[member.incarnation] = found
       await self._stack.enter_async_context(found)
     return found
+
+  def _address(self, member: Member) -> Address:
+    """Where one incarnation is asked."""
+    try:
+      return Address(
+          url=f"{member.address}/v1",
+          token=self._token,
+          max_concurrent=self._max_concurrent,
+          timeout=self._timeout,
+          attempts=1,  # `post` tries again, wherever the job is then
+          name=self.policy,
+      )
+    except ValueError as error:
+      raise UnreachableError(f"its record says {error}") from error
 
   def _check_standing(
       self, standing: _Standing, what: str, problem: str = ""
