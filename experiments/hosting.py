@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
 
 import jax
 import ml_collections
 
+from experiments import cli
 from mgrpo_jax.hosts import crew, group
+from mgrpo_jax.hosts.channel import SilentError
 from mgrpo_jax.plan import Setup
 from mgrpo_jax.resources import make_learner
 from mgrpo_jax.store import Store
+
+_CLOSING = 60.0  # seconds in which process 0 ends after this one was told to
 
 
 def check(config: ml_collections.ConfigDict, policy: str) -> None:
@@ -46,6 +57,9 @@ def assist(
 ) -> None:
   """Does this process's part of what process 0 of the job does.
 
+  It ends with process 0, also where it is told to: what is cut off amid an
+  order cannot take part in the next, in which process 0 would wait for it.
+
   Args:
     setup: the recipe, restricted to the policy.
     policy: of the job.
@@ -53,18 +67,73 @@ def assist(
     patience: seconds that it waits for the others to come.
 
   Raises:
-    DrivenError: process 0 ended in an error.
-    SilentError: the others have not come.
+    KeyboardInterrupt: it was told to end, and process 0 has.
+    SystemExit: process 0 ended in an error, with its code.
   """
   channel = group.open_channel(patience)
   assert channel is not None  # process 0 is elsewhere
-  crew.assist(
-      channel,
-      mesh=setup.meshes[policy].learner,
-      make=functools.partial(make_learner, setup, policy),
-      objectives={
-          "imitate": setup.method.imitation_loss,
-          "reinforce": setup.method.policy_loss,
-      },
-      store=bucket,
-  )
+  told: list[int] = []
+  try:
+    with _put_off(told) as check:
+      crew.assist(
+          channel,
+          mesh=setup.meshes[policy].learner,
+          make=functools.partial(make_learner, setup, policy),
+          objectives={
+              "imitate": setup.method.imitation_loss,
+              "reinforce": setup.method.policy_loss,
+          },
+          store=bucket,
+          check=check,
+      )
+  except crew.DrivenError as error:
+    if told:
+      signal.raise_signal(told[0])
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.code)
+  except BaseException as error:
+    if isinstance(error, SilentError):
+      print(f"error: {error}", file=sys.stderr)
+    else:
+      traceback.print_exc()
+    sys.stderr.flush()
+    # At once: `jax.distributed` would wait for process 0, which waits for us.
+    os._exit(cli.BROKEN if isinstance(error, SilentError) else 1)
+
+
+@contextlib.contextmanager
+def _put_off(told: list[int]) -> Iterator[Callable[[], None]]:
+  """Notes signals to end, in place of ending.
+
+  Args:
+    told: gets their numbers.
+
+  Yields:
+    What raises SilentError where process 0 does not end either, in time.
+  """
+  since: list[float] = []
+
+  def note(number: int, frame: object) -> None:
+    del frame
+    told.append(number)
+
+  def check() -> None:
+    if told and not since:
+      since.append(time.monotonic())
+      line = f"told to end: waits for process 0, up to {_CLOSING:.0f} s"
+      print(line, file=sys.stderr, flush=True)
+    if since and time.monotonic() - since[0] > _CLOSING:
+      raise SilentError(
+          f"process 0 has not ended in {_CLOSING:.0f} s, this one was told to"
+      )
+
+  before = {
+      number: signal.signal(number, note)
+      for number in (signal.SIGINT, signal.SIGTERM)
+      if signal.getsignal(number) is not signal.SIG_IGN
+  }
+  try:
+    yield check
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)

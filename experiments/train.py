@@ -24,11 +24,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
-import os
 import pathlib
 import sys
 import time
-import traceback
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -226,21 +224,11 @@ def _assist() -> None:
     from experiments import hosting, recipe
     from mgrpo_jax import store
     from mgrpo_jax.decoupled.run import restricted
-    from mgrpo_jax.hosts.crew import DrivenError
 
     config, policy = _checked(), _POLICY.value
     bucket = store.open(config.publish.bucket)
     setup = restricted(recipe.build(config, only=policy), policy)
-  try:
-    hosting.assist(setup, policy, bucket, patience=config.jobs.patience)
-  except DrivenError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(1)  # process 0's own code says whether to try again
-  except BaseException:
-    traceback.print_exc()
-    sys.stderr.flush()
-    # At once: `jax.distributed` would wait for process 0, which waits for us.
-    os._exit(1)
+  hosting.assist(setup, policy, bucket, patience=config.jobs.patience)
 
 
 def _check_flags() -> None:

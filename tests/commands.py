@@ -8,6 +8,7 @@ import sys
 
 import jax
 
+_CLOSING = 90  # seconds: launchers give what they started a minute
 ROOT = pathlib.Path(__file__).parents[1]
 QUICKSTART = "--config=configs/quickstart.py"
 SMOKE = "--config=configs/decoupled_quickstart.py:smoke"
@@ -22,9 +23,11 @@ SPREAD = [
 ]
 
 
-def environment():
-  """A user's: one device. Programs are compiled once for all tests."""
+def environment(devices=1):
+  """A user's, of so many devices. Programs are compiled once for all tests."""
   own = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+  if devices > 1:
+    own["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
   return own | {
       "JAX_PLATFORMS": "cpu",
       "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
@@ -33,13 +36,13 @@ def environment():
   }
 
 
-def start(*arguments, **streams):
+def start(*arguments, devices=1, **streams):
   """Starts Python."""
   return subprocess.Popen(
       [sys.executable, *arguments],
       cwd=ROOT,
       text=True,
-      env=environment(),
+      env=environment(devices),
       **streams,
   )
 
@@ -55,7 +58,10 @@ def ended(process, seconds=600):
     return process.wait(seconds)
   finally:
     process.terminate()
-    process.wait(60)
+    try:
+      process.wait(_CLOSING)
+    finally:
+      process.kill()
 
 
 def assert_ended_alike(directory, other):

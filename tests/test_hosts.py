@@ -253,10 +253,11 @@ def test_the_crew_ends_with_the_reason_of_process_0(bucket):
   with pytest.raises(OSError, match="disk"):
     with driving(first):
       raise OSError("no disk")
-  with pytest.raises(DrivenError, match="process 0 ended: no disk"):
+  with pytest.raises(DrivenError, match="process 0 ended: no disk") as caught:
     crew.assist(
         second, mesh=None, make=make, objectives=OBJECTIVES, store=bucket
     )
+  assert caught.value.code == 1
 
 
 def given(keys):
@@ -331,6 +332,16 @@ def test_what_cannot_be_said_is_told_in_short(bucket):
   helper.check()  # process 0 has heard it
 
 
+def bound(seconds):
+  """What fails a test that waits for longer."""
+  end = time.monotonic() + seconds
+
+  def check():
+    assert time.monotonic() < end, "waits without end"
+
+  return check
+
+
 def test_what_process_0_cannot_hear_ends_the_other(bucket):
   _, second, _ = pair()
   second.__class__, second.cut_off = Says, True
@@ -342,7 +353,7 @@ def test_what_process_0_cannot_hear_ends_the_other(bucket):
         helper.check()
         time.sleep(0.01)
     with pytest.raises(jax.errors.JaxRuntimeError, match="too long"):
-      Crew(None, OBJECTIVES, helper).run(second)  # no order comes
+      Crew(None, OBJECTIVES, helper).run(second, bound(60))  # no order comes
 
 
 def test_orders_that_do_not_fit_are_refused(bucket):

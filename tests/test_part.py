@@ -36,5 +36,7 @@ def test_a_call_that_a_machine_failed_on_stands_as_it_is_told():
 
 
 def test_any_other_call_must_have_been_kept():
-  with pytest.raises(MismatchError, match="'researcher' in rollout 1 of task t"):
+  with pytest.raises(
+      MismatchError, match="'researcher' in rollout 1 of task t"
+  ):
     Part._kept(NOTHING, 7, TOLD, failed=False)

@@ -93,6 +93,7 @@ def test_what_was_skipped_is_read_when_the_one_before_it_has_gone(
   )
   weights = publish.read(bucket, "main", "latest", like=LIKE)
   assert weights.version.number == 1 and same(weights.params, params(100))
+  assert weights.skipped == ()
 
 
 @pytest.mark.parametrize("when", ["before", "at once"])

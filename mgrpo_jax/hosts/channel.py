@@ -128,7 +128,9 @@ class Channel:
       values: JSON.
       arrays: all of each on this host.
       waits: for who is far behind; a last order does not, and is given also
-        where an error or a signal cut off the one before.
+        where an error or a signal cut off the one before. It is not heard
+        where that was cut off among its arrays: who takes those waits for the
+        rest until this process is gone.
 
     Raises:
       SilentError: another process has not taken an earlier one in time.

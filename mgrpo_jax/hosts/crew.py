@@ -32,11 +32,20 @@ MERGE = "merge"  # the adapter's arrays
 PUBLISH = "publish"  # topic, folder, short
 MOVE = "move"
 END = "end"
-FAIL = "fail"  # reason
+FAIL = "fail"  # reason, code
 
 
 class DrivenError(RuntimeError):
-  """Process 0 ended in an error; says in which."""
+  """Process 0 ended in an error; says in which.
+
+  Attributes:
+    code: with which it ended, as shells count.
+  """
+
+  def __init__(self, reason: str, code: int) -> None:
+    """Says so."""
+    super().__init__(f"process 0 ended: {reason}")
+    self.code = code
 
 
 def assist(
@@ -46,6 +55,7 @@ def assist(
     make: Callable[[], Learner],
     objectives: Mapping[str, objectives.Objective],
     store: Store,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
   """Does this process's part of what process 0 does, from begin to end.
 
@@ -55,15 +65,17 @@ def assist(
     make: makes it, as process 0 makes its own.
     objectives: `imitate` and `reinforce`.
     store: where weights are published.
+    check: called again and again while process 0 orders nothing; raises what
+      is to end this.
 
   Raises:
     DrivenError: process 0 ended in an error.
     SilentError: the others have not come.
   """
-  if _heard(channel).kind == MEET:
+  if _heard(channel, check).kind == MEET:
     channel.meet(mesh)
     with contextlib.closing(Helper(store, channel)) as helper:
-      Crew(make(), objectives, helper).run(channel)
+      Crew(make(), objectives, helper).run(channel, check)
 
 
 class Crew:
@@ -87,16 +99,24 @@ class Crew:
     self._objectives = objectives
     self._batches: collections.deque[TrainBatch] = collections.deque()
 
-  def run(self, channel: Channel) -> None:
+  def run(
+      self, channel: Channel, check: Callable[[], None] = lambda: None
+  ) -> None:
     """Carries out orders until the run is over.
 
     Args:
       channel: from process 0.
+      check: see `assist`.
 
     Raises:
       DrivenError: process 0 ended in an error.
     """
-    while (order := _heard(channel, self._helper.check)).kind != END:
+
+    def look() -> None:
+      check()
+      self._helper.check()
+
+    while (order := _heard(channel, look)).kind != END:
       self.obey(order)
 
   def obey(self, order: Order) -> None:
@@ -155,11 +175,11 @@ class Crew:
     )
 
 
-def _heard(channel: Channel, check: Callable[[], None] = lambda: None) -> Order:
+def _heard(channel: Channel, check: Callable[[], None]) -> Order:
   """The next order; raises DrivenError where it is that process 0 failed."""
   order = channel.hear(check)
   if order.kind == FAIL:
-    raise DrivenError(f"process 0 ended: {order.values['reason']}")
+    raise DrivenError(order.values["reason"], order.values["code"])
   return order
 
 

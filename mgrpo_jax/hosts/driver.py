@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -143,7 +144,18 @@ def driving(channel: Channel | None) -> Iterator[None]:
   except BaseException as error:
     if channel is not None:
       cause = error.__context__ if isinstance(error, SystemExit) else error
-      reason = str(cause) or type(cause).__name__
+      told = {
+          "reason": str(cause) or type(cause).__name__,
+          "code": _code(error),
+      }
       with contextlib.suppress(jax.errors.JaxRuntimeError):  # they are gone
-        channel.tell(crew.FAIL, {"reason": reason}, waits=False)
+        channel.tell(crew.FAIL, told, waits=False)
     raise
+
+
+def _code(error: BaseException) -> int:
+  """With what the process will end."""
+  if isinstance(error, SystemExit) and isinstance(error.code, int):
+    return error.code
+  interrupted = isinstance(error, KeyboardInterrupt)
+  return 128 + signal.SIGINT if interrupted else 1

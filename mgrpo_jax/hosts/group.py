@@ -56,6 +56,8 @@ def join(
         ),
     }
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  # It would take SIGTERM from Python, which closes files and leaves in order.
+  jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(**arguments)
   except RuntimeError as error:

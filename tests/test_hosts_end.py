@@ -1,0 +1,99 @@
+"""A job of two processes that is told to end does, in order and together."""
+
+import signal
+import socket
+import subprocess
+import time
+
+import commands
+import pytest
+
+from mgrpo_jax import ownership, store
+
+POLICY = "researcher"
+
+
+@pytest.fixture
+def taken(tmp_path):
+  """The bucket is another run's."""
+  bucket = store.open_folder(tmp_path / "bucket")
+  ownership.claim(bucket, "another", {}, jobs=True)
+
+
+@pytest.fixture
+def job(tmp_path):
+  """Its two processes, and what they print."""
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    meeting = f"127.0.0.1:{server.getsockname()[1]}"
+  logs = [tmp_path / f"{number}.log" for number in range(2)]
+  processes = []
+  for number, log in enumerate(logs):
+    with open(log, "w") as errors:
+      processes.append(
+          commands.start(
+              "-m",
+              "experiments.train",
+              commands.SMOKE,
+              *(one for one in commands.SPREAD if "hosts" not in one),
+              f"--policy={POLICY}",
+              f"--bucket={(tmp_path / 'bucket').as_uri()}",
+              f"--workdir={tmp_path / 'run'}",
+              f"--coordinator={meeting}",
+              "--processes=2",
+              f"--process={number}",
+              devices=2,
+              stderr=errors,
+          )
+      )
+  try:
+    yield processes, logs
+  finally:
+    for process in processes:
+      process.kill()
+      process.wait()
+
+
+@pytest.fixture
+def waiting(job, tmp_path):
+  """Both when process 0 waits for the other policy's job."""
+  processes, logs = job
+  record = tmp_path / "bucket" / "members" / POLICY
+  limit = time.monotonic() + 300
+  while not record.exists():
+    codes = [one.poll() for one in processes]
+    assert codes == [None, None], [log.read_text() for log in logs]
+    assert time.monotonic() < limit
+    time.sleep(0.1)
+  return job
+
+
+def codes(processes, seconds=30):
+  """With what they end, within half of what launchers give them."""
+  try:
+    return [process.wait(seconds) for process in processes]
+  except subprocess.TimeoutExpired:
+    return [process.poll() for process in processes]
+
+
+def test_both_close_what_is_open_when_both_are_told(waiting):
+  processes, logs = waiting
+  for process in processes:
+    process.send_signal(signal.SIGTERM)
+  assert codes(processes) == [143, 143]
+  for log in logs:
+    text = log.read_text()
+    assert "interrupted; the same command continues" in text
+    assert "Traceback" not in text
+
+
+def test_the_other_ends_when_process_0_is_told(waiting):
+  processes, logs = waiting
+  processes[0].send_signal(signal.SIGTERM)
+  assert codes(processes) == [143, 130]
+  assert "process 0 ended: " in logs[1].read_text()
+
+
+def test_both_end_with_the_code_of_process_0(taken, job):
+  processes, logs = job
+  assert codes(processes, seconds=300) == [2, 2]
+  assert "a run with another config" in logs[1].read_text()
