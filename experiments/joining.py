@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import importlib.util
 import ipaddress
@@ -17,8 +18,9 @@ from typing import Any
 import ml_collections
 
 from experiments import cli
-from mgrpo_jax import ownership
+from mgrpo_jax import atomic, ownership
 from mgrpo_jax.decoupled import claim, members
+from mgrpo_jax.decoupled.errors import ServerError
 from mgrpo_jax.hosts.channel import Channel
 from mgrpo_jax.journal import Journal
 from mgrpo_jax.plan import Setup
@@ -98,6 +100,7 @@ def placed(
   Raises:
     ModuleNotFoundError: a package of the extra is not installed.
     OSError: the port cannot be had.
+    ServerError: somebody else has it yet.
     ValueError: others can reach the port and there is no token, or what they
       are to reach is no host.
   """
@@ -116,7 +119,14 @@ def placed(
     )
   if not 0 <= port < 2**16:
     raise ValueError(f"--port={port}: allowed: 0 to 65535")
-  with listen.bind(host, port) as where:
+  try:
+    bound = listen.bind(host, port)
+  except OSError as error:
+    if error.errno != errno.EADDRINUSE:
+      raise
+    # The one that had it before may be about to end.
+    raise ServerError(f"--port={port}: {atomic.reason(error)}") from error
+  with bound as where:
     name = name if reached_as else _host(name, flag="listen")
     shown = f"[{name}]" if ":" in name else name
     yield Place(

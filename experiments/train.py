@@ -10,8 +10,9 @@ are started with the same config and bucket and a --workdir of their own, here
 or elsewhere. --launch=local starts them all on this machine. Between machines
 all need the same token, by --token_file or MGRPO_JOBS_TOKEN.
 
-Exit codes: 0 it has ended; 2 it would end so again (one line says why); 75 it
-is a job, had begun and ended because of what may pass; 130 Ctrl-C; 143 SIGTERM.
+Exit codes: 0 it has ended; 2 it would end so again (one line says why), or is
+no job; 75 it is a job and ended because of what may pass; 130 Ctrl-C; 143
+SIGTERM.
 After the last three, or a kill, the same command goes on.
 
 A job may have several processes, one a host of its slice: the same command on
@@ -136,6 +137,7 @@ def _run(started: float) -> None:
     with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
       from experiments import fleet, joining, recipe
       from mgrpo_jax import journal, metrics, ownership, workdir
+      from mgrpo_jax.decoupled.errors import ServerError
       from mgrpo_jax.hosts import driver, group
       from mgrpo_jax.tasks import curriculum
 
@@ -148,10 +150,11 @@ def _run(started: float) -> None:
       workdir.check(_WORKDIR.value, values)
       directory = workdir.Workdir(pathlib.Path(_WORKDIR.value))
       store = recipe.open_store(config, directory)
-      place = stack.enter_context(_placed(config))
+      with cli.user_errors(ServerError, code=cli.BROKEN):
+        place = stack.enter_context(_placed(config))
       with (
           cli.user_errors(*_failures()),
-          _passing(place),  # the bucket may be back in a while
+          _passing(),  # the bucket may be back in a while
       ):
         naming = joining.naming(store, directory, values, place)
       setup = joining.restrict(recipe.build(config, only=place.policy), place)
@@ -160,7 +163,7 @@ def _run(started: float) -> None:
     with (
         fleet.failures(),
         cli.user_errors(*_failures()),  # closing may fail as well
-        _passing(place),
+        _passing(),
         workdir.hold(directory.path, values, name=naming),
     ):
       jobs = place.where is not None
@@ -274,9 +277,9 @@ def _failures() -> tuple[type[Exception], ...]:
   )
 
 
-def _passing(place: Place) -> contextlib.AbstractContextManager[None]:
+def _passing() -> contextlib.AbstractContextManager[None]:
   """Ends a job in one line where starting it again may help."""
-  if place.where is None:
+  if not (_POLICY.value or _LAUNCH.value):
     return contextlib.nullcontext()
   from experiments.launch import CutOffError
   from mgrpo_jax.agents.watchdog import StuckError

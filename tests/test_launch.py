@@ -3,6 +3,7 @@
 import contextlib
 import json
 import signal
+import socket
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ from commands import SMOKE, SPREAD, command
 from experiments import cli, fleet, joining, launch
 from experiments.fleet import Plan
 from mgrpo_jax import atomic, ownership, store, workdir
+from mgrpo_jax.decoupled.errors import ServerError
 from mgrpo_jax.replicas import records
 from mgrpo_jax.report.writer import read_metrics
 from mgrpo_jax.testing.setup import small_setup
@@ -77,6 +79,16 @@ def test_a_place_that_is_open_or_cannot_be_reached_is_refused(changes, told):
   with pytest.raises(ValueError, match=told):
     with joining.placed("main", **{**place, **changes}):
       pass
+
+
+def test_a_port_that_another_has_may_become_free():
+  with socket.create_server(("127.0.0.1", 0)) as other:
+    port = other.getsockname()[1]
+    with pytest.raises(ServerError, match=f"--port={port}: Address already in"):
+      with joining.placed(
+          "main", host="127.0.0.1", port=port, reached_as="", token=""
+      ):
+        pass
 
 
 @pytest.mark.parametrize(

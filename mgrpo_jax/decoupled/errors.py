@@ -14,4 +14,4 @@ class ClaimedError(RuntimeError):
 
 
 class ServerError(RuntimeError):
-  """This job's server ended, so that others cannot call it; says why."""
+  """Others cannot call this job, or not any more; says why."""
