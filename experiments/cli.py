@@ -26,7 +26,7 @@ INTERRUPTED = 128 + signal.SIGINT  # as shells do
 TERMINATED = 128 + signal.SIGTERM
 
 
-JOBS_TOKEN = (
+TOKEN_ADVICE = (
     "give the same token to all jobs and replicas by --token_file=FILE (openssl"
     " rand -hex 16 > FILE makes one) or MGRPO_JOBS_TOKEN"
 )
@@ -37,6 +37,15 @@ def fail(message: str, code: int = USAGE_ERROR) -> None:
   with contextlib.suppress(OSError):  # the code says it, too
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
   sys.exit(code)
+
+
+def tell(line: str) -> None:
+  """Prints a line beside what the command came to say.
+
+  Args:
+    line: for stderr.
+  """
+  print(line, file=sys.stderr, flush=True)
 
 
 def say(text: str) -> None:
@@ -198,7 +207,7 @@ def flag_errors(what: str = "") -> Iterator[None]:
     yield
   except flags.Error as error:
     if "Traceback" in str(error):  # a recipe's, quoted whole
-      fail(f"cannot read {source}: {_last_line(error)}")
+      fail(f"cannot read {source}: {last_line(error)}")
     fail(str(error))
   except (
       AttributeError,
@@ -210,11 +219,11 @@ def flag_errors(what: str = "") -> Iterator[None]:
     reason = str(reason).replace("\n", ". ")
     fail(f"unknown config key {reason}" + (f", in {what}" if what else ""))
   except IndexError as error:  # curriculum[9]=…
-    fail(f"cannot read {source}: config key: {_last_line(error)}")
+    fail(f"cannot read {source}: config key: {last_line(error)}")
   except SyntaxError as error:  # in the recipe
     fail(f"cannot read {source}: {error}")
   except (OSError, TypeError, ValueError, ImportError) as error:
-    fail(f"cannot read {source}: {_last_line(error)}")
+    fail(f"cannot read {source}: {last_line(error)}")
 
 
 def config_of(holder: typing.Any) -> ml_collections.ConfigDict:
@@ -232,8 +241,15 @@ def config_of(holder: typing.Any) -> ml_collections.ConfigDict:
   raise AssertionError("fail() does not return")
 
 
-def _last_line(error: Exception) -> str:
-  """The line of a multi-line message that names the cause."""
+def last_line(error: Exception) -> str:
+  """Finds the line of a long message that names the cause.
+
+  Args:
+    error: whose message may quote a traceback first.
+
+  Returns:
+    The last line that is not empty; the error's name where none is.
+  """
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   return lines[-1] if lines else type(error).__name__
 

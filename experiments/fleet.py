@@ -56,6 +56,10 @@ class FleetError(RuntimeError):
     self.code = code
 
 
+class CutOffError(FleetError):
+  """The root's job is over, but another did not come to its end; says which."""
+
+
 @contextlib.contextmanager
 def failures() -> Iterator[None]:
   """Turns a FleetError raised inside into one line and its exit code.
@@ -199,7 +203,9 @@ def run(plans: Sequence[Plan], *, hosts: int, token: str) -> None:
     OSError: a process cannot be started.
     StorageError: one that an earlier command started still runs.
   """
-  groups = [Group(plan, hosts=hosts, token=token, tell=_tell) for plan in plans]
+  groups = [
+      Group(plan, hosts=hosts, token=token, tell=cli.tell) for plan in plans
+  ]
   follow = _Follower(plans[0].log_of(0, hosts))
   try:
     for group in groups:
@@ -230,6 +236,7 @@ def attend(
     *,
     every: float,
     show: Callable[[], None] = lambda: None,
+    ended: bool = False,
 ) -> None:
   """Looks after jobs until all have ended.
 
@@ -237,17 +244,19 @@ def attend(
     groups: the jobs, the root's first.
     every: seconds between looks.
     show: called before each look.
+    ended: whether the root's job has, which then is none of them.
 
   Raises:
-    FleetError: a job cannot go on, or has not ended a while after the first.
+    CutOffError: a job has not ended a while after the root's.
+    FleetError: a job cannot go on.
     OSError: a job cannot be started again.
   """
-  end = math.inf
+  end = time.monotonic() + _GRACE if ended else math.inf
   while late := [group.policy for group in groups if not group.is_over()]:
     if time.monotonic() > end:
-      raise FleetError(
-          f"jobs of {', '.join(late)} do not end with the first:"
-          f" {_GRACE:g} s after it they still run"
+      raise CutOffError(
+          f"jobs of {', '.join(late)} do not end with the root's: {_GRACE:g} s"
+          " after it they still run; the same command goes on with them"
       )
     time.sleep(every)
     show()
@@ -356,11 +365,6 @@ class Group:
     jobs.kill([one.process for one in self.running])  # it is of no use
     self.running = []
     self.start()
-
-
-def _tell(line: str) -> None:
-  """Prints a line beside what the first job prints."""
-  print(line, file=sys.stderr, flush=True)
 
 
 class _Follower:

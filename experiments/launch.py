@@ -6,17 +6,11 @@ import contextlib
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 from experiments import fleet, jobs
+from experiments.fleet import CutOffError as CutOffError
 from experiments.fleet import FleetError, Group, Plan
-
-_GRACE = 120.0  # seconds in which they end after the leader has
-
-
-class CutOffError(RuntimeError):
-  """The run is over, but a job did not come to its end; says which."""
 
 
 def recipe_arguments(arguments: Sequence[str]) -> list[str]:
@@ -65,35 +59,40 @@ def others(
   groups = [Group(plan, hosts=1, token=token, tell=tell) for plan in plans]
   for group in groups:
     group.wait_until_free()
-  over = threading.Event()
+  over, lock = threading.Event(), threading.Lock()
   lost: list[FleetError | OSError] = []
   watching = threading.Thread(
-      target=_watch, args=(groups, over, tell, lost), daemon=True
+      target=_watch, args=(groups, over, lock, tell, lost), daemon=True
   )
   try:
-    for group, plan in zip(groups, plans, strict=True):
-      group.start()
-      tell(
-          f"job of policy {plan.policy!r}: runs in {plan.directory}, prints to"
-          f" {plan.log_of(0, 1)}"
-      )
-    watching.start()
-    yield
-    _finish(groups)
-  except KeyboardInterrupt:
-    if lost:  # not a user's
-      raise lost[0] from None
+    try:
+      for group, plan in zip(groups, plans, strict=True):
+        group.start()
+        tell(
+            f"job of policy {plan.policy!r}: runs in {plan.directory}, prints"
+            f" to {plan.log_of(0, 1)}"
+        )
+      watching.start()
+      yield
+    finally:
+      with lock:  # from here on nobody signals
+        over.set()
+      if watching.is_alive():
+        watching.join()
+    fleet.attend(groups, every=fleet.LOOK, ended=True)
+  except BaseException as error:
+    if lost:  # whatever came of ending the body
+      raise lost[0] from error
     raise
   finally:
-    over.set()
-    if watching.is_alive():
-      watching.join()
+    over.set()  # a second Ctrl-C does not wait above
     jobs.stop([one.process for group in groups for one in group.running])
 
 
 def _watch(
     groups: Sequence[Group],
     over: threading.Event,
+    lock: threading.Lock,
     tell: Callable[[str], None],
     lost: list[FleetError | OSError],
 ) -> None:
@@ -104,18 +103,8 @@ def _watch(
         group.look()
     except (FleetError, OSError) as error:
       tell(str(error))
-      lost.append(error)
-      os.kill(os.getpid(), signal.SIGTERM)
+      with lock:
+        if not over.is_set():  # else the body has ended by itself
+          lost.append(error)
+          os.kill(os.getpid(), signal.SIGTERM)
       return
-
-
-def _finish(groups: Sequence[Group]) -> None:
-  """Waits for jobs to end by themselves, the run being over."""
-  end = time.monotonic() + _GRACE
-  while left := [group.policy for group in groups if not group.is_over()]:
-    if time.monotonic() > end:
-      raise CutOffError(
-          f"jobs of {', '.join(left)}: not at their end {_GRACE:.0f} s after"
-          " the leader's; the same command goes on with them"
-      )
-    time.sleep(fleet.LOOK)

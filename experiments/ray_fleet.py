@@ -15,7 +15,6 @@ import logging
 import os
 import pathlib
 import socket
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -154,9 +153,8 @@ def run(
     groups = []
     for plan in plans:
       placed = stack.enter_context(_reserved(hosts, tpu, plan.policy))
-      group = _Group(plan, hosts, token, placed, tpu)
-      stack.callback(group.close)
-      groups.append(group)
+      groups.append(_Group(plan, hosts, token, placed, tpu))
+    stack.callback(_stop, groups, kill=False)
     for group in groups:
       group.start()
     fleet.attend(groups, every=_LOOK)
@@ -167,25 +165,15 @@ def _reserved(hosts: int, tpu: Slice | None, policy: str) -> Iterator[Any]:
   """Places for the processes of a job: nodes of one slice, or any."""
   import ray
 
-  _tell(
+  cli.tell(
       f"job of {policy!r}: waits for its {hosts} places on the Ray cluster,"
       f" {_PLACING:g} s at most"
   )
+  end = time.monotonic() + _PLACING
   group: Any
   if tpu is not None:
-    from ray.util.tpu import SlicePlacementGroup
-
-    whole = SlicePlacementGroup(
-        topology=tpu.topology, accelerator_version=tpu.version
-    )
+    whole = _slice(tpu, policy)
     group, release = whole.slice_placement_group, whole.shutdown
-    if whole.num_hosts != hosts:
-      release()
-      raise FleetError(
-          f"--hosts={hosts}: a slice of {tpu.version}:{tpu.topology} has"
-          f" {whole.num_hosts}",
-          code=cli.USAGE_ERROR,
-      )
   else:
     group = ray.util.placement_group(
         [{"CPU": 1}] * hosts, strategy="SPREAD", name=policy
@@ -195,7 +183,13 @@ def _reserved(hosts: int, tpu: Slice | None, policy: str) -> Iterator[Any]:
       ray.util.remove_placement_group(group)
 
   try:
-    if not group.wait(_PLACING):
+    if tpu is not None and whole.num_hosts != hosts:
+      raise FleetError(
+          f"--hosts={hosts}: a slice of {tpu.version}:{tpu.topology} has"
+          f" {whole.num_hosts}",
+          code=cli.USAGE_ERROR,
+      )
+    if not group.wait(max(1.0, end - time.monotonic())):
       raise FleetError(
           f"the cluster has no room for the {hosts} processes of {policy!r}"
           f" within {_PLACING:g} s"
@@ -203,6 +197,27 @@ def _reserved(hosts: int, tpu: Slice | None, policy: str) -> Iterator[Any]:
     yield group
   finally:
     release()
+
+
+def _slice(tpu: Slice, policy: str) -> Any:
+  """Asks for a slice, and waits until Ray has found the head of one."""
+  from ray.util.tpu import SlicePlacementGroup
+
+  try:
+    return SlicePlacementGroup(
+        topology=tpu.topology,
+        accelerator_version=tpu.version,
+        head_reservation_timeout_s=_PLACING,
+    )
+  except ValueError as error:
+    raise FleetError(
+        f"--ray_tpu={tpu.version}:{tpu.topology}: {error}",
+        code=cli.USAGE_ERROR,
+    ) from error
+  except (RuntimeError, TimeoutError) as error:
+    raise FleetError(
+        f"the cluster has no slice for {policy!r}: {cli.last_line(error)}"
+    ) from error
 
 
 class _Group:
@@ -253,7 +268,7 @@ class _Group:
         self._begin()
         return
       except _lost() as error:
-        said = _last_line(error)
+        said = cli.last_line(error)
         if getattr(error, "actor_init_failed", False):
           raise self._refused(said) from error
         if time.monotonic() > end:
@@ -261,14 +276,14 @@ class _Group:
               f"Ray does not bring back the job of {self.policy!r}: {said}"
           ) from error
         if not told:
-          _tell(
+          cli.tell(
               f"job of {self.policy!r}: waits for Ray to bring its processes'"
               f" places back, {_PLACING:g} s at most: {said}"
           )
         told = True
         time.sleep(_LOOK)
       except exceptions.RayTaskError as error:  # it would fail again
-        raise self._refused(_last_line(error)) from error
+        raise self._refused(cli.last_line(error)) from error
 
   def is_over(self) -> bool:
     """Whether all have ended well."""
@@ -293,30 +308,23 @@ class _Group:
         )
       self._again(f"code {died[0]}")
 
-  def close(self) -> None:
-    """Ends what still runs."""
-    self._stop(kill=False)
+  def stopping(self, *, kill: bool) -> list[Any]:
+    """Tells all processes to end; gives what is there when they have."""
+    return [host.stop.remote(kill=kill) for host in self._hosts]
 
   def _refused(self, why: str) -> FleetError:
     """A node does not start what it is to."""
     return FleetError(f"job of {self.policy!r} cannot be started: {why}")
 
-  def _stop(self, *, kill: bool) -> None:
-    """Ends the processes on all actors that are there."""
-    from ray import exceptions
-
-    for host in self._hosts:
-      with contextlib.suppress(exceptions.RayError):
-        _get([host.stop.remote(kill=kill)])
-
   def _again(self, why: str) -> None:
     """Starts the job again, if it may."""
-    what = f"job of {self.policy!r}: {why}"
+    said = jobs.last_line(self._plan.log_of(0, len(self._hosts)))
+    what = f"job of {self.policy!r}: {why}: {said}"
     if not self._left:
-      raise FleetError(what)
+      raise FleetError(f"{what}; see {self._plan.log}*.log")
     self._left -= 1
-    _tell(f"{what}; starting it again")
-    self._stop(kill=True)
+    cli.tell(f"{what}; starting it again")
+    _stop([self], kill=True)
     self.start()
 
   def _begin(self) -> None:
@@ -351,15 +359,14 @@ def _get(references: Sequence[Any]) -> Any:
   return ray.get(list(references), timeout=_ANSWER)
 
 
-def _tell(line: str) -> None:
-  """Prints a line."""
-  print(line, file=sys.stderr, flush=True)
+def _stop(groups: Sequence[_Group], *, kill: bool) -> None:
+  """Ends the processes on all actors that are there, at the same time."""
+  import ray
+  from ray import exceptions
 
-
-def _last_line(error: Exception) -> str:
-  """What an error says at the end; Ray's quote a traceback before."""
-  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-  return lines[-1] if lines else type(error).__name__
+  with contextlib.suppress(exceptions.RayError):
+    asked = [one for group in groups for one in group.stopping(kill=kill)]
+    ray.wait(asked, num_returns=len(asked), timeout=_ANSWER)
 
 
 def _lost() -> tuple[type[Exception], ...]:

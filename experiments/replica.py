@@ -80,7 +80,7 @@ def main() -> None:
       config = _config()
       values = recipe.plain(config)
       token = joining.token(_TOKEN_FILE.value, new=False)
-      cli.check_exposure(_LISTEN.value, token, cli.JOBS_TOKEN)
+      cli.check_exposure(_LISTEN.value, token, cli.TOKEN_ADVICE)
       place = stack.enter_context(
           joining.placed(
               _POLICY.value,

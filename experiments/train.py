@@ -281,7 +281,7 @@ def _passing() -> contextlib.AbstractContextManager[None]:
   """Ends a job in one line where starting it again may help."""
   if not (_POLICY.value or _LAUNCH.value):
     return contextlib.nullcontext()
-  from experiments.launch import CutOffError
+  from experiments.fleet import CutOffError
   from mgrpo_jax.agents.watchdog import StuckError
   from mgrpo_jax.decoupled import errors
   from mgrpo_jax.hosts.channel import SilentError
@@ -328,7 +328,7 @@ def _placed(
     policy = team[team.root].policy
   token = joining.token(_TOKEN_FILE.value, new=bool(_LAUNCH.value))
   if policy:
-    cli.check_exposure(_LISTEN.value, token, cli.JOBS_TOKEN)
+    cli.check_exposure(_LISTEN.value, token, cli.TOKEN_ADVICE)
   return joining.placed(
       policy,
       host=_LISTEN.value,

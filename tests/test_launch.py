@@ -1,10 +1,8 @@
 """Jobs of a team as a user starts them, and what is refused."""
 
-import contextlib
 import json
 import signal
 import socket
-import sys
 import threading
 import time
 
@@ -12,9 +10,8 @@ import pytest
 import replicated
 from commands import SMOKE, SPREAD, command
 
-from experiments import cli, fleet, joining, launch
-from experiments.fleet import Plan
-from mgrpo_jax import atomic, ownership, store, workdir
+from experiments import cli, joining, launch
+from mgrpo_jax import ownership, store
 from mgrpo_jax.decoupled.errors import ServerError
 from mgrpo_jax.replicas import records
 from mgrpo_jax.report.writer import read_metrics
@@ -200,79 +197,6 @@ def test_what_may_pass_is_no_mistake_in_the_command(tmp_path):
   assert f"cannot write {tmp_path}/jobs/main.0.log" in line
 
 
-@pytest.fixture
-def others(tmp_path, monkeypatch):
-  """Runs a job that is a program of one line, as `launch.others` does."""
-  monkeypatch.setattr(fleet, "LOOK", 0.02)
-  folder = tmp_path / "jobs/researcher"
-  plan = Plan(
-      policy="researcher", arguments=(), directory=folder, log=folder, devices=1
-  )
-
-  def run(program, said):
-    command = (sys.executable, "-c", program)
-    monkeypatch.setattr(fleet, "command", lambda *_, **__: command)
-    return launch.others([plan], token="0123456789abcdef", tell=said.append)
-
-  return run
-
-
-@pytest.mark.parametrize(
-    ("program", "starts", "ends"),
-    [
-        ("import sys; sys.exit(75)", 4, True),  # what failed may pass
-        ("import sys; sys.exit(2)", 1, True),  # the command line is wrong
-        ("import sys; sys.exit(0)", 1, False),
-    ],
-)
-def test_a_job_is_started_again_unless_its_command_is_wrong(
-    tmp_path, monkeypatch, others, program, starts, ends
-):
-  signals, said = threading.Event(), []
-  monkeypatch.setattr(launch.os, "kill", lambda *_: signals.set())
-  with contextlib.ExitStack() as stack:
-    if ends:
-      monkeypatch.setattr(launch, "_finish", lambda _: None)
-    stack.enter_context(others(program, said))
-    if ends:
-      assert signals.wait(60)
-  log = (tmp_path / "jobs/researcher.log").read_text()
-  assert log.count("$ ") == starts
-  assert signals.is_set() == ends
-  where, *ended = said
-  assert where.endswith(f"prints to {tmp_path}/jobs/researcher.log")
-  assert len(ended) == (starts if ends else 0)
-
-
-@pytest.mark.parametrize(("code", "ends"), [(2, 2), (75, 75), (1, 75)])
-def test_the_run_ends_in_order_with_the_job_that_cannot_go_on(
-    tmp_path, monkeypatch, others, code, ends
-):
-  def interrupt(*_):
-    raise KeyboardInterrupt  # as cli.run has it
-
-  monkeypatch.setattr(fleet, "_RESTARTS", 0)
-  closed, before = [], signal.signal(signal.SIGTERM, interrupt)
-  try:
-    with pytest.raises(fleet.FleetError, match="researcher ended") as told:
-      with others(f"print('wrong'); raise SystemExit({code})", []):
-        try:
-          time.sleep(60)
-        finally:
-          closed.append(True)
-  finally:
-    signal.signal(signal.SIGTERM, before)
-  log = tmp_path / "jobs/researcher.log"
-  assert str(told.value).endswith(f"code {code}: wrong; see {log}")
-  assert told.value.code == ends and closed
-
-
-def test_a_user_who_ends_the_run_is_not_told_of_jobs(others):
-  with pytest.raises(KeyboardInterrupt):
-    with others("import time; time.sleep(60)", []):
-      raise KeyboardInterrupt
-
-
 def test_a_job_of_another_config_ends_the_command_as_it_ended(tmp_path):
   """The leader is well, but its command would end so again."""
   other = tmp_path / "jobs/researcher"
@@ -286,31 +210,6 @@ def test_a_job_of_another_config_ends_the_command_as_it_ended(tmp_path):
   assert last.startswith("error: job of policy researcher ended with code 2")
   assert last.endswith(f"see {tmp_path}/jobs/researcher.log")
   assert "interrupted" not in result.stderr
-
-
-def test_a_job_that_is_cut_off_is_told(monkeypatch, others):
-  monkeypatch.setattr(launch, "_GRACE", 0.2)
-  with pytest.raises(launch.CutOffError, match="jobs of researcher"):
-    with others("import time; time.sleep(60)", []):
-      pass
-
-
-def test_no_job_is_doubled(tmp_path, monkeypatch, others):
-  """One of an earlier command still runs: it is waited for, then named."""
-  monkeypatch.setattr(fleet, "_LEFT", 0.2)
-  said, folder = [], tmp_path / "jobs/researcher"
-  with others("pass", said):
-    pass
-  assert len(said) == 1 and f"runs in {folder}" in said.pop()
-  assert not folder.exists()
-  with atomic.exclusive(folder / workdir.LOCK_FILE):
-    with pytest.raises(atomic.StorageError, match="researcher is in use"):
-      with others("pass", said):
-        pass
-  assert len(said) == 1 and "waits" in said[0]
-  with others("pass", said):
-    pass
-  assert (tmp_path / "jobs/researcher.log").read_text().count("$ ") == 2
 
 
 @pytest.fixture(scope="module")

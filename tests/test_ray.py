@@ -1,7 +1,9 @@
 """Jobs on a Ray cluster of several nodes, one of which is lost."""
 
 import concurrent.futures
+import functools
 import time
+import types
 
 import pytest
 from commands import assert_ended_alike, environment, train_spread
@@ -191,7 +193,7 @@ def test_what_does_not_mend_ends_all(run):
 def test_a_job_that_stays_behind_is_named(run, monkeypatch, capsys):
   monkeypatch.setattr(fleet, "_GRACE", 0.1)
   with pytest.raises(FleetError, match="jobs of researcher do not") as told:
-    run(main="exit 0", researcher="sleep 600")
+    run(main="exit 0", researcher="sleep 30")  # else it ends well
   assert told.value.code == 75
   said = capsys.readouterr().err
   for policy in ("main", "researcher"):
@@ -247,6 +249,94 @@ def test_a_host_that_is_started_again_leaves_no_process_behind(
   assert started[0].wait(60) == -9 and started[1].poll() is None
   host.stop(kill=True)
   assert started[1].wait(60) == -9
+
+
+def test_without_a_cluster_the_command_is_wrong(tmp_path, monkeypatch):
+  pytest.importorskip("ray", reason="ray is missing: pip install -e .[ray]")
+  monkeypatch.delenv("RAY_ADDRESS", raising=False)
+  # Other tests' clusters on this machine are none of ours.
+  monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+  monkeypatch.setattr(
+      "ray._private.services.find_gcs_addresses", functools.cache(set)
+  )
+  with pytest.raises(
+      FleetError, match="--ray_address=auto: .*not find"
+  ) as told:
+    ray_fleet.run([], hosts=1, token="", address="auto", tpu=None)
+  assert told.value.code == 2
+
+
+@pytest.mark.parametrize("text", ["v6e:3x3", "v99:4x4"])
+def test_a_slice_that_is_none_is_a_mistake_in_the_command(text):
+  pytest.importorskip("ray", reason="ray is missing: pip install -e .[ray]")
+  with pytest.raises(FleetError, match=f"--ray_tpu={text}: ") as told:
+    with ray_fleet._reserved(4, ray_fleet.parse_slice(text), "main"):
+      pass
+  assert told.value.code == 2
+
+
+def test_a_slice_is_waited_for_as_long_as_is_said(monkeypatch):
+  pytest.importorskip("ray", reason="ray is missing: pip install -e .[ray]")
+  from ray.util import tpu
+
+  waited = []
+
+  def reserve(*_, timeout_s):
+    waited.append(timeout_s)
+    raise TimeoutError("Failed to reserve")
+
+  monkeypatch.setattr(tpu, "reserve_tpu_slice", reserve)
+  with pytest.raises(FleetError, match="no slice for 'main': Failed") as told:
+    with ray_fleet._reserved(4, ray_fleet.parse_slice("v6e:4x4"), "main"):
+      pass
+  assert told.value.code == 75 and waited == [ray_fleet._PLACING]
+
+
+class Answer:
+  """A method of an actor that answers after a while, as a task of its own."""
+
+  def __init__(self, seconds):
+    import ray
+
+    def stop(kill):
+      time.sleep(seconds)
+
+    self.remote = ray.remote(num_cpus=0)(stop).remote
+
+
+def test_hosts_are_told_to_end_at_the_same_time(cluster, monkeypatch):
+  """One that does not answer costs the others nothing."""
+  import ray
+
+  monkeypatch.setattr(ray_fleet, "_ANSWER", 5.0)
+  with ray.init(address=cluster.address, log_to_driver=False):
+    groups = []
+    for _ in range(2):
+      group = object.__new__(ray_fleet._Group)
+      slow = types.SimpleNamespace(stop=Answer(60))
+      group._hosts = [slow, slow]
+      groups.append(group)
+    began = time.monotonic()
+    ray_fleet._stop(groups, kill=False)
+    assert 4 < time.monotonic() - began < 9  # once, not for each
+
+
+def test_who_dies_too_often_is_told_with_its_log(tmp_path):
+  plan = Plan(
+      policy="main",
+      arguments=(),
+      directory=tmp_path,
+      log=tmp_path / "main",
+      devices=1,
+  )
+  plan.log_of(0, 2).write_text("no memory\n")
+  group = object.__new__(ray_fleet._Group)
+  group.policy, group._plan, group._hosts, group._left = "main", plan, [0, 1], 0
+  with pytest.raises(FleetError) as told:
+    group._again("code 1")
+  assert str(told.value) == (
+      f"job of 'main': code 1: no memory; see {tmp_path}/main*.log"
+  )
 
 
 def test_a_slice_is_read_or_refused():

@@ -15,7 +15,7 @@ state() { qr describe "$1" --format='value(state.state)' 2>/dev/null || true; }
 
 place() { # waits for a slice; one that is lost makes room for another
   local now refused=0 lost=0 most="${ATTEMPTS:-50}"
-  while now=$(state "$1"); [[ $now != ACTIVE ]]; do
+  while now=$(state "$1"); [[ -e $going ]] || return 1; [[ $now != ACTIVE ]]; do
     case $now in
       '') qr create "$1" --node-id="$1" --accelerator-type="$TYPE" \
         --runtime-version="$RUNTIME" ${SPOT:+--spot} || {
@@ -25,7 +25,7 @@ place() { # waits for a slice; one that is lost makes room for another
       FAILED | SUSPENDED)
         lost=$((lost + 1))
         echo "$1: slice is $now, $lost of $most times before any ran" >&2
-        qr delete "$1" --force || true ;;
+        qr delete "$1" --force ;;
       *) refused=0 ;; # it stands in the queue, for as long as that takes
     esac
     ((refused < most && lost < most)) || return 1
@@ -33,14 +33,15 @@ place() { # waits for a slice; one that is lost makes room for another
   done
 }
 
-job() { # one policy's, to its end
-  local name="mgrpo-$1" run code=1
+job() { # one policy's, to its end; a process of its own
+  name="mgrpo-$1" code=1
   run="cd mgrpo_jax && python -m experiments.train --config=$CONFIG \
     --bucket=$BUCKET --policy=$1 --workdir=$SHARED/$1 --processes=0 \
     --listen=0.0.0.0 --reached_as=\$(hostname -I | cut -d' ' -f1) \
     --token_file=$SHARED/token"
+  trap 'qr delete "$name" --force || true' EXIT
+  trap 'exit 1' TERM
   for _ in $(seq "${ATTEMPTS:-50}"); do
-    [[ ! -e $stop/2 ]] || break # a job that this one waits for never comes
     code=1
     place "$name" || break
     if on_all "$name" "$SETUP"; then
@@ -51,18 +52,21 @@ job() { # one policy's, to its end
     echo "job of $1 ended early, with code $code" >&2
     sleep 30
   done
-  if ((code == 2)); then
-    echo "job of $1 ended with code 2, and would end so again" >&2
-    touch "$stop/2"
+  if ((code)); then # who waits for it would wait in vain
+    rm -f "$going"
+    echo "job of $1 is given up, and with it all jobs; code $code" >&2
   fi
-  qr delete "$name" --force || true
   ((code == 0 || code == 2)) || code=1
   return "$code"
 }
 
-jobs=() ended=0 stop=$(mktemp -d)
-trap 'rm -rf "$stop"' EXIT
-for policy in "$@"; do job "$policy" & jobs+=("$!"); done
+jobs=() ended=0 going=$(mktemp) # while it is there, jobs are tried again
+# However this ends, each job, a process group by -m, gives its slice back.
+trap 'rm -f "$going"; kill -- "${jobs[@]/#/-}" 2>/dev/null || true; wait' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+set -m
+for policy in "$@"; do job "$policy" </dev/null & jobs+=("$!"); done
 for one in "${jobs[@]}"; do
   code=0
   wait "$one" || code=$?
