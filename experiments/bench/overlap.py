@@ -12,15 +12,13 @@ of evaluations, but not what it costs that nothing runs ahead of them. The run
 of each kind that warms the compilation cache in DIR is not compared: with
 --pairs=0 there is no other, and only accuracies are to be read.
 
-A compiled program has one core to itself and is run by the thread that
-dispatches it, one after the other, as those of a sampler and a learner on
-devices of their own are: otherwise each takes all cores in its turn, by one
-program or by several side by side, and nothing is left to overlap. --every_core
-measures that, too. Where rollouts take R seconds and the rest U, in step a step
-takes R + U, and at best max(R, U) out of step: the table says what that ratio
-allows. R and U are of the first run in step, whose programs are run so with
---every_core as well; else updates that are still running count as the next
-step's rollouts.
+A compiled program has one core to itself, as a sampler and a learner on devices
+of their own would have: otherwise each takes all cores in its turn, and nothing
+is left to overlap. --every_core measures that, too. Where rollouts take R
+seconds and the rest U, in step a step takes R + U, and at best max(R, U) out of
+step: the table says what that ratio allows. R and U are of a first run in step
+in which whoever dispatches a program waits for it; otherwise updates that are
+still running count as the next step's rollouts.
 """
 
 from __future__ import annotations
@@ -165,8 +163,7 @@ def main() -> None:
     for staleness, kept in runs.items():
       workdir = arguments.workdir / f"{pair}_{staleness}"
       command = [*recipe, f"--config.rollout.max_staleness={staleness}"]
-      timed = pair == 0 and staleness == 0
-      apart = timed or not arguments.every_core
+      apart = pair == 0 and staleness == 0
       kept.append(run(command, workdir, flags=flags, apart=apart))
       print(f"{workdir}: {kept[-1]}", file=sys.stderr, flush=True)
   print(f"{' '.join(recipe)}; XLA_FLAGS={flags!r}; {arguments.pairs} pairs")
