@@ -9,6 +9,7 @@ import commands
 import pytest
 
 from mgrpo_jax import ownership, store
+from mgrpo_jax.decoupled import members
 
 POLICY = "researcher"
 
@@ -57,9 +58,9 @@ def job(tmp_path):
 def waiting(job, tmp_path):
   """Both when process 0 waits for the other policy's job."""
   processes, logs = job
-  record = tmp_path / "bucket" / "members" / POLICY
-  limit = time.monotonic() + 300
-  while not record.exists():
+  bucket = store.open_folder(tmp_path / "bucket")
+  limit = time.monotonic() + 600
+  while not ((record := members.read(bucket, POLICY)) and record.waits):
     codes = [one.poll() for one in processes]
     assert codes == [None, None], [log.read_text() for log in logs]
     assert time.monotonic() < limit
@@ -67,8 +68,8 @@ def waiting(job, tmp_path):
   return job
 
 
-def codes(processes, seconds=30):
-  """With what they end, within half of what launchers give them."""
+def codes(processes, seconds=60):
+  """With what they end, within what launchers give them."""
   try:
     return [process.wait(seconds) for process in processes]
   except subprocess.TimeoutExpired:

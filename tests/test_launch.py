@@ -41,8 +41,8 @@ def test_arguments_of_the_recipe_are_handed_on():
 def test_where_a_token_is_needed_it_is_said_how_to_give_one():
   for host, token in (("0.0.0.0", ""), ("10.0.0.1", ""), ("127.0.0.1", "no")):
     with pytest.raises(ValueError, match="--token_file=FILE .*JOBS_TOKEN"):
-      cli.check_exposure(host, token, cli.JOBS_TOKEN)
-  cli.check_exposure("127.0.0.1", "", cli.JOBS_TOKEN)
+      cli.check_exposure(host, token, cli.TOKEN_ADVICE)
+  cli.check_exposure("127.0.0.1", "", cli.TOKEN_ADVICE)
 
 
 def test_a_token_is_read_made_or_found_in_the_environment(
