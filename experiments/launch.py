@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from experiments import fleet, jobs
-from experiments.fleet import CutOffError as CutOffError
 from experiments.fleet import FleetError, Group, Plan
 
 

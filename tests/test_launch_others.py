@@ -126,7 +126,7 @@ def test_a_user_who_ends_the_run_is_not_told_of_jobs(others):
 
 def test_a_job_that_is_cut_off_is_told(monkeypatch, others):
   monkeypatch.setattr(fleet, "_GRACE", 0.2)
-  with pytest.raises(launch.CutOffError, match="jobs of researcher"):
+  with pytest.raises(fleet.CutOffError, match="jobs of researcher"):
     with others("import time; time.sleep(60)", []):
       pass
 
