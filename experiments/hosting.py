@@ -89,11 +89,11 @@ def assist(
   except crew.DrivenError as error:
     if told:
       signal.raise_signal(told[0])
-    print(f"error: {error}", file=sys.stderr)
+    cli.tell(f"error: {error}")
     sys.exit(error.code)
   except BaseException as error:
     if isinstance(error, SilentError):
-      print(f"error: {error}", file=sys.stderr)
+      cli.tell(f"error: {error}")
     else:
       traceback.print_exc()
     sys.stderr.flush()
@@ -120,8 +120,7 @@ def _put_off(told: list[int]) -> Iterator[Callable[[], None]]:
   def check() -> None:
     if told and not since:
       since.append(time.monotonic())
-      line = f"told to end: waits for process 0, up to {_CLOSING:.0f} s"
-      print(line, file=sys.stderr, flush=True)
+      cli.tell(f"told to end: waits for process 0, up to {_CLOSING:.0f} s")
     if since and time.monotonic() - since[0] > _CLOSING:
       raise SilentError(
           f"process 0 has not ended in {_CLOSING:.0f} s, this one was told to"
