@@ -138,14 +138,14 @@ def _run(started: float) -> None:
       from experiments import fleet, joining, recipe
       from mgrpo_jax import journal, metrics, ownership, workdir
       from mgrpo_jax.decoupled.errors import ServerError
-      from mgrpo_jax.hosts import driver, group
+      from mgrpo_jax.hosts import ending, group
       from mgrpo_jax.tasks import curriculum
 
       cli.need("matplotlib")  # which only the report imports, at the very end
       compiled = stack.enter_context(metrics.count_compilations())
       config = _checked()
       channel = group.open_channel(config.jobs.patience)
-      stack.enter_context(driver.driving(channel))
+      stack.enter_context(ending.driving(channel))
       values = recipe.plain(config)
       workdir.check(_WORKDIR.value, values)
       directory = workdir.Workdir(pathlib.Path(_WORKDIR.value))

@@ -24,10 +24,11 @@ from configs import decoupled_quickstart
 from experiments import hosting
 from mgrpo_jax import objectives, optim, packing, publish, store
 from mgrpo_jax.hosts import channel as channels
-from mgrpo_jax.hosts import crew, group
+from mgrpo_jax.hosts import crew, ending, group
 from mgrpo_jax.hosts.channel import Channel, SilentError
 from mgrpo_jax.hosts.crew import Crew, DrivenError
-from mgrpo_jax.hosts.driver import Driver, driving
+from mgrpo_jax.hosts.driver import Driver
+from mgrpo_jax.hosts.ending import driving
 from mgrpo_jax.hosts.sharing import Helper
 from mgrpo_jax.learner import Learner
 from mgrpo_jax.policy.lora import LoRA
@@ -274,7 +275,7 @@ def test_the_crew_hears_that_one_of_it_takes_no_orders():
     with driving(first):
       for _ in range(channels._AHEAD + 1):
         first.tell("kind")
-  assert given(keys) == ["kind"] * channels._AHEAD + [crew.FAIL]
+  assert given(keys) == ["kind"] * channels._AHEAD + [ending.FAIL]
   heard = [second.hear() for _ in given(keys)]
   assert "has not taken order 0" in heard[-1].values["reason"]
 
@@ -285,7 +286,7 @@ def test_the_crew_hears_that_its_end_could_not_be_told():
     with driving(first):
       for _ in range(channels._AHEAD):
         first.tell("kind")
-  assert given(keys) == ["kind"] * channels._AHEAD + [crew.FAIL]
+  assert given(keys) == ["kind"] * channels._AHEAD + [ending.FAIL]
 
 
 @pytest.mark.parametrize(
@@ -307,7 +308,7 @@ def test_the_crew_hears_of_what_cut_off_an_order(
     with driving(first):
       for _ in range(channels._AHEAD + 1):
         first.tell("kind")
-  assert given(keys) == ["kind"] * orders + [crew.FAIL]
+  assert given(keys) == ["kind"] * orders + [ending.FAIL]
 
 
 class Says(Channel):

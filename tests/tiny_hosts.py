@@ -55,7 +55,7 @@ def train(directory, bucket, policy):
   from mgrpo_jax import store
   from mgrpo_jax.decoupled.run import restricted
   from mgrpo_jax.hosts import crew
-  from mgrpo_jax.hosts.driver import driving
+  from mgrpo_jax.hosts.ending import driving
   from mgrpo_jax.resources import make_learner
 
   setup = delegating_setup(

@@ -122,7 +122,8 @@ def lead(setup, bucket, *, after_base):
   """Publishes, if wanted other weights before; again, where that failed."""
   from mgrpo_jax import atomic
   from mgrpo_jax.environments import Reach
-  from mgrpo_jax.hosts.driver import Driver, driving
+  from mgrpo_jax.hosts.driver import Driver
+  from mgrpo_jax.hosts.ending import driving
   from mgrpo_jax.publisher import Publisher
   from mgrpo_jax.resources import Resources
 

@@ -18,6 +18,7 @@ import numpy as np
 from mgrpo_jax import losses, objectives
 from mgrpo_jax.hosts import spread
 from mgrpo_jax.hosts.channel import Channel, Order
+from mgrpo_jax.hosts.ending import END, FAIL
 from mgrpo_jax.hosts.sharing import Helper
 from mgrpo_jax.learner import Learner
 from mgrpo_jax.store import Store
@@ -31,8 +32,6 @@ TAKE = "take"  # the state's arrays
 MERGE = "merge"  # the adapter's arrays
 PUBLISH = "publish"  # topic, folder, short
 MOVE = "move"
-END = "end"
-FAIL = "fail"  # reason, code
 
 
 class DrivenError(RuntimeError):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -125,37 +123,3 @@ class Driver(Learner):
     """Hands a batch to the others."""
     arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(batch)]
     self._channel.tell(crew.BATCH, {"score": score}, arrays)
-
-
-@contextlib.contextmanager
-def driving(channel: Channel | None) -> Iterator[None]:
-  """Has the other processes end with this one, and for the same reason.
-
-  Args:
-    channel: to them; None for a job of one process.
-
-  Yields:
-    Nothing.
-  """
-  try:
-    yield
-    if channel is not None:
-      channel.tell(crew.END)
-  except BaseException as error:
-    if channel is not None:
-      cause = error.__context__ if isinstance(error, SystemExit) else error
-      told = {
-          "reason": str(cause) or type(cause).__name__,
-          "code": _code(error),
-      }
-      with contextlib.suppress(jax.errors.JaxRuntimeError):  # they are gone
-        channel.tell(crew.FAIL, told, waits=False)
-    raise
-
-
-def _code(error: BaseException) -> int:
-  """With what the process will end."""
-  if isinstance(error, SystemExit) and isinstance(error.code, int):
-    return error.code
-  interrupted = isinstance(error, KeyboardInterrupt)
-  return 128 + signal.SIGINT if interrupted else 1
