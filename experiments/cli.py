@@ -24,7 +24,7 @@ BROKEN = 75  # what failed may pass: the same command may go on (EX_TEMPFAIL)
 BROKEN_PIPE = 128 + signal.SIGPIPE
 INTERRUPTED = 128 + signal.SIGINT  # as shells do
 TERMINATED = 128 + signal.SIGTERM
-
+_interruption = INTERRUPTED
 
 TOKEN_ADVICE = (
     "give the same token to all jobs and replicas by --token_file=FILE (openssl"
@@ -254,6 +254,11 @@ def last_line(error: Exception) -> str:
   return lines[-1] if lines else type(error).__name__
 
 
+def interruption() -> int:
+  """Gives the code of a command that is interrupted: of Ctrl-C or SIGTERM."""
+  return _interruption
+
+
 def run(
     main: Callable[[], None],
     *,
@@ -270,6 +275,8 @@ def run(
   Raises:
     SystemExit: code 2 after one line, on wrong input.
   """
+  global _interruption
+  _interruption = INTERRUPTED
   _open_streams()
   if {"--help", "-h"} & set(sys.argv[1:]):
     say(_help())
@@ -284,13 +291,12 @@ def run(
   os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
   for library in ("checkpoint", "publish"):  # commands say what was skipped
     logging.getLogger(f"mgrpo_jax.{library}").setLevel(logging.ERROR)
-  code = INTERRUPTED
 
   def terminate(number: int, frame: object) -> None:
     """Ends as Ctrl-C does, so that files are closed and engines stop."""
     del number, frame
-    nonlocal code
-    code = TERMINATED
+    global _interruption
+    _interruption = TERMINATED
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started by nohup
       raise KeyboardInterrupt
     signal.raise_signal(signal.SIGINT)
@@ -304,7 +310,7 @@ def run(
   except KeyboardInterrupt:
     hint = "; the same command continues" if resumes else ""
     print(f"interrupted{hint}", file=sys.stderr)
-    sys.exit(code)
+    sys.exit(_interruption)
 
 
 def _interrupt_again(lost: sys.UnraisableHookArgs) -> None:

@@ -135,17 +135,19 @@ def _run(started: float) -> None:
   """Trains all, or one policy's job."""
   with contextlib.ExitStack() as stack:
     with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
+      from mgrpo_jax.hosts import ending, group
+
+      # Before what takes a while, or may fail here alone: the others wait.
+      channel = group.open_channel(_patience())
+      stack.enter_context(ending.driving(channel, cli.interruption))
       from experiments import fleet, joining, recipe
       from mgrpo_jax import journal, metrics, ownership, workdir
       from mgrpo_jax.decoupled.errors import ServerError
-      from mgrpo_jax.hosts import ending, group
       from mgrpo_jax.tasks import curriculum
 
       cli.need("matplotlib")  # which only the report imports, at the very end
       compiled = stack.enter_context(metrics.count_compilations())
       config = _checked()
-      channel = group.open_channel(config.jobs.patience)
-      stack.enter_context(ending.driving(channel))
       values = recipe.plain(config)
       workdir.check(_WORKDIR.value, values)
       directory = workdir.Workdir(pathlib.Path(_WORKDIR.value))
@@ -254,6 +256,13 @@ def _checked() -> ml_collections.ConfigDict:
   recipe.check(config, only=_POLICY.value)
   hosting.check(config, _POLICY.value)
   return config
+
+
+def _patience() -> float:
+  """Seconds that this job waits for others, of a recipe not yet checked."""
+  with cli.flag_errors():
+    return cli.config_of(_CONFIG).get("jobs", {}).get("patience", 0.0)
+  raise AssertionError("fail() does not return")
 
 
 def _failures() -> tuple[type[Exception], ...]:

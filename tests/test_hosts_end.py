@@ -22,8 +22,8 @@ def taken(tmp_path):
 
 
 @pytest.fixture
-def job(tmp_path):
-  """Its two processes, and what they print."""
+def job(tmp_path, request):
+  """Its two processes, and what they print; the first is told more."""
   with socket.create_server(("127.0.0.1", 0)) as server:
     meeting = f"127.0.0.1:{server.getsockname()[1]}"
   logs = [tmp_path / f"{number}.log" for number in range(2)]
@@ -42,6 +42,7 @@ def job(tmp_path):
               f"--coordinator={meeting}",
               "--processes=2",
               f"--process={number}",
+              *(() if number else getattr(request, "param", ())),
               devices=2,
               stderr=errors,
           )
@@ -68,6 +69,14 @@ def waiting(job, tmp_path):
   return job
 
 
+def wait_for(path, process):
+  """Waits until a file is there."""
+  limit = time.monotonic() + 600
+  while not path.exists():
+    assert process.poll() is None and time.monotonic() < limit, f"no {path}"
+    time.sleep(0.1)
+
+
 def codes(processes, seconds=60):
   """With what they end, within what launchers give them."""
   try:
@@ -90,7 +99,7 @@ def test_both_close_what_is_open_when_both_are_told(waiting):
 def test_the_other_ends_when_process_0_is_told(waiting):
   processes, logs = waiting
   processes[0].send_signal(signal.SIGTERM)
-  assert codes(processes) == [143, 130]
+  assert codes(processes) == [143, 143]
   assert "process 0 ended: " in logs[1].read_text()
 
 
@@ -98,3 +107,25 @@ def test_both_end_with_the_code_of_process_0(taken, job):
   processes, logs = job
   assert codes(processes, seconds=300) == [2, 2]
   assert "a run with another config" in logs[1].read_text()
+
+
+@pytest.mark.parametrize(
+    "job", [["--config.jobs.patience=-1.0"]], indirect=True
+)
+def test_both_end_where_process_0_alone_cannot_begin(job):
+  processes, logs = job
+  assert codes(processes, seconds=90) == [2, 2]
+  assert "process 0 ended: config." in logs[1].read_text()
+
+
+def test_a_launcher_that_is_told_ends_soon_and_goes_on(tmp_path):
+  steps = tmp_path / "bucket" / "steps"
+  for _ in range(2):
+    before = {int(one.stem) for one in steps.glob("*.json")} or {-1}
+    training = commands.train_spread(f"--workdir={tmp_path}", "--launch=local")
+    try:
+      wait_for(steps / f"{max(before) + 1}.json", training)
+      training.terminate()
+      assert codes([training], seconds=30) == [143]  # kills after 60
+    finally:
+      commands.end(training)

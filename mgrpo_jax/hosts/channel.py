@@ -130,7 +130,7 @@ class Channel:
       waits: for who is far behind; a last order does not, and is given also
         where an error or a signal cut off the one before. It is not heard
         where that was cut off among its arrays: who takes those waits for the
-        rest until this process is gone.
+        rest, until `jax.distributed` misses this process (`silence` of `join`).
 
     Raises:
       SilentError: another process has not taken an earlier one in time.

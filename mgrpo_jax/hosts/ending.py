@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -15,11 +15,15 @@ FAIL = "fail"  # reason, code
 
 
 @contextlib.contextmanager
-def driving(channel: Channel | None) -> Iterator[None]:
+def driving(
+    channel: Channel | None,
+    interrupted: Callable[[], int] = lambda: 128 + signal.SIGINT,
+) -> Iterator[None]:
   """Has the other processes end with this one, and for the same reason.
 
   Args:
     channel: to them; None for a job of one process.
+    interrupted: gives the code with which this one ends where it is told to.
 
   Yields:
     Nothing.
@@ -30,19 +34,19 @@ def driving(channel: Channel | None) -> Iterator[None]:
       channel.tell(END)
   except BaseException as error:
     if channel is not None:
-      cause = error.__context__ if isinstance(error, SystemExit) else error
+      is_exit = isinstance(error, SystemExit)
+      cause = is_exit and error.__context__ or error
       told = {
           "reason": str(cause) or type(cause).__name__,
-          "code": _code(error),
+          "code": _code(error, interrupted),
       }
       with contextlib.suppress(jax.errors.JaxRuntimeError):  # they are gone
         channel.tell(FAIL, told, waits=False)
     raise
 
 
-def _code(error: BaseException) -> int:
+def _code(error: BaseException, interrupted: Callable[[], int]) -> int:
   """With what the process will end."""
   if isinstance(error, SystemExit) and isinstance(error.code, int):
     return error.code
-  interrupted = isinstance(error, KeyboardInterrupt)
-  return 128 + signal.SIGINT if interrupted else 1
+  return interrupted() if isinstance(error, KeyboardInterrupt) else 1
