@@ -33,7 +33,7 @@ _SILENCE = 900  # seconds borne of a process that lives: this machine is busy
 _RESTARTS = 3  # of each job
 LOOK = 0.5  # seconds between looks at them
 _LEFT = 90.0  # seconds in which those that an earlier command left end
-_SETTLING = 10.0  # seconds in which one process of a job ends after another
+SETTLING = 10.0  # seconds in which one process of a job ends after another
 _GRACE = 120.0  # seconds in which they end after the first has
 _DEVICES = "--xla_force_host_platform_device_count"
 
@@ -345,7 +345,7 @@ class Group:
     """
     if not any(one.process.poll() for one in self.running):
       return
-    end = time.monotonic() + _SETTLING
+    end = time.monotonic() + SETTLING
     while time.monotonic() < end and any(
         one.process.poll() is None for one in self.running
     ):

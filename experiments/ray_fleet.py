@@ -294,7 +294,13 @@ class _Group:
     if self._over:
       return
     try:
-      codes = _get([host.code.remote() for host in self._hosts])
+      codes = self._codes()
+      end = time.monotonic() + fleet.SETTLING
+      while (
+          any(codes) and None in codes and cli.USAGE_ERROR not in codes
+      ) and time.monotonic() < end:
+        time.sleep(_LOOK)
+        codes = self._codes()
     except _lost() as error:
       self._again(type(error).__name__)
       return
@@ -307,6 +313,10 @@ class _Group:
             code=cli.USAGE_ERROR,
         )
       self._again(f"code {died[0]}")
+
+  def _codes(self) -> list[int | None]:
+    """With what each process has ended."""
+    return _get([host.code.remote() for host in self._hosts])
 
   def stopping(self, *, kill: bool) -> list[Any]:
     """Tells all processes to end; gives what is there when they have."""

@@ -339,6 +339,29 @@ def test_who_dies_too_often_is_told_with_its_log(tmp_path):
   )
 
 
+@pytest.mark.parametrize(
+    "second", [[None, 75, 75], [None, None, 75], [None, None, None]]
+)
+def test_code_2_counts_where_another_process_ended_before(
+    second, tmp_path, monkeypatch
+):
+  codes = [[1, 1, 1], second, [None, 2, 2]]
+  monkeypatch.setattr(ray_fleet, "_LOOK", 0.01)
+  monkeypatch.setattr(ray_fleet, "_get", list)
+  group = object.__new__(ray_fleet._Group)
+  group.policy, group._over, group._left = "main", False, 0
+  group._plan = types.SimpleNamespace(log=tmp_path / "main")
+  group._hosts = [
+      types.SimpleNamespace(
+          code=types.SimpleNamespace(remote=iter(one).__next__)
+      )
+      for one in codes
+  ]
+  with pytest.raises(FleetError, match="main.* ended with code 2") as told:
+    group.look()
+  assert told.value.code == 2
+
+
 def test_a_slice_is_read_or_refused():
   assert ray_fleet.parse_slice("") is None
   assert ray_fleet.parse_slice("v6e:4x4") == Slice(
