@@ -20,11 +20,9 @@ from test_learner import (
     weights,
 )
 
-from configs import decoupled_quickstart
-from experiments import hosting
 from mgrpo_jax import objectives, optim, packing, publish, store
 from mgrpo_jax.hosts import channel as channels
-from mgrpo_jax.hosts import crew, ending, group
+from mgrpo_jax.hosts import crew, ending
 from mgrpo_jax.hosts.channel import Channel, SilentError
 from mgrpo_jax.hosts.crew import Crew, DrivenError
 from mgrpo_jax.hosts.driver import Driver
@@ -62,6 +60,18 @@ class Keys:
   def key_value_delete(self, key):
     with self._changed:
       del self.values[key]
+
+
+class Bounded(Keys):
+  """Keys of which a wait without end fails."""
+
+  def __init__(self, seconds):
+    super().__init__()
+    self._end = time.monotonic() + seconds
+
+  def blocking_key_value_get(self, key, timeout_in_ms):
+    assert time.monotonic() < self._end, "waits without end"
+    return super().blocking_key_value_get(key, timeout_in_ms)
 
 
 class CutOff(Keys):
@@ -333,18 +343,8 @@ def test_what_cannot_be_said_is_told_in_short(bucket):
   helper.check()  # process 0 has heard it
 
 
-def bound(seconds):
-  """What fails a test that waits for longer."""
-  end = time.monotonic() + seconds
-
-  def check():
-    assert time.monotonic() < end, "waits without end"
-
-  return check
-
-
 def test_what_process_0_cannot_hear_ends_the_other(bucket):
-  _, second, _ = pair()
+  _, second, _ = pair(keys=Bounded(120))
   second.__class__, second.cut_off = Says, True
   with contextlib.closing(Helper(bucket, second)) as helper:
     helper.begin({"a": jax.numpy.zeros(3)}, topic="t", folder="f", short=False)
@@ -354,7 +354,7 @@ def test_what_process_0_cannot_hear_ends_the_other(bucket):
         helper.check()
         time.sleep(0.01)
     with pytest.raises(jax.errors.JaxRuntimeError, match="too long"):
-      Crew(None, OBJECTIVES, helper).run(second, bound(60))  # no order comes
+      Crew(None, OBJECTIVES, helper).run(second)  # no order comes
 
 
 def test_orders_that_do_not_fit_are_refused(bucket):
@@ -365,39 +365,6 @@ def test_orders_that_do_not_fit_are_refused(bucket):
   values = {"objective": "imitate", "rates": [1e-2], "batches": [1]}
   with pytest.raises(ValueError, match="1 batches, 0 are here"):
     helper.obey(dataclasses.replace(order, kind="step", values=values))
-
-
-@pytest.mark.parametrize(
-    ("place", "told"),
-    [
-        ({"coordinator": "host"}, "must be HOST:PORT"),
-        ({"coordinator": "host:0"}, "must be HOST:PORT"),
-        ({"process": 2}, "--process=2: allowed: 0 to 1"),
-        ({"process": -1}, "--process=-1: allowed: 0 to 1"),
-    ],
-)
-def test_a_place_that_cannot_be_is_refused(place, told):
-  usual = {"coordinator": "127.0.0.1:9", "process": 0}
-  with pytest.raises(ValueError, match=told):
-    group.join(processes=2, silence=9, **usual | place)
-
-
-def test_a_process_alone_joins_nobody_and_decides():
-  group.join(coordinator="", processes=1, process=0, silence=9)
-  assert group.decides() and group.open_channel(9.0) is None
-
-
-def test_all_devices_of_a_job_are_its_meshs(monkeypatch):
-  config = decoupled_quickstart.get_config("smoke")
-  hosting.check(config, "main")  # of one process
-  monkeypatch.setattr(jax, "process_count", lambda: 2)
-  with pytest.raises(ValueError, match="main.mesh: takes 1 devices, allowed"):
-    hosting.check(config, "main")
-  config.policies.main.mesh.data = jax.device_count()
-  hosting.check(config, "main")
-  config.policies.main.sampler_tensor = jax.local_device_count() + 1
-  with pytest.raises(ValueError, match="main.sampler_tensor: .* one process"):
-    hosting.check(config, "main")
 
 
 def test_a_batch_is_handed_over_field_by_field():
