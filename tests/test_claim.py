@@ -7,13 +7,14 @@ import time
 import killed
 import pytest
 
-from mgrpo_jax import publish, retention, store
+from mgrpo_jax import publish, retention, store, workdir
 from mgrpo_jax.atomic import CorruptError, StorageError
-from mgrpo_jax.decoupled import claim, members
+from mgrpo_jax.decoupled import claim, members, run
 from mgrpo_jax.decoupled.claim import Home
 from mgrpo_jax.decoupled.ending import Ending
 from mgrpo_jax.decoupled.errors import AbsentError, ClaimedError
 from mgrpo_jax.decoupled.members import Heart
+from mgrpo_jax.decoupled.part import Job
 
 OURS = Home(id="a", place="here:/run")
 OTHERS = Home(id="b", place="there:/other")
@@ -229,6 +230,49 @@ def test_who_fails_is_told_first_that_the_job_is_lost(
       if not reads:
         monkeypatch.setattr(bucket, "read", fail)
       raise AbsentError("no sign of life")
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_what_fails_beside_the_run_is_told_after_that_the_job_is_lost(
+    bucket, tmp_path, lost
+):
+  """As where a call of another job cannot be kept on the disk."""
+  job = Job(
+      policy="sub",
+      workdir=workdir.Workdir(tmp_path / "run"),
+      where=None,
+      address="http://127.0.0.1:1",
+      token="",
+      patience=30.0,
+      heartbeat=0.2,
+      tell=print,
+  )
+
+  async def work():
+    async with run.alive(bucket, job) as (first, ending):
+      first._stop.set()  # as by SIGSTOP
+      first._thread.join()
+      if lost:
+        with heart(store.open(bucket.url), claim.home_of(job.workdir.path)):
+          pass
+      time.sleep(0.6)
+      ending.tell(StorageError("File too large"))
+      await asyncio.sleep(60)
+
+  with pytest.raises(ClaimedError if lost else StorageError):
+    asyncio.run(work())
+
+
+def test_what_is_told_before_it_is_entered_ends_the_run_too():
+  async def work():
+    ending = Ending()
+    ending.tell(ClaimedError("taken"))
+    await asyncio.sleep(0)
+    async with ending:
+      pytest.fail("its body ran")
+
+  with pytest.raises(ClaimedError, match="taken"):
+    asyncio.run(work())
 
 
 def test_a_beat_that_arrives_late_undoes_no_later_one(bucket):

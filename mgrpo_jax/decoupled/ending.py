@@ -8,18 +8,27 @@ from typing import Self
 
 
 class Ending:
-  """Within `async with`: the body ends with the first error that is told."""
+  """Within `async with`: the body ends with the first error that is told.
+
+  It is made where it is entered, in a task, perhaps some lines before: what is
+  told in between ends the body as well.
+  """
 
   def __init__(self) -> None:
     """Ends nothing yet."""
     self._error: BaseException | None = None
-    self._loop: asyncio.AbstractEventLoop | None = None
+    self._loop = asyncio.get_running_loop()
     self._host: asyncio.Task[object] | None = None
     self._cancelled = False
 
   async def __aenter__(self) -> Self:
-    """Takes the task that enters."""
-    self._loop = asyncio.get_running_loop()
+    """Takes the task that enters.
+
+    Raises:
+      BaseException: that was told before.
+    """
+    if self._error is not None:
+      raise self._error
     self._host = asyncio.current_task()
     return self
 
@@ -45,7 +54,7 @@ class Ending:
     Args:
       error: what the body is to end with.
     """
-    if self._loop is not None and not self._loop.is_closed():
+    if not self._loop.is_closed():
       self._loop.call_soon_threadsafe(self._end, error)
 
   def _end(self, error: BaseException) -> None:

@@ -55,19 +55,7 @@ async def open_job(
     learner = functools.partial(Driver, channel=job.channel)
   async with contextlib.AsyncExitStack() as stack:
     stack.callback(store.hurry, _LAST)  # threads that still read go, too
-    ending = await stack.enter_async_context(Ending())
-    heart = stack.enter_context(
-        Heart(
-            store,
-            policy=job.policy,
-            address=job.address,
-            home=claim.home_of(job.workdir.path),
-            every=job.heartbeat,
-            patience=job.patience,
-            tell=job.tell,
-            lost=ending.tell,
-        )
-    )
+    heart, ending = await stack.enter_async_context(alive(store, job))
     peer = functools.partial(
         Peer,
         store,
@@ -110,6 +98,38 @@ async def open_job(
     )
     await stack.enter_async_context(answers)
     yield run
+
+
+@contextlib.asynccontextmanager
+async def alive(store: Store, job: Job) -> AsyncIterator[tuple[Heart, Ending]]:
+  """Keeps a job's record alive; ends the body where something beside it fails.
+
+  Args:
+    store: the bucket.
+    job: who this is.
+
+  Yields:
+    The heart, and what ends the body.
+
+  Raises:
+    ClaimedError: another run directory has the job, or another process took
+      it: also in place of what was told to have failed.
+    StorageError: the bucket cannot be read or written.
+  """
+  ending = Ending()
+  heart = Heart(
+      store,
+      policy=job.policy,
+      address=job.address,
+      home=claim.home_of(job.workdir.path),
+      every=job.heartbeat,
+      patience=job.patience,
+      tell=job.tell,
+      lost=ending.tell,
+  )
+  with heart:  # outside: it must see the error, not a cancellation
+    async with ending:
+      yield heart, ending
 
 
 def restricted(setup: Setup, policy: str) -> Setup:
