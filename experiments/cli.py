@@ -25,6 +25,7 @@ BROKEN_PIPE = 128 + signal.SIGPIPE
 INTERRUPTED = 128 + signal.SIGINT  # as shells do
 TERMINATED = 128 + signal.SIGTERM
 _interruption = INTERRUPTED
+_ends = threading.Event()  # for it was interrupted
 
 TOKEN_ADVICE = (
     "give the same token to all jobs and replicas by --token_file=FILE (openssl"
@@ -277,6 +278,7 @@ def run(
   """
   global _interruption
   _interruption = INTERRUPTED
+  _ends.clear()
   _open_streams()
   if {"--help", "-h"} & set(sys.argv[1:]):
     say(_help())
@@ -297,10 +299,14 @@ def run(
     del number, frame
     global _interruption
     _interruption = TERMINATED
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started by nohup
-      raise KeyboardInterrupt
     signal.raise_signal(signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
+  if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As shells start what is to run beside them. It is held back instead: as
+    # asyncio must find a handler, by which SIGTERM ends a run in order.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGINT, signal.default_int_handler)
   signal.signal(signal.SIGTERM, terminate)
   sys.unraisablehook = _interrupt_again
   try:
@@ -308,6 +314,8 @@ def run(
     with _stdout():
       sys.stdout.flush()
   except KeyboardInterrupt:
+    _ends.set()  # with this code, whatever tells it so again
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     hint = "; the same command continues" if resumes else ""
     print(f"interrupted{hint}", file=sys.stderr)
     sys.exit(_interruption)
@@ -315,8 +323,13 @@ def run(
 
 def _interrupt_again(lost: sys.UnraisableHookArgs) -> None:
   """Repeats a Ctrl-C that came in a callback, where Python drops it."""
+
+  def interrupt() -> None:
+    if not _ends.is_set():
+      os.kill(os.getpid(), signal.SIGINT)
+
   if issubclass(lost.exc_type, KeyboardInterrupt):
-    again = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
+    again = threading.Timer(0.05, interrupt)
     again.daemon = True
     again.start()
   else:

@@ -111,6 +111,69 @@ def test_an_interrupt_that_a_callback_drops_comes_again():
   assert ended.stderr == "interrupted\n" and not ended.stdout
 
 
+BESIDE = """
+import asyncio, os, signal
+from experiments import cli
+
+async def work():
+  try:
+    os.kill(os.getpid(), signal.SIGINT)  # which is not for what runs beside
+    await asyncio.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("goes on until it waits")
+    await asyncio.sleep(30)
+  except asyncio.CancelledError:
+    print("leaves in order")
+    raise
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+cli.run(lambda: asyncio.run(work()))
+"""
+
+
+def test_what_a_shell_starts_beside_itself_ends_in_order():
+  ended = python("-c", BESIDE)
+  assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
+  assert ended.stderr == "interrupted\n"
+  assert ended.stdout == "goes on until it waits\nleaves in order\n"
+
+
+TWICE = """
+import os, signal, sys, time
+from experiments import cli
+
+class Callback:
+  def __del__(self):
+    os.kill(os.getpid(), signal.SIGINT)
+
+class Late:
+  def write(self, text):
+    sys.__stderr__.write(text)
+    {again}
+    time.sleep(0.2)
+
+  def flush(self):
+    sys.__stderr__.flush()
+
+def main():
+  sys.stderr = Late()
+  os.kill(os.getpid(), signal.SIGTERM)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "again", ["os.kill(os.getpid(), signal.SIGTERM)", "Callback()"]
+)
+def test_the_code_stays_where_it_is_told_again_while_it_leaves(again):
+  """As launchers do, and as a callback drops it."""
+  ended = python("-c", TWICE.format(again=again))
+  assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
+  assert ended.stderr == "interrupted\n"
+
+
 @pytest.mark.parametrize("name", ["credit", "gradients", "decode"])
 def test_benchmarks_try_where_to_write_before_they_begin(tmp_path, name):
   out = tmp_path / "missing" / "found.json"
