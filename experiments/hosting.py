@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import os
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 
 import jax
 import ml_collections
@@ -53,7 +51,12 @@ def check(config: ml_collections.ConfigDict, policy: str) -> None:
 
 
 def assist(
-    setup: Setup, policy: str, bucket: Store, *, patience: float
+    setup: Setup,
+    policy: str,
+    bucket: Store,
+    *,
+    patience: float,
+    told: Sequence[int] = (),
 ) -> None:
   """Does this process's part of what process 0 of the job does.
 
@@ -65,31 +68,28 @@ def assist(
     policy: of the job.
     bucket: that the jobs share.
     patience: seconds that it waits for the others to come.
+    told: signals to end that came, also later, and are heeded by the caller.
 
   Raises:
-    KeyboardInterrupt: it was told to end, and process 0 has.
     SystemExit: process 0 ended in an error, with its code.
   """
   channel = group.open_channel(patience)
   assert channel is not None  # process 0 is elsewhere
-  told: list[int] = []
   try:
-    with _put_off(told) as check:
-      crew.assist(
-          channel,
-          mesh=setup.meshes[policy].learner,
-          make=functools.partial(make_learner, setup, policy),
-          objectives={
-              "imitate": setup.method.imitation_loss,
-              "reinforce": setup.method.policy_loss,
-          },
-          store=bucket,
-          check=check,
-      )
+    crew.assist(
+        channel,
+        mesh=setup.meshes[policy].learner,
+        make=functools.partial(make_learner, setup, policy),
+        objectives={
+            "imitate": setup.method.imitation_loss,
+            "reinforce": setup.method.policy_loss,
+        },
+        store=bucket,
+        check=_bound(told),
+    )
   except crew.DrivenError as error:
-    if told:
-      signal.raise_signal(told[0])
-    cli.tell(f"error: {error}")
+    if not told:
+      cli.tell(f"error: {error}")
     sys.exit(error.code)
   except BaseException as error:
     if isinstance(error, SilentError):
@@ -101,21 +101,13 @@ def assist(
     os._exit(cli.BROKEN if isinstance(error, SilentError) else 1)
 
 
-@contextlib.contextmanager
-def _put_off(told: list[int]) -> Iterator[Callable[[], None]]:
-  """Notes signals to end, in place of ending.
+def _bound(told: Sequence[int]) -> Callable[[], None]:
+  """Gives what raises SilentError where process 0 does not end in time.
 
   Args:
-    told: gets their numbers.
-
-  Yields:
-    What raises SilentError where process 0 does not end either, in time.
+    told: signals to end that came; the time begins with the first.
   """
   since: list[float] = []
-
-  def note(number: int, frame: object) -> None:
-    del frame
-    told.append(number)
 
   def check() -> None:
     if told and not since:
@@ -126,13 +118,4 @@ def _put_off(told: list[int]) -> Iterator[Callable[[], None]]:
           f"process 0 has not ended in {_CLOSING:.0f} s, this one was told to"
       )
 
-  before = {
-      number: signal.signal(number, note)
-      for number in (signal.SIGINT, signal.SIGTERM)
-      if signal.getsignal(number) is not signal.SIG_IGN
-  }
-  try:
-    yield check
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
+  return check

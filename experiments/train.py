@@ -29,7 +29,7 @@ import pathlib
 import sys
 import time
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -43,6 +43,7 @@ if typing.TYPE_CHECKING:
   import ml_collections
 
   from experiments.joining import Opened, Place
+  from mgrpo_jax.hosts.channel import Channel
   from mgrpo_jax.journal import Journal
   from mgrpo_jax.plan import Setup
   from mgrpo_jax.store import Store
@@ -113,33 +114,34 @@ _TOKEN_FILE = flags.DEFINE_string(
 def main() -> None:
   """Trains; see the module."""
   started = time.monotonic()
-  with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
-    _check_flags()
-    from mgrpo_jax.hosts import group
+  with contextlib.ExitStack() as stack:
+    with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
+      _check_flags()
+      from mgrpo_jax.hosts import ending, group, signals
+    with signals.held() as told:  # until there is who can be told of them
+      with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
+        group.join(  # first: much of what is imported later uses devices
+            coordinator=_COORDINATOR.value,
+            processes=_PROCESSES.value,
+            process=_PROCESS.value,
+            silence=_SILENCE.value,
+        )
+        unchecked = cli.config_of(_CONFIG).get("jobs", {})
+        channel = group.open_channel(unchecked.get("patience", 0.0))
+      if not group.decides():
+        _assist(told)
+        return
+      stack.enter_context(ending.driving(channel, cli.interruption))
+    if _LAUNCH.value == "ray" or (_LAUNCH.value and _HOSTS.value > 1):
+      _launch()
+    else:
+      _run(started, channel)
 
-    group.join(  # first: much of what is imported later uses devices
-        coordinator=_COORDINATOR.value,
-        processes=_PROCESSES.value,
-        process=_PROCESS.value,
-        silence=_SILENCE.value,
-    )
-  if _LAUNCH.value == "ray" or (_LAUNCH.value and _HOSTS.value > 1):
-    _launch()
-  elif group.decides():
-    _run(started)
-  else:
-    _assist()
 
-
-def _run(started: float) -> None:
+def _run(started: float, channel: Channel | None) -> None:
   """Trains all, or one policy's job."""
   with contextlib.ExitStack() as stack:
     with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
-      from mgrpo_jax.hosts import ending, group
-
-      # Before what takes a while, or may fail here alone: the others wait.
-      channel = group.open_channel(_patience())
-      stack.enter_context(ending.driving(channel, cli.interruption))
       from experiments import fleet, joining, recipe
       from mgrpo_jax import journal, metrics, ownership, workdir
       from mgrpo_jax.decoupled.errors import ServerError
@@ -223,7 +225,7 @@ def _launch() -> None:
     cli.say(f"all jobs have ended; see {_WORKDIR.value}")
 
 
-def _assist() -> None:
+def _assist(told: Sequence[int]) -> None:
   """Does this process's part of a job that another one decides for."""
   with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
     from experiments import hosting, recipe
@@ -233,7 +235,8 @@ def _assist() -> None:
     config, policy = _checked(), _POLICY.value
     bucket = store.open(config.publish.bucket)
     setup = restricted(recipe.build(config, only=policy), policy)
-  hosting.assist(setup, policy, bucket, patience=config.jobs.patience)
+  patience = config.jobs.patience
+  hosting.assist(setup, policy, bucket, patience=patience, told=told)
 
 
 def _check_flags() -> None:
@@ -256,13 +259,6 @@ def _checked() -> ml_collections.ConfigDict:
   recipe.check(config, only=_POLICY.value)
   hosting.check(config, _POLICY.value)
   return config
-
-
-def _patience() -> float:
-  """Seconds that this job waits for others, of a recipe not yet checked."""
-  with cli.flag_errors():
-    return cli.config_of(_CONFIG).get("jobs", {}).get("patience", 0.0)
-  raise AssertionError("fail() does not return")
 
 
 def _failures() -> tuple[type[Exception], ...]:

@@ -57,11 +57,16 @@ def ended(process, seconds=600):
   try:
     return process.wait(seconds)
   finally:
-    process.terminate()
-    try:
-      process.wait(_CLOSING)
-    finally:
-      process.kill()
+    end(process)
+
+
+def end(process):
+  """Ends a command that may still run, and with it all that it started."""
+  process.terminate()
+  try:
+    process.wait(_CLOSING)
+  finally:
+    process.kill()
 
 
 def assert_ended_alike(directory, other):

@@ -46,7 +46,8 @@ class Keys:
 
   def key_value_set(self, key, value):
     with self._changed:
-      assert key not in self.values
+      if key in self.values:
+        raise jax.errors.JaxRuntimeError(f"ALREADY_EXISTS: key {key} already")
       self.values[key] = value
       self._changed.notify_all()
 
@@ -93,8 +94,6 @@ class CutOff(Keys):
     return found
 
   def key_value_set(self, key, value):
-    if key in self.values:
-      raise jax.errors.JaxRuntimeError(f"ALREADY_EXISTS: key {key} already")
     self._do("key_value_set", key, value)
 
   def blocking_key_value_get(self, key, timeout_in_ms):
@@ -110,7 +109,7 @@ def pair(patience=600.0, keys=None):
     return buffer
 
   def take(buffer):
-    told = sent.get(timeout=600)
+    told = sent.get(timeout=60)
     assert told.shape == buffer.shape and told.dtype == buffer.dtype
     return told
 

@@ -69,6 +69,22 @@ def waiting(job, tmp_path):
   return job
 
 
+@pytest.fixture
+def beside():
+  """As what a shell starts with `&`: without Ctrl-C."""
+  before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+def wait_for(path, process):
+  """Waits until a file is there."""
+  limit = time.monotonic() + 600
+  while not path.exists():
+    assert process.poll() is None and time.monotonic() < limit, f"no {path}"
+    time.sleep(0.1)
+
+
 def codes(processes, seconds=60):
   """With what they end, within what launchers give them."""
   try:
@@ -108,3 +124,16 @@ def test_both_end_where_process_0_alone_cannot_begin(job):
   processes, logs = job
   assert codes(processes, seconds=90) == [2, 2]
   assert "process 0 ended: config." in logs[1].read_text()
+
+
+def test_a_launcher_that_is_told_ends_soon_and_goes_on(tmp_path, beside):
+  steps = tmp_path / "bucket" / "steps"
+  for _ in range(2):
+    before = {int(one.stem) for one in steps.glob("*.json")} or {-1}
+    training = commands.train_spread(f"--workdir={tmp_path}", "--launch=local")
+    try:
+      wait_for(steps / f"{max(before) + 1}.json", training)  # amid the next
+      training.terminate()
+      assert codes([training], seconds=40) == [143]  # kills after 60
+    finally:
+      commands.end(training)

@@ -11,6 +11,7 @@ Beside the orders, threads of one process may say something to those of another.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -21,7 +22,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from mgrpo_jax.hosts import meeting
+from mgrpo_jax.hosts import meeting, signals
 
 _ROOT = "mgrpo/orders"
 _AHEAD = 8  # orders that were given and not yet taken
@@ -113,38 +114,58 @@ class Channel:
       self._wait("broadcast")
       self._broadcast(np.zeros(1, np.uint32))
 
-  def tell(
+  @contextlib.contextmanager
+  def order(
       self,
       kind: str,
       values: Mapping[str, Any] | None = None,
       arrays: Sequence[Any] = (),
-      *,
-      waits: bool = True,
-  ) -> None:
-    """Gives an order; for process 0, which then does the same itself.
+  ) -> Iterator[None]:
+    """Gives an order; for process 0, which does the same in the body.
+
+    Signals to end are heeded when that is done: the others would wait in a
+    program that this process does not run.
 
     Args:
       kind: of the order.
       values: JSON.
       arrays: all of each on this host.
-      waits: for who is far behind; a last order does not, and is given also
-        where an error or a signal cut off the one before. It is not heard
-        where that was cut off among its arrays: who takes those waits for the
-        rest, until `jax.distributed` misses this process (`silence` of `join`).
+
+    Yields:
+      Nothing.
 
     Raises:
       SilentError: another process has not taken an earlier one in time.
     """
-    given = [np.asarray(array, order="C") for array in arrays]
-    if waits and self._number >= _AHEAD:
+    if self._number >= _AHEAD:
       self._forget(self._number - _AHEAD)
-    words = {
-        "kind": kind,
-        "values": dict(values or {}),
-        "arrays": [[list(one.shape), one.dtype.name] for one in given],
-    }
-    self._write(json.dumps(words), last=not waits)
-    self._share(given, source=True)
+    with signals.held():
+      self._give(kind, values or {}, arrays)
+      yield
+
+  def tell(
+      self,
+      kind: str,
+      values: Mapping[str, Any] | None = None,
+      arrays: Sequence[Any] = (),
+  ) -> None:
+    """Gives an order of which this process has no part; see `order`."""
+    with self.order(kind, values, arrays):
+      pass
+
+  def tell_last(self, kind: str, values: Mapping[str, Any]) -> None:
+    """Gives a last order, also after an error cut off the one before.
+
+    It waits for nobody. It is not heard where that one was cut off among its
+    arrays: who takes those waits for the rest, until `jax.distributed` misses
+    this process (`silence` of `join`).
+
+    Args:
+      kind: of the order.
+      values: JSON.
+    """
+    with signals.held():
+      self._give(kind, values, (), last=True)
 
   def hear(self, check: Callable[[], None] = lambda: None) -> Order:
     """Waits for the next order; for every other process.
@@ -220,16 +241,31 @@ class Channel:
     """Removes what this process said, when all have heard it."""
     self._client.key_value_delete(_said(topic, self.process))
 
-  def _write(self, words: str, *, last: bool) -> None:
+  def _give(
+      self,
+      kind: str,
+      values: Mapping[str, Any],
+      arrays: Sequence[Any],
+      *,
+      last: bool = False,
+  ) -> None:
     """Writes the next order, whose number counts once it is there."""
+    given = [np.asarray(array, order="C") for array in arrays]
+    words = {
+        "kind": kind,
+        "values": dict(values),
+        "arrays": [[list(one.shape), one.dtype.name] for one in given],
+    }
+    text = json.dumps(words)
     try:
-      self._client.key_value_set(_order(self._number), words)
+      self._client.key_value_set(_order(self._number), text)
     except jax.errors.JaxRuntimeError as error:
       if not last or "ALREADY_EXISTS" not in str(error):
         raise
-      self._number += 1  # a signal came when the one before was written
-      self._client.key_value_set(_order(self._number), words)
+      self._number += 1  # an error came when the one before was written
+      self._client.key_value_set(_order(self._number), text)
     self._number += 1
+    self._share(given, source=True)
 
   def _wait(self, name: str) -> None:
     """Waits until all processes wait under the same name."""

@@ -32,9 +32,9 @@ class Driver(Learner):
       channel: to the other processes.
       **kwargs: of `Learner`.
     """
-    channel.tell(crew.MEET)
-    channel.meet(kwargs["mesh"])
-    super().__init__(*args, **kwargs)
+    with channel.order(crew.MEET):
+      channel.meet(kwargs["mesh"])
+      super().__init__(*args, **kwargs)
     self._channel = channel
     self._gathered: Any = None  # `trained`, until it changes
     self._offers = 0
@@ -43,43 +43,44 @@ class Driver(Learner):
   def trained(self) -> Any:
     """What is trained, as it is now."""
     if self._gathered is None:
-      self._channel.tell(crew.GATHER, {"what": "params"})
-      self._gathered = spread.gather(self.state.params)
+      with self._channel.order(crew.GATHER, {"what": "params"}):
+        self._gathered = spread.gather(self.state.params)
     return self._gathered
 
   @property
   def whole(self) -> TrainState:
     """The train state."""
-    self._channel.tell(crew.GATHER, {"what": "state"})
-    return spread.gather(self.state)
+    with self._channel.order(crew.GATHER, {"what": "state"}):
+      return spread.gather(self.state)
 
   def offered(self, folder: str, *, short: bool) -> Shared:
     """Gives what is trained to be published, each process its own part."""
     topic, self._offers = f"publish/{self._offers}", self._offers + 1
-    self._channel.tell(
+    with self._channel.order(
         crew.PUBLISH, {"topic": topic, "folder": folder, "short": short}
-    )
-    return Shared(
-        self.state.params, channel=self._channel, topic=topic, short=short
-    )
+    ):
+      return Shared(
+          self.state.params, channel=self._channel, topic=topic, short=short
+      )
 
   def take(self, state: TrainState) -> None:
     """Continues from a state."""
-    self._channel.tell(crew.TAKE, arrays=jax.tree.leaves(state))
-    self._gathered = None
-    super().take(state)
+    with self._channel.order(crew.TAKE, arrays=jax.tree.leaves(state)):
+      self._gathered = None
+      super().take(state)
 
   def merged(self, trained: Any) -> Any:
     """Gives the transformer's weights; see `Learner.merged`."""
     if self.lora is None:
       return trained
-    self._channel.tell(crew.MERGE, arrays=jax.tree.leaves(trained))
-    return crew.merge(self, jax.tree.leaves(trained))
+    arrays = jax.tree.leaves(trained)
+    with self._channel.order(crew.MERGE, arrays=arrays):
+      return crew.merge(self, arrays)
 
   def move_reference(self) -> None:
     """Compares with the weights as they are now, from now on."""
-    self._channel.tell(crew.MOVE)
-    super().move_reference()
+    with self._channel.order(crew.MOVE):
+      super().move_reference()
 
   def pack(
       self, credits: Sequence[Credit], objective: objectives.Objective
@@ -88,7 +89,7 @@ class Driver(Learner):
     batches = super().pack(credits, objective)
     if isinstance(objective, objectives.ImitationLoss):
       for batch in batches:
-        self._tell(batch, score=False)
+        self._channel.tell(*_batch_order(batch, score=False))
     return batches
 
   def step(
@@ -100,26 +101,30 @@ class Driver(Learner):
   ) -> Step:
     """Makes one update for each minibatch; see `Learner.step`."""
     imitates = isinstance(objective, objectives.ImitationLoss)
-    self._channel.tell(
+    totals = jax.tree.leaves([totals for _, totals in minibatches])
+    with self._channel.order(
         crew.STEP,
         {
             "objective": "imitate" if imitates else "reinforce",
             "rates": list(learning_rates),
             "batches": [len(batches) for batches, _ in minibatches],
         },
-        [leaf for _, totals in minibatches for leaf in jax.tree.leaves(totals)],
-    )
-    self._gathered = None
-    return super().step(
-        minibatches, objective=objective, learning_rates=learning_rates
-    )
+        totals,
+    ):
+      self._gathered = None
+      return super().step(
+          minibatches, objective=objective, learning_rates=learning_rates
+      )
 
   def scored(self, batch: TrainBatch) -> TrainBatch:
     """Fills in what the trainer says of a batch before its updates."""
-    self._tell(batch, score=True)
-    return super().scored(batch)
+    with self._channel.order(*_batch_order(batch, score=True)):
+      return super().scored(batch)
 
-  def _tell(self, batch: TrainBatch, *, score: bool) -> None:
-    """Hands a batch to the others."""
-    arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(batch)]
-    self._channel.tell(crew.BATCH, {"score": score}, arrays)
+
+def _batch_order(
+    batch: TrainBatch, *, score: bool
+) -> tuple[str, dict[str, bool], list[np.ndarray]]:
+  """The order that hands a batch to the others."""
+  arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(batch)]
+  return crew.BATCH, {"score": score}, arrays

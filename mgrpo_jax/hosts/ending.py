@@ -41,7 +41,7 @@ def driving(
           "code": _code(error, interrupted),
       }
       with contextlib.suppress(jax.errors.JaxRuntimeError):  # they are gone
-        channel.tell(FAIL, told, waits=False)
+        channel.tell_last(FAIL, told)
     raise
 
 

@@ -1,0 +1,115 @@
+"""Signals to end are heeded when what others take part in is done."""
+
+import concurrent.futures
+import signal
+import threading
+
+import pytest
+from test_hosts import IMITATION, OBJECTIVES, Bounded, make, pair, same, train
+
+from mgrpo_jax import store
+from mgrpo_jax.hosts import crew, signals
+from mgrpo_jax.hosts.crew import DrivenError
+from mgrpo_jax.hosts.driver import Driver
+from mgrpo_jax.hosts.ending import driving
+
+
+@pytest.fixture(autouse=True)
+def heeded():
+  """As in a process that no shell has put beside itself."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_is_heeded_when_the_body_is_over():
+  done = []
+  with pytest.raises(KeyboardInterrupt):
+    with signals.held() as came:
+      signal.raise_signal(signal.SIGINT)
+      done.append(list(came))
+  assert done == [[signal.SIGINT]]
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_is_heeded_where_the_body_fails():
+  with pytest.raises(KeyboardInterrupt) as caught:
+    with signals.held():
+      signal.raise_signal(signal.SIGINT)
+      raise OSError("a fault")
+  assert isinstance(caught.value.__context__, OSError)
+
+
+def test_what_is_ignored_stays_so():
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  with signals.held() as came:
+    signal.raise_signal(signal.SIGINT)
+  assert not came
+
+
+def test_threads_hold_no_signal():
+  """Python lets none of them set a handler; none is disturbed either."""
+  found = []
+
+  def work():
+    with signals.held() as came:
+      found.append(came)
+
+  thread = threading.Thread(target=work)
+  thread.start()
+  thread.join()
+  assert found == [[]]
+
+
+class Told(Bounded):
+  """This process is told to end as soon as it has written an order."""
+
+  def __init__(self, count):
+    super().__init__(60.0)
+    self.left = count
+
+  def key_value_set(self, key, value):
+    super().key_value_set(key, value)
+    if key.endswith("words"):
+      self.left -= 1
+      if not self.left:
+        signal.raise_signal(signal.SIGINT)
+
+
+def everything(channel):
+  """One order of each kind, and the learner after each of them."""
+  driver = make(Driver, channel=channel)
+  yield driver
+  train(driver, IMITATION)
+  yield driver
+  driver.move_reference()
+  train(driver, OBJECTIVES["reinforce"])
+  driver.take(driver.whole)
+  assert driver.trained is not None
+  driver.offered("policies/main/v0", short=False)
+  yield driver
+
+
+@pytest.mark.parametrize("count", range(1, 12))
+def test_an_order_is_carried_out_by_all_or_by_none(tmp_path, count):
+  first, second, _ = pair(keys=Told(count))
+  helper = make()
+  learners = []  # the driver, once it is made
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    done = pool.submit(
+        crew.assist,
+        second,
+        mesh=None,
+        make=lambda: helper,
+        objectives=OBJECTIVES,
+        store=store.open_folder(tmp_path),
+    )
+    with pytest.raises(KeyboardInterrupt):
+      with driving(first):
+        for learner in everything(first):
+          learners.append(learner)
+        signal.raise_signal(signal.SIGINT)  # at the latest
+    with pytest.raises(DrivenError):
+      done.result(timeout=600)
+  if learners:
+    assert same(helper.state, learners[0].state)
