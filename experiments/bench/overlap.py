@@ -14,11 +14,12 @@ of each kind that warms the compilation cache in DIR is not compared: with
 
 A compiled program has one core to itself, as a sampler and a learner on devices
 of their own would have: otherwise each takes all cores in its turn, and nothing
-is left to overlap. --every_core measures that, too. Where rollouts take R
-seconds and the rest U, in step a step takes R + U, and at best max(R, U) out of
-step: the table says what that ratio allows. R and U are of a first run in step
-in which whoever dispatches a program waits for it; otherwise updates that are
-still running count as the next step's rollouts.
+is left to overlap. So XLA has one thread in step, where programs take turns,
+and two out of step. --every_core measures without that, too. Where rollouts
+take R seconds and the rest U, in step a step takes R + U, and at best
+max(R, U) out of step: the table says what that ratio allows. R and U are of a
+first run in step in which whoever dispatches a program waits for it; otherwise
+updates that are still running count as the next step's rollouts.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def run(
     arguments: Sequence[str],
     workdir: pathlib.Path,
     *,
-    flags: str,
+    threads: int | None,
     apart: bool = False,
 ) -> dict[str, Any]:
   """Trains once.
@@ -72,7 +73,7 @@ def run(
   Args:
     arguments: of `experiments.train`.
     workdir: new; its parent holds the cache of compiled programs.
-    flags: of XLA.
+    threads: in which XLA computes, each program in one; None for all cores.
     apart: whether whoever dispatches a program waits for its end.
 
   Returns:
@@ -84,8 +85,11 @@ def run(
   environment = os.environ | {
       "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache"),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-      "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
   }
+  if threads is not None:
+    given = os.environ.get("XLA_FLAGS", "")
+    environment["XLA_FLAGS"] = f"{given} {_ONE_CORE}".strip()
+    environment["PJRT_NPROC"] = str(threads)
   start = ("-c", _APART) if apart else ("-m", "experiments.train")
   command = [sys.executable, *start, *arguments]
   began, used = time.monotonic(), _used()
@@ -157,22 +161,24 @@ def main() -> None:
   arguments, rest = _arguments()
   given = any(one.startswith("--config=") for one in rest)
   recipe = rest if given else [*_RECIPE, *rest]
-  flags = "" if arguments.every_core else _ONE_CORE
   runs: dict[int, list[dict[str, Any]]] = {0: [], arguments.staleness: []}
   for pair in range(arguments.pairs + 1):
     for staleness, kept in runs.items():
       workdir = arguments.workdir / f"{pair}_{staleness}"
       command = [*recipe, f"--config.rollout.max_staleness={staleness}"]
       apart = pair == 0 and staleness == 0
-      kept.append(run(command, workdir, flags=flags, apart=apart))
+      taken = 2 if staleness else 1  # programs at a time
+      threads = None if arguments.every_core else taken
+      kept.append(run(command, workdir, threads=threads, apart=apart))
       print(f"{workdir}: {kept[-1]}", file=sys.stderr, flush=True)
-  print(f"{' '.join(recipe)}; XLA_FLAGS={flags!r}; {arguments.pairs} pairs")
+  cores = "every core" if arguments.every_core else "a core a program"
+  print(f"{' '.join(recipe)}; {cores}; {arguments.pairs} pairs")
   _table(
       {name: found[1:] or found for name, found in runs.items()},
       apart=runs[0][0],
   )
   if arguments.out is not None:
-    told = {"recipe": recipe, "flags": flags, "runs": runs}
+    told = {"recipe": recipe, "cores": cores, "runs": runs}
     arguments.out.write_text(json.dumps(told, indent=2) + "\n")
 
 
