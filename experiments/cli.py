@@ -25,7 +25,7 @@ BROKEN_PIPE = 128 + signal.SIGPIPE
 INTERRUPTED = 128 + signal.SIGINT  # as shells do
 TERMINATED = 128 + signal.SIGTERM
 _interruption = INTERRUPTED
-_ends = threading.Event()  # for it was interrupted
+_ends = threading.Event()  # set once it is clear with which code
 
 TOKEN_ADVICE = (
     "give the same token to all jobs and replicas by --token_file=FILE (openssl"
@@ -314,10 +314,16 @@ def run(
     with _stdout():
       sys.stdout.flush()
   except KeyboardInterrupt:
-    _ends.set()  # with this code, whatever tells it so again
+    _ends.set()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     hint = "; the same command continues" if resumes else ""
-    print(f"interrupted{hint}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody reads it
+      tell(f"interrupted{hint}")
+    # What is left may take long: who is told again ends at once.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(_interruption))
+    # Python 3.11 ends by SIGINT, whatever the code, after a KeyboardInterrupt
+    # that passed through an `exec`, as dataclasses have; until another `exec`.
+    exec("")
     sys.exit(_interruption)
 
 

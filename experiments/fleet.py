@@ -350,8 +350,9 @@ class Group:
         one.process.poll() is None for one in self.running
     ):
       time.sleep(LOOK)
-    # Process 0, which comes first, knows best why they end.
-    one = next(one for one in self.running if one.process.poll())
+    one = self.running[
+        jobs.telling([one.process.poll() for one in self.running])
+    ]
     code = one.process.returncode
     said = jobs.last_line(one.job.log)
     what = f"job of policy {one.job.name} ended with code {code}: {said}"

@@ -56,7 +56,7 @@ def assist(
     bucket: Store,
     *,
     patience: float,
-    told: Sequence[int] = (),
+    told: list[int],
 ) -> None:
   """Does this process's part of what process 0 of the job does.
 
@@ -68,7 +68,8 @@ def assist(
     policy: of the job.
     bucket: that the jobs share.
     patience: seconds that it waits for the others to come.
-    told: signals to end that came, also later, and are heeded by the caller.
+    told: signals to end that came, also later. The caller heeds them where
+      process 0 did; else this is cleared, for it ended with another code.
 
   Raises:
     SystemExit: process 0 ended in an error, with its code.
@@ -88,7 +89,8 @@ def assist(
         check=_bound(told),
     )
   except crew.DrivenError as error:
-    if not told:
+    if not told or error.code not in (cli.INTERRUPTED, cli.TERMINATED):
+      told.clear()
       cli.tell(f"error: {error}")
     sys.exit(error.code)
   except BaseException as error:
@@ -99,6 +101,7 @@ def assist(
     sys.stderr.flush()
     # At once: `jax.distributed` would wait for process 0, which waits for us.
     os._exit(cli.BROKEN if isinstance(error, SilentError) else 1)
+  told.clear()
 
 
 def _bound(told: Sequence[int]) -> Callable[[], None]:

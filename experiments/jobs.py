@@ -21,6 +21,7 @@ import subprocess
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
+from experiments import cli
 from mgrpo_jax import atomic
 from mgrpo_jax.report.live import printable
 
@@ -220,6 +221,21 @@ def _tied(how: str) -> tuple[str, ...]:
   if shutil.which("setpriv") is None:
     return ()
   return ("setpriv", "--pdeathsig", how, "--")
+
+
+def telling(codes: Sequence[int | None]) -> int:
+  """Finds the process of several that tells best why they end.
+
+  Args:
+    codes: with what each has ended, None of one that runs; some with an error.
+
+  Returns:
+    The number of the first that ended with 2, which trying again does not
+    mend; else of the first that ended with an error.
+  """
+  failed = [number for number, code in enumerate(codes) if code]
+  wrong = [number for number in failed if codes[number] == cli.USAGE_ERROR]
+  return (wrong or failed)[0]
 
 
 def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:

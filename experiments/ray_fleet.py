@@ -296,23 +296,22 @@ class _Group:
     try:
       codes = self._codes()
       end = time.monotonic() + fleet.SETTLING
-      while (
-          any(codes) and None in codes and cli.USAGE_ERROR not in codes
-      ) and time.monotonic() < end:
+      while any(codes) and None in codes and time.monotonic() < end:
         time.sleep(_LOOK)
         codes = self._codes()
     except _lost() as error:
       self._again(type(error).__name__)
       return
     self._over = all(code == 0 for code in codes)
-    if died := [code for code in codes if code]:
-      if cli.USAGE_ERROR in died:
+    if any(codes):
+      code = codes[jobs.telling(codes)]
+      if code == cli.USAGE_ERROR:
         raise FleetError(
-            f"job of {self.policy!r} ended with code {cli.USAGE_ERROR};"
+            f"job of {self.policy!r} ended with code {code};"
             f" see {self._plan.log}*.log",
-            code=cli.USAGE_ERROR,
+            code=code,
         )
-      self._again(f"code {died[0]}")
+      self._again(f"code {code}")
 
   def _codes(self) -> list[int | None]:
     """With what each process has ended."""

@@ -29,12 +29,13 @@ import pathlib
 import sys
 import time
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
 
 from experiments import cli
+from mgrpo_jax.hosts import signals
 
 with cli.user_errors(ModuleNotFoundError):
   from ml_collections import config_flags
@@ -115,19 +116,19 @@ def main() -> None:
   """Trains; see the module."""
   started = time.monotonic()
   with contextlib.ExitStack() as stack:
-    with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
-      _check_flags()
-      from mgrpo_jax.hosts import ending, group, signals
     with signals.held() as told:  # until there is who can be told of them
       with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
+        _check_flags()
+        cli.config_of(_CONFIG)  # before others wait: each may find it wrong
+        from mgrpo_jax.hosts import ending, group
+
         group.join(  # first: much of what is imported later uses devices
             coordinator=_COORDINATOR.value,
             processes=_PROCESSES.value,
             process=_PROCESS.value,
             silence=_SILENCE.value,
         )
-        unchecked = cli.config_of(_CONFIG).get("jobs", {})
-        channel = group.open_channel(unchecked.get("patience", 0.0))
+        channel = group.open_channel()
       if not group.decides():
         _assist(told)
         return
@@ -142,14 +143,17 @@ def _run(started: float, channel: Channel | None) -> None:
   """Trains all, or one policy's job."""
   with contextlib.ExitStack() as stack:
     with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
-      from experiments import fleet, joining, recipe
-      from mgrpo_jax import journal, metrics, ownership, workdir
-      from mgrpo_jax.decoupled.errors import ServerError
-      from mgrpo_jax.tasks import curriculum
+      with signals.held():  # extensions abort where one cuts off their import
+        from experiments import fleet, joining, recipe
+        from mgrpo_jax import journal, metrics, ownership, workdir
+        from mgrpo_jax.decoupled.errors import ServerError
+        from mgrpo_jax.tasks import curriculum
 
       cli.need("matplotlib")  # which only the report imports, at the very end
       compiled = stack.enter_context(metrics.count_compilations())
       config = _checked()
+      if channel is not None:
+        channel.patience = config.jobs.patience
       values = recipe.plain(config)
       workdir.check(_WORKDIR.value, values)
       directory = workdir.Workdir(pathlib.Path(_WORKDIR.value))
@@ -225,7 +229,7 @@ def _launch() -> None:
     cli.say(f"all jobs have ended; see {_WORKDIR.value}")
 
 
-def _assist(told: Sequence[int]) -> None:
+def _assist(told: list[int]) -> None:
   """Does this process's part of a job that another one decides for."""
   with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
     from experiments import hosting, recipe
@@ -233,9 +237,8 @@ def _assist(told: Sequence[int]) -> None:
     from mgrpo_jax.decoupled.run import restricted
 
     config, policy = _checked(), _POLICY.value
-    bucket = store.open(config.publish.bucket)
+    bucket, patience = store.open(config.publish.bucket), config.jobs.patience
     setup = restricted(recipe.build(config, only=policy), policy)
-  patience = config.jobs.patience
   hosting.assist(setup, policy, bucket, patience=patience, told=told)
 
 

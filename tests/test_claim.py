@@ -263,18 +263,6 @@ def test_what_fails_beside_the_run_is_told_after_that_the_job_is_lost(
     asyncio.run(work())
 
 
-def test_what_is_told_before_it_is_entered_ends_the_run_too():
-  async def work():
-    ending = Ending()
-    ending.tell(ClaimedError("taken"))
-    await asyncio.sleep(0)
-    async with ending:
-      pytest.fail("its body ran")
-
-  with pytest.raises(ClaimedError, match="taken"):
-    asyncio.run(work())
-
-
 def test_a_beat_that_arrives_late_undoes_no_later_one(bucket):
   with heart(bucket, OURS, every=1000.0) as beating:
     late = bucket.read(members.key("sub"))

@@ -7,7 +7,15 @@ import subprocess
 import sys
 
 import pytest
-from commands import QUICKSTART, ROOT, command, environment, python, refused
+from commands import (
+  QUICKSTART,
+  ROOT,
+  SMOKE,
+  command,
+  environment,
+  python,
+  refused,
+)
 
 from configs import quickstart
 from experiments import recipe
@@ -136,6 +144,62 @@ def test_what_a_shell_starts_beside_itself_ends_in_order():
   assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
   assert ended.stderr == "interrupted\n"
   assert ended.stdout == "goes on until it waits\nleaves in order\n"
+
+
+WITHIN = """
+import os, signal
+from experiments import cli
+
+def main():
+  exec("os.kill(os.getpid(), signal.SIGTERM)")  # as a dataclass is made
+
+if __name__ == "__main__":
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+  cli.run(main)
+"""
+
+
+def test_the_code_is_told_where_python_runs_a_text(tmp_path):
+  """Python's own end by SIGINT would come first."""
+  (tmp_path / "within.py").write_text(WITHIN)
+  ended = subprocess.run(
+      [sys.executable, "-m", "within"],
+      cwd=tmp_path,
+      env=environment(),
+      capture_output=True,
+      text=True,
+      check=False,
+  )
+  assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
+
+
+def test_the_code_stays_where_nobody_reads():
+  told = "import sys, os; sys.stderr = os.fdopen(os.pipe()[1], 'w')\n"
+  ended = python("-c", told + INTERRUPTED.format(resumes=False))
+  assert ended.returncode == 128 + signal.SIGTERM
+
+
+LAUNCHING = """
+from jax._src import xla_bridge
+from experiments import cli, train
+
+train._launch = lambda: print(list(xla_bridge._backends))
+cli.run(train.main, required=("config", "workdir"), resumes=True)
+"""
+
+
+@pytest.mark.parametrize("launch", [["ray"], ["local", "--hosts=2"]])
+def test_a_launcher_takes_no_device_from_what_it_starts(tmp_path, launch):
+  how, *more = launch
+  ended = python(
+      "-c",
+      LAUNCHING,
+      SMOKE,
+      f"--workdir={tmp_path}",
+      f"--launch={how}",
+      *more,
+  )
+  assert ended.stdout == "[]\n", ended.stderr
 
 
 TWICE = """

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import itertools
 import time
 import types
 
@@ -347,19 +348,42 @@ def test_code_2_counts_where_another_process_ended_before(
 ):
   codes = [[1, 1, 1], second, [None, 2, 2]]
   monkeypatch.setattr(ray_fleet, "_LOOK", 0.01)
+  monkeypatch.setattr(ray_fleet.fleet, "SETTLING", 0.1)
   monkeypatch.setattr(ray_fleet, "_get", list)
   group = object.__new__(ray_fleet._Group)
   group.policy, group._over, group._left = "main", False, 0
   group._plan = types.SimpleNamespace(log=tmp_path / "main")
   group._hosts = [
       types.SimpleNamespace(
-          code=types.SimpleNamespace(remote=iter(one).__next__)
+          code=types.SimpleNamespace(
+              remote=itertools.chain(one, itertools.repeat(one[-1])).__next__
+          )
       )
       for one in codes
   ]
   with pytest.raises(FleetError, match="main.* ended with code 2") as told:
     group.look()
   assert told.value.code == 2
+
+
+def test_who_goes_on_without_the_others_is_not_waited_for(
+    tmp_path, monkeypatch
+):
+  monkeypatch.setattr(ray_fleet, "_LOOK", 0.01)
+  monkeypatch.setattr(ray_fleet.fleet, "SETTLING", 0.05)
+  monkeypatch.setattr(ray_fleet, "_get", list)
+  group = object.__new__(ray_fleet._Group)
+  group.policy, group._over = "main", False
+  again = []
+  group._again = again.append
+  group._hosts = [
+      types.SimpleNamespace(
+          code=types.SimpleNamespace(remote=lambda code=code: code)
+      )
+      for code in (None, 75)
+  ]
+  group.look()
+  assert again == ["code 75"]
 
 
 def test_a_slice_is_read_or_refused():

@@ -40,6 +40,61 @@ def test_a_signal_is_heeded_where_the_body_fails():
   assert isinstance(caught.value.__context__, OSError)
 
 
+@pytest.mark.parametrize(
+    "came",
+    [
+        (signal.SIGINT, signal.SIGTERM),
+        (signal.SIGTERM, signal.SIGINT),
+        (signal.SIGTERM, signal.SIGTERM),
+    ],
+)
+def test_of_several_one_is_heeded(came):
+  heeded = []
+  signal.signal(signal.SIGINT, lambda number, _: heeded.append(number))
+  before = signal.signal(
+      signal.SIGTERM, lambda number, _: heeded.append(number)
+  )
+  try:
+    with signals.held():
+      for number in came:
+        signal.raise_signal(number)
+  finally:
+    signal.signal(signal.SIGTERM, before)
+  assert heeded == [signal.SIGTERM]
+
+
+def test_none_is_heeded_by_who_clears_them():
+  with signals.held() as came:
+    signal.raise_signal(signal.SIGINT)
+    came.clear()
+
+
+def test_a_signal_amid_the_change_of_handlers_is_heeded(monkeypatch):
+  """SIGTERM raises SIGINT, as commands have it."""
+  before = signal.signal(
+      signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT)
+  )
+  straight, changes = signal.signal, []
+
+  def change(number, handler):
+    found = straight(number, handler)
+    changes.append(number)
+    if len(changes) == 3:  # the first that is put back
+      signal.raise_signal(signal.SIGTERM)
+    return found
+
+  try:
+    with pytest.raises(KeyboardInterrupt):
+      with signals.held():
+        monkeypatch.setattr(signal, "signal", change)
+        changes.extend([0, 0])
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "note" not in repr(signal.getsignal(signal.SIGTERM))
+  finally:
+    straight(signal.SIGTERM, before)
+
+
 def test_what_is_ignored_stays_so():
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   with signals.held() as came:
@@ -74,6 +129,23 @@ class Told(Bounded):
       self.left -= 1
       if not self.left:
         signal.raise_signal(signal.SIGINT)
+
+
+class Early(Bounded):
+  """This process is told to end before it writes an order."""
+
+  def key_value_set(self, key, value):
+    if key.endswith("words"):
+      signal.raise_signal(signal.SIGINT)
+    super().key_value_set(key, value)
+
+
+def test_the_last_order_is_given_where_a_signal_comes_as_well():
+  first, second, _ = pair(keys=Early(60.0))
+  with pytest.raises(KeyboardInterrupt):
+    with driving(first):
+      raise OSError("no disk")
+  assert second.hear().values["reason"] == "no disk"
 
 
 def everything(channel):

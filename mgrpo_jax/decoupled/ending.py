@@ -10,8 +10,7 @@ from typing import Self
 class Ending:
   """Within `async with`: the body ends with the first error that is told.
 
-  It is made where it is entered, in a task, perhaps some lines before: what is
-  told in between ends the body as well.
+  It is made in the task that enters it, which awaits nothing in between.
   """
 
   def __init__(self) -> None:
@@ -22,13 +21,7 @@ class Ending:
     self._cancelled = False
 
   async def __aenter__(self) -> Self:
-    """Takes the task that enters.
-
-    Raises:
-      BaseException: that was told before.
-    """
-    if self._error is not None:
-      raise self._error
+    """Takes the task that enters."""
     self._host = asyncio.current_task()
     return self
 

@@ -72,6 +72,7 @@ class Channel:
   Attributes:
     process: number of this one.
     others: numbers of all but process 0.
+    patience: seconds that process 0 waits for another to take an order.
   """
 
   def __init__(
@@ -96,7 +97,7 @@ class Channel:
     self._client = client
     self.process = process
     self.others = range(1, processes)
-    self._patience = patience
+    self.patience = patience
     self._broadcast = broadcast
     self._number = 0
 
@@ -228,7 +229,7 @@ class Channel:
     key, begun = _said(topic, process), time.monotonic()
     while (text := self._look(key)) is None:
       now = time.monotonic()
-      if now >= min(begun + self._patience + more, limit()):
+      if now >= min(begun + self.patience + more, limit()):
         raise SilentError(
             f"process {process} of this job has not said {topic!r} within"
             f" {now - begun:.0f} s"
@@ -270,11 +271,11 @@ class Channel:
   def _wait(self, name: str) -> None:
     """Waits until all processes wait under the same name."""
     try:
-      milliseconds = round(self._patience * 1000)
+      milliseconds = round(self.patience * 1000)
       self._client.wait_at_barrier(f"mgrpo/{name}", milliseconds)
     except jax.errors.JaxRuntimeError as error:
       raise SilentError(
-          f"not all processes of this job came within {self._patience:g} s:"
+          f"not all processes of this job came within {self.patience:g} s:"
           f" {str(error).splitlines()[0]}"
       ) from error
 
@@ -289,13 +290,13 @@ class Channel:
 
   def _forget(self, number: int) -> None:
     """Waits until all have taken an order, and removes it."""
-    end = time.monotonic() + self._patience
+    end = time.monotonic() + self.patience
     for process in self.others:
       while self._look(_taken(number, process)) is None:
         if time.monotonic() >= end:
           raise SilentError(
               f"process {process} of this job has not taken order {number}"
-              f" within {self._patience:g} s"
+              f" within {self.patience:g} s"
           )
       self._client.key_value_delete(_taken(number, process))
     self._client.key_value_delete(_order(number))

@@ -34,8 +34,8 @@ def driving(
       channel.tell(END)
   except BaseException as error:
     if channel is not None:
-      is_exit = isinstance(error, SystemExit)
-      cause = is_exit and error.__context__ or error
+      exits = isinstance(error, SystemExit)
+      cause = (error.__context__ if exits else None) or error
       told = {
           "reason": str(cause) or type(cause).__name__,
           "code": _code(error, interrupted),

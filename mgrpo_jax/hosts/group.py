@@ -14,6 +14,7 @@ import jax
 from jax._src import distributed  # its client has no public name yet
 from jax.experimental import multihost_utils
 
+from mgrpo_jax.hosts import signals
 from mgrpo_jax.hosts.channel import Channel
 
 _START = 300  # seconds in which all of them come
@@ -59,7 +60,8 @@ def join(
   # It would take SIGTERM from Python, which closes files and leaves in order.
   jax.config.update("jax_enable_preemption_service", False)
   try:
-    jax.distributed.initialize(**arguments)
+    with signals.unheld():  # Python sees none while it waits
+      jax.distributed.initialize(**arguments)
   except RuntimeError as error:
     first = str(error).splitlines()[0]
     raise ConnectionError(
@@ -72,15 +74,18 @@ def decides() -> bool:
   return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def open_channel(patience: float) -> Channel | None:
+def open_channel(patience: float = 0.0) -> Channel | None:
   """Opens the channel between the processes of this job.
 
   Args:
-    patience: seconds that process 0 waits for another to take an order.
+    patience: seconds that process 0 waits for another to take an order; may be
+      set later, see `Channel`.
 
   Returns:
     The channel; None where this process is all of the job.
   """
+  if not jax.distributed.is_initialized():  # takes no device to be found out
+    return None
   if jax.process_count() == 1:
     return None
   client = distributed.global_state.client

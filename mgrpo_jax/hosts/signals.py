@@ -5,19 +5,41 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 _TO_END = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def held() -> Iterator[Sequence[int]]:
-  """Heeds signals to end when the body is over, and not before.
+def unheld() -> Iterator[None]:
+  """Lets signals end the process at once, also where Python would not see them.
 
-  Only the main thread is ever disturbed by one: in others this does nothing.
+  For a long wait in other than Python's code, when nothing is to be closed yet.
 
   Yields:
-    The numbers of those that came, so far.
+    Nothing.
+  """
+  before = {
+      number: signal.signal(number, signal.SIG_DFL)
+      for number in _TO_END
+      if signal.getsignal(number) is not signal.SIG_IGN
+  }
+  try:
+    yield
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[list[int]]:
+  """Heeds signals to end when the body is over, and not before.
+
+  However many came, one is heeded: SIGTERM before SIGINT. Only the main thread
+  is ever disturbed by one: in others this does nothing.
+
+  Yields:
+    The numbers of those that came, so far; who clears it heeds none.
   """
   came: list[int] = []
   if threading.current_thread() is not threading.main_thread():
@@ -36,7 +58,8 @@ def held() -> Iterator[Sequence[int]]:
   try:
     yield came
   finally:
-    for number, handler in before.items():
+    # SIGTERM's first: it may raise SIGINT, which must find a handler as well.
+    for number, handler in sorted(before.items(), reverse=True):
       signal.signal(number, handler)
-    for late in came:
-      signal.raise_signal(late)
+    if came:
+      signal.raise_signal(max(came))
