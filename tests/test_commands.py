@@ -8,13 +8,13 @@ import sys
 
 import pytest
 from commands import (
-  QUICKSTART,
-  ROOT,
-  SMOKE,
-  command,
-  environment,
-  python,
-  refused,
+    QUICKSTART,
+    ROOT,
+    SMOKE,
+    command,
+    environment,
+    python,
+    refused,
 )
 
 from configs import quickstart
