@@ -363,7 +363,7 @@ def test_what_one_process_cannot_describe_is_told(both, monkeypatch):
 
 
 def test_a_process_that_says_nothing_is_named(both):
-  both.first._patience = 0.01
+  both.first.patience = 0.01
   offer = both.offer(spread((1, 4, 2)), 0, helps=False)
   with pytest.raises(SilentError, match="process 1 of this job has not said"):
     publish.publish(both.bucket, "main", 0, offer, keep=1, meta={})
