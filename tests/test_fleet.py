@@ -29,7 +29,7 @@ def jobs(tmp_path, monkeypatch):
   program.chmod(0o755)
   monkeypatch.setattr(fleet.sys, "executable", str(program))
   monkeypatch.setattr(fleet, "LOOK", 0.05)
-  monkeypatch.setattr(fleet, "_SETTLING", 0.2)
+  monkeypatch.setattr(fleet, "SETTLING", 0.2)
 
   def run(**does):
     for name, text in does.items():
