@@ -174,8 +174,16 @@ def test_the_code_is_told_where_python_runs_a_text(tmp_path):
 
 
 def test_the_code_stays_where_nobody_reads():
-  told = "import sys, os; sys.stderr = os.fdopen(os.pipe()[1], 'w')\n"
-  ended = python("-c", told + INTERRUPTED.format(resumes=False))
+  end, start = os.pipe()
+  os.close(end)
+  ended = subprocess.run(
+      [sys.executable, "-c", INTERRUPTED.format(resumes=False)],
+      cwd=ROOT,
+      env=environment(),
+      stderr=start,
+      check=False,
+  )
+  os.close(start)
   assert ended.returncode == 128 + signal.SIGTERM
 
 

@@ -1,11 +1,14 @@
 """Where a process is in its job, and what its job needs."""
 
+import signal
+import types
+
 import jax
 import pytest
 
 from configs import decoupled_quickstart
 from experiments import hosting
-from mgrpo_jax.hosts import group
+from mgrpo_jax.hosts import crew, group
 
 
 @pytest.mark.parametrize(
@@ -39,3 +42,28 @@ def test_all_devices_of_a_job_are_its_meshs(monkeypatch):
   config.policies.main.sampler_tensor = jax.local_device_count() + 1
   with pytest.raises(ValueError, match="main.sampler_tensor: .* one process"):
     hosting.check(config, "main")
+
+
+@pytest.mark.parametrize(
+    ("code", "heeded"), [(2, []), (75, []), (143, [signal.SIGTERM]), (None, [])]
+)
+def test_who_was_told_ends_as_process_0_does(monkeypatch, code, heeded):
+  """None: process 0 came to its end. A signal counts where it did there."""
+
+  def assist(*_, **__):
+    if code is not None:
+      raise crew.DrivenError("so", code)
+
+  monkeypatch.setattr(hosting.crew, "assist", assist)
+  monkeypatch.setattr(hosting.group, "open_channel", lambda _: object())
+  told = [signal.SIGTERM]
+  setup = types.SimpleNamespace(
+      meshes={"main": types.SimpleNamespace(learner=None)},
+      method=types.SimpleNamespace(imitation_loss=None, policy_loss=None),
+  )
+  ended = None
+  try:
+    hosting.assist(setup, "main", None, patience=1.0, told=told)
+  except SystemExit as error:
+    ended = error.code
+  assert (ended, told) == (code, heeded)
