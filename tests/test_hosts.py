@@ -143,6 +143,18 @@ def make(kind=Learner, *, lora=None, reference="moving", **more):
   )
 
 
+def follow(pool, channel, learner, bucket):
+  """Begins to assist with a learner; gives the future."""
+  return pool.submit(
+      crew.assist,
+      channel,
+      mesh=None,
+      make=lambda: learner,
+      objectives=OBJECTIVES,
+      store=bucket,
+  )
+
+
 def train(learner, objective):
   return learner.step(
       [(learner.pack(CREDITS, objective), packing.count(CREDITS))],
@@ -225,14 +237,7 @@ def test_the_crew_ends_with_the_drivers_state(lora, bucket):
   driver = make(Driver, lora=lora, channel=first)
   alone, helper = make(lora=lora), make(lora=lora)
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    done = pool.submit(
-        crew.assist,
-        second,
-        mesh=None,
-        make=lambda: helper,
-        objectives=OBJECTIVES,
-        store=bucket,
-    )
+    done = follow(pool, second, helper, bucket)
     with driving(first):
       for learner in (driver, alone):
         train(learner, IMITATION)

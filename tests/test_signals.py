@@ -5,10 +5,19 @@ import signal
 import threading
 
 import pytest
-from test_hosts import IMITATION, OBJECTIVES, Bounded, make, pair, same, train
+from test_hosts import (
+    IMITATION,
+    OBJECTIVES,
+    Bounded,
+    follow,
+    make,
+    pair,
+    same,
+    train,
+)
 
 from mgrpo_jax import store
-from mgrpo_jax.hosts import crew, signals
+from mgrpo_jax.hosts import signals
 from mgrpo_jax.hosts.crew import DrivenError
 from mgrpo_jax.hosts.driver import Driver
 from mgrpo_jax.hosts.ending import driving
@@ -168,14 +177,7 @@ def test_an_order_is_carried_out_by_all_or_by_none(tmp_path, count):
   helper = make()
   learners = []  # the driver, once it is made
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    done = pool.submit(
-        crew.assist,
-        second,
-        mesh=None,
-        make=lambda: helper,
-        objectives=OBJECTIVES,
-        store=store.open_folder(tmp_path),
-    )
+    done = follow(pool, second, helper, store.open_folder(tmp_path))
     with pytest.raises(KeyboardInterrupt):
       with driving(first):
         for learner in everything(first):

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 _TO_END = (signal.SIGINT, signal.SIGTERM)
 
@@ -19,16 +20,8 @@ def unheld() -> Iterator[None]:
   Yields:
     Nothing.
   """
-  before = {
-      number: signal.signal(number, signal.SIG_DFL)
-      for number in _TO_END
-      if signal.getsignal(number) is not signal.SIG_IGN
-  }
-  try:
+  with _handled(signal.SIG_DFL):
     yield
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -50,16 +43,25 @@ def held() -> Iterator[list[int]]:
     del frame
     came.append(number)
 
+  try:
+    with _handled(note):
+      yield came
+  finally:
+    if came:
+      signal.raise_signal(max(came))
+
+
+@contextlib.contextmanager
+def _handled(handler: Any) -> Iterator[None]:
+  """Has signals to end handled so; those that are ignored stay so."""
   before = {
-      number: signal.signal(number, note)
+      number: signal.signal(number, handler)
       for number in _TO_END
       if signal.getsignal(number) is not signal.SIG_IGN
   }
   try:
-    yield came
+    yield
   finally:
     # SIGTERM's first: it may raise SIGINT, which must find a handler as well.
-    for number, handler in sorted(before.items(), reverse=True):
-      signal.signal(number, handler)
-    if came:
-      signal.raise_signal(max(came))
+    for number, earlier in sorted(before.items(), reverse=True):
+      signal.signal(number, earlier)
