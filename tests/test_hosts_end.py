@@ -12,6 +12,22 @@ from mgrpo_jax import ownership, store
 from mgrpo_jax.decoupled import members
 
 POLICY = "researcher"
+TRAIN = ("-m", "experiments.train")
+TOLD = """
+import os, signal
+from experiments import cli, train
+from mgrpo_jax.hosts import group
+
+done = {after}
+
+def tell():
+  found = done()
+  os.kill(os.getpid(), signal.SIGTERM)
+  return found
+
+{after} = tell
+cli.run(train.main, required=("config", "workdir"), resumes=True)
+"""
 
 
 @pytest.fixture
@@ -21,29 +37,45 @@ def taken(tmp_path):
   ownership.claim(bucket, "another", {}, jobs=True)
 
 
+def begin(tmp_path, number, meeting, program=TRAIN, more=(), **streams):
+  """Starts a process of a job of two."""
+  return commands.start(
+      *program,
+      commands.SMOKE,
+      *(one for one in commands.SPREAD if "hosts" not in one),
+      f"--policy={POLICY}",
+      f"--bucket={(tmp_path / 'bucket').as_uri()}",
+      f"--workdir={tmp_path / 'run'}",
+      f"--coordinator={meeting}",
+      "--processes=2",
+      f"--process={number}",
+      *more,
+      devices=2,
+      **streams,
+  )
+
+
 @pytest.fixture
-def job(tmp_path, request):
-  """Its two processes, and what they print; the first is told more."""
+def meeting():
+  """Where the processes of a job meet."""
   with socket.create_server(("127.0.0.1", 0)) as server:
-    meeting = f"127.0.0.1:{server.getsockname()[1]}"
+    return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture
+def job(tmp_path, meeting, request):
+  """Its two processes, and what they print; the first as the test has it."""
+  first = getattr(request, "param", {})
   logs = [tmp_path / f"{number}.log" for number in range(2)]
   processes = []
   for number, log in enumerate(logs):
     with open(log, "w") as errors:
       processes.append(
-          commands.start(
-              "-m",
-              "experiments.train",
-              commands.SMOKE,
-              *(one for one in commands.SPREAD if "hosts" not in one),
-              f"--policy={POLICY}",
-              f"--bucket={(tmp_path / 'bucket').as_uri()}",
-              f"--workdir={tmp_path / 'run'}",
-              f"--coordinator={meeting}",
-              "--processes=2",
-              f"--process={number}",
-              *(() if number else getattr(request, "param", ())),
-              devices=2,
+          begin(
+              tmp_path,
+              number,
+              meeting,
+              **({} if number else first),
               stderr=errors,
           )
       )
@@ -85,6 +117,13 @@ def wait_for(path, process):
     time.sleep(0.1)
 
 
+def listens(meeting):
+  """Whether process 0 waits for the others there."""
+  host, _, port = meeting.rpartition(":")
+  with socket.socket() as client:
+    return client.connect_ex((host, int(port))) == 0
+
+
 def codes(processes, seconds=60):
   """With what they end, within what launchers give them."""
   try:
@@ -111,6 +150,34 @@ def test_the_other_ends_when_process_0_is_told(waiting):
   assert "process 0 ended: " in logs[1].read_text()
 
 
+@pytest.mark.parametrize(
+    "job",
+    [{"program": ("-c", TOLD.format(after="group.open_channel"))}],
+    indirect=True,
+)
+def test_the_other_ends_where_process_0_is_told_before_it_begins(job):
+  processes, logs = job
+  assert codes(processes, seconds=90) == [143, 143]
+  assert "process 0 ended: " in logs[1].read_text()
+
+
+def test_who_waits_for_the_others_ends_at_once_when_it_is_told(
+    tmp_path, meeting
+):
+  """Python heeds no signal while `jax.distributed` waits."""
+  process = begin(tmp_path, 0, meeting)
+  try:
+    limit = time.monotonic() + 100
+    while not listens(meeting):
+      assert process.poll() is None and time.monotonic() < limit
+      time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert codes([process], seconds=30) == [-signal.SIGTERM]
+  finally:
+    process.kill()
+    process.wait()
+
+
 def test_both_end_with_the_code_of_process_0(taken, job):
   processes, logs = job
   assert codes(processes, seconds=300) == [2, 2]
@@ -118,7 +185,7 @@ def test_both_end_with_the_code_of_process_0(taken, job):
 
 
 @pytest.mark.parametrize(
-    "job", [["--config.jobs.patience=-1.0"]], indirect=True
+    "job", [{"more": ["--config.jobs.patience=-1.0"]}], indirect=True
 )
 def test_both_end_where_process_0_alone_cannot_begin(job):
   processes, logs = job
