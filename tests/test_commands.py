@@ -246,6 +246,28 @@ def test_the_code_stays_where_it_is_told_again_while_it_leaves(again):
   assert ended.stderr == "interrupted\n"
 
 
+LEAVING = """
+import atexit, os, signal, time
+from experiments import cli
+
+def leave():
+  os.kill(os.getpid(), signal.SIGTERM)
+  time.sleep(0.2)
+  print("took its time")
+
+atexit.register(leave)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+cli.run(lambda: os.kill(os.getpid(), signal.SIGTERM))
+"""
+
+
+def test_who_is_told_again_when_it_has_left_ends_at_once():
+  """Python may wait for long then: for threads, for other processes."""
+  ended = python("-c", LEAVING)
+  assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
+  assert ended.stderr == "interrupted\n" and not ended.stdout
+
+
 @pytest.mark.parametrize("name", ["credit", "gradients", "decode"])
 def test_benchmarks_try_where_to_write_before_they_begin(tmp_path, name):
   out = tmp_path / "missing" / "found.json"

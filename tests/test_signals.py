@@ -78,7 +78,8 @@ def test_none_is_heeded_by_who_clears_them():
     came.clear()
 
 
-def test_a_signal_amid_the_change_of_handlers_is_heeded(monkeypatch):
+@pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_amid_the_change_of_handlers_is_heeded(monkeypatch, told):
   """SIGTERM raises SIGINT, as commands have it."""
   before = signal.signal(
       signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT)
@@ -89,7 +90,7 @@ def test_a_signal_amid_the_change_of_handlers_is_heeded(monkeypatch):
     found = straight(number, handler)
     changes.append(number)
     if len(changes) == 3:  # the first that is put back
-      signal.raise_signal(signal.SIGTERM)
+      signal.raise_signal(told)
     return found
 
   try:
