@@ -103,6 +103,18 @@ def test_what_does_not_mend_ends_all(jobs, code, starts, ends):
   assert max(len(calls(f"researcher.{n}")) for n in range(2)) == starts
 
 
+def test_code_2_counts_where_another_process_ended_otherwise(jobs, monkeypatch):
+  monkeypatch.setattr(fleet, "SETTLING", 60.0)
+  run, calls = jobs
+  with pytest.raises(FleetError, match="researcher.1 .*code 2: wrong") as told:
+    run(
+        main="sleep 600",
+        researcher="[ $process = 0 ] && exit 1; echo wrong; exit 2",
+    )
+  assert told.value.code == 2
+  assert len(calls("researcher.1")) == 1
+
+
 def test_devices_are_shared_out_among_hosts(tmp_path):
   config = decoupled_quickstart.get_config("smoke")
   config.policies.main.mesh.update(fsdp=2, tensor=2)

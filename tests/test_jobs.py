@@ -88,6 +88,20 @@ def test_shares_are_all_cores_and_as_even_as_can_be(cores, parallel):
     assert sum(sizes) == cores
 
 
+@pytest.mark.parametrize(
+    ("codes", "number"),
+    [
+        ([75, 1], 0),
+        ([None, 0, 1, 75], 2),
+        ([1, 2, 2], 1),
+        ([2, 1, 2], 0),
+        ([-9, None, 2], 2),
+    ],
+)
+def test_who_tells_best_why_several_end(codes, number):
+  assert jobs.telling(codes) == number
+
+
 def test_a_stopped_sweep_stops_its_jobs(tmp_path):
   waits = "import time; print('up', flush=True); time.sleep(60)"
   todo = [job(tmp_path, str(i), waits) for i in range(3)]
