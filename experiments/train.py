@@ -116,12 +116,13 @@ def main() -> None:
   """Trains; see the module."""
   started = time.monotonic()
   with contextlib.ExitStack() as stack:
-    with signals.held() as told:  # until there is who can be told of them
-      with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
+    with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
+      with signals.held():  # extensions abort where one cuts off their import
         _check_flags()
         cli.config_of(_CONFIG)  # before others wait: each may find it wrong
         from mgrpo_jax.hosts import ending, group
-
+    with signals.held() as told:  # until there is who can be told of them
+      with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
         group.join(  # first: much of what is imported later uses devices
             coordinator=_COORDINATOR.value,
             processes=_PROCESSES.value,
@@ -143,7 +144,7 @@ def _run(started: float, channel: Channel | None) -> None:
   """Trains all, or one policy's job."""
   with contextlib.ExitStack() as stack:
     with cli.user_errors(ValueError, OSError, ModuleNotFoundError):
-      with signals.held():  # extensions abort where one cuts off their import
+      with signals.held():  # as above
         from experiments import fleet, joining, recipe
         from mgrpo_jax import journal, metrics, ownership, workdir
         from mgrpo_jax.decoupled.errors import ServerError

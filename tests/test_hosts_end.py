@@ -1,5 +1,6 @@
 """A job of two processes that is told to end does, in order and together."""
 
+import contextlib
 import signal
 import socket
 import subprocess
@@ -60,6 +61,19 @@ def meeting():
   """Where the processes of a job meet."""
   with socket.create_server(("127.0.0.1", 0)) as server:
     return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture
+def first(tmp_path, meeting):
+  """Starts process 0, for which no other one comes."""
+  with contextlib.ExitStack() as stack:
+
+    def run(program=TRAIN):
+      process = stack.enter_context(begin(tmp_path, 0, meeting, program))
+      stack.callback(process.kill)
+      return process
+
+    yield run
 
 
 @pytest.fixture
@@ -161,21 +175,20 @@ def test_the_other_ends_where_process_0_is_told_before_it_begins(job):
   assert "process 0 ended: " in logs[1].read_text()
 
 
-def test_who_waits_for_the_others_ends_at_once_when_it_is_told(
-    tmp_path, meeting
-):
+def test_who_waits_for_the_others_ends_at_once_when_it_is_told(first, meeting):
   """Python heeds no signal while `jax.distributed` waits."""
-  process = begin(tmp_path, 0, meeting)
-  try:
-    limit = time.monotonic() + 100
-    while not listens(meeting):
-      assert process.poll() is None and time.monotonic() < limit
-      time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    assert codes([process], seconds=30) == [-signal.SIGTERM]
-  finally:
-    process.kill()
-    process.wait()
+  process = first()
+  limit = time.monotonic() + 100
+  while not listens(meeting):
+    assert process.poll() is None and time.monotonic() < limit
+    time.sleep(0.1)
+  process.send_signal(signal.SIGTERM)
+  assert codes([process], seconds=30) == [-signal.SIGTERM]
+
+
+def test_who_is_told_before_it_joins_waits_for_nobody(first):
+  process = first(("-c", TOLD.format(after="train._check_flags")))
+  assert codes([process]) == [143]
 
 
 def test_both_end_with_the_code_of_process_0(taken, job):
