@@ -117,7 +117,7 @@ def test_threads_hold_no_signal():
   found = []
 
   def work():
-    with signals.held() as came:
+    with signals.unheld(), signals.held() as came:
       found.append(came)
 
   thread = threading.Thread(target=work)

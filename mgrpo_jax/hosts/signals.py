@@ -16,6 +16,7 @@ def unheld() -> Iterator[None]:
   """Lets signals end the process at once, also where Python would not see them.
 
   For a long wait in other than Python's code, when nothing is to be closed yet.
+  In other threads than the main one this does nothing.
 
   Yields:
     Nothing.
@@ -35,9 +36,6 @@ def held() -> Iterator[list[int]]:
     The numbers of those that came, so far; who clears it heeds none.
   """
   came: list[int] = []
-  if threading.current_thread() is not threading.main_thread():
-    yield came
-    return
 
   def note(number: int, frame: object) -> None:
     del frame
@@ -54,6 +52,9 @@ def held() -> Iterator[list[int]]:
 @contextlib.contextmanager
 def _handled(handler: Any) -> Iterator[None]:
   """Has signals to end handled so; those that are ignored stay so."""
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
   before = {
       number: signal.signal(number, handler)
       for number in _TO_END
