@@ -47,6 +47,21 @@ def test_train_refuses_before_any_work(tmp_path, arguments, told):
   assert not run.exists()
 
 
+def test_a_recipe_that_is_missing_is_told_before_others_are_waited_for(
+    tmp_path,
+):
+  result = command(
+      "train",
+      "--config=configs/nowhere.py",
+      f"--workdir={tmp_path}",
+      "--policy=main",
+      "--coordinator=127.0.0.1:1",
+      "--processes=2",
+      "--process=1",
+  )
+  assert "cannot read --config: [Errno 2]" in refused(result)
+
+
 def test_train_refuses_a_directory_of_other_things(tmp_path):
   (tmp_path / "thesis.tex").write_text("precious")
   result = command("train", QUICKSTART, f"--workdir={tmp_path}")
