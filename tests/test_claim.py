@@ -232,14 +232,11 @@ def test_who_fails_is_told_first_that_the_job_is_lost(
       raise AbsentError("no sign of life")
 
 
-@pytest.mark.parametrize("lost", [True, False])
-def test_what_fails_beside_the_run_is_told_after_that_the_job_is_lost(
-    bucket, tmp_path, lost
-):
-  """As where a call of another job cannot be kept on the disk."""
-  job = Job(
+def job_in(path):
+  """The job of a run directory."""
+  return Job(
       policy="sub",
-      workdir=workdir.Workdir(tmp_path / "run"),
+      workdir=workdir.Workdir(path),
       where=None,
       address="http://127.0.0.1:1",
       token="",
@@ -247,6 +244,26 @@ def test_what_fails_beside_the_run_is_told_after_that_the_job_is_lost(
       heartbeat=0.2,
       tell=print,
   )
+
+
+def test_a_run_ends_where_its_job_is_taken_over(bucket, tmp_path):
+  job = job_in(tmp_path / "run")
+
+  async def work():
+    async with run.alive(bucket, job):
+      with heart(store.open(bucket.url), claim.home_of(job.workdir.path)):
+        await asyncio.sleep(20)
+
+  with pytest.raises(ClaimedError, match="taken over"):
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_what_fails_beside_the_run_is_told_after_that_the_job_is_lost(
+    bucket, tmp_path, lost
+):
+  """As where a call of another job cannot be kept on the disk."""
+  job = job_in(tmp_path / "run")
 
   async def work():
     async with run.alive(bucket, job) as (first, ending):
@@ -354,6 +371,16 @@ def test_only_the_first_reason_counts_and_later_ones_disturb_nobody():
       return str(error), asyncio.current_task().cancelling()
 
   assert asyncio.run(work()) == ("first", 0)
+
+
+def test_what_is_told_when_the_run_is_over_disturbs_nobody():
+  async def work():
+    async with Ending() as ending:
+      pass
+    ending.tell(ClaimedError("late"))
+    await asyncio.sleep(0.05)
+
+  asyncio.run(work())
 
 
 def test_a_cancelled_run_stays_cancelled():
