@@ -25,6 +25,8 @@ def join(
 ) -> None:
   """Joins the other processes of this job; before any device is used.
 
+  Where they do not come in time `jax.distributed` aborts this one (SIGABRT).
+
   Args:
     coordinator: host:port at which process 0 can be reached and all meet.
     processes: of the job; 1 for this one alone, 0 where the machines know all
@@ -34,7 +36,7 @@ def join(
 
   Raises:
     ValueError: an argument is out of range.
-    ConnectionError: they have not come together in time.
+    ConnectionError: they cannot come together.
   """
   if processes == 1:
     return
