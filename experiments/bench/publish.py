@@ -3,11 +3,13 @@
     python -m experiments.bench.publish --folder=/tmp/bench --out=publish.json
     python -m experiments.bench.publish --folder=/tmp/bench --source=POLICY_DIR
 
-Pairs, one after the other: a plain file is written, flushed (fsync), dropped
-from the page cache and read; a version is published, its files flushed, dropped
-and read into arrays of jax, digests checked. Flushing is counted apart: arrays
-are not flushed when they are published (see `store.open`), the pointer is. The
-pause is how long a training thread is held by handing a version over.
+One after the other: a plain file is written, flushed (fsync), dropped from the
+page cache and read; a version is published, its files flushed, dropped and read
+into arrays of jax, digests checked; as many plain files of the same sizes are
+written and read as the one was, for a disk may be slower with many. Flushing is
+counted apart: arrays are not flushed when they are published (see
+`store.open`), the pointer is. The pause is how long a training thread is held
+by handing a version over.
 """
 
 import os
@@ -15,7 +17,7 @@ import pathlib
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +33,13 @@ _FOLDER = flags.DEFINE_string("folder", "", "an empty or new folder")
 _SOURCE = flags.DEFINE_string("source", "smollm2", "what policy.load takes")
 _PAIRS = flags.DEFINE_integer("pairs", 5, "how many, after one to warm up")
 _OUT = flags.DEFINE_string("out", "", "JSON file for the times")
+
+_SUMS = {  # rows of the table
+    "write": ("write",),
+    "write and flush": ("write", "flush"),
+    "read": ("read",),
+    "all three": ("write", "flush", "read"),
+}
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -58,24 +67,31 @@ def drop(folder: pathlib.Path) -> None:
       os.close(descriptor)
 
 
-def plain(folder: pathlib.Path, data: memoryview) -> dict[str, float]:
-  """Times one file: written, flushed, read."""
-  path = folder / "plain"
-  into = bytearray(data.nbytes)  # filled once, so that it need not be found
+def plain(
+    folder: pathlib.Path, data: memoryview, sizes: Sequence[int]
+) -> dict[str, float]:
+  """Times files of these bytes, each from the start of data."""
+  paths = {folder / f"plain{number}": n for number, n in enumerate(sizes)}
+  room = memoryview(bytearray(sum(sizes)))  # filled, so it need not be found
 
   def write() -> None:
-    with path.open("wb") as file:
-      file.write(data)
+    for path, size in paths.items():
+      with path.open("wb") as file:
+        file.write(data[:size])
 
   def read() -> None:
-    with path.open("rb", buffering=0) as file:
-      while file.readinto(into) != data.nbytes:
-        raise RuntimeError("the plain file was not read at once")
+    start = 0
+    for path, size in paths.items():
+      with path.open("rb", buffering=0) as file:
+        while file.readinto(room[start : start + size]) != size:
+          raise RuntimeError("a plain file was not read at once")
+      start += size
 
   times = {"write": timed(write)[0], "flush": timed(lambda: flush(folder))[0]}
   drop(folder)
   times["read"] = timed(read)[0]
-  path.unlink()
+  for path in paths:
+    path.unlink()
   return times
 
 
@@ -116,8 +132,13 @@ def measure(folder: pathlib.Path) -> dict[str, Any]:
   for number in range(_PAIRS.value + 1):
     place = folder / "pair"
     place.mkdir(parents=True)
-    row = {"plain": plain(place, data)}
+    row = {"plain": plain(place, data, [data.nbytes])}
     row["ours"] = ours(place, number, params)
+    files = [path for path in place.rglob("*") if path.is_file()]
+    sizes = [path.stat().st_size for path in files]
+    shutil.rmtree(place)
+    place.mkdir()
+    row["files"] = plain(place, data, sizes)
     shutil.rmtree(place)
     rows.append(row)
     cli.say(f"pair {number}: {row}")
@@ -127,13 +148,24 @@ def measure(folder: pathlib.Path) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> str:
   """Returns medians with smallest and largest, and the ratios pair by pair."""
   pairs = found["pairs"]
-  lines = ["| what | plain, s | ours, s | plain/ours |", "|---|---|---|---|"]
-  sums = {"write": ["write"], "write and flush": ["write", "flush"]}
-  for what, parts in (sums | {"read": ["read"]}).items():
-    plains = [sum(p["plain"][one] for one in parts) for p in pairs]
-    news = [sum(p["ours"][one] for one in parts) for p in pairs]
-    ratios = [a / b for a, b in zip(plains, news, strict=True)]
-    cells = [_spread(values) for values in (plains, news, ratios)]
+  columns = (
+      "one file, s",
+      "as many files, s",
+      "ours, s",
+      "one/ours",
+      "as many",
+  )
+  lines = [f"| what | {' | '.join(columns)} |", "|---" * 6 + "|"]
+  for what, parts in _SUMS.items():
+    one, many, new = (
+        [sum(pair[who][part] for part in parts) for pair in pairs]
+        for who in ("plain", "files", "ours")
+    )
+    ratios = [
+        [a / b for a, b in zip(other, new, strict=True)]
+        for other in (one, many)
+    ]
+    cells = [_spread(values) for values in (one, many, new, *ratios)]
     lines.append(f"| {what} | {' | '.join(cells)} |")
   shares = [p["ours"]["pause"] / p["ours"]["write"] for p in pairs]
   lines.append(f"\npause / time to write: {_spread(shares, 5)}")

@@ -11,7 +11,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _REPOSITORY = pathlib.Path(__file__).parents[3]
-_INHERITED = ("PATH", "HOME", "TMPDIR", "LANG", "JAX_COMPILATION_CACHE_DIR")
+_INHERITED = (
+    "PATH",
+    "HOME",
+    "TMPDIR",
+    "LANG",
+    "JAX_COMPILATION_CACHE_DIR",
+    "MALLOC_ARENA_MAX",
+    "MALLOC_MMAP_MAX_",
+    "MALLOC_TOP_PAD_",
+    "MALLOC_TRIM_THRESHOLD_",
+)
 
 
 class PeerError(RuntimeError):
