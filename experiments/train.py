@@ -12,8 +12,7 @@ all need the same token, by --token_file or MGRPO_JOBS_TOKEN.
 
 Exit codes: 0 it has ended; 2 it would end so again (one line says why), or is
 no job; 75 it is a job and ended because of what may pass; 130 Ctrl-C; 143
-SIGTERM.
-After the last three, or a kill, the same command goes on.
+SIGTERM. After the last three, or a kill, the same command goes on.
 
 A job may have several processes, one a host of its slice: the same command on
 each, with --processes=0 on TPUs, else with --coordinator, --processes and

@@ -152,8 +152,8 @@ def table(found: dict[str, Any]) -> str:
       "one file, s",
       "as many files, s",
       "ours, s",
-      "one/ours",
-      "as many",
+      "one file/ours",
+      "as many/ours",
   )
   lines = [f"| what | {' | '.join(columns)} |", "|---" * 6 + "|"]
   for what, parts in _SUMS.items():
