@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import tensorstore as ts
 
-from mgrpo_jax import atomic, attempts, chunks, zarr
+from mgrpo_jax import atomic, attempts, chunks, readings, zarr
 from mgrpo_jax.chunks import Grid, Parts
 from mgrpo_jax.keys import check_key
 
@@ -203,11 +203,11 @@ class Arrays:
       done: Callable[[str, np.ndarray], object] = lambda *_: None,
   ) -> dict[str, np.ndarray]:
     """Reads open arrays, or regions of them, by key."""
-    room = zarr.Room(sources.values())
+    room = readings.Room(sources.values())
     return self._all(
         "read",
         {
-            k: functools.partial(zarr.Reading, o, room)
+            k: functools.partial(readings.Reading, o, room)
             for k, o in sources.items()
         },
         {k: zarr.nbytes(one) for k, one in sources.items()},

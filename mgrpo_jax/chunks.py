@@ -17,6 +17,8 @@ from typing import Any
 import blake3
 import numpy as np
 
+from mgrpo_jax.disk import PAGE
+
 MAX_BYTES = 16 << 20  # of a chunk
 _FINER = 4  # times as many chunks as MAX_BYTES asks for, at most
 
@@ -158,6 +160,8 @@ class Parts:
 def grid(array: Any) -> Grid:
   """Cuts an array along its first dimension, into chunks below `MAX_BYTES`.
 
+  They are whole pages where rows can be, so that a disk can be read into place.
+
   Args:
     array: what has a shape and a dtype.
 
@@ -170,6 +174,8 @@ def grid(array: Any) -> Grid:
   if size > MAX_BYTES:
     row = max(1, size // chunk[0])
     chunk[0] = max(1, MAX_BYTES // row)
+    pages = PAGE // math.gcd(PAGE, row)  # rows that end where a page does
+    chunk[0] -= chunk[0] % pages if pages <= chunk[0] else 0
   return Grid(shape=shape, dtype=dtype, chunk=tuple(chunk))
 
 

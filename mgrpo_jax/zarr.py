@@ -4,7 +4,7 @@ They are raw, or packed: compressed by blosc, which lays bytes of equal
 significance side by side and has zstd at its quickest squeeze them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,6 @@ import tensorstore as ts
 from mgrpo_jax.chunks import Grid
 
 MOST_PACKED = 2**31 - 17  # bytes of a chunk; blosc counts with 32 bits
-_ALIGNED = 64  # bytes
 
 
 def create(kvstore: ts.KvStore, key: str, grid: Grid) -> ts.Future:
@@ -50,63 +49,12 @@ def write(target: Any, array: np.ndarray) -> ts.Future:
 
 def region(source: Any, where: Sequence[slice]) -> Any:
   """A part of an open array."""
-  return source[tuple(where)][ts.d[:].translate_to[0]] if where else source
+  return source[tuple(where)] if where else source
 
 
 def nbytes(source: Any) -> int:
   """Returns the size in bytes of an open array."""
   return source.size * source.dtype.numpy_dtype.itemsize
-
-
-class Room:
-  """Memory for readings, in one piece, which is faster to get than many.
-
-  Numpy asks for huge pages where a piece is large; most arrays are not. Each
-  reading has a part for itself, for one that was given up may write there
-  later; so aligned that jax need not copy it.
-  """
-
-  def __init__(self, sources: Iterable[Any]) -> None:
-    """Makes room to read each of some open arrays once."""
-    self._left = _aligned(sum(_padded(nbytes(one)) for one in sources))
-
-  def take(self, size: int) -> np.ndarray:
-    """Gives so many bytes away; others than planned come from elsewhere."""
-    if _padded(size) > self._left.size:
-      return _aligned(size)
-    part, self._left = self._left[:size], self._left[_padded(size) :]
-    return part
-
-
-class Reading:
-  """A read of all of an array, as a future."""
-
-  def __init__(self, source: Any, room: Room) -> None:
-    """Starts reading an open array."""
-    part = room.take(nbytes(source))
-    self._into = part.view(source.dtype.numpy_dtype).reshape(source.shape)
-    self._future = ts.array(self._into).write(source).commit
-
-  def result(self, timeout: float) -> np.ndarray:
-    """Waits so many seconds for the array."""
-    self._future.result(timeout=timeout)
-    return self._into
-
-  def cancel(self) -> None:
-    """Gives it up."""
-    self._future.cancel()
-
-
-def _aligned(size: int) -> np.ndarray:
-  """So many bytes, from an address that is aligned."""
-  room = np.empty(size + _ALIGNED, np.uint8)
-  start = -room.ctypes.data % _ALIGNED
-  return room[start : start + size]
-
-
-def _padded(size: int) -> int:
-  """Bytes up to the next address that is aligned."""
-  return -(-size // _ALIGNED) * _ALIGNED
 
 
 def _blosc(grid: Grid) -> dict[str, Any]:
