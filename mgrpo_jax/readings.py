@@ -130,8 +130,8 @@ def _files(source: Any, into: np.ndarray) -> list[_File] | None:
   for number in grid.within([slice(*one) for one in bounds]):
     box = grid.where(number)
     pairs = [*zip(box, bounds, strict=True)]
-    place = (slice(b.start - low, b.stop - low) for b, (low, _) in pairs)
-    part = into[(*place, ...)]  # a view, also of a single number
+    place: Any = (slice(b.start - low, b.stop - low) for b, (low, _) in pairs)
+    part = into[*place, ...]  # a view, also of a single number
     if (
         any(b.start < low or b.stop > high for b, (low, high) in pairs)
         or part.shape[1:] != chunk[1:]
