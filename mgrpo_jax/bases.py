@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Mapping
 
-from mgrpo_jax import atomic, deltas, leaves, zarr
+from mgrpo_jax import atomic, chunks, deltas, leaves, zarr
 from mgrpo_jax import manifest as manifests
 from mgrpo_jax.chunks import Grid, Parts
 from mgrpo_jax.manifest import Contents
@@ -138,7 +137,7 @@ class Bases:
 def _alike(cuts: Mapping[str, Grid], base: Base) -> bool:
   """Whether a version can be the difference to a base."""
   return cuts == {name: held.grid for name, held in base.parts.items()} and all(
-      math.prod(grid.chunk) * grid.dtype.itemsize <= zarr.MOST_PACKED
+      chunks.nbytes(grid) <= zarr.MOST_PACKED
       and grid.dtype.itemsize in deltas.SIZES
       for grid in cuts.values()
   )

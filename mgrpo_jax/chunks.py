@@ -160,8 +160,6 @@ class Parts:
 def grid(array: Any) -> Grid:
   """Cuts an array along its first dimension, into chunks below `MAX_BYTES`.
 
-  They are whole pages where rows can be, so that a disk can be read into place.
-
   Args:
     array: what has a shape and a dtype.
 
@@ -172,11 +170,41 @@ def grid(array: Any) -> Grid:
   chunk = [max(1, size) for size in shape]
   size = math.prod(shape) * dtype.itemsize
   if size > MAX_BYTES:
-    row = max(1, size // chunk[0])
-    chunk[0] = max(1, MAX_BYTES // row)
-    pages = PAGE // math.gcd(PAGE, row)  # rows that end where a page does
-    chunk[0] -= chunk[0] % pages if pages <= chunk[0] else 0
+    chunk[0] = rows(chunk[0], max(1, size // chunk[0]))
   return Grid(shape=shape, dtype=dtype, chunk=tuple(chunk))
+
+
+def rows(count: int, nbytes: int) -> int:
+  """How many rows a chunk has, at least 1 and at most `MAX_BYTES`.
+
+  All if they fit. Else whole pages, so that a disk can be read into place, and
+  equal chunks, for the last is stored as large as the others; where that takes
+  half as many more, pages, and about equal, then whatever is equal.
+
+  Args:
+    count: rows of the array.
+    nbytes: of a row.
+  """
+  most = max(1, MAX_BYTES // nbytes)
+  if count <= most:
+    return count
+  least = -(-count // most)
+  pages = PAGE // math.gcd(PAGE, nbytes)  # rows that end where a page does
+  equal = [
+      count // number
+      for number in range(least, min(3 * least // 2, count) + 1)
+      if count % number == 0
+  ]
+  whole = [one for one in equal if one % pages == 0]
+  even = -(-count // least)
+  if most >= pages and not whole:
+    whole = [min(most - most % pages, even + -even % pages)]
+  return (whole or equal or [even])[0]
+
+
+def nbytes(cut: Grid) -> int:
+  """Bytes of a chunk."""
+  return math.prod(cut.chunk) * cut.dtype.itemsize
 
 
 def finer(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:

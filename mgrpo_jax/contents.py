@@ -8,9 +8,10 @@ that nothing of the base is believed.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mgrpo_jax import atomic, chunks, deltas, leaves
+from mgrpo_jax import atomic, chunks, deltas, leaves, stacks
 from mgrpo_jax import manifest as manifests
 from mgrpo_jax.chunks import Grid
+from mgrpo_jax.stacks import Stacks
 from mgrpo_jax.store import Store
 
 Wanted = Mapping[str, tuple[Grid, list[int]]]  # chunks of arrays, by name
@@ -72,7 +73,7 @@ def read(
     StorageError: the store cannot be read.
   """
   grids = manifests.grids(manifest["arrays"])
-  wanted = _wanted(grids, like)
+  wanted = _wanted(grids, manifest.get("stacks", {}), like)
   path = manifests.path(manifest["policy"], manifest["number"])
   base, held = manifests.base(manifest), held or Held()
   if base is None:
@@ -141,16 +142,22 @@ def _changed(wanted: Wanted) -> Wanted:
   }
 
 
-def _wanted(grids: Mapping[str, Grid], like: Any) -> Wanted:
+def _wanted(grids: Mapping[str, Grid], laid: Stacks, like: Any) -> Wanted:
   """Which chunks of arrays for several processes this one's devices take."""
+  tree = leaves.named(like)
   wanted: dict[str, tuple[Grid, list[int]]] = {}
-  for name, leaf in leaves.named(like).items():
-    where = getattr(leaf, "sharding", None)
-    if where is None or where.is_fully_addressable or name not in grids:
-      continue
-    grid = grids[name]
-    if leaf.shape == grid.shape:  # else it is an error, told in a moment
-      wanted[name] = grid, chunks.touched(grid, where)
+  for name, grid in grids.items():
+    numbers = set[int]()
+    own = stacks.of_member(grid) if name in laid else grid
+    for at, member in enumerate(laid.get(name, [name])):
+      leaf: Any = tree.get(member)
+      where = getattr(leaf, "sharding", None)
+      if where is None or where.is_fully_addressable or leaf.shape != own.shape:
+        break  # all of it; what has another shape is told of in a moment
+      begin = stacks.first(grid, at) if name in laid else 0
+      numbers.update(begin + one for one in chunks.touched(own, where))
+    else:
+      wanted[name] = grid, sorted(numbers)
   return wanted
 
 

@@ -14,10 +14,12 @@ import numpy as np
 from mgrpo_jax import atomic, chunks, leaves
 from mgrpo_jax.chunks import Grid, Parts
 from mgrpo_jax.keys import is_key
+from mgrpo_jax.stacks import Stacks
 from mgrpo_jax.types import PolicyVersion
 
-FORMAT = 3  # of whole versions
-DELTA_FORMAT = 4  # of differences
+FORMAT = 5  # of whole versions; before there were stacks, 3
+DELTA_FORMAT = 6  # of differences; before there were stacks, 4
+_DELTAS = (4, DELTA_FORMAT)
 _SHA256 = (1, 2)  # formats whose digests are not BLAKE3
 NAMES = {"manifest.json", "published.json"}  # beside a version's arrays
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -36,10 +38,12 @@ class Contents:
     arrays: JSON of each array by name: `shape`, `dtype`, shape of a `chunk` and
       `digests`, of the chunks in C order.
     rounded: dtypes that arrays had before they were rounded, by name.
+    stacks: which of the arrays are stacks, and of what.
   """
 
   arrays: Mapping[str, Mapping[str, Any]]
   rounded: Mapping[str, str]
+  stacks: Stacks
 
 
 def describe(grid: Grid, digests: Iterable[str]) -> dict[str, Any]:
@@ -58,7 +62,9 @@ def describe(grid: Grid, digests: Iterable[str]) -> dict[str, Any]:
 
 
 def contents(
-    arrays: Mapping[str, np.ndarray], rounded: Mapping[str, str]
+    arrays: Mapping[str, np.ndarray],
+    rounded: Mapping[str, str],
+    stacks: Stacks,
 ) -> Contents:
   """Describes arrays by name, on as many threads as there are cores."""
 
@@ -68,7 +74,7 @@ def contents(
     return describe(grid, map(chunks.digest, pieces.values()))
 
   found = leaves.threaded(one, arrays)
-  return Contents(arrays=found, rounded=rounded)
+  return Contents(arrays=found, rounded=rounded, stacks=stacks)
 
 
 def make(
@@ -102,6 +108,8 @@ def make(
   }
   if held.rounded:
     body["rounded"] = dict(held.rounded)
+  if held.stacks:
+    body["stacks"] = {name: list(some) for name, some in held.stacks.items()}
   if base is not None:
     body["base"] = {"number": base.number, "digest": base.digest}
   return leaves.seal(body)
@@ -118,7 +126,7 @@ def parse(data: bytes, policy: str, number: int) -> dict[str, Any]:
   if (manifest.get("policy"), manifest.get("number")) != (policy, number):
     raise atomic.CorruptError("the manifest is another version's")
   form = manifest.get("format")
-  if form not in (*_SHA256, FORMAT, DELTA_FORMAT):
+  if type(form) is not int or not 1 <= form <= DELTA_FORMAT:
     raise atomic.MismatchError(
         f"version {number} of {policy} has format {form},"
         f" allowed: 1 to {DELTA_FORMAT}"
@@ -154,7 +162,7 @@ def base(manifest: Mapping[str, Any]) -> tuple[int, str] | None:
     CorruptError: it does not say which.
   """
   said, own = manifest.get("base"), manifest.get("number")
-  if said is None and manifest.get("format") != DELTA_FORMAT:
+  if said is None and manifest.get("format") not in _DELTAS:
     return None
   if isinstance(said, dict) and type(own) is int:
     number, digest = said.get("number"), said.get("digest")
@@ -260,6 +268,7 @@ def _is_sound(manifest: Mapping[str, Any]) -> bool:
   cuts, rounded = grids(manifest["arrays"]), manifest.get("rounded", {})
   return (
       isinstance(manifest["meta"], dict)
+      and _are_stacks(manifest.get("stacks", {}), cuts)
       and rounded.keys() <= cuts.keys()
       and all(one == "float32" for one in rounded.values())
       and all(
@@ -279,6 +288,19 @@ def _are_digests(value: Any, number: int) -> bool:
       isinstance(value, list)
       and len(value) == number
       and all(isinstance(one, str) for one in value)
+  )
+
+
+def _are_stacks(value: Any, cuts: Mapping[str, Grid]) -> bool:
+  """Whether a value of JSON can say which arrays are stacks, and of what."""
+  names = [one for some in value.values() for one in some]
+  names += [name for name in cuts if name not in value]
+  return (
+      value.keys() <= cuts.keys()
+      and all(isinstance(some, list) for some in value.values())
+      and all(isinstance(one, str) for one in names)
+      and len(set(names)) == len(names)
+      and all(cuts[n].shape[:1] == (len(some),) for n, some in value.items())
   )
 
 

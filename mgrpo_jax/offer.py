@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from mgrpo_jax import chunks, deltas, leaves
+from mgrpo_jax import chunks, deltas, leaves, stacks
 from mgrpo_jax import manifest as manifests
 from mgrpo_jax.bases import Base
 from mgrpo_jax.chunks import Parts
@@ -63,10 +63,13 @@ class Whole:
     """Brings the arrays to this host and takes their digests."""
     del store  # nobody else is waited for
     arrays, rounded = leaves.to_host(self._params), dict[str, str]()
+    grids = {name: chunks.grid(array) for name, array in arrays.items()}
+    laid = stacks.plan(grids, dict.fromkeys(grids))
+    arrays = stacks.gather(arrays, laid)
     if self._short:
       arrays, rounded = manifests.round_off(arrays)
     self._arrays = arrays
-    return manifests.contents(arrays, rounded)
+    return manifests.contents(arrays, rounded, laid)
 
   def write(
       self, store: Store, folder: str, base: Base | None, *, keeps: bool

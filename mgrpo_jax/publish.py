@@ -1,6 +1,6 @@
 """Stage 7: versions of a policy's weights, written and read.
 
-    policies/<policy>/v<N>/<parameter>/…       one zarr3 array each
+    policies/<policy>/v<N>/<array>/…           zarr3: a parameter, or a stack
     policies/<policy>/v<N>/published.json      when, by the publisher's clock
     policies/<policy>/v<N>/manifest.json       shapes, dtypes, digests
     policies/<policy>/LATEST                   one pointer, written last
@@ -24,7 +24,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-from mgrpo_jax import atomic, contents, leases, leaves, pointer, retention
+from mgrpo_jax import (
+    atomic,
+    contents,
+    leases,
+    leaves,
+    pointer,
+    retention,
+    stacks,
+)
 from mgrpo_jax import manifest as manifests
 from mgrpo_jax.bases import Base, Bases
 from mgrpo_jax.keys import check_name
@@ -327,7 +335,11 @@ def _read_number(
     what = f"{store.url}/{path}"
     return Weights(
         params=leaves.from_host(
-            manifests.widened(arrays, manifest), like, what=what
+            stacks.scatter(
+                manifests.widened(arrays, manifest), manifest.get("stacks", {})
+            ),
+            like,
+            what=what,
         ),
         version=PolicyVersion(
             policy=policy, number=number, path=path, digest=own

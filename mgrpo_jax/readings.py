@@ -6,7 +6,6 @@ many, and copies it from there. It reads whatever else there is; and also what
 is not as it should be, for it knows what that means.
 """
 
-import math
 import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore as ts
 
-from mgrpo_jax import disk, zarr
+from mgrpo_jax import chunks, disk, zarr
 from mgrpo_jax.chunks import Grid
 
 _RAW = (  # codecs of elements as they are; the second, of single bytes
@@ -123,7 +122,7 @@ def _files(source: Any, into: np.ndarray) -> list[_File] | None:
     return None
   chunk = tuple(said["chunk_grid"]["configuration"]["chunk_shape"])
   grid = Grid(shape=tuple(said["shape"]), dtype=into.dtype, chunk=chunk)
-  size = math.prod(chunk) * into.itemsize
+  size = chunks.nbytes(grid)
   domain = source.domain
   bounds = [*zip(domain.inclusive_min, domain.exclusive_max, strict=True)]
   files = []

@@ -74,7 +74,9 @@ def test_chunks_are_whole_pages_where_rows_can_be(row, monkeypatch):
   size = grid.chunk[0] * row * 4
   pages = math.lcm(4096, 4 * row)
   assert size % 4096 == 0 or pages > 1 << 21
-  assert size <= (1 << 21) < size + pages + 4 * row or grid.chunk[0] == 1
+  assert size <= (1 << 21) or grid.chunk[0] == 1
+  assert len(grid) <= 2 * math.ceil((4 << 20) * 4 / (1 << 21))
+  assert len(grid) * grid.chunk[0] - grid.shape[0] <= pages // row * len(grid)
 
 
 def test_a_chunk_that_is_not_here_is_missed():

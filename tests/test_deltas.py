@@ -86,7 +86,7 @@ def base_of(bucket, number) -> int | None:
   text = bucket.get(f"policies/main/v{number}/manifest.json")
   manifest = manifests.parse(text, "main", number)
   base = manifests.base(manifest)
-  assert manifest["format"] == (3 if base is None else 4)
+  assert manifest["format"] == (5 if base is None else 6)
   return base and base[0]
 
 

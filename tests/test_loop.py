@@ -100,7 +100,7 @@ def test_both_policies_moved_and_what_is_published_is_what_is_saved(finished):
         bucket.get(f"policies/{name}/v{number}/manifest.json")
         for number in publish.versions(bucket, name)
     ]
-    assert {json.loads(one)["format"] for one in manifests} == {3, 4}
+    assert {json.loads(one)["format"] for one in manifests} == {5, 6}
 
 
 def test_sampler_and_trainer_agree_on_every_step(finished):

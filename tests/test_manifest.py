@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from test_publish import LIKE, damage, params, put, read, same
 
-from mgrpo_jax import atomic, chunks, leaves, publish, store
+from mgrpo_jax import atomic, chunks, leaves, publish, stacks, store
+from mgrpo_jax import manifest as manifests
+from mgrpo_jax.bases import Bases
 
 
 @pytest.fixture
@@ -37,8 +39,8 @@ def test_every_chunk_has_its_digest(bucket, monkeypatch):
   monkeypatch.setattr(chunks, "MAX_BYTES", 80)
   put(bucket, 0)
   said = manifest_of(bucket, 0)["arrays"]["embed"]
-  assert (said["shape"], said["chunk"]) == ([16, 4], [5, 4])
-  rows = np.split(params(0)["embed"], [5, 10, 15])
+  assert (said["shape"], said["chunk"]) == ([16, 4], [4, 4])
+  rows = np.split(params(0)["embed"], 4)
   assert said["digests"] == [chunks.digest(one) for one in rows]
   assert same(read(bucket).params, params(0))
 
@@ -68,6 +70,12 @@ def as_it_was(bucket, number, arrays, form):
   write_manifest(bucket, number, body | {"format": form, "arrays": described})
 
 
+def publish_one(bucket, number, bases):
+  publish.publish(
+      bucket, "main", number, params(number), keep=3, meta={}, bases=bases
+  )
+
+
 def digests(array):
   cut = chunks.grid(array)
   return list(map(chunks.sha256, chunks.parts(array, cut).pieces.values()))
@@ -90,16 +98,39 @@ def test_versions_of_earlier_formats_are_read_and_checked(
   with pytest.raises(atomic.CorruptError, match="digests differ: w/c/0/0"):
     publish.read(bucket, "main", 0, like=like)
   publish.publish(bucket, "main", 0, arrays, keep=1, meta={})
-  assert manifest_of(bucket, 0)["format"] == 3
+  assert manifest_of(bucket, 0)["format"] == 5
   assert same(publish.read(bucket, "main", 0, like=like).params, arrays)
+
+
+@pytest.mark.parametrize("deltas", [False, True])
+def test_versions_from_before_there_were_stacks_are_read(
+    bucket, monkeypatch, deltas
+):
+  """Formats 3 and 4; a difference to such a version is not made."""
+  bases = Bases(9 if deltas else 1)
+  with monkeypatch.context() as before:
+    before.setattr(stacks, "plan", lambda *_: {})
+    before.setattr(manifests, "FORMAT", 3)
+    before.setattr(manifests, "DELTA_FORMAT", 4)
+    for number in range(2):
+      publish_one(bucket, number, bases)
+  forms = [manifest_of(bucket, number)["format"] for number in range(2)]
+  assert forms == [3, 4 if deltas else 3]
+  assert manifest_of(bucket, 1)["arrays"].keys() == leaves.named(LIKE).keys()
+  for number in range(2):
+    assert same(read(bucket, number).params, params(number))
+  publish_one(bucket, 2, bases)
+  assert manifest_of(bucket, 2)["format"] == 5
+  assert manifest_of(bucket, 2)["stacks"]
+  assert same(read(bucket).params, params(2))
 
 
 def test_a_format_of_tomorrow_is_refused_in_one_line(bucket):
   put(bucket, 0)
   body = manifest_of(bucket, 0)
   body.pop("digest")
-  write_manifest(bucket, 0, body | {"format": 5})
-  with pytest.raises(ValueError, match="^version 0 of main has format 5, allo"):
+  write_manifest(bucket, 0, body | {"format": 7})
+  with pytest.raises(ValueError, match="^version 0 of main has format 7, allo"):
     publish.read(bucket, "main", 0, like=LIKE)
 
 
@@ -132,6 +163,16 @@ def test_a_format_of_tomorrow_is_refused_in_one_line(bucket):
         {"rounded": ["embed"]},
         {"rounded": {"nobody": "float32"}},
         {"rounded": {"embed": "nothing"}},
+        {"stacks": None},
+        {"stacks": ["embed"]},
+        {"stacks": {"nobody": ["one"]}},
+        {"stacks": {"embed": None}},
+        {"stacks": {"embed": "abcdefghijklmnop"}},
+        {"stacks": {"embed": ["one"]}},
+        {"stacks": {"embed": list(range(16))}},
+        {"stacks": {"embed": ["one"] * 16}},
+        {"stacks": {"embed": [*"abcdefghijklmno", "layers/all/query"]}},
+        {"stacks": {"embed": [*"abcdefghijklmno", {}]}},
     ],
 )
 def test_what_was_sealed_by_who_does_not_know_the_format_is_corrupt(

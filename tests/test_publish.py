@@ -204,7 +204,7 @@ def damage(path: pathlib.Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["delete", "truncate", "empty", "flip"])
 @pytest.mark.parametrize(
-    "what", ["manifest.json", "embed/c/0/0", "layers/1/query/zarr.json"]
+    "what", ["manifest.json", "embed/c/0/0", "layers/all/query/zarr.json"]
 )
 def test_a_corrupt_version_is_named_and_skipped(
     bucket, tmp_path, caplog, how, what

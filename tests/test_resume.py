@@ -95,8 +95,8 @@ def test_what_is_published_is_what_is_saved(runs):
       for number in publish.versions(bucket, name):
         text = bucket.get(f"policies/{name}/v{number}/manifest.json")
         formats.append(json.loads(text)["format"])
-    assert {3} <= set(formats) <= {3, 4}
-    assert 4 in formats or directory != directories[0]
+    assert {5} <= set(formats) <= {5, 6}
+    assert 6 in formats or directory != directories[0]
 
 
 def test_every_task_is_accounted_for_once(runs):

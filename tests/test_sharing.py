@@ -28,6 +28,13 @@ AXES = {  # name: how each leaf is split over data, fsdp and tensor
     "norm": (),
     "experts": (None, "tensor", None),
     "count": (),
+} | {
+    name: axes
+    for layer in range(5)
+    for name, axes in {
+        f"layers/{layer}/gate": ("fsdp", "tensor"),
+        f"layers/{layer}/scale": (),
+    }.items()
 }
 
 
@@ -39,6 +46,10 @@ def tree(seed=0):
       "norm": random.standard_normal((6,), dtype=np.float32),
       "experts": random.standard_normal((3, 4, 5), dtype=np.float32),
       "count": np.int32(seed),
+  } | {
+      name: random.standard_normal(8 if axes == () else (8, 4)).astype("f4")
+      for name, axes in AXES.items()
+      if name.startswith("layers")
   }
 
 
@@ -176,6 +187,23 @@ def test_chunks_are_the_shards(both, tmp_path):
   assert len(files) == 8
 
 
+def test_a_chunk_of_a_stack_is_the_same_shard_of_some(
+    both, monkeypatch, tmp_path
+):
+  monkeypatch.setattr(chunks, "MAX_BYTES", 2 * 16)  # two shards of a layer
+  both.put(spread((1, 4, 2)), 0)
+  path = tmp_path / "policies/main/v0"
+  manifest = json.loads((path / "manifest.json").read_text())
+  names = [f"layers/{layer}/gate" for layer in range(5)]
+  assert manifest["stacks"] == {"layers/all/gate": names}
+  said = manifest["arrays"]["layers/all/gate"]
+  assert (said["shape"], said["chunk"]) == ([5, 8, 4], [2, 2, 2])
+  assert len([*(path / "layers/all/gate/c").rglob("*/*/*")]) == 3 * 8
+  for into in (None, (1, 1, 4), (2, 1, 4)):
+    weights = publish.read(both.bucket, "main", 0, like=like(into))
+    assert same(weights.params, tree())
+
+
 def test_large_shards_are_several_chunks(both, monkeypatch, tmp_path):
   monkeypatch.setattr(chunks, "MAX_BYTES", 40)
   both.put(spread((1, 4, 2)), 0)
@@ -242,7 +270,7 @@ def test_each_process_writes_the_differences_of_its_chunks(
           for n, a in expected.items()
       }
     assert same(found, expected)
-  assert formats == [3, 4, 4, 3, 4]
+  assert formats == [5, 6, 6, 5, 6]
   total = sum(one.nbytes for one in tree().values())
   total = 5 * (total // 2 + 2 if short else total)  # words are as wide
   shares = [counting.of(one) for one in (both.bucket, both.other)]

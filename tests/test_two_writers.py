@@ -76,7 +76,7 @@ def test_each_writes_and_reads_its_half(tmp_path):
   bucket = store.open_folder(tmp_path / "bucket")
   path = f"policies/{NAME}/v{two_writers.VERSION}"
   manifest = json.loads(bucket.get(f"{path}/manifest.json"))
-  assert (manifest["format"], manifest["base"]["number"]) == (4, 0)
+  assert (manifest["format"], manifest["base"]["number"]) == (6, 0)
 
 
 def test_what_process_1_cannot_write_is_told_by_process_0(tmp_path):

@@ -1,8 +1,10 @@
 """Which process writes which chunks of arrays that are spread over several.
 
 Every process finds the same from what all know, the arrays' shapes and
-shardings: a shard is a chunk (or, where it is large, a few), and of those that
-hold the same one writes it, so that each process gets about as many bytes.
+shardings: a shard is a chunk (or, where it is large, a few; or, of arrays that
+are laid upon one another, one with the same shard of the next few), and of
+those that hold the same one writes it, so that each process gets about as many
+bytes.
 """
 
 from __future__ import annotations
@@ -15,22 +17,27 @@ from typing import Any
 import jax
 import numpy as np
 
-from mgrpo_jax import chunks, leaves
+from mgrpo_jax import chunks, leaves, stacks
 from mgrpo_jax import manifest as manifests
 from mgrpo_jax.chunks import Grid, Parts
+
+# A chunk's number, where in a shard it is, and the shard.
+_Piece = tuple[int, tuple[slice, ...], jax.Shard]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Share:
-  """How an array is cut, and who writes what.
+  """How an array, or a stack of some, is cut, and who writes what.
 
   Attributes:
     grid: of the array as it is written.
     owners: process of each chunk, in C order.
+    stack: names of the arrays that are laid upon one another, if any are.
   """
 
   grid: Grid
   owners: tuple[int, ...]
+  stack: Sequence[str] = ()
 
   def of(self, process: int) -> list[int]:
     """Numbers of the chunks that a process writes, ascending."""
@@ -49,22 +56,24 @@ def shares(tree: Any, *, short: bool) -> dict[str, Share]:
   """
   found = {}
   load: dict[int, int] = {}  # bytes by process, so far
-  for name, leaf in leaves.named(tree).items():
-    dtype = np.dtype(leaf.dtype)
-    dtype = manifests.narrowed(dtype) if short else dtype
-    shape = tuple(leaf.shape)
-    shard = leaf.sharding.shard_shape(shape)
-    grid = Grid(
-        shape=shape, dtype=dtype, chunk=chunks.finer(shard, dtype.itemsize)
-    )
+  named = leaves.named(tree)
+  grids = {name: _grid(leaf, short=short) for name, leaf in named.items()}
+  kinds = {name: leaf.sharding for name, leaf in named.items()}
+  laid = stacks.plan(grids, kinds)
+  for name, members in stacks.members(named, laid).items():
+    leaf, own = named[members[0]], grids[members[0]]
+    grid = stacks.grid(own, len(members)) if name in laid else own
     owners = [0] * len(grid)
-    for region, holders in _regions(shape, leaf.sharding):
-      owner = min(holders, key=lambda one: (load.get(one, 0), one))
-      size = int(np.prod(shard)) * dtype.itemsize
-      load[owner] = load.get(owner, 0) + size
-      for number in grid.within(region):
-        owners[number] = owner
-    found[name] = Share(grid=grid, owners=tuple(owners))
+    regions = _regions(own.shape, leaf.sharding)
+    for first in range(0, len(grid), len(own) or 1):  # of the next arrays
+      for region, holders in regions:
+        owner = min(holders, key=lambda one: (load.get(one, 0), one))
+        for number in own.within(region):
+          owners[first + number] = owner
+          load[owner] = load.get(owner, 0) + chunks.nbytes(grid)
+    found[name] = Share(
+        grid=grid, owners=tuple(owners), stack=laid.get(name, ())
+    )
   return found
 
 
@@ -81,22 +90,19 @@ def held(
   Returns:
     Its chunks of each array by name, as they are written.
   """
-  mine: dict[str, list[tuple[list[int], jax.Shard]]] = {}
-  for name, leaf in leaves.named(tree).items():
-    one, seen = shared[name], set[int]()
-    mine[name] = []
-    for shard in leaf.addressable_shards:
-      numbers = one.grid.within(shard.index)
-      own = [n for n in numbers if one.owners[n] == process]
-      if own and seen.isdisjoint(own):
-        seen.update(own)
-        shard.data.copy_to_host_async()  # all of them at the same time
-        mine[name].append((own, shard))
+  named = leaves.named(tree)
+  begun: dict[str, list[_Piece]] = {}
+  for name, one in shared.items():
+    begun[name] = []
+    own = stacks.of_member(one.grid) if one.stack else one.grid
+    for at, member in enumerate(one.stack or [name]):
+      first = stacks.first(one.grid, at) if one.stack else 0
+      owners = one.owners[first : first + len(own)]
+      mine = {n for n, owner in enumerate(owners) if owner == process}
+      begun[name] += _begin(named[member], own, mine, first)
   return {
-      name: Parts(
-          grid=shared[name].grid, pieces=_pieces(shared[name].grid, shards)
-      )
-      for name, shards in mine.items()
+      name: Parts(grid=one.grid, pieces=_pieces(one, begun[name]))
+      for name, one in shared.items()
   }
 
 
@@ -132,21 +138,46 @@ def _regions(
   ]
 
 
-def _pieces(
-    grid: Grid, shards: Sequence[tuple[list[int], jax.Shard]]
-) -> dict[int, np.ndarray]:
-  """Cuts shards into chunks."""
-  found = {}
-  for numbers, shard in shards:
-    whole = np.asarray(shard.data)
+def _grid(leaf: Any, *, short: bool) -> Grid:
+  """How an array is cut that is in no stack."""
+  dtype = np.dtype(leaf.dtype)
+  dtype = manifests.narrowed(dtype) if short else dtype
+  shape = tuple(leaf.shape)
+  shard = leaf.sharding.shard_shape(shape)
+  return Grid(
+      shape=shape, dtype=dtype, chunk=chunks.finer(shard, dtype.itemsize)
+  )
+
+
+def _begin(leaf: Any, cut: Grid, mine: set[int], first: int) -> list[_Piece]:
+  """Starts bringing chunks of an array here; the stack's number is `first`."""
+  begun, left = [], set(mine)
+  for shard in leaf.addressable_shards:
+    numbers = [n for n in cut.within(shard.index) if n in left]
+    if not numbers:
+      continue
+    left.difference_update(numbers)
+    shard.data.copy_to_host_async()  # all of them at the same time
     starts = [
         one.indices(size)[0]
-        for one, size in zip(shard.index, grid.shape, strict=True)
+        for one, size in zip(shard.index, cut.shape, strict=True)
     ]
     for number in numbers:
       part = tuple(
           slice(one.start - start, one.stop - start)
-          for one, start in zip(grid.where(number), starts, strict=True)
+          for one, start in zip(cut.where(number), starts, strict=True)
       )
-      found[number] = whole[part].astype(grid.dtype, copy=False)
-  return dict(sorted(found.items()))
+      begun.append((first + number, part, shard))
+  return begun
+
+
+def _pieces(share: Share, begun: Sequence[_Piece]) -> dict[int, np.ndarray]:
+  """Cuts shards into chunks, and lays those of a stack upon one another."""
+  found: dict[int, list[np.ndarray]] = {}
+  for number, part, shard in begun:
+    piece = np.asarray(shard.data)[part].astype(share.grid.dtype, copy=False)
+    found.setdefault(number, []).append(piece)
+  return {
+      number: np.stack(pieces) if share.stack else pieces[0]
+      for number, pieces in sorted(found.items())
+  }

@@ -70,10 +70,12 @@ class Shared:
     """
     params, self._params = self._params, None  # devices are needed elsewhere
     self._shares = shared = shards.shares(params, short=self._short)
+    dtypes = {name: leaf.dtype for name, leaf in leaves.named(params).items()}
+    before = {n: dtypes[(*one.stack, n)[0]] for n, one in shared.items()}
     rounded = {
-        name: leaf.dtype.name
-        for name, leaf in sorted(leaves.named(params).items())
-        if leaf.dtype != shared[name].grid.dtype
+        name: dtype.name
+        for name, dtype in sorted(before.items())
+        if dtype != shared[name].grid.dtype
     }
     self._parts = shards.held(params, shared, self._channel.process)
     digests = {name: [""] * len(one.owners) for name, one in shared.items()}
@@ -85,7 +87,8 @@ class Shared:
         name: manifests.describe(one.grid, digests[name])
         for name, one in shared.items()
     }
-    return Contents(arrays=arrays, rounded=rounded)
+    laid = {name: one.stack for name, one in shared.items() if one.stack}
+    return Contents(arrays=arrays, rounded=rounded, stacks=laid)
 
   def write(
       self, store: Store, folder: str, base: Base | None, *, keeps: bool
