@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import time
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -12,9 +14,10 @@ import numpy as np
 import tensorstore as ts
 
 from mgrpo_jax import atomic, attempts, chunks, readings, zarr
-from mgrpo_jax.chunks import Grid, Parts
+from mgrpo_jax.chunks import Grid, Parts, Pile
 from mgrpo_jax.keys import check_key
 
+_COPIED = 64 << 20  # bytes of chunks that are put together to be written
 _MOMENT = 5.0  # seconds for other writes, where one has failed
 
 
@@ -57,17 +60,18 @@ class Arrays:
     self._wait = wait
     self._clear = clear
 
-  def write(self, folder: str, arrays: Mapping[str, np.ndarray]) -> None:
+  def write(
+      self, folder: str, arrays: Mapping[str, np.ndarray | Parts]
+  ) -> None:
     """Writes arrays; see `Store.write_arrays`."""
-    opened = self.create(
-        folder, {name: chunks.grid(array) for name, array in arrays.items()}
-    )
-    starts = {
-        _key(folder, name): functools.partial(zarr.write, opened[name], array)
-        for name, array in arrays.items()
+    parts = {
+        name: held
+        if isinstance(held, Parts)
+        else chunks.parts(held, chunks.grid(held))
+        for name, held in arrays.items()
     }
-    sizes = {_key(folder, name): one.nbytes for name, one in arrays.items()}
-    self._all("write", starts, sizes)
+    grids = {name: held.grid for name, held in parts.items()}
+    self._write(folder, self.create(folder, grids), parts)
 
   def create(self, folder: str, grids: Mapping[str, Grid]) -> dict[str, Any]:
     """Makes empty arrays in the place of what lies there.
@@ -98,16 +102,26 @@ class Arrays:
       ValueError: a name is not a relative path.
     """
     grids = {name: held.grid for name, held in parts.items() if held.pieces}
-    opened = self._create(folder, grids)
+    self._write(folder, self._create(folder, grids), parts)
+
+  def _write(
+      self,
+      folder: str,
+      opened: Mapping[str, Any],
+      parts: Mapping[str, Parts],
+  ) -> None:
+    """Writes chunks of open arrays."""
     starts: dict[str, Callable[[], attempts.Pending]] = {}
     sizes: dict[str, int] = {}
+    copies: dict[str, int] = {}
     for name, held in parts.items():
       for number, piece in held.pieces.items():
         key = f"{_key(folder, name)}/{held.grid.key(number)}"
         target = zarr.region(opened[name], held.grid.where(number))
         starts[key] = functools.partial(zarr.write, target, piece)
         sizes[key] = piece.nbytes
-    self._all("write", starts, sizes)
+        copies[key] = piece.nbytes if isinstance(piece, Pile) else 0
+    self._all("write", starts, sizes, copies=copies)
 
   def read(
       self,
@@ -220,15 +234,32 @@ class Arrays:
       starts: Mapping[str, Callable[[], attempts.Pending]],
       sizes: Mapping[str, int],
       done: Callable[[str, Any], object] = lambda *_: None,
+      copies: Mapping[str, int] = types.MappingProxyType({}),
   ) -> dict[str, Any]:
-    """Does something to many keys at the same time, and waits for all."""
-    begun = {key: start() for key, start in starts.items()}
-    found = {}
+    """Does something to many keys at the same time, and waits for all.
+
+    Args:
+      verb: what, for errors.
+      starts: begins it, by key.
+      sizes: bytes that are moved, by key.
+      done: is told of each.
+      copies: bytes of memory that some take until they are done, by key; not
+        many more than `_COPIED` are taken.
+
+    Returns:
+      What came of it, by key.
+    """
+    found, begun = {}, dict[str, attempts.Pending]()
+    left, taken = collections.deque(starts), 0
     try:
       for key, start in starts.items():
+        while left and (taken < _COPIED or not begun):
+          begun[left[0]] = starts[left[0]]()
+          taken += copies.get(left.popleft(), 0)
         found[key] = self._wait(
-            verb, key, start, started=begun[key], nbytes=sizes.get(key, 0)
+            verb, key, start, started=begun.pop(key), nbytes=sizes.get(key, 0)
         )
+        taken -= copies.get(key, 0)
         done(key, found[key])
     except atomic.StorageError:
       if verb == "write":

@@ -91,17 +91,42 @@ class Grid:
     return "/".join(["c", *map(str, self.index(number))])
 
 
+class Pile:
+  """Equal arrays that are one upon another, without a copy; numpy makes it."""
+
+  def __init__(self, layers: Sequence[np.ndarray]) -> None:
+    """Piles arrays up, one at least."""
+    self.layers = layers
+
+  @property
+  def nbytes(self) -> int:
+    """Of all arrays."""
+    return sum(one.nbytes for one in self.layers)
+
+  def astype(self, dtype: Any) -> Pile:
+    """The same in another dtype."""
+    return Pile([one.astype(dtype, copy=False) for one in self.layers])
+
+  def __array__(
+      self, dtype: Any = None, copy: bool | None = None
+  ) -> np.ndarray:
+    """Copies them into one array, along a new first axis."""
+    if copy is False:
+      raise ValueError("copy: a pile is copied")
+    return np.stack(self.layers, dtype=dtype)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parts:
   """Some chunks of an array, on this host; read like an array.
 
   Attributes:
     grid: of the array.
-    pieces: what chunks hold, by number.
+    pieces: what chunks hold, by number; piles only where they are written.
   """
 
   grid: Grid
-  pieces: Mapping[int, np.ndarray]
+  pieces: Mapping[int, np.ndarray | Pile]
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -143,7 +168,7 @@ class Parts:
     ]
     numbers = self.grid.within(region)
     if len(numbers) == 1 and _bounds(self.grid, numbers[0]) == bounds:
-      return self.pieces[numbers[0]]
+      return np.asarray(self.pieces[numbers[0]])
     found = np.empty([end - start for start, end in bounds], self.dtype)
     for number in numbers:
       into, out = [], []
@@ -153,7 +178,7 @@ class Parts:
         first, last = max(start, low), min(end, high)
         into.append(slice(first - start, last - start))
         out.append(slice(first - low, last - low))
-      found[tuple(into)] = self.pieces[number][tuple(out)]
+      found[tuple(into)] = np.asarray(self.pieces[number])[tuple(out)]
     return found
 
 
@@ -248,14 +273,17 @@ def parts(array: np.ndarray, cut: Grid) -> Parts:
   )
 
 
-def digest(piece: np.ndarray) -> str:
+def digest(piece: np.ndarray | Pile) -> str:
   """The BLAKE3 of what a chunk covers, in C order; several GB/s a core."""
-  return blake3.blake3(_bytes(piece)).hexdigest()
+  found = blake3.blake3()
+  for one in piece.layers if isinstance(piece, Pile) else [piece]:
+    found.update(_bytes(one))
+  return found.hexdigest()
 
 
-def sha256(piece: np.ndarray) -> str:
+def sha256(piece: np.ndarray | Pile) -> str:
   """The sha256 of what a chunk covers, in C order, as it once was digested."""
-  return hashlib.sha256(_bytes(piece)).hexdigest()
+  return hashlib.sha256(_bytes(np.asarray(piece))).hexdigest()
 
 
 def _bytes(piece: np.ndarray) -> memoryview:

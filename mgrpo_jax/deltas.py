@@ -42,7 +42,8 @@ def between(
     grid = words(held.grid)
     pieces = {
         number: np.asarray(
-            piece.view(grid.dtype) ^ before.pieces[number].view(grid.dtype)
+            np.asarray(piece).view(grid.dtype)
+            ^ np.asarray(before.pieces[number]).view(grid.dtype)
         )
         for number, piece in held.pieces.items()
     }
@@ -63,7 +64,9 @@ def apply(base: Held, difference: Held) -> Held:
   """
   if isinstance(base, Parts):
     pieces = {
-        number: _applied(piece, difference.pieces[number])
+        number: _applied(
+            np.asarray(piece), np.asarray(difference.pieces[number])
+        )
         for number, piece in base.pieces.items()
     }
     return Parts(grid=base.grid, pieces=pieces)

@@ -2,9 +2,10 @@
 
 import re
 
+from mgrpo_jax import locks
+
 MAX_KEY_BYTES = 512
 _SEGMENT = re.compile(r"[A-Za-z0-9_@=+,-][A-Za-z0-9._@=+,-]*")
-_LOCK = ".__lock"  # TensorStore's file driver keeps its locks there
 
 
 def check_key(key: str) -> str:
@@ -33,7 +34,7 @@ def is_key(key: str) -> bool:
   return (
       isinstance(key, str)
       and len(key) <= MAX_KEY_BYTES
-      and not any(part.endswith(_LOCK) for part in key.split("/"))
+      and not any(part.endswith(locks.SUFFIX) for part in key.split("/"))
       and all(_SEGMENT.fullmatch(part) for part in key.split("/"))
   )
 

@@ -62,19 +62,25 @@ def describe(grid: Grid, digests: Iterable[str]) -> dict[str, Any]:
 
 
 def contents(
-    arrays: Mapping[str, np.ndarray],
-    rounded: Mapping[str, str],
-    stacks: Stacks,
+    parts: Mapping[str, Parts], rounded: Mapping[str, str], stacks: Stacks
 ) -> Contents:
-  """Describes arrays by name, on as many threads as there are cores."""
+  """Describes all chunks of arrays, on as many threads as there are cores.
 
-  def one(array: np.ndarray) -> dict[str, Any]:
-    grid = chunks.grid(array)
-    pieces = chunks.parts(array, grid).pieces
-    return describe(grid, map(chunks.digest, pieces.values()))
+  Args:
+    parts: by name.
+    rounded: dtypes that parameters had before they were rounded, by name.
+    stacks: which of the arrays are stacks of parameters.
+  """
 
-  found = leaves.threaded(one, arrays)
-  return Contents(arrays=found, rounded=rounded, stacks=stacks)
+  def one(held: Parts) -> dict[str, Any]:
+    return describe(held.grid, map(chunks.digest, held.pieces.values()))
+
+  before = {name: (*stacks.get(name, [name]),)[0] for name in parts}
+  return Contents(
+      arrays=leaves.threaded(one, parts),
+      rounded={n: rounded[m] for n, m in before.items() if m in rounded},
+      stacks=stacks,
+  )
 
 
 def make(

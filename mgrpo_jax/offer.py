@@ -63,31 +63,23 @@ class Whole:
     """Brings the arrays to this host and takes their digests."""
     del store  # nobody else is waited for
     arrays, rounded = leaves.to_host(self._params), dict[str, str]()
-    grids = {name: chunks.grid(array) for name, array in arrays.items()}
-    laid = stacks.plan(grids, dict.fromkeys(grids))
-    arrays = stacks.gather(arrays, laid)
     if self._short:
       arrays, rounded = manifests.round_off(arrays)
-    self._arrays = arrays
-    return manifests.contents(arrays, rounded, laid)
+    grids = {name: chunks.grid(array) for name, array in arrays.items()}
+    laid = stacks.plan(grids, dict.fromkeys(grids))
+    self._parts = stacks.gather(arrays, laid)
+    return manifests.contents(self._parts, rounded, laid)
 
   def write(
       self, store: Store, folder: str, base: Base | None, *, keeps: bool
   ) -> Mapping[str, Parts]:
     """Writes the arrays, or their differences to a base."""
     del keeps  # no other process has to know
-    parts = {
-        name: chunks.parts(array, chunks.grid(array))
-        for name, array in self._arrays.items()
-    }
-    if base is None:
-      store.write_arrays(folder, self._arrays)
-    else:
-      changes = deltas.between(parts, base.parts)
-      grids = {name: held.grid for name, held in changes.items()}
-      store.arrays.create(folder, grids)
-      store.arrays.write_parts(folder, changes)
-    return parts
+    parts = self._parts
+    if base is not None:
+      parts = deltas.between(parts, base.parts)
+    store.write_arrays(folder, parts)
+    return self._parts
 
   def close(self) -> None:
     """Leaves the arrays to whoever else has them."""

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from mgrpo_jax import chunks, leaves
-from mgrpo_jax.chunks import Grid, Parts
+from mgrpo_jax import chunks
+from mgrpo_jax.chunks import Grid, Parts, Pile
 
 Stacks = Mapping[str, Sequence[str]]  # members of each, in order, by its name
 
@@ -78,28 +78,28 @@ def grid(member: Grid, count: int) -> Grid:
 
 def gather(
     arrays: Mapping[str, np.ndarray], stacks: Stacks
-) -> dict[str, np.ndarray]:
-  """Lays arrays upon one another, which copies them.
+) -> dict[str, Parts]:
+  """Lays arrays upon one another, without copying them.
 
   Args:
     arrays: by name.
     stacks: of some of them.
 
   Returns:
-    Stacks and the other arrays, by name.
+    All chunks of stacks and of the other arrays, by name.
   """
-  held = {name: [arrays[one] for one in stacks[name]] for name in stacks}
-  rooms = {
-      name: np.empty((len(some), *some[0].shape), some[0].dtype)
-      for name, some in held.items()
-  }
-  laid = leaves.threaded(
-      lambda room, some: np.stack(some, out=room), rooms, held
-  )
-  return {
-      name: laid[name] if name in stacks else arrays[name]
-      for name in members(arrays, stacks)
-  }
+  found = {}
+  for name, held in members(arrays, stacks).items():
+    cut, array = chunks.grid(arrays[held[0]]), arrays[held[0]]
+    found[name] = chunks.parts(array, cut)
+    if name in stacks:
+      cut = grid(cut, len(held))
+      pieces = {}
+      for number in range(len(cut)):
+        some, *box = cut.where(number)
+        pieces[number] = Pile([arrays[one][*box] for one in held[some]])
+      found[name] = Parts(grid=cut, pieces=pieces)
+  return found
 
 
 def scatter(
@@ -109,7 +109,7 @@ def scatter(
 
   Args:
     found: stacks and other arrays, or some chunks of them, by name.
-    stacks: what `gather` was given.
+    stacks: which they are.
 
   Returns:
     Arrays, or some chunks of them, by name.
@@ -147,7 +147,7 @@ def _member(stack: Parts, at: int) -> Parts:
   own = of_member(stack.grid)
   begin, row = first(stack.grid, at), at % stack.grid.chunk[0]
   pieces = {
-      number - begin: piece[row, ...]
+      number - begin: np.asarray(piece)[row, ...]
       for number, piece in stack.pieces.items()
       if begin <= number < begin + len(own)
   }

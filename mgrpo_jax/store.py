@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from mgrpo_jax import atomic, attempts, bucket, removal
+from mgrpo_jax import atomic, attempts, bucket, locks, removal
 from mgrpo_jax.arrays import Arrays
-from mgrpo_jax.chunks import Grid
+from mgrpo_jax.chunks import Grid, Parts
 from mgrpo_jax.keys import check_key, is_key
 
 
@@ -135,7 +135,7 @@ class Store:
       StorageError: the store cannot be written.
       ValueError: the key is not a relative path.
     """
-    check_key(key)
+    locks.empty(self._local, check_key(key))
     self._wait("write", key, lambda: self._kvstore.write(key, value))
 
   def delete(self, key: str) -> None:
@@ -153,7 +153,7 @@ class Store:
       StorageError: the store cannot be read.
       ValueError: the prefix is not a relative path.
     """
-    self._removal.begin(self._listed(check_key(prefix)))
+    self._removal.begin(self._listed(check_key(prefix)), [prefix])
 
   def settle(self) -> None:
     """Waits until everything discarded is gone.
@@ -237,7 +237,7 @@ class Store:
     """
     if not self.can_swap or (value is None and self.url.startswith("s3://")):
       raise atomic.StorageError(
-          f"cannot swap {self._where(record.key)}: there is no"
+          f"cannot swap {self.url}/{record.key}: there is no"
           " compare-and-swap here"
       )
     stamp = self._write_if(record, value)
@@ -269,15 +269,17 @@ class Store:
     self.put(record.key, value)
     return True
 
-  def write_arrays(self, prefix: str, arrays: Mapping[str, np.ndarray]) -> None:
+  def write_arrays(
+      self, prefix: str, arrays: Mapping[str, np.ndarray | Parts]
+  ) -> None:
     """Writes named arrays as zarr3, all at the same time.
 
     Arrays appear one by one: write what makes them visible afterwards.
 
     Args:
       prefix: folder without trailing slash.
-      arrays: by name; array `a/b` lies in the folder `prefix/a/b`. They must
-        not change until this returns.
+      arrays: by name, or all chunks; array `a/b` lies in `prefix/a/b`. They
+        must not change until this returns.
 
     Raises:
       StorageError: the store cannot be written.
@@ -312,7 +314,7 @@ class Store:
 
   def _clear(self, prefix: str, folders: Iterable[str]) -> None:
     """Removes what lies in folders below a prefix."""
-    self._removal.begin(removal.below(self._listed(prefix), folders))
+    self._removal.begin(removal.below(self._listed(prefix), folders), folders)
     self.settle()
 
   def _keeps_conditions(self) -> bool:
@@ -328,12 +330,10 @@ class Store:
 
   def _write_if(self, record: Record, value: bytes | None) -> Any:
     """Writes on the condition that a key is as it was read."""
+    key, mark = record.key, record.generation
+    locks.empty(self._local, key)
     return self._wait(
-        "write",
-        record.key,
-        lambda: self._kvstore.write(
-            record.key, value, if_equal=record.generation
-        ),
+        "write", key, lambda: self._kvstore.write(key, value, if_equal=mark)
     )
 
   def _wait(
@@ -348,16 +348,12 @@ class Store:
     """Waits for an operation, and says what failed where."""
     return attempts.wait(
         start,
-        what=f"{verb} {self._where(key)}",
+        what=f"{verb} {self.url}/{key}",
         patience=self._patience,
         nbytes=nbytes,
         started=started,
         limit=self.limit,
     )
-
-  def _where(self, key: str) -> str:
-    """Returns the full address of a key."""
-    return f"{self.url}/{key}"
 
 
 def open(url: str, *, patience: float = attempts.PATIENCE) -> Store:
@@ -379,8 +375,9 @@ def open(url: str, *, patience: float = attempts.PATIENCE) -> Store:
   spec = bucket.spec(url)
   context = attempts.context()
   # Arrays are not flushed one by one: readers check their digests, and sixty
-  # flushes take half a second on a busy disk.
-  quick = ts.Context({"file_io_sync": False}, context)
+  # flushes take half a second on a busy disk. Nor are they locked (`locks`).
+  unlocked = {"file_io_sync": False, "file_io_locking": {"mode": "none"}}
+  quick = ts.Context(unlocked, context)
   try:
     kvstore = ts.KvStore.open(spec, context=context).result()
     bulk = ts.KvStore.open(spec, context=quick).result()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from mgrpo_jax.chunks import Grid
+from mgrpo_jax.chunks import Grid, Pile
 
 MOST_PACKED = 2**31 - 17  # bytes of a chunk; blosc counts with 32 bits
 
@@ -42,9 +42,11 @@ def open(kvstore: ts.KvStore, key: str) -> ts.Future:
   return ts.open(spec, kvstore=kvstore / f"{key}/", open=True)
 
 
-def write(target: Any, array: np.ndarray) -> ts.Future:
+def write(target: Any, array: np.ndarray | Pile) -> ts.Future:
   """Starts writing all of an array, which must not change until it is done."""
-  return target.write(array, can_reference_source_data_indefinitely=True).commit
+  return target.write(
+      np.asarray(array), can_reference_source_data_indefinitely=True
+  ).commit
 
 
 def region(source: Any, where: Sequence[slice]) -> Any:

@@ -174,7 +174,7 @@ def test_a_version_that_cannot_be_written_is_no_base(bucket, monkeypatch):
   put(bucket, 3, bases)
   assert base_of(bucket, 3) is None
   with monkeypatch.context() as broken:
-    broken.setattr(bucket.arrays, "write_parts", full)
+    broken.setattr(bucket, "write_arrays", full)
     with pytest.raises(atomic.StorageError, match="No space left"):
       put(bucket, 4, bases)
   assert bits(read(bucket).params) == bits(tree(3))

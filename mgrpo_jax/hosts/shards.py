@@ -171,13 +171,15 @@ def _begin(leaf: Any, cut: Grid, mine: set[int], first: int) -> list[_Piece]:
   return begun
 
 
-def _pieces(share: Share, begun: Sequence[_Piece]) -> dict[int, np.ndarray]:
+def _pieces(
+    share: Share, begun: Sequence[_Piece]
+) -> dict[int, np.ndarray | chunks.Pile]:
   """Cuts shards into chunks, and lays those of a stack upon one another."""
   found: dict[int, list[np.ndarray]] = {}
   for number, part, shard in begun:
     piece = np.asarray(shard.data)[part].astype(share.grid.dtype, copy=False)
     found.setdefault(number, []).append(piece)
   return {
-      number: np.stack(pieces) if share.stack else pieces[0]
+      number: chunks.Pile(pieces) if share.stack else pieces[0]
       for number, pieces in sorted(found.items())
   }
