@@ -38,7 +38,6 @@ from mgrpo_jax.sampler.stream import checked
 from mgrpo_jax.sampler.worker import Worker
 from mgrpo_jax.types import Completion
 
-_YIELDS = 5  # turns of the event loop in which finished callers may ask again
 _CLOSING = 600.0  # seconds; the visit under way may have to be compiled first
 
 
@@ -137,8 +136,8 @@ class Engine:
     self._ended = ended = loop.create_future()
     self._closing = False
 
-    def tell(news: Sequence[News], number: int) -> None:
-      loop.call_soon_threadsafe(self._deliver, news, number)
+    def tell(news: Sequence[News]) -> None:
+      loop.call_soon_threadsafe(self._deliver, news)
 
     def end(failure: Exception | None) -> None:
       if isinstance(self._resident, Lead):
@@ -320,20 +319,10 @@ class Engine:
     if self._ended is None or self._closing:
       raise EngineError("the engine is not running; use `async with engine:`")
 
-  def _deliver(self, news: Sequence[News], number: int) -> None:
-    """Tells callers of a visit, and soon the worker that they know."""
+  def _deliver(self, news: Sequence[News]) -> None:
+    """Tells callers of a visit."""
     guard = self._worker.guard
     delivery.deliver(news, self._schedule, guard, context=self._context)
-    asyncio.get_running_loop().call_soon(self._settle, number, _YIELDS)
-
-  def _settle(self, number: int, turns: int) -> None:
-    """Lets the callers have some turns of the event loop."""
-    if turns:
-      loop = asyncio.get_running_loop()
-      loop.call_soon(self._settle, number, turns - 1)
-      return
-    with self._worker.guard:
-      self._worker.settle(number)
 
   def _end(
       self, ended: asyncio.Future[None], failure: Exception | None

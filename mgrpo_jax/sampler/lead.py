@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -69,12 +70,15 @@ class Lead:
     """
     return Weights(source=params)
 
-  def visit(self, params: Weights, orders: Orders) -> Drawn:
+  def visit(
+      self, params: Weights, orders: Orders, begun: Callable[[], None]
+  ) -> Drawn:
     """Does what was ordered, on all processes, and waits for it.
 
     Args:
       params: weights, of `placed`.
       orders: what to do.
+      begun: called when this process's devices have it all.
 
     Returns:
       What was drawn, on the host.
@@ -88,7 +92,7 @@ class Lead:
       params.placed = self._resident.placed(params.source)
       params.source = None
     self._crew.ask(Kind.ORDERS, ordering.pack(orders))
-    return self._resident.visit(params.placed, orders)
+    return self._resident.visit(params.placed, orders, begun)
 
   def leave(self, failure: Exception | None) -> None:
     """Lets the others go; nothing is visited until somebody follows again.

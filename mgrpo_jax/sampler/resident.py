@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -96,7 +97,12 @@ class Resident:
       used = products.turn(used, config=self._config)
     return jax.device_put(used, self._place)
 
-  def visit(self, params: Params, orders: Orders) -> Drawn:
+  def visit(
+      self,
+      params: Params,
+      orders: Orders,
+      begun: Callable[[], None] = lambda: None,
+  ) -> Drawn:
     """Does what was ordered, and waits for it.
 
     One visit at a time, so each finds the cache that the last one left.
@@ -104,6 +110,7 @@ class Resident:
     Args:
       params: weights, of `placed`.
       orders: what to do.
+      begun: called when the device has it all.
 
     Returns:
       What was drawn, on the host.
@@ -134,6 +141,7 @@ class Resident:
         num_rows=self._decode_rows,
         heads=self._heads,
     )
+    begun()
     return jax.tree.map(np.asarray, drawn)
 
 

@@ -38,7 +38,7 @@ class Visit:
   busy: list[tuple[Slot, Request]]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True)  # frozen, it takes thrice
 class News:
   """What a visit brought to one request.
 
@@ -97,11 +97,6 @@ class Schedule:
         collections.OrderedDict()
     )
     self._counts: collections.Counter[str] = collections.Counter()
-
-  @property
-  def crowded(self) -> bool:
-    """Whether there were more requests than slots in the last plan."""
-    return bool(self._queue)
 
   def add(self, request: Request) -> None:
     """Lets a request wait for a slot."""
@@ -221,15 +216,22 @@ class Schedule:
         raise FloatingPointError(
             f"log-probabilities under version {version} are not finite"
         )
-    counts = np.sum(drawn.tokens != drawing.NO_TOKEN, axis=0)
+    counts = np.sum(drawn.tokens != drawing.NO_TOKEN, axis=0).tolist()
+    tokens, logprobs, raw_logprobs = (
+        one.T.tolist()
+        for one in (drawn.tokens, drawn.logprobs, drawn.raw_logprobs)
+    )
     self._counts["visits"] += 1
-    self._counts["generated"] += int(counts.sum())
+    self._counts["generated"] += sum(counts)
     news = []
     for slot, request in visit.busy:
       if slot.request is not request or request.future.done():
         continue  # it ended while the device went on
-      index, count = slot.index, int(counts[slot.index])
-      _add(request, drawn, index, count)
+      index = slot.index
+      count = counts[index]
+      request.sampled += tokens[index][:count]
+      request.logprobs += logprobs[index][:count]
+      request.raw_logprobs += raw_logprobs[index][:count]
       request.versions.append(version)
       slot.cached += count
       self._inputs.length[index] = slot.cached
@@ -336,10 +338,3 @@ class Schedule:
     inputs.drawing.filters.min_p[index] = sampling.min_p
     inputs.stop_ids[index] = drawing.NO_TOKEN
     inputs.stop_ids[index, : len(stops)] = stops
-
-
-def _add(request: Request, drawn: Drawn, index: int, count: int) -> None:
-  """Adds what a slot has drawn to its request."""
-  request.sampled += drawn.tokens[:count, index].tolist()
-  request.logprobs += drawn.logprobs[:count, index].tolist()
-  request.raw_logprobs += drawn.raw_logprobs[:count, index].tolist()

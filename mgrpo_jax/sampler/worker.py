@@ -2,8 +2,7 @@
 
 It plans a visit itself as soon as the last one is over, so that the device does
 not wait for the event loop, which at that moment may be with thousands of other
-callers. While there are slots for all of them, those who were just answered get
-a moment to ask again, so that the next visit samples for them, too.
+callers; and it tells of a visit when the device is at the next one.
 """
 
 from __future__ import annotations
@@ -20,10 +19,6 @@ from mgrpo_jax.sampler.interface import EngineError
 from mgrpo_jax.sampler.orders import Orders
 from mgrpo_jax.sampler.schedule import News, Schedule, Visit
 
-# Of the time that the last visit took, what callers get at most to ask again
-# before the next, as long as slots are free for them.
-_PATIENCE = 0.25
-
 
 class Visited(Protocol):
   """What is visited: a `Resident`, or the `Lead` of several processes.
@@ -34,8 +29,16 @@ class Visited(Protocol):
 
   params: Any
 
-  def visit(self, params: Any, orders: Orders) -> Drawn:
-    """Does what was ordered with some weights, and waits for it."""
+  def visit(
+      self, params: Any, orders: Orders, begun: Callable[[], None]
+  ) -> Drawn:
+    """Does what was ordered with some weights, and waits for it.
+
+    Args:
+      params: that were the attribute.
+      orders: what to do.
+      begun: called when the device has it all.
+    """
 
 
 class _Work(NamedTuple):
@@ -72,27 +75,26 @@ class Worker:
     self._closing = False
     self._waiting = False  # for something to do
     self._ready = 0.0  # when there was something to do, the device being free
-    self._took = 0.0  # seconds, the last visit
-    self._told = self._settled = 0  # news, and those that callers acted on
+    self._news: Sequence[News] = ()  # that nobody was told yet
 
   def start(
       self,
-      tell: Callable[[Sequence[News], int], None],
+      tell: Callable[[Sequence[News]], None],
       ended: Callable[[Exception | None], None],
   ) -> None:
     """Starts the thread.
 
     Args:
-      tell: takes the news of a visit, and their number for `settle`; called in
-        the thread, `guard` held.
+      tell: takes the news of a visit; called in the thread, at the latest
+        before `ended`.
       ended: takes what the thread failed with, None if it was closed; called in
         the thread, once.
     """
     self._closing = self._waiting = False
     self._ready = time.perf_counter()
-    self._settled = self._told
+    self._tell = tell
     threading.Thread(
-        target=self._work, args=(tell, ended), name="sampler", daemon=True
+        target=self._work, args=(ended,), name="sampler", daemon=True
     ).start()
 
   def close(self) -> None:
@@ -106,15 +108,6 @@ class Worker:
     if self._waiting:
       self._waiting, self._ready = False, time.perf_counter()
     self.guard.notify_all()
-
-  def settle(self, number: int) -> None:
-    """Says that who heard some news has had the time to act.
-
-    Args:
-      number: of the news; those before it are settled, too.
-    """
-    self._settled = number
-    self.wake()
 
   def rehearse(self, visit: Visit) -> Future[None]:
     """Makes a visit of which nobody is told.
@@ -135,18 +128,15 @@ class Worker:
       self.wake()
     return future
 
-  def _work(
-      self,
-      tell: Callable[[Sequence[News], int], None],
-      ended: Callable[[Exception | None], None],
-  ) -> None:
+  def _work(self, ended: Callable[[Exception | None], None]) -> None:
     """Makes visits until it is closed or one fails; the thread's function."""
     failure: Exception | None = None
     try:
       while (work := self._next()) is not None:
-        self._make(work, tell)
+        self._make(work)
     except Exception as error:  # whatever it is, nobody may wait for ever
       failure = error
+    self._tell_news()
     with self.guard:
       self._closing = True
       rehearsals = list(self._rehearsals)
@@ -158,14 +148,10 @@ class Worker:
   def _next(self) -> _Work | None:
     """Waits for something to do; None when it is to end."""
     with self.guard:
-      if not self._schedule.crowded:
-        self.guard.wait_for(
-            lambda: self._closing or self._settled == self._told,
-            _PATIENCE * self._took,
-        )
       while not self._closing:
         if (work := self._planned()) is not None:
           return work
+        self._tell_news()
         self._waiting = True
         self.guard.wait()
     return None
@@ -181,13 +167,13 @@ class Worker:
       return None
     return _Work(planned, self._resident.params, None)
 
-  def _make(
-      self, work: _Work, tell: Callable[[Sequence[News], int], None]
-  ) -> None:
-    """Makes one visit and tells of it."""
+  def _make(self, work: _Work) -> None:
+    """Makes one visit, and tells of the one before."""
     began = time.perf_counter()
     try:
-      drawn = self._resident.visit(work.params, work.visit.orders)
+      drawn = self._resident.visit(
+          work.params, work.visit.orders, self._tell_news
+      )
     except Exception as error:  # raised here, told to who waits there
       if work.future is not None:
         work.future.set_exception(error)
@@ -196,12 +182,17 @@ class Worker:
     with self.guard:
       self.seconds["idle"] += began - self._ready
       self.seconds["busy"] += ended - began
-      self._ready, self._took = ended, ended - began
+      self._ready = ended
       if work.future is not None:
         work.future.set_result(None)
-      elif news := self._schedule.absorb(work.visit, drawn):
-        self._told += 1
-        tell(news, self._told)
+      else:
+        self._news = self._schedule.absorb(work.visit, drawn)
+
+  def _tell_news(self) -> None:
+    """Tells what the last visit brought, once."""
+    news, self._news = self._news, ()
+    if news:
+      self._tell(news)
 
 
 def _fail(future: Future[None]) -> None:
