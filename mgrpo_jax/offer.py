@@ -66,7 +66,7 @@ class Whole:
     if self._short:
       arrays, rounded = manifests.round_off(arrays)
     grids = {name: chunks.grid(array) for name, array in arrays.items()}
-    laid = stacks.plan(grids, dict.fromkeys(grids))
+    laid = stacks.plan(grids, {name: rounded.get(name) for name in grids})
     self._parts = stacks.gather(arrays, laid)
     return manifests.contents(self._parts, rounded, laid)
 

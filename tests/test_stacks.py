@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mgrpo_jax import chunks, contents, manifest, publish, stacks, store
 from mgrpo_jax.chunks import Parts
+from mgrpo_jax.hosts import shards
 
 
 def planned(arrays, **kinds):
@@ -130,6 +131,20 @@ def test_stacks_are_rounded_as_their_arrays_are(tmp_path, short):
     kept = array.astype(jax.numpy.bfloat16).astype("f4") if short else array
     assert found[name].dtype == np.float32
     np.testing.assert_array_equal(found[name], kept)
+
+
+def test_what_had_other_dtypes_before_they_were_rounded_is_in_no_stack(
+    tmp_path,
+):
+  bucket = store.open_folder(tmp_path)
+  arrays = layers(3)
+  arrays["layers/1/w"] = arrays["layers/1/w"].astype(jax.numpy.bfloat16)
+  publish.publish(bucket, "main", 0, arrays, keep=1, meta={}, short=True)
+  found = publish.read(bucket, "main", 0, like=arrays).params
+  on_devices = jax.tree.map(jax.numpy.asarray, arrays)
+  assert shards.shares(on_devices, short=True).keys() == arrays.keys()
+  for name, array in arrays.items():
+    assert found[name].dtype == array.dtype
 
 
 def test_of_several_processes_each_reads_its_chunks_of_a_stack(

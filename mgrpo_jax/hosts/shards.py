@@ -58,7 +58,7 @@ def shares(tree: Any, *, short: bool) -> dict[str, Share]:
   load: dict[int, int] = {}  # bytes by process, so far
   named = leaves.named(tree)
   grids = {name: _grid(leaf, short=short) for name, leaf in named.items()}
-  kinds = {name: leaf.sharding for name, leaf in named.items()}
+  kinds = {name: (leaf.sharding, leaf.dtype) for name, leaf in named.items()}
   laid = stacks.plan(grids, kinds)
   for name, members in stacks.members(named, laid).items():
     leaf, own = named[members[0]], grids[members[0]]
