@@ -58,7 +58,13 @@ class Removal:
 
 
 def _sweep(root: pathlib.Path, folder: pathlib.Path) -> None:
-  """Removes a folder, and those above it below a root, where they are empty."""
+  """Removes a folder, and those above it below a root, where they are empty.
+
+  Where there is no such folder, those above it stay: somebody may have made
+  them a moment ago, to write there.
+  """
+  if not folder.is_dir():
+    return
   for path, _, names in os.walk(folder, topdown=False):
     for name in names:
       if name.endswith(locks.SUFFIX):

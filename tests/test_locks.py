@@ -63,6 +63,16 @@ def test_what_was_left_goes_with_its_folder(bucket, tmp_path):
   assert sorted(os.listdir(tmp_path)) == ["v1"]
 
 
+def test_where_there_is_nothing_to_remove_folders_above_it_stay(
+    bucket, tmp_path
+):
+  """Who writes beside it has made them, and is about to write."""
+  (tmp_path / "policies/main").mkdir(parents=True)
+  bucket.discard("policies/main/v0")
+  bucket.settle()
+  assert (tmp_path / "policies/main").is_dir()
+
+
 def test_what_somebody_holds_is_not_emptied(tmp_path):
   path = left(tmp_path, "k")
   whole = struct.pack("hhqqiI", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0, 0)
