@@ -265,6 +265,9 @@ class Arrays:
       if verb == "write":
         _finish(begun.values())
       raise
+    finally:
+      for one in begun.values():
+        one.cancel()  # nobody waits for it any more
     return found
 
 

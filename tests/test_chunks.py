@@ -194,6 +194,9 @@ def test_where_one_write_fails_the_others_are_waited_for(tmp_path, monkeypatch):
       time.sleep(0.02)
       ended.append(self.write.result(timeout=timeout))
 
+    def cancel(self):
+      self.write.cancel()
+
   class Full:
     """A write that fails at once."""
 

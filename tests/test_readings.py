@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import threading
+import time
 
 import ml_dtypes
 import numpy as np
@@ -200,6 +201,42 @@ def test_a_reading_waits_no_longer_than_it_is_told(tmp_path, monkeypatch):
     reading.result(timeout=0.05)
   go.set()
   np.testing.assert_array_equal(reading.result(timeout=60), array)
+
+
+def test_where_one_reading_fails_the_others_are_given_up(tmp_path, monkeypatch):
+  bucket = store.open_folder(tmp_path)
+  arrays = {f"a{number}": np.arange(3) for number in range(40)}
+  bucket.write_arrays("v", arrays)
+  go, asked, straight = threading.Event(), [], readings.disk.read
+
+  def slow(path, into, *, size):
+    asked.append(path)
+    if len(asked) > 1:
+      go.wait(60)
+    straight(path, into, size=size)
+
+  def refuse(name, array):
+    raise atomic.CorruptError(name)
+
+  monkeypatch.setattr(readings.disk, "read", slow)
+  with pytest.raises(atomic.CorruptError):
+    bucket.read_arrays("v", arrays, refuse)
+  go.set()
+  readings.disk.threads().submit(len, []).result(60)  # after all before it
+  assert len(asked) < 20  # those that threads had begun
+
+
+def test_a_reading_waits_for_all_its_files_no_longer_than_it_is_told(
+    tmp_path, monkeypatch
+):
+  bucket = store.open_folder(tmp_path)
+  written(bucket, (12, 3), (1, 3))
+  monkeypatch.setattr(readings.disk, "read", lambda *_, **__: time.sleep(0.4))
+  source = zarr.open(bucket.arrays._kvstore, "v/w").result()
+  reading = readings.Reading(source, readings.Room([source]))
+  reading._left.reverse()  # the last file is the first that is waited for
+  with pytest.raises(TimeoutError):
+    reading.result(timeout=0.6)
 
 
 def test_many_arrays_are_read_into_memory_that_jax_takes(tmp_path):
