@@ -9,7 +9,7 @@ import time
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgrpo_jax import atomic, chunks, deltas, readings, store, zarr
@@ -62,6 +62,7 @@ def test_chunks_that_lie_as_they_are_come_from_their_files(
   assert not copied
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(0, 7), st.integers(1, 8)), min_size=0, max_size=3

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import tensorstore as ts
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgrpo_jax import chunks, contents, manifest, publish, stacks, store
@@ -62,6 +62,7 @@ def test_arrays_of_which_no_two_fit_a_chunk_stay_as_they_are(monkeypatch):
   assert not planned(layers(3))
 
 
+@settings(deadline=None)
 @given(
     st.integers(2, 9),
     st.lists(st.integers(0, 4), max_size=2),
