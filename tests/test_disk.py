@@ -88,6 +88,14 @@ def test_what_is_in_the_page_cache_is_copied_from_there(make, flagged):
   assert not flagged
 
 
+def test_only_memory_that_begins_with_a_page_is_read_to_past_the_cache(
+    make, flagged
+):
+  path, data = make(3 << 20, cached=False)
+  disk.read(path, memory(data.size, shift=64), size=data.size)
+  assert not flagged
+
+
 def test_where_the_page_cache_cannot_be_passed_it_is_not(make, monkeypatch):
   path, data = make(3 << 20, cached=False)
   straight, asked = fcntl.fcntl, []

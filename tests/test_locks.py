@@ -63,6 +63,24 @@ def test_what_was_left_goes_with_its_folder(bucket, tmp_path):
   assert sorted(os.listdir(tmp_path)) == ["v1"]
 
 
+def test_what_is_written_while_a_folder_is_removed_stays(bucket, tmp_path):
+  bucket.put("v0/old", b"1")
+  bucket.discard("v0")
+  (tmp_path / "v0/new").write_bytes(b"2")
+  bucket.settle()
+  assert os.listdir(tmp_path / "v0") == ["new"]
+
+
+def test_folders_above_what_is_removed_go_where_they_are_empty(
+    bucket, tmp_path
+):
+  bucket.write_arrays("policies/main/v0", {"w": np.arange(5)})
+  bucket.put("policies/other/LATEST", b"{}")
+  bucket.discard("policies/main/v0")
+  bucket.settle()
+  assert os.listdir(tmp_path / "policies") == ["other"]
+
+
 def test_where_there_is_nothing_to_remove_folders_above_it_stay(
     bucket, tmp_path
 ):
