@@ -103,10 +103,6 @@ class Pile:
     """Of all arrays."""
     return sum(one.nbytes for one in self.layers)
 
-  def astype(self, dtype: Any) -> Pile:
-    """The same in another dtype."""
-    return Pile([one.astype(dtype, copy=False) for one in self.layers])
-
   def __array__(
       self, dtype: Any = None, copy: bool | None = None
   ) -> np.ndarray:
@@ -147,7 +143,7 @@ class Parts:
     """The same chunks in another dtype."""
     return Parts(
         grid=dataclasses.replace(self.grid, dtype=np.dtype(dtype)),
-        pieces={n: piece.astype(dtype) for n, piece in self.pieces.items()},
+        pieces={n: np.asarray(p).astype(dtype) for n, p in self.pieces.items()},
     )
 
   def __getitem__(self, region: Sequence[slice]) -> np.ndarray:

@@ -79,6 +79,22 @@ def test_chunks_are_whole_pages_where_rows_can_be(row, monkeypatch):
   assert len(grid) * grid.chunk[0] - grid.shape[0] <= pages // row * len(grid)
 
 
+@pytest.mark.parametrize(
+    ("count", "nbytes", "expected"),
+    [
+        (1000, 16, 1000),  # all fit
+        (30, 576 * 1536 * 4, 3),  # equal whole pages, 10 of 3 and not 8 of 4
+        (5000, 12000, 1280),  # whole pages, 128 rows each, and about equal
+        (576, 50257 * 4, 72),  # 1024 rows end a page: 8 equal, not 7 unequal
+        (577, 50257 * 4, 83),  # which a prime number does not have
+        (7, 10 << 20, 1),
+        (7, 20 << 20, 1),
+    ],
+)
+def test_rows_of_a_chunk(count, nbytes, expected):
+  assert chunks.rows(count, nbytes) == expected
+
+
 def test_a_chunk_that_is_not_here_is_missed():
   array, grid = cut([(4, 2)])
   some = Parts(grid=grid, pieces={0: array[:2]})

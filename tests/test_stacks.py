@@ -82,6 +82,9 @@ def test_arrays_come_back_from_stacks_and_from_parts_of_them(
         for name, held in found.items()
     }
     apart = stacks.scatter(whole, laid)
+  assert {n: held.nbytes for n, held in found.items()} == {
+      n: array.nbytes for n, array in whole.items()
+  }
   assert list(apart) == list(arrays)
   for name, array in arrays.items():
     np.testing.assert_array_equal(apart[name], array)
