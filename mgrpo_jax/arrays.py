@@ -253,7 +253,7 @@ class Arrays:
     left, taken = collections.deque(starts), 0
     try:
       for key, start in starts.items():
-        while left and (taken < _COPIED or not begun):
+        while left and taken < _COPIED:
           begun[left[0]] = starts[left[0]]()
           taken += copies.get(left.popleft(), 0)
         found[key] = self._wait(

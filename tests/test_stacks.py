@@ -10,7 +10,16 @@ import tensorstore as ts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgrpo_jax import chunks, contents, manifest, publish, stacks, store
+from mgrpo_jax import (
+    arrays,
+    chunks,
+    contents,
+    manifest,
+    publish,
+    stacks,
+    store,
+    zarr,
+)
 from mgrpo_jax.chunks import Parts
 from mgrpo_jax.hosts import shards
 
@@ -123,6 +132,34 @@ def test_a_stack_is_a_zarr_array_that_other_programs_read(tmp_path):
     np.testing.assert_array_equal(one, arrays[member])
   files = [path for path in folder.rglob("*") if path.is_file()]
   assert len(files) == 4  # with the array's form, manifest and time
+
+
+def test_few_chunks_of_stacks_are_copied_at_a_time(tmp_path, monkeypatch):
+  monkeypatch.setattr(chunks, "MAX_BYTES", 2 * 24)  # two layers
+  monkeypatch.setattr(arrays, "_COPIED", 2 * 48 + 1)
+  straight, copied, most = zarr.write, [], []
+
+  class Write:
+    """One that is under way until it is waited for."""
+
+    def __init__(self, target, piece):
+      copied.append(piece.nbytes)
+      most.append(sum(copied))
+      self.write = straight(target, piece)
+
+    def result(self, timeout):
+      self.write.result(timeout=timeout)
+      copied.pop()
+
+    def cancel(self):
+      self.write.cancel()
+
+  monkeypatch.setattr(zarr, "write", Write)
+  bucket, weights = store.open_folder(tmp_path), layers(40)
+  publish.publish(bucket, "main", 0, weights, keep=1, meta={})
+  assert (len(most), max(most)) == (20, 3 * 48)
+  found = publish.read(bucket, "main", 0, like=weights).params
+  assert all((found[name] == one).all() for name, one in weights.items())
 
 
 @pytest.mark.parametrize("short", [False, True])
