@@ -125,6 +125,16 @@ def test_versions_from_before_there_were_stacks_are_read(
   assert same(read(bucket).params, params(2))
 
 
+@pytest.mark.parametrize("form", [4, 6])
+def test_a_difference_that_names_no_base_is_corrupt(bucket, form):
+  put(bucket, 0)
+  body = manifest_of(bucket, 0)
+  body.pop("digest")
+  write_manifest(bucket, 0, body | {"format": form})
+  with pytest.raises(atomic.CorruptError, match="does not name its base"):
+    publish.read(bucket, "main", 0, like=LIKE)
+
+
 def test_a_format_of_tomorrow_is_refused_in_one_line(bucket):
   put(bucket, 0)
   body = manifest_of(bucket, 0)

@@ -195,6 +195,8 @@ def test_a_chunk_of_a_stack_is_the_same_shard_of_some(
   path = tmp_path / "policies/main/v0"
   manifest = json.loads((path / "manifest.json").read_text())
   names = [f"layers/{layer}/gate" for layer in range(5)]
+  shared = shards.shares(spread((1, 4, 2)), short=False)["layers/all/gate"]
+  assert shared.owners == 3 * (0, 0, 0, 0, 1, 1, 1, 1)  # whoever has the shard
   assert manifest["stacks"] == {"layers/all/gate": names}
   said = manifest["arrays"]["layers/all/gate"]
   assert (said["shape"], said["chunk"]) == ([5, 8, 4], [2, 2, 2])
