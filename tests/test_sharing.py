@@ -206,6 +206,17 @@ def test_a_chunk_of_a_stack_is_the_same_shard_of_some(
     assert same(weights.params, tree())
 
 
+def test_what_other_devices_have_is_in_no_stack():
+  where = jax.make_mesh((2, 2), ("a", "b"), (AxisType.Explicit,) * 2)
+  weights = {
+      f"{layer}/w": jax.device_put(
+          np.ones((4, 2), np.float32), NamedSharding(where, PartitionSpec(axis))
+      )
+      for layer, axis in enumerate("ab")
+  }
+  assert [*shards.shares(weights, short=False)] == ["0/w", "1/w"]
+
+
 def test_large_shards_are_several_chunks(both, monkeypatch, tmp_path):
   monkeypatch.setattr(chunks, "MAX_BYTES", 40)
   both.put(spread((1, 4, 2)), 0)
