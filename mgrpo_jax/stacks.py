@@ -90,15 +90,16 @@ def gather(
   """
   found = {}
   for name, held in members(arrays, stacks).items():
-    cut, array = chunks.grid(arrays[held[0]]), arrays[held[0]]
-    found[name] = chunks.parts(array, cut)
-    if name in stacks:
-      cut = grid(cut, len(held))
-      pieces = {}
-      for number in range(len(cut)):
-        some, *box = cut.where(number)
-        pieces[number] = Pile([arrays[one][*box] for one in held[some]])
-      found[name] = Parts(grid=cut, pieces=pieces)
+    cut = chunks.grid(arrays[held[0]])
+    if name not in stacks:
+      found[name] = chunks.parts(arrays[name], cut)
+      continue
+    cut = grid(cut, len(held))
+    pieces = {}
+    for number in range(len(cut)):
+      some, *box = cut.where(number)
+      pieces[number] = Pile([arrays[one][*box] for one in held[some]])
+    found[name] = Parts(grid=cut, pieces=pieces)
   return found
 
 
