@@ -101,6 +101,7 @@ def wait(
       future.cancel()
       problem = problem or "no answer"
     except (ValueError, OSError, RuntimeError) as error:
+      future.cancel()  # what is left of it
       problem = atomic.reason(error)
       if isinstance(error, OSError) or not _TRANSIENT.match(str(error)):
         raise _kind(error)(f"cannot {what}: {problem}") from error

@@ -200,7 +200,8 @@ def rows(count: int, nbytes: int) -> int:
 
   All if they fit. Else whole pages, so that a disk can be read into place, and
   equal chunks, for the last is stored as large as the others; where that takes
-  half as many more, pages, and about equal, then whatever is equal.
+  half as many more, pages, if no more than an eighth is stored for nothing,
+  then whatever is equal.
 
   Args:
     count: rows of the array.
@@ -218,8 +219,9 @@ def rows(count: int, nbytes: int) -> int:
   ]
   whole = [one for one in equal if one % pages == 0]
   even = -(-count // least)
-  if most >= pages and not whole:
-    whole = [min(most - most % pages, even + -even % pages)]
+  paged = min(most - most % pages, even + -even % pages)
+  if paged and -(-count // paged) * paged <= 1.125 * count:
+    whole.append(paged)
   return (whole or equal or [even])[0]
 
 

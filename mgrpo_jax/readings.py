@@ -21,6 +21,7 @@ _RAW = (  # codecs of elements as they are; the second, of single bytes
     [{"name": "bytes"}],
 )
 _KEYS = {"name": "default"}  # of chunks: `Grid.key`
+_MOST = 1 << 16  # files of an array; each is an object here until it is read
 
 
 class Room:
@@ -122,6 +123,8 @@ def _files(source: Any, into: np.ndarray) -> list[_File] | None:
     return None
   chunk = tuple(said["chunk_grid"]["configuration"]["chunk_shape"])
   grid = Grid(shape=tuple(said["shape"]), dtype=into.dtype, chunk=chunk)
+  if len(grid) > _MOST:
+    return None
   size = chunks.nbytes(grid)
   domain = source.domain
   bounds = [*zip(domain.inclusive_min, domain.exclusive_max, strict=True)]
