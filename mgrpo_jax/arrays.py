@@ -257,8 +257,9 @@ class Arrays:
           begun[left[0]] = starts[left[0]]()
           taken += copies.get(left.popleft(), 0)
         found[key] = self._wait(
-            verb, key, start, started=begun.pop(key), nbytes=sizes.get(key, 0)
+            verb, key, start, started=begun[key], nbytes=sizes.get(key, 0)
         )
+        del begun[key]
         taken -= copies.get(key, 0)
         done(key, found[key])
     except atomic.StorageError:

@@ -12,6 +12,7 @@ import fcntl
 import functools
 import io
 import os
+import stat
 
 import numpy as np
 
@@ -38,8 +39,10 @@ def read(path: str, into: np.ndarray, *, size: int) -> None:
 
   Raises:
     OSError: there is no such file, it has another size, or cannot be read.
+    ValueError: it is no file but a pipe, a device or a folder, from which a
+      read may never return.
   """
-  with open(path, "rb", buffering=0) as file:
+  with os.fdopen(_open(path), "rb", buffering=0) as file:
     if os.fstat(file.fileno()).st_size != size:
       raise OSError(errno.EIO, "the file has another size", path)
     done = _read_past_cache(file, into)
@@ -49,6 +52,16 @@ def read(path: str, into: np.ndarray, *, size: int) -> None:
       if not got:
         raise OSError(errno.EIO, "the file ended", path)
       done += got
+
+
+def _open(path: str) -> int:
+  """Opens a file, and nothing else; of a pipe it would wait for a writer."""
+  flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+  descriptor = os.open(path, flags)
+  if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    os.close(descriptor)
+    raise ValueError(f"{path} is not a file")
+  return descriptor
 
 
 def _read_past_cache(file: io.FileIO, into: np.ndarray) -> int:

@@ -241,6 +241,44 @@ def test_a_reading_waits_for_all_its_files_no_longer_than_it_is_told(
     reading.result(timeout=0.6)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_not_waited_for(tmp_path, make):
+  """A pipe's reader would wait for a writer, also at the process's end."""
+  bucket = store.open_folder(tmp_path)
+  _, grid = written(bucket, (4, 3), (2, 3))
+  path = tmp_path / "v/w" / grid.key(1)
+  path.unlink()
+  make(path)
+  with pytest.raises(atomic.CorruptError, match=r"v/w/c/1/0 is not a file"):
+    bucket.read_arrays("v", ["w"])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_who_stops_reading_waits_for_no_more_files(
+    tmp_path, monkeypatch, error
+):
+  """At its end a process waits for what its threads are still to do."""
+  bucket = store.open_folder(tmp_path)
+  _, grid = written(bucket, (40, 3), (1, 3))
+  bucket.write_arrays("v", {"b": np.arange(5)})
+  go, begun = threading.Event(), []
+
+  def read(path, into, *, size):
+    begun.append(path)
+    go.wait(60)
+
+  def stop(self, timeout):
+    raise error("stop")
+
+  monkeypatch.setattr(readings.disk, "read", read)
+  monkeypatch.setattr(readings.Reading, "result", stop)
+  with pytest.raises((KeyboardInterrupt, atomic.CorruptError)):
+    bucket.read_arrays("v", ["w", "b"])
+  go.set()
+  readings.disk.threads().submit(int).result(60)  # comes after all the others
+  assert len(begun) < len(grid)
+
+
 def test_many_arrays_are_read_into_memory_that_jax_takes(tmp_path):
   rng = np.random.default_rng(0)
   arrays = {
