@@ -217,7 +217,11 @@ class Arrays:
       done: Callable[[str, np.ndarray], object] = lambda *_: None,
   ) -> dict[str, np.ndarray]:
     """Reads open arrays, or regions of them, by key."""
-    room = readings.Room(sources.values())
+    try:
+      room = readings.Room(sources.values())
+    except MemoryError as error:  # of numpy, which says how much it is
+      more = f"{next(iter(sources))} and {len(sources) - 1} more"
+      raise atomic.StorageError(f"cannot read {more}: {error}") from error
     return self._all(
         "read",
         {

@@ -5,7 +5,7 @@ A version is whole, or the difference to an earlier one that is: its base.
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -281,11 +281,18 @@ def _is_sound(manifest: Mapping[str, Any]) -> bool:
           is_key(f"{where}/{name}")
           and min(grid.shape, default=0) >= 0
           and min(grid.chunk, default=1) >= 1
+          and _are_within(grid.chunk, grid.shape)
           and grid.dtype.kind not in "OSUMm"
           and _are_digests(manifest["arrays"][name]["digests"], len(grid))
           for name, grid in cuts.items()
       )
   )
+
+
+def _are_within(chunk: Sequence[int], shape: Sequence[int]) -> bool:
+  """Whether no chunk is larger than its array, as TensorStore makes room."""
+  pairs = zip(chunk, shape, strict=True)
+  return all(step <= max(1, size) for step, size in pairs)
 
 
 def _are_digests(value: Any, number: int) -> bool:

@@ -157,6 +157,7 @@ def test_a_format_of_tomorrow_is_refused_in_one_line(bucket):
         {"arrays": {"embed": {"shape": [-16, 4]}}},
         {"arrays": {"embed": {"chunk": [0, 4]}}},
         {"arrays": {"embed": {"chunk": [5]}}},
+        {"arrays": {"embed": {"chunk": [17, 4]}}},  # which takes more memory
         {"arrays": {"embed": {"digests": []}}},
         {"arrays": {"embed": {"digests": {"0": "x"}}}},
         {"arrays": {"embed": {"shape": [1 << 70, 4]}}},

@@ -293,6 +293,14 @@ def test_many_arrays_are_read_into_memory_that_jax_takes(tmp_path):
     assert found[name].ctypes.data % 64 == 0
 
 
+def test_what_is_too_large_for_memory_is_an_error_of_the_store(tmp_path):
+  bucket = store.open_folder(tmp_path)
+  grid = Grid(shape=(1 << 58,), dtype=np.dtype("u1"), chunk=(1,))
+  bucket.arrays.create("v", {"w": grid})
+  with pytest.raises(atomic.StorageError, match=r"v/w and 0 more.*allocate"):
+    bucket.read_arrays("v", ["w"])
+
+
 def test_a_reading_that_is_begun_again_has_memory_of_its_own(tmp_path):
   bucket = store.open_folder(tmp_path)
   bucket.write_arrays("v", {"w": np.arange(5)})
