@@ -38,13 +38,13 @@ def read(path: str, into: np.ndarray, *, size: int) -> None:
     size: bytes that the file must have.
 
   Raises:
-    OSError: there is no such file, it has another size, or cannot be read.
-    ValueError: it is no file but a pipe, a device or a folder, from which a
-      read may never return.
+    OSError: there is no such file, or it cannot be read.
+    ValueError: it has another size, or is no file but a pipe, a device or a
+      folder, from which a read may never return.
   """
   with os.fdopen(_open(path), "rb", buffering=0) as file:
     if os.fstat(file.fileno()).st_size != size:
-      raise OSError(errno.EIO, "the file has another size", path)
+      raise ValueError(f"{path} has another size")
     done = _read_past_cache(file, into)
     file.seek(done)
     while done < into.size:

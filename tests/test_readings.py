@@ -155,12 +155,12 @@ def test_a_chunk_that_is_not_there_is_zeros_as_zarr_has_it(tmp_path):
   np.testing.assert_array_equal(bucket.read_arrays("v", ["w"])["w"], array)
 
 
-@pytest.mark.parametrize("change", [-1, 1])
+@pytest.mark.parametrize("change", [-1, 1, 1 << 40])  # that ends TensorStore
 def test_a_chunk_of_another_size_is_named(tmp_path, change):
   bucket = store.open_folder(tmp_path)
   _, grid = written(bucket, (4, 3), (2, 3))
   path = tmp_path / "v/w" / grid.key(1)
-  path.write_bytes((path.read_bytes() + b"1")[: 24 + change])
+  os.truncate(path, 24 + change)
   with pytest.raises(atomic.CorruptError, match=r"v/w/c/1/0"):
     bucket.read_arrays("v", ["w"])
 
