@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mgrpo_jax import atomic, environments, publish, sharding
+from mgrpo_jax import atomic, environments, garbage, publish, sharding
 from mgrpo_jax.agents.activity import Activity
 from mgrpo_jax.agents.context import Environment
 from mgrpo_jax.agents.team import Team
@@ -381,5 +381,6 @@ async def open_resources(
       await stack.enter_async_context(engine)
     # Before the engines end: a pool that leaves gives their store less time.
     stack.callback(resources.writer.close)
+    stack.enter_context(garbage.passed_over())
     yield resources
     resources.writer.settle()

@@ -75,7 +75,7 @@ def test_chunks_fill_their_limit_and_store_little_for_nothing(count, nbytes):
       math.ceil(count / one) * one for one in (rows, math.ceil(count / least))
   )
   assert 1 <= rows <= most
-  assert math.ceil(count / rows) <= 1.5 * least + 1
+  assert math.ceil(count / rows) <= 2 * least
   assert stored <= max(1.125 * count, even)
 
 
