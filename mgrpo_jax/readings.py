@@ -2,8 +2,8 @@
 
 Of a local disk, chunks that lie there as they are go straight to their place,
 for TensorStore reads a file into memory of its own, which it finds anew for
-many, and copies it from there. It reads whatever else there is; and also what
-is not as it should be, for it knows what that means.
+many, and copies it from there. It reads whatever else there is, and says what a
+chunk means that is not there.
 """
 
 import time

@@ -183,7 +183,7 @@ def test_a_disk_that_takes_no_more_costs_only_the_version(tmp_path):
   outcome = spawn.Queue()
   child = spawn.Process(target=_fill, args=(str(tmp_path), outcome))
   child.start()
-  assert "main/v1/d: File too large" in outcome.get(timeout=60)
+  assert "main/v1/d/c/0: File too large" in outcome.get(timeout=60)
   assert outcome.get(timeout=60) == []
   child.join(60)
   assert child.exitcode == 0
