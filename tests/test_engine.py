@@ -298,6 +298,22 @@ def test_raw_logprobs_are_the_models_own():
   np.testing.assert_allclose(raw, np.asarray(expected)[0, 9:], atol=1e-4)
 
 
+def test_who_waits_is_served_when_a_caller_has_named_the_last_token():
+  """All slots wait for their callers then, and so does the worker."""
+
+  async def run():
+    async with make(num_slots=2) as engine:
+      served = [
+          engine.generate(
+              prompt(n, 9), draw(4, stop_ids=()), n, until=lambda _: False
+          )
+          for n in range(7)
+      ]
+      return await asyncio.wait_for(asyncio.gather(*served), 60)
+
+  assert [len(one.tokens) for one in asyncio.run(run())] == [4] * 7
+
+
 @pytest.mark.parametrize("decode_steps", [1, 4, 7])
 def test_a_caller_may_name_the_last_token(decode_steps):
   async def run():

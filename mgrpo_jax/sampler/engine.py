@@ -320,9 +320,11 @@ class Engine:
       raise EngineError("the engine is not running; use `async with engine:`")
 
   def _deliver(self, news: Sequence[News]) -> None:
-    """Tells callers of a visit."""
+    """Tells callers of a visit; slots whose last token they name are free."""
     guard = self._worker.guard
     delivery.deliver(news, self._schedule, guard, context=self._context)
+    with guard:
+      self._worker.wake()
 
   def _end(
       self, ended: asyncio.Future[None], failure: Exception | None
