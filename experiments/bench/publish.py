@@ -10,8 +10,14 @@ written and read as the one was, for a disk may be slower with many. Flushing is
 counted apart: arrays are not flushed when they are published (see
 `store.open`), the pointer is. The pause is how long a training thread is held
 by handing a version over.
+
+Before each, garbage is collected, for jax gives memory back then that it shares
+with numpy: the version read before. Whether that came before a version was
+written or after, by chance, made writing half as fast where a machine is slow
+to find memory.
 """
 
+import gc
 import os
 import pathlib
 import shutil
@@ -44,6 +50,7 @@ _SUMS = {  # rows of the table
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
   """Returns how long something took, in seconds, and what it returned."""
+  gc.collect()
   begun = time.perf_counter()
   found = work()
   return time.perf_counter() - begun, found
