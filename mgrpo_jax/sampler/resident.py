@@ -101,7 +101,7 @@ class Resident:
       self,
       params: Params,
       orders: Orders,
-      begun: Callable[[], None] = lambda: None,
+      begun: Callable[[], object] = lambda: None,
   ) -> Drawn:
     """Does what was ordered, and waits for it.
 

@@ -61,6 +61,25 @@ class News:
   stopped: bool
 
 
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Taken:
+  """What a visit brought, and to whom.
+
+  Attributes:
+    drawn: on the host.
+    counts: tokens in each slot.
+    version: of the weights.
+    pairs: slots and their requests, and whether a stop token ended them.
+  """
+
+  drawn: Drawn
+  counts: list[int]
+  version: int
+  pairs: list[tuple[Slot, Request, bool]] = dataclasses.field(
+      default_factory=list
+  )
+
+
 class Schedule:
   """The requests of an engine, waiting and in slots; not for two threads."""
 
@@ -194,18 +213,19 @@ class Schedule:
     )
     return Visit(orders=orders, busy=busy)
 
-  def absorb(self, visit: Visit, drawn: Drawn) -> list[News]:
-    """Takes a visit's tokens in, and frees the slots of requests that are done.
+  def absorb(self, visit: Visit, drawn: Drawn) -> Taken:
+    """Takes in of a visit's tokens what the next plan needs.
 
-    A request whose caller names the last token keeps its slot until that was
-    asked, see `end`; so does one that was cancelled, until the next plan.
+    Frees the slots of requests that are done. One whose session keeps its cache
+    stays until `report`; one whose caller names the last token until that was
+    asked, see `end`; one that was cancelled until the next plan.
 
     Args:
       visit: what was planned.
       drawn: by `decode_steps` steps in `num_slots` slots, on the host.
 
     Returns:
-      What callers are to be told, in the order of slots.
+      What to `report`, before the next visit is absorbed.
 
     Raises:
       FloatingPointError: a log-probability is not finite.
@@ -216,28 +236,54 @@ class Schedule:
         raise FloatingPointError(
             f"log-probabilities under version {version} are not finite"
         )
-    counts = np.sum(drawn.tokens != drawing.NO_TOKEN, axis=0).tolist()
-    tokens, logprobs, raw_logprobs = (
-        one.T.tolist()
-        for one in (drawn.tokens, drawn.logprobs, drawn.raw_logprobs)
-    )
+    counts = np.sum(drawn.tokens != drawing.NO_TOKEN, axis=0)
+    newest = drawn.tokens[counts - 1, np.arange(len(counts))].tolist()
+    taken = Taken(drawn=drawn, counts=counts.tolist(), version=version)
     self._counts["visits"] += 1
-    self._counts["generated"] += sum(counts)
-    news = []
+    self._counts["generated"] += sum(taken.counts)
     for slot, request in visit.busy:
       if slot.request is not request or request.future.done():
         continue  # it ended while the device went on
       index = slot.index
-      count = counts[index]
-      request.sampled += tokens[index][:count]
-      request.logprobs += logprobs[index][:count]
-      request.raw_logprobs += raw_logprobs[index][:count]
-      request.versions.append(version)
-      slot.cached += count
+      slot.cached += taken.counts[index]
       self._inputs.length[index] = slot.cached
-      self._inputs.token[index] = request.sampled[-1]
-      stopped = request.sampled[-1] in request.sampling.stop_ids
+      self._inputs.token[index] = newest[index]
+      stopped = newest[index] in request.sampling.stop_ids
       request.drawn = stopped or slot.cached + 1 == request.limit
+      taken.pairs.append((slot, request, stopped))
+      if request.drawn:
+        self._inputs.budget[index] = 0
+        if request.until is None and slot.session is None:
+          self._table.finish(slot)
+    return taken
+
+  def report(self, taken: Taken) -> list[News]:
+    """Hands a visit's tokens to their requests.
+
+    Args:
+      taken: by `absorb`.
+
+    Returns:
+      What callers are to be told, in the order of slots.
+    """
+    tokens, logprobs, raw_logprobs = (
+        one.T.tolist()
+        for one in (
+            taken.drawn.tokens,
+            taken.drawn.logprobs,
+            taken.drawn.raw_logprobs,
+        )
+    )
+    news = []
+    for slot, request, stopped in taken.pairs:
+      is_there = slot.request is request
+      if request.future.done() or (request.until and not is_there):
+        continue  # it was cancelled, or ended, since
+      count = taken.counts[slot.index]
+      request.sampled += tokens[slot.index][:count]
+      request.logprobs += logprobs[slot.index][:count]
+      request.raw_logprobs += raw_logprobs[slot.index][:count]
+      request.versions.append(taken.version)
       if request.drawn or request.until or request.on_tokens:
         news.append(
             News(
@@ -250,10 +296,8 @@ class Schedule:
                 stopped=stopped,
             )
         )
-      if request.drawn:
-        self._inputs.budget[index] = 0
-        if request.until is None:
-          self._finish(slot, request)
+      if request.drawn and request.until is None and is_there:
+        self._finish(slot, request)
     return news
 
   def end(self, news: News, kept: int) -> None:
@@ -266,11 +310,10 @@ class Schedule:
     slot, request = news.slot, news.request
     if slot.request is not request:
       return  # the engine was cleared
-    dropped = len(request.sampled) - kept
     for record in (request.sampled, request.logprobs, request.raw_logprobs):
       del record[kept:]
     del request.versions[news.visits :]
-    slot.cached -= dropped
+    slot.cached = len(request.tokens) + kept - 1
     self._inputs.budget[slot.index] = 0
     self._finish(slot, request)
 

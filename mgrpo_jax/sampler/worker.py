@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from mgrpo_jax.policy.decode import Drawn
 from mgrpo_jax.sampler.interface import EngineError
 from mgrpo_jax.sampler.orders import Orders
-from mgrpo_jax.sampler.schedule import News, Schedule, Visit
+from mgrpo_jax.sampler.schedule import News, Schedule, Taken, Visit
 
 
 class Visited(Protocol):
@@ -30,7 +30,7 @@ class Visited(Protocol):
   params: Any
 
   def visit(
-      self, params: Any, orders: Orders, begun: Callable[[], None]
+      self, params: Any, orders: Orders, begun: Callable[[], object]
   ) -> Drawn:
     """Does what was ordered with some weights, and waits for it.
 
@@ -75,7 +75,7 @@ class Worker:
     self._closing = False
     self._waiting = False  # for something to do
     self._ready = 0.0  # when there was something to do, the device being free
-    self._news: Sequence[News] = ()  # that nobody was told yet
+    self._taken: Taken | None = None  # of which nobody was told yet
 
   def start(
       self,
@@ -151,7 +151,8 @@ class Worker:
       while not self._closing:
         if (work := self._planned()) is not None:
           return work
-        self._tell_news()
+        if self._tell_news():
+          continue  # which may have freed slots
         self._waiting = True
         self.guard.wait()
     return None
@@ -186,13 +187,16 @@ class Worker:
       if work.future is not None:
         work.future.set_result(None)
       else:
-        self._news = self._schedule.absorb(work.visit, drawn)
+        self._taken = self._schedule.absorb(work.visit, drawn)
 
-  def _tell_news(self) -> None:
-    """Tells what the last visit brought, once."""
-    news, self._news = self._news, ()
+  def _tell_news(self) -> bool:
+    """Tells what the last visit brought, once; whether there was a visit."""
+    with self.guard:
+      taken, self._taken = self._taken, None
+      news = [] if taken is None else self._schedule.report(taken)
     if news:
       self._tell(news)
+    return taken is not None
 
 
 def _fail(future: Future[None]) -> None:
