@@ -14,8 +14,13 @@ def passed_over() -> Iterator[None]:
   a device or answers a caller. It is the process's setting: ending the block
   ends it for whoever else made it.
   """
-  gc.freeze()
+  pass_over()
   try:
     yield
   finally:
     gc.unfreeze()
+
+
+def pass_over() -> None:
+  """Has collections pass over what there is now, for good or such a block."""
+  gc.freeze()

@@ -39,6 +39,7 @@ from mgrpo_jax.agents.compact import COMPACT
 from mgrpo_jax.agents.context import Environment
 from mgrpo_jax.agents.protocol import Action, answer
 from mgrpo_jax.resources import Resources, open_resources
+from mgrpo_jax.sampler import warming
 from mgrpo_jax.testing import corpus
 from mgrpo_jax.testing.generate import drawing
 from mgrpo_jax.testing.team import chat_of, environment, small_team
@@ -61,6 +62,7 @@ NO_TROUBLE = Trouble(
     leave_seconds=1.0,
 )
 _TURN_DEADLINE = 3600.0  # seconds; the queue for slots is long by intent
+_WARM_UP = 600.0  # seconds
 _TICK = 0.05  # seconds between looks at the loop's own delay
 
 
@@ -104,8 +106,11 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
   with tempfile.TemporaryDirectory() as folder:
     async with open_resources(setup, store.open_folder(folder)) as resources:
       tasks = setup.tasks[setup.stages[-1].name]
+      await warming.warm_up(
+          resources.own_engines(), deadline=_WARM_UP, tell=lambda _: None
+      )
       warm = Traffic(resources.training, NO_TROUBLE, seed=0)
-      await warm.send(tasks[: setup.tasks_per_step], seed=0)  # compiles
+      await warm.send(tasks[: setup.tasks_per_step], seed=0)
       return await _waves(resources, tasks, arguments)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 
+from mgrpo_jax import garbage
 from mgrpo_jax.sampler import device
 from mgrpo_jax.sampler.engine import Engine
 
@@ -16,7 +17,7 @@ async def warm_up(
     deadline: float,
     tell: Callable[[str], None],
 ) -> None:
-  """Compiles what requests can need.
+  """Compiles what requests can need; garbage collections pass it over.
 
   One policy after the other: those of the same sizes share their programs.
 
@@ -46,6 +47,7 @@ async def warm_up(
     raise TimeoutError(
         f"the warm-up took longer than {deadline:g} s and got to: {reached}"
     ) from error
+  garbage.pass_over()
   compiled = sum(device.compilations().values()) - before
   seconds = time.monotonic() - began
   tell(f"warm-up: {compiled} programs compiled in {seconds:.1f} s")
