@@ -22,5 +22,8 @@ def passed_over() -> Iterator[None]:
 
 
 def pass_over() -> None:
-  """Has collections pass over what there is now, for good or such a block."""
+  """Has collections pass over what there is now.
+
+  Until a `passed_over` block ends, without one for good.
+  """
   gc.freeze()

@@ -43,9 +43,9 @@ class Device:
     return orders not in self._silent
 
 
-def played(device, visits, script=None):
+def played(device, visits):
   """What happened until it was told of all, then of its end."""
-  worker = Worker(script or Script(visits), device)
+  worker = Worker(Script(visits), device)
   ended, last, over = [], threading.Event(), threading.Event()
 
   def tell(news):
@@ -77,24 +77,6 @@ def test_callers_are_told_of_a_visit_when_the_next_has_begun():
       "visit 2",
       "told 2",  # for there is no next
   ]
-
-
-def test_what_telling_has_freed_is_planned_with_at_once():
-  """A visit's session may keep a slot until it is told of."""
-
-  class Held(Script):
-
-    def __init__(self):
-      super().__init__(1)
-
-    def report(self, taken):
-      if taken == [0]:
-        self.left.append(1)
-      return taken
-
-  device = Device()
-  assert played(device, 2, Held()) is None
-  assert device.log == ["visit 0", "told 0", "visit 1", "told 1"]
 
 
 def test_a_visit_that_brought_nothing_is_not_told_of():

@@ -28,7 +28,7 @@ def deliver(
 
   Args:
     news: of one visit, after those of the visits before it.
-    schedule: that absorbed the visit.
+    schedule: that reported the visit.
     guard: held by whoever uses the schedule.
     context: tokens that a stream can have.
   """

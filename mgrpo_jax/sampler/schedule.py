@@ -66,16 +66,16 @@ class Taken:
   """What a visit brought, and to whom.
 
   Attributes:
-    drawn: on the host.
-    counts: tokens in each slot.
+    arrays: what was drawn, on the host.
+    counts: tokens drawn in each slot.
     version: of the weights.
-    pairs: slots and their requests, and whether a stop token ended them.
+    requests: slots, whose they were, and whether a stop token ended them.
   """
 
-  drawn: Drawn
+  arrays: Drawn
   counts: list[int]
   version: int
-  pairs: list[tuple[Slot, Request, bool]] = dataclasses.field(
+  requests: list[tuple[Slot, Request, bool]] = dataclasses.field(
       default_factory=list
   )
 
@@ -216,9 +216,9 @@ class Schedule:
   def absorb(self, visit: Visit, drawn: Drawn) -> Taken:
     """Takes in of a visit's tokens what the next plan needs.
 
-    Frees the slots of requests that are done. One whose session keeps its cache
-    stays until `report`; one whose caller names the last token until that was
-    asked, see `end`; one that was cancelled until the next plan.
+    Frees the slots of requests that are done. A request whose caller names the
+    last token keeps its slot until that was asked, see `end`; one that was
+    cancelled until the next plan.
 
     Args:
       visit: what was planned.
@@ -238,23 +238,23 @@ class Schedule:
         )
     counts = np.sum(drawn.tokens != drawing.NO_TOKEN, axis=0)
     newest = drawn.tokens[counts - 1, np.arange(len(counts))].tolist()
-    taken = Taken(drawn=drawn, counts=counts.tolist(), version=version)
+    taken = Taken(arrays=drawn, counts=counts.tolist(), version=version)
     self._counts["visits"] += 1
     self._counts["generated"] += sum(taken.counts)
     for slot, request in visit.busy:
       if slot.request is not request or request.future.done():
         continue  # it ended while the device went on
-      index = slot.index
-      slot.cached += taken.counts[index]
+      index, count = slot.index, taken.counts[slot.index]
+      slot.cached += count
       self._inputs.length[index] = slot.cached
       self._inputs.token[index] = newest[index]
       stopped = newest[index] in request.sampling.stop_ids
       request.drawn = stopped or slot.cached + 1 == request.limit
-      taken.pairs.append((slot, request, stopped))
+      taken.requests.append((slot, request, stopped))
       if request.drawn:
         self._inputs.budget[index] = 0
-        if request.until is None and slot.session is None:
-          self._table.finish(slot)
+        if request.until is None:
+          self._finish(slot, request, drawn.tokens[:count, index])
     return taken
 
   def report(self, taken: Taken) -> list[News]:
@@ -269,20 +269,20 @@ class Schedule:
     tokens, logprobs, raw_logprobs = (
         one.T.tolist()
         for one in (
-            taken.drawn.tokens,
-            taken.drawn.logprobs,
-            taken.drawn.raw_logprobs,
+            taken.arrays.tokens,
+            taken.arrays.logprobs,
+            taken.arrays.raw_logprobs,
         )
     )
     news = []
-    for slot, request, stopped in taken.pairs:
-      is_there = slot.request is request
-      if request.future.done() or (request.until and not is_there):
-        continue  # it was cancelled, or ended, since
-      count = taken.counts[slot.index]
-      request.sampled += tokens[slot.index][:count]
-      request.logprobs += logprobs[slot.index][:count]
-      request.raw_logprobs += raw_logprobs[slot.index][:count]
+    for slot, request, stopped in taken.requests:
+      ended = request.until and slot.request is not request  # by its caller
+      if ended or request.future.done():
+        continue
+      index, count = slot.index, taken.counts[slot.index]
+      request.sampled += tokens[index][:count]
+      request.logprobs += logprobs[index][:count]
+      request.raw_logprobs += raw_logprobs[index][:count]
       request.versions.append(taken.version)
       if request.drawn or request.until or request.on_tokens:
         news.append(
@@ -296,8 +296,6 @@ class Schedule:
                 stopped=stopped,
             )
         )
-      if request.drawn and request.until is None and is_there:
-        self._finish(slot, request)
     return news
 
   def end(self, news: News, kept: int) -> None:
@@ -315,13 +313,18 @@ class Schedule:
     del request.versions[news.visits :]
     slot.cached = len(request.tokens) + kept - 1
     self._inputs.budget[slot.index] = 0
-    self._finish(slot, request)
+    self._finish(slot, request, np.zeros(0, np.int32))
 
-  def _finish(self, slot: Slot, request: Request) -> None:
-    """Leaves a slot to the request's session, or to others."""
-    slot.stream = np.append(
-        request.tokens, np.asarray(request.sampled, np.int32)
-    )
+  def _finish(self, slot: Slot, request: Request, more: np.ndarray) -> None:
+    """Leaves a slot to the request's session, or to others.
+
+    Args:
+      slot: busy.
+      request: with all tokens but some.
+      more: [n] int32, those.
+    """
+    sampled = np.asarray(request.sampled, np.int32)
+    slot.stream = np.concatenate([request.tokens, sampled, more])
     self._table.finish(slot)
 
   def _admit(self) -> list[tuple[Slot, Request]]:

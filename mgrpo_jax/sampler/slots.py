@@ -38,7 +38,7 @@ class Request:
     future: gets the completion; done early means cancelled.
     until: told each token drawn, says whether it is the last; None: none is.
     on_tokens: told what each visit drew; None for nobody.
-    sampled: tokens drawn.
+    sampled: tokens drawn, of visits that were reported.
     logprobs: their log-probabilities, nats, under what they were drawn from.
     raw_logprobs: the same under the softmax of the logits.
     versions: of the weights, in each visit that drew some.

@@ -17,9 +17,10 @@ async def warm_up(
     deadline: float,
     tell: Callable[[str], None],
 ) -> None:
-  """Compiles what requests can need; garbage collections pass it over.
+  """Compiles what requests can need.
 
   One policy after the other: those of the same sizes share their programs.
+  Collections of garbage pass over what there is then, see `garbage.pass_over`.
 
   Args:
     engines: by policy, running.

@@ -151,8 +151,7 @@ class Worker:
       while not self._closing:
         if (work := self._planned()) is not None:
           return work
-        if self._tell_news():
-          continue  # which may have freed slots
+        self._tell_news()
         self._waiting = True
         self.guard.wait()
     return None
@@ -189,14 +188,13 @@ class Worker:
       else:
         self._taken = self._schedule.absorb(work.visit, drawn)
 
-  def _tell_news(self) -> bool:
-    """Tells what the last visit brought, once; whether there was a visit."""
+  def _tell_news(self) -> None:
+    """Tells what the last visit brought, once."""
     with self.guard:
       taken, self._taken = self._taken, None
       news = [] if taken is None else self._schedule.report(taken)
     if news:
       self._tell(news)
-    return taken is not None
 
 
 def _fail(future: Future[None]) -> None:
