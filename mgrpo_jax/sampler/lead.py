@@ -71,7 +71,7 @@ class Lead:
     return Weights(source=params)
 
   def visit(
-      self, params: Weights, orders: Orders, begun: Callable[[], object]
+      self, params: Weights, orders: Orders, begun: Callable[[], None]
   ) -> Drawn:
     """Does what was ordered, on all processes, and waits for it.
 

@@ -101,7 +101,7 @@ class Resident:
       self,
       params: Params,
       orders: Orders,
-      begun: Callable[[], object] = lambda: None,
+      begun: Callable[[], None] = lambda: None,
   ) -> Drawn:
     """Does what was ordered, and waits for it.
 

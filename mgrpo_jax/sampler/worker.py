@@ -30,7 +30,7 @@ class Visited(Protocol):
   params: Any
 
   def visit(
-      self, params: Any, orders: Orders, begun: Callable[[], object]
+      self, params: Any, orders: Orders, begun: Callable[[], None]
   ) -> Drawn:
     """Does what was ordered with some weights, and waits for it.
 
