@@ -426,6 +426,49 @@ def test_a_device_that_never_comes_back_is_left(monkeypatch):
     forever.set()
 
 
+@pytest.mark.parametrize("limit", [3, 9], ids=["drawn", "named"])
+def test_what_was_drawn_before_the_device_hung_is_told(monkeypatch, limit):
+  hung, forever = threading.Event(), threading.Event()
+  visits, decode = [], device.decode
+
+  def hang_in_third(*arguments, **options):
+    visits.append(len(visits))
+    if len(visits) == 3:  # of the second nobody was told yet
+      hung.set()
+      forever.wait()
+    return decode(*arguments, **options)
+
+  def asked(engine):
+    heard = []
+    return engine.generate(
+        prompt(1, 5), draw(limit, stop_ids=()), 0,
+        until=None if limit == 3 else lambda _: heard.append(0) or heard[2:],
+    )  # fmt: skip
+
+  async def run():
+    engine = make(decode_steps=2)
+    with pytest.raises(EngineError, match="not come back from a visit"):
+      async with engine:
+        expected = await asked(engine)
+        await settled(engine)
+        monkeypatch.setattr(device, "decode", hang_in_third)
+        more = engine.generate(prompt(2, 9), draw(20, stop_ids=()), 0)
+        both = asyncio.gather(asked(engine), more, return_exceptions=True)
+        assert await asyncio.to_thread(hung.wait, 60)
+    told, lost = await asyncio.wait_for(both, 60)
+    assert len(expected.tokens) == 3
+    assert told.tokens.tolist() == expected.tokens.tolist()
+    assert told.logprobs.tolist() == expected.logprobs.tolist()
+    assert "not come back" in str(lost)
+    assert everything_is_free(engine)
+
+  monkeypatch.setattr(engine_module, "_CLOSING", 0.1)
+  try:
+    asyncio.run(run())
+  finally:
+    forever.set()
+
+
 def test_an_engine_left_in_haste_is_not_entered_again(monkeypatch):
   forever = threading.Event()
 

@@ -128,6 +128,12 @@ class Worker:
       self.wake()
     return future
 
+  def untold(self) -> list[News]:
+    """What the last visit brought, if nobody was told; then nobody else is."""
+    with self.guard:
+      taken, self._taken = self._taken, None
+      return [] if taken is None else self._schedule.report(taken)
+
   def _work(self, ended: Callable[[Exception | None], None]) -> None:
     """Makes visits until it is closed or one fails; the thread's function."""
     failure: Exception | None = None
@@ -190,10 +196,7 @@ class Worker:
 
   def _tell_news(self) -> None:
     """Tells what the last visit brought, once."""
-    with self.guard:
-      taken, self._taken = self._taken, None
-      news = [] if taken is None else self._schedule.report(taken)
-    if news:
+    if news := self.untold():
       self._tell(news)
 
 
