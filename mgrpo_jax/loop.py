@@ -207,9 +207,10 @@ def _learn(
   setup = run.setup
   stage, number = curriculum.stage_at(setup.stages, step)
   credits = run.assign(stage, groups, scores, step)
-  dispatched = run.update(stage, number, groups, credits)
-  if setup.max_staleness:  # what samples meanwhile does not wait for it
-    jax.block_until_ready([one.applied for one in dispatched.values()])
+  with run.meter.timed("update"):
+    dispatched = run.update(stage, number, groups, credits)
+    if setup.max_staleness:  # what samples meanwhile does not wait for it
+      jax.block_until_ready([one.applied for one in dispatched.values()])
   last = run.over(step + 1)
   journal.flush()
   trained = tuple(run.resources.learners if last else dispatched)

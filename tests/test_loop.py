@@ -144,6 +144,13 @@ def test_sessions_that_lost_their_cache_are_counted_by_step(tmp_path):
   assert [second[name] for name in names] == [0, 1, 0]
 
 
+def test_every_phase_of_a_step_is_timed(finished):
+  directory, _, _ = finished
+  for row in read_metrics(directory / "metrics.jsonl"):
+    phases = ("wait", "reward", "align", "update", "publish")
+    assert 0 < sum(row[f"seconds/{p}"] for p in phases) <= row["seconds/step"]
+
+
 def test_every_update_has_its_own_learning_rate(finished):
   directory, setup, _ = finished
   rows = read_metrics(directory / "metrics.jsonl")

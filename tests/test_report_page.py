@@ -151,6 +151,18 @@ def test_lines_have_one_colour_a_name_and_keep_gaps_out():
   assert curves.series(rows, by_name["entropy"]) == []
 
 
+def test_phases_have_colours_of_their_own_whatever_else_was_counted():
+  phases = ("rollout", "wait", "reward", "align", "update", "publish")
+  row = {"step": 0, "stage": "a", "reward/main": 0.5, "accuracy/dev": 0.5}
+  row |= {f"events/{name}": 1.0 for name in ("calls", "timeouts", "retries")}
+  row |= {f"seconds/{phase}": 1.0 for phase in phases}
+  (chart,) = [c for c in curves.CHARTS if c.name == "seconds"]
+  lines = curves.series([row], chart)
+  assert {line.label: line.colour for line in lines} == {
+      phase: number for number, phase in enumerate(phases)
+  }
+
+
 def test_smoothing_never_mixes_stages():
   rows = [
       {"step": s, "stage": "ab"[s >= 60], "reward/main": float(s >= 60)}

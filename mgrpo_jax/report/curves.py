@@ -213,16 +213,18 @@ def palette(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     rows: of `writer.read_metrics`, ascending.
 
   Returns:
-    Key -> index. Roles and policies count from 0; splits and phases, which
-    never share a chart with them, count from 0 again.
+    Key -> index. Roles and policies count from 0; so do splits, and phases,
+    which never share a chart with them.
   """
-  team: dict[str, None] = {}
-  rest: dict[str, None] = {}
+  kinds: dict[str, dict[str, None]] = {"team": {}}
   for family, metric in metrics.METRICS.items():
-    found = team if metric.per in ("role", "policy") else rest
-    found |= dict.fromkeys(_keys(rows, family))
-  names = [list(team), [key for key in rest if key not in team]]
-  return {key: i for keys in names for i, key in enumerate(keys)}
+    kind = "team" if metric.per in ("role", "policy") else metric.per
+    kinds.setdefault(kind, {}).update(dict.fromkeys(_keys(rows, family)))
+  colours: dict[str, int] = {}
+  for keys in kinds.values():
+    new = [key for key in keys if key not in colours]
+    colours |= {key: i for i, key in enumerate(new)}
+  return colours
 
 
 def ticks(low: float, high: float, *, count: int) -> list[float]:
