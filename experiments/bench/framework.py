@@ -1,5 +1,6 @@
 r"""OpenAI's client and an agent framework against a server, with a tool.
 
+    python -m experiments.bench.capitals
     python -m venv /tmp/framework
     /tmp/framework/bin/pip install "pydantic-ai-slim[openai]"
     /tmp/framework/bin/python -m experiments.bench.framework \
@@ -7,7 +8,8 @@ r"""OpenAI's client and an agent framework against a server, with a tool.
 
 Both ask twice in one conversation, and run the tool whenever the model calls
 it; pydantic-ai does so on its own, whole and streamed. What was said is printed
-as JSON lines. Neither jax nor mgrpo_jax is needed.
+as JSON lines. Neither jax nor mgrpo_jax is needed. The first command serves a
+scripted policy; any other that calls tools will do.
 """
 
 from __future__ import annotations
