@@ -106,3 +106,41 @@ def test_a_worker_that_is_closed_tells_before_it_ends():
   worker.start(log.append, lambda failure: (log.append(failure), over.set()))
   assert over.wait(60)
   assert log == [[0], None]
+
+
+def test_whoever_uses_the_schedule_holds_the_guard():
+  free, last = [], threading.Event()
+
+  def may_be_taken():
+    """Whether another thread could use the schedule at this moment."""
+
+    def look():
+      free.append(worker.guard.acquire(blocking=False))
+      if free[-1]:
+        worker.guard.release()
+
+    other = threading.Thread(target=look)
+    other.start()
+    other.join()
+
+  class Watched(Script):
+
+    def plan(self):
+      may_be_taken()
+      return super().plan()
+
+    def absorb(self, visit, drawn):
+      may_be_taken()
+      return super().absorb(visit, drawn)
+
+    def report(self, taken):
+      may_be_taken()
+      return super().report(taken)
+
+  worker = Worker(Watched(2), Device())
+  worker.start(
+      lambda news: last.set() if news == [1] else None, lambda failure: None
+  )
+  assert last.wait(60)
+  worker.close()
+  assert len(free) >= 7 and not any(free)
