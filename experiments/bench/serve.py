@@ -5,14 +5,15 @@ r"""How a server bears many clients, good and bad ones.
         [--max_tokens=16] [--out=serve.json]
 
 Each client asks again and again over connections of its own: of ten clients
-five want whole answers (and ask on, where conversations have several turns),
-two read streams, and one each reads a stream slowly, leaves in the middle of
-one, or sends nonsense (a body that is too large, bad JSON, a wrong token, an
-unknown model, in turn; a server without a token takes any). Statuses are
-counted by kind of client; milliseconds are those of requests with status 200.
-The server's memory is what its /metrics say, every second. At the end they must
-say that nothing is in progress and no slot is busy. Exit code 1 where something
-is left, or a status was not what such a request deserves.
+five want whole answers (and ask on, with --turns above 1, for models whose
+protocol takes conversations: the quickstart's does not), two read streams, and
+one each reads a stream slowly, leaves in the middle of one, or sends nonsense
+(a body that is too large, bad JSON, a wrong token, an unknown model, in turn; a
+server without a token takes any). Statuses are counted by kind of client;
+milliseconds are those of requests with status 200. The server's memory is what
+its /metrics say, every second. At the end they must say that nothing is in
+progress and no slot is busy. Exit code 1 where something is left, or a status
+was not what such a request deserves.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import contextlib
 import socket
 from collections.abc import Callable
 
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from mgrpo_jax.decoupled import wire
 from mgrpo_jax.decoupled.desk import Desk
@@ -15,7 +15,7 @@ from mgrpo_jax.sampler.connection import JOB_HEADER
 from mgrpo_jax.serving import internal
 
 
-def build(desk: Desk, token: str) -> Starlette:
+def build(desk: Desk, token: str) -> ASGIApp:
   """Builds the web application.
 
   Args:

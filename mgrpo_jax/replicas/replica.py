@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable
 from typing import NoReturn
 
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 from mgrpo_jax import atomic, publish
 from mgrpo_jax.replicas import records, wire
@@ -83,7 +83,7 @@ class Replica:
     self._leaving = False
     self._failure: asyncio.Future[BaseException] | None = None
 
-  def application(self, token: str) -> Starlette:
+  def application(self, token: str) -> ASGIApp:
     """Builds the web application: POST /v1/generate, /v1/release, /v1/follow.
 
     Args:

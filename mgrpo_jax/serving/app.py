@@ -7,9 +7,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from mgrpo_jax.serving import jobs, metrics, response
 from mgrpo_jax.serving.errors import RequestError
+from mgrpo_jax.serving.lingering import Lingering
 from mgrpo_jax.serving.service import (
     LEFT,
     Endpoint,
@@ -20,7 +22,7 @@ from mgrpo_jax.serving.service import (
 from mgrpo_jax.serving.weights import Weights
 
 
-def build(service: Service) -> Starlette:
+def build(service: Service) -> ASGIApp:
   """Builds the web application.
 
   Args:
@@ -55,7 +57,7 @@ def build(service: Service) -> Starlette:
     found = service.model(request.path_params["name"])
     return _json(response.model(found, service.created))
 
-  return Starlette(
+  routes = Starlette(
       routes=[
           Route("/healthz", health),
           Route("/readyz", ready),
@@ -68,6 +70,7 @@ def build(service: Service) -> Starlette:
       ],
       exception_handlers={RequestError: _refuse, HTTPException: _other},
   )
+  return Lingering(routes, service.limits)
 
 
 def _weights(service: Service, weights: Weights | None) -> list[Route]:

@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mgrpo_jax.serving import response, service
 from mgrpo_jax.serving.errors import RequestError
 from mgrpo_jax.serving.limits import Limits, check_token
+from mgrpo_jax.serving.lingering import Lingering
 from mgrpo_jax.serving.listen import settings
 
 Answer = Callable[[bytes], Coroutine[Any, Any, bytes]]
@@ -100,7 +101,7 @@ class _Requests:
       await asyncio.wait(self._tasks.copy(), timeout=_LAST)
 
 
-def build(answers: Mapping[str, Answer], token: str) -> Starlette:
+def build(answers: Mapping[str, Answer], token: str) -> ASGIApp:
   """Builds the web application: GET /healthz, and what is answered.
 
   Args:
@@ -116,7 +117,7 @@ def build(answers: Mapping[str, Answer], token: str) -> Starlette:
     del request
     return _json(response.dump({"status": "ok"}))
 
-  return Starlette(
+  routes = Starlette(
       routes=[
           Route("/healthz", health),
           *(
@@ -126,11 +127,12 @@ def build(answers: Mapping[str, Answer], token: str) -> Starlette:
       ],
       exception_handlers={RequestError: _refuse},
   )
+  return Lingering(routes, _LIMITS)
 
 
 @contextlib.asynccontextmanager
 async def serving(
-    built: Starlette,
+    built: ASGIApp,
     where: socket.socket,
     *,
     failed: Callable[[], Coroutine[Any, Any, BaseException]],

@@ -30,7 +30,6 @@ from mgrpo_jax.serving.response import Reply, Usage
 from mgrpo_jax.serving.weights import Weights
 
 _LOG = logging.getLogger(__name__)
-_DISCARDED = 64  # bodies' worth that are read from who sends too much
 LEFT = 499  # status, in metrics only
 _JSON = [(b"content-type", b"application/json")]
 _EVENTS = [
@@ -292,20 +291,17 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     async with asyncio.timeout(limits.read_deadline):
       async for part in request.stream():
         size += len(part)
-        if size > limit * _DISCARDED:
-          break
-        if size <= limit:
-          parts.append(part)
+        if size > limit:
+          raise RequestError(
+              413,
+              f"the body has more bytes than are allowed: {limit}",
+              code="body_too_large",
+          )
+        parts.append(part)
   except TimeoutError as error:
     raise RequestError(408, "the body took too long to come") from error
   except ClientDisconnect as error:
     raise LeftError from error
-  if size > limit:  # closed while it sends, a client would not read why
-    raise RequestError(
-        413,
-        f"the body has more bytes than are allowed: {limit}",
-        code="body_too_large",
-    )
   return b"".join(parts)
 
 
