@@ -10,7 +10,7 @@ import pytest
 from mgrpo_jax.decoupled import server
 from mgrpo_jax.decoupled.ending import Ending
 from mgrpo_jax.decoupled.errors import ServerError
-from mgrpo_jax.serving import internal
+from mgrpo_jax.serving import internal, under_way
 from mgrpo_jax.serving.errors import RequestError
 from mgrpo_jax.serving.listen import bind
 
@@ -134,7 +134,7 @@ def test_who_is_answered_when_the_server_is_left_gets_503_and_no_traceback(
 
 
 def test_one_that_will_not_end_does_not_hold_the_server(monkeypatch, caplog):
-  monkeypatch.setattr(internal, "_LAST", 0.1)
+  monkeypatch.setattr(under_way, "_LAST", 0.1)
 
   async def answer(body):
     del body

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 from mgrpo_jax.serving import jobs, metrics, response
 from mgrpo_jax.serving.errors import RequestError
 from mgrpo_jax.serving.lingering import Lingering
+from mgrpo_jax.serving.refusing import refuse
 from mgrpo_jax.serving.service import (
     LEFT,
     Endpoint,
@@ -29,7 +30,7 @@ def build(service: Service) -> ASGIApp:
     service: what its requests share.
 
   Returns:
-    The ASGI application.
+    The ASGI application, which reads on from whom it refuses.
   """
   chat, tokens = (Endpoint(service, r) for r in (jobs.chat, jobs.tokens))
 
@@ -68,7 +69,7 @@ def build(service: Service) -> ASGIApp:
           Route("/v1/completions", tokens, methods=["POST"]),
           *_weights(service, service.weights),
       ],
-      exception_handlers={RequestError: _refuse, HTTPException: _other},
+      exception_handlers={RequestError: refuse, HTTPException: _other},
   )
   return Lingering(routes, service.limits)
 
@@ -101,22 +102,9 @@ def _json(value: object) -> Response:
   return Response(response.dump(value), media_type="application/json")
 
 
-def _refuse(request: Request, error: Exception) -> Response:
-  """Tells a client what is wrong."""
-  del request
-  if not isinstance(error, RequestError):
-    raise TypeError(f"no RequestError: {error!r}")
-  return Response(
-      response.dump(error.body()),
-      status_code=error.status,
-      headers=error.headers,
-      media_type="application/json",
-  )
-
-
-def _other(request: Request, error: Exception) -> Response:
+async def _other(request: Request, error: Exception) -> Response:
   """Unknown paths and methods, in the same form."""
   if not isinstance(error, HTTPException):
     raise TypeError(f"no HTTPException: {error!r}")
   told = f"{request.method} {request.url.path[:80]}: {error.detail}"
-  return _refuse(request, RequestError(error.status_code, told))
+  return await refuse(request, RequestError(error.status_code, told))

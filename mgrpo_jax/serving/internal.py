@@ -25,13 +25,15 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from mgrpo_jax.serving import response, service
 from mgrpo_jax.serving.errors import RequestError
 from mgrpo_jax.serving.limits import Limits, check_token
 from mgrpo_jax.serving.lingering import Lingering
 from mgrpo_jax.serving.listen import settings
+from mgrpo_jax.serving.refusing import refuse
+from mgrpo_jax.serving.under_way import UnderWay
 
 Answer = Callable[[bytes], Coroutine[Any, Any, bytes]]
 
@@ -45,8 +47,6 @@ _LIMITS = Limits(
     write_deadline=60.0,
 )
 _MAX_CONNECTIONS = 8192
-_LAST = 2.0  # seconds in which requests that are cut short must end
-_ENDS = RequestError(503, "this process ends", retry_after=1)
 
 
 class Server(uvicorn.Server):
@@ -56,49 +56,6 @@ class Server(uvicorn.Server):
   def capture_signals(self) -> Iterator[None]:
     """Captures none."""
     yield
-
-
-class _Requests:
-  """The requests under way of an application, which can be cut short.
-
-  uvicorn logs a request that ends by cancellation as it does a bug, with its
-  traceback. Here none does: who is cut short is told 503.
-  """
-
-  def __init__(self, built: ASGIApp) -> None:
-    """Has none."""
-    self._built = built
-    self._tasks: set[asyncio.Task[Any]] = set()
-    self._closed = False
-
-  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers one, in the task that uvicorn made for it."""
-    begun = False
-
-    async def tell(message: Message) -> None:
-      nonlocal begun
-      begun = True
-      await send(message)
-
-    task = asyncio.current_task()
-    assert task is not None
-    self._tasks.add(task)
-    try:
-      if not self._closed:
-        with contextlib.suppress(asyncio.CancelledError):
-          await self._built(scope, receive, tell)
-      if not begun:
-        await _told(_ENDS)(scope, receive, send)
-    finally:
-      self._tasks.discard(task)
-
-  async def close(self) -> None:
-    """Cuts short what is under way, and whatever comes later."""
-    self._closed = True
-    for task in self._tasks:
-      task.cancel()
-    if self._tasks:
-      await asyncio.wait(self._tasks.copy(), timeout=_LAST)
 
 
 def build(answers: Mapping[str, Answer], token: str) -> ASGIApp:
@@ -125,7 +82,7 @@ def build(answers: Mapping[str, Answer], token: str) -> ASGIApp:
               for path, answer in answers.items()
           ),
       ],
-      exception_handlers={RequestError: _refuse},
+      exception_handlers={RequestError: refuse},
   )
   return Lingering(routes, _LIMITS)
 
@@ -156,7 +113,7 @@ async def serving(
   Yields:
     Nothing.
   """
-  requests = _Requests(built)
+  requests = UnderWay(built)
   server = Server(settings(requests, _MAX_CONNECTIONS, headers))
   task = asyncio.create_task(server.serve(sockets=[where]))
 
@@ -205,26 +162,6 @@ def _endpoint(
   return endpoint
 
 
-def _json(body: bytes, **more: Any) -> Response:
+def _json(body: bytes) -> Response:
   """A response of JSON."""
-  return Response(body, media_type="application/json", **more)
-
-
-async def _refuse(request: Request, error: Exception) -> Response:
-  """Tells a caller what is wrong; not in a thread, as it would if it were def.
-
-  A thread would be left behind where the request is cut short.
-  """
-  del request
-  if not isinstance(error, RequestError):
-    raise TypeError(f"no RequestError: {error!r}")
-  return _told(error)
-
-
-def _told(error: RequestError) -> Response:
-  """An error as a response."""
-  return _json(
-      response.dump(error.body()),
-      status_code=error.status,
-      headers=error.headers,
-  )
+  return Response(body, media_type="application/json")
