@@ -814,10 +814,18 @@ def test_listeners_may_cancel_their_call():
 
 
 @pytest.mark.parametrize("listener", ["on_tokens", "until"])
-def test_listeners_that_fail_fail_alone(listener):
+@pytest.mark.parametrize(
+    ("mine", "seen"),
+    [
+        (KeyError, KeyError),
+        (asyncio.CancelledError, asyncio.CancelledError),
+        (StopIteration, RuntimeError),
+    ],
+)
+def test_listeners_that_fail_fail_alone(listener, mine, seen):
   async def run():
     def fail(*drawn):
-      raise KeyError("mine")
+      raise mine("mine")
 
     async with make(num_slots=2) as engine:
       bad, good = await asyncio.gather(
@@ -825,7 +833,7 @@ def test_listeners_that_fail_fail_alone(listener):
           engine.generate(prompt(2, 5), draw(), 0),
           return_exceptions=True,
       )
-      assert isinstance(bad, KeyError) and len(good.tokens)
+      assert isinstance(bad, seen) and len(good.tokens)
       await settled(engine)
 
   asyncio.run(run())

@@ -53,6 +53,20 @@ def news(made, visit, brought):
   return made.report(made.absorb(visit, brought))
 
 
+def test_who_leaves_before_the_next_plan_is_forgotten_at_once():
+  made = schedule()
+  waiting = [request(number) for number in range(9)]
+  for one in waiting:
+    made.add(one)
+  for one in waiting[2:]:
+    one.future.over = True
+    made.drop(one)
+    made.drop(one)  # is counted once
+  assert made.stats()["requests"] == 2
+  assert made.stats()["cancelled"] == 7
+  assert len(made.plan().busy) == 2
+
+
 def test_a_plan_asks_nothing_of_those_that_wait():
   made = schedule()
   waiting = [request(number) for number in range(500)]

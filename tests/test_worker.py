@@ -1,9 +1,11 @@
 """Who is told what of a visit, and when."""
 
+import asyncio
 import threading
 
 import pytest
 
+from mgrpo_jax.sampler.interface import EngineError
 from mgrpo_jax.sampler.schedule import Visit
 from mgrpo_jax.sampler.worker import Worker
 
@@ -29,17 +31,17 @@ class Device:
 
   params = None
 
-  def __init__(self, *, before=None, after=None, silent=()):
+  def __init__(self, *, before=None, after=None, silent=(), error=RuntimeError):
     self.log, self._before, self._after = [], before, after
-    self._silent = silent
+    self._silent, self._error = silent, error
 
   def visit(self, params, orders, begun):
     if orders == self._before:
-      raise RuntimeError("it cannot begin")
+      raise self._error("it cannot begin")
     begun()
     self.log.append(f"visit {orders}")
     if orders == self._after:
-      raise RuntimeError("it broke")
+      raise self._error("it broke")
     return orders not in self._silent
 
 
@@ -90,6 +92,21 @@ def test_what_a_visit_brought_is_told_though_the_next_fails(when):
   device = Device(**{when: 1})
   assert isinstance(played(device, 3), RuntimeError)
   assert [line for line in device.log if "told" in line] == ["told 0"]
+
+
+@pytest.mark.parametrize("error", [SystemExit, asyncio.CancelledError])
+def test_whatever_ends_the_thread_is_told(error):
+  failure = played(Device(before=1, error=error), 3)
+  assert isinstance(failure, EngineError) and error.__name__ in str(failure)
+
+
+def test_a_rehearsal_learns_whatever_ends_the_thread():
+  worker = Worker(Script(0), Device(before="it", error=SystemExit))
+  over = threading.Event()
+  worker.start(print, lambda failure: over.set())
+  rehearsal = worker.rehearse(Visit(orders="it", busy=[]))
+  assert isinstance(rehearsal.exception(60), SystemExit)
+  assert over.wait(60)
 
 
 def test_a_worker_that_is_closed_tells_before_it_ends():

@@ -6,6 +6,7 @@ does that matter: what was drawn beyond it is dropped.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Iterator, Sequence
 
@@ -92,6 +93,10 @@ def _failing_alone(request: Request) -> Iterator[None]:
   """Fails a request with what its caller's function raises; others go on."""
   try:
     yield
-  except Exception as error:
+  except (Exception, asyncio.CancelledError) as raised:
+    error: BaseException = raised
+    if isinstance(raised, StopIteration):  # which no future takes
+      error = RuntimeError("a caller's function raised StopIteration")
+      error.__cause__ = raised
     if not request.future.done():
       request.future.set_exception(error)

@@ -166,8 +166,10 @@ class Engine:
         self._failure = EngineError(
             "the device had not come back from a visit when the engine was left"
         )
-        self._deliver(self._worker.untold())
-        self._abandon(self._failure)
+        try:
+          self._deliver(self._worker.untold())
+        finally:
+          self._abandon(self._failure)
     if self._failure is not None and not ended.done():
       raise self._failure
 

@@ -110,7 +110,7 @@ class Schedule:
     self._decode_steps = decode_steps
     self._table = SlotTable(num_slots)
     self._inputs = idle_slots(num_slots)
-    self._new: list[Request] = []  # since the last plan
+    self._new: dict[Request, None] = {}  # since the last plan
     # those that wait for a slot, in order; a set that forgets in O(1)
     self._queue: collections.OrderedDict[Request, None] = (
         collections.OrderedDict()
@@ -119,7 +119,7 @@ class Schedule:
 
   def add(self, request: Request) -> None:
     """Lets a request wait for a slot."""
-    self._new.append(request)
+    self._new[request] = None
 
   def drop(self, request: Request) -> None:
     """Lets a request wait no more; one in a slot leaves with the next plan.
@@ -127,9 +127,10 @@ class Schedule:
     Args:
       request: whose future is done.
     """
-    if request in self._queue:
-      del self._queue[request]
-      self._counts["cancelled"] += 1
+    for waiting in (self._new, self._queue):
+      if request in waiting:
+        del waiting[request]
+        self._counts["cancelled"] += 1
 
   def release(self, session: str) -> None:
     """Ends a session: frees its slot now, or once its request has finished.

@@ -140,8 +140,10 @@ class Worker:
     try:
       while (work := self._next()) is not None:
         self._make(work)
-    except Exception as error:  # whatever it is, nobody may wait for ever
+    except Exception as error:
       failure = error
+    except BaseException as error:  # whatever it is, nobody may wait for ever
+      failure = EngineError(f"the thread that samples ended: {error!r}")
     self._tell_news()
     with self.guard:
       self._closing = True
@@ -180,7 +182,7 @@ class Worker:
       drawn = self._resident.visit(
           work.params, work.visit.orders, self._tell_news
       )
-    except Exception as error:  # raised here, told to who waits there
+    except BaseException as error:  # raised here, told to who waits there
       if work.future is not None:
         work.future.set_exception(error)
       raise
