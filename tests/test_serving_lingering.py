@@ -1,13 +1,18 @@
 """Who is refused while it sends learns why, but is not listened to for ever."""
 
 import asyncio
+import contextlib
 import dataclasses
+import http.client
+import logging
 import socket
 import time
+import types
 
 import pytest
 from served import LIMITS, saying, serve, speaker
 
+from mgrpo_jax.serving import internal, listen
 from mgrpo_jax.serving.lingering import Lingering
 
 TOKEN = "0123456789abcdef"
@@ -72,29 +77,116 @@ def test_a_server_that_ends_says_so_to_who_still_sends():
       assert status(client) == 503
 
 
-def test_who_is_refused_and_sends_no_more_is_answered_in_time():
-  limits = dataclasses.replace(LIMITS, read_deadline=0.3)
-  with serve(speaker(saying("x")), limits=limits, token=TOKEN) as served:
+@pytest.mark.parametrize("drain", [0.2, 10.0])
+def test_who_is_refused_when_the_server_stops_has_heard_why(drain, caplog):
+  began = time.monotonic()
+  with serve(speaker(saying("x")), token=TOKEN, drain=drain) as served:
     with connected(served) as client:
       client.sendall(head(token="wrong") + b" ")
-      began = time.monotonic()
       assert status(client) == 401
-      assert time.monotonic() - began < 5
+      served.stop()
+      while client.recv(1000):
+        pass
+  assert time.monotonic() - began < 9
+  assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
+
+
+def test_who_is_refused_and_sends_no_more_is_answered_at_once():
+  with serve(speaker(saying("x")), token=TOKEN) as served:
+    with connected(served) as client:
+      began = time.monotonic()
+      client.sendall(head(token="wrong") + b" ")
+      assert status(client) == 401
+      assert time.monotonic() - began < 3  # not the five seconds of a body
+
+
+def test_what_was_read_to_its_end_is_answered_at_once():
+  limits = dataclasses.replace(LIMITS, read_deadline=60.0)
+  with serve(speaker(saying("x")), limits=limits, token=TOKEN) as served:
+    with connected(served) as client:
+      began = time.monotonic()
+      client.sendall(head(length=2) + b"{]")
+      assert status(client) == 400
+      assert time.monotonic() - began < 3
 
 
 def test_who_asks_whether_to_send_is_not_invited():
   with serve(speaker(saying("x")), token=TOKEN) as served:
     with connected(served) as client:
-      client.sendall(head(token="wrong", more="expect: 100-continue\r\n"))
-      assert status(client) == 401
+      more = "expect: x, 100-Continue\r\n"
+      client.sendall(head(token="wrong", more=more))
+      answer = client.recv(1000)
+      assert answer.startswith(b"HTTP/1.1 401")
+      assert b"connection: close" in answer.lower()
 
 
-def heard(messages, *, built, max_body_bytes=10, read_deadline=60.0):
+def test_who_sent_all_keeps_its_connection():
+  with serve(speaker(saying("x")), token=TOKEN) as served:
+    one = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    with contextlib.closing(one):
+      for _ in range(3):
+        one.request("POST", "/v1/chat/completions", b"{}", {"x": "y"})
+        answer = one.getresponse()
+        assert answer.status == 401 and answer.read()
+        assert answer.getheader("connection") is None
+
+
+@pytest.mark.parametrize("sent", [b" " * 10_000, b"5\r\n" + b" " * 5 + b"\r\n"])
+def test_who_never_ends_is_cut_off(sent):
+  chunked = not sent.startswith(b" ")
+  first = head(token="wrong", length=10**12)
+  if chunked:
+    first = first.replace(
+        b"content-length: 1000000000000", b"transfer-encoding: chunked"
+    )
+  with serve(speaker(saying("x")), token=TOKEN) as served:
+    with connected(served) as client:
+      client.sendall(first)
+      began = time.monotonic()
+      with pytest.raises(ConnectionError):
+        while time.monotonic() - began < 20:
+          client.sendall(sent)
+          time.sleep(0.01)
+
+
+def test_a_redirection_lingers_too():
+  with serve(speaker(saying("x")), token=TOKEN) as served:
+    with connected(served) as client:
+      path = "/v1/chat/completions/"
+      client.sendall(head(path=path, more="connection: close\r\n"))
+      for _ in range(100):
+        client.sendall(b" " * (LARGE // 100))
+        time.sleep(0.001)
+      assert status(client) == 307
+
+
+def test_servers_between_jobs_linger_as_well():
+  async def never(body):
+    raise AssertionError(body)
+
+  async def run():
+    with listen.bind("127.0.0.1", 0) as where:
+      built = internal.build({"/v1/calls": never}, TOKEN)
+      async with internal.serving(
+          built, where, failed=asyncio.Event().wait, ended=str, broken=print
+      ):
+        return await asyncio.to_thread(refused, where.getsockname()[1])
+
+  def refused(port):
+    with connected(types.SimpleNamespace(port=port)) as client:
+      client.sendall(head(path="/v1/calls", token="wrong"))
+      for _ in range(100):
+        client.sendall(b" " * (LARGE // 100))
+        time.sleep(0.001)
+      return status(client)
+
+  assert asyncio.run(run()) == 401
+
+
+def heard(messages, *, built, max_body_bytes=10, kind="http"):
   """How many of a client's messages are read, and what it is answered."""
-  limits = dataclasses.replace(
-      LIMITS, max_body_bytes=max_body_bytes, read_deadline=read_deadline
-  )
-  scope = {"type": "http", "headers": []}
+  limits = dataclasses.replace(LIMITS, max_body_bytes=max_body_bytes)
+  scope = {"type": kind, "headers": [(b"transfer-encoding", b"chunked")]}
   left, said = list(messages), []
 
   async def receive():
@@ -111,29 +203,56 @@ def part(body, more=True):
   return {"type": "http.request", "body": body, "more_body": more}
 
 
+async def refuses(scope, receive, send):
+  await send({"type": "http.response.start", "status": 400})
+  await send({"type": "http.response.body", "body": b"no"})
+
+
 @pytest.mark.parametrize(
-    ("messages", "read"),
+    ("messages", "read", "closes"),
     [
-        ([part(b"a" * 9)] * 2 + [part(b"", more=False)], 3),
-        ([part(b"")] + [{"type": "http.disconnect"}] * 2, 2),
-        ([part(b"a" * 100)] * 20, 7),  # no more than 640 bytes
+        ([part(b"a" * 9)] * 2 + [part(b"", more=False)], 3, False),
+        ([part(b"")] + [{"type": "http.disconnect"}] * 2, 2, False),
+        ([part(b"a" * 64)] * 20, 11, True),  # the first beyond 640 bytes
     ],
 )
-def test_a_body_is_read_to_its_end_or_its_limit(messages, read):
-  async def refuses(scope, receive, send):
-    await send({"type": "http.response.start", "status": 400})
-    await send({"type": "http.response.body", "body": b"no"})
-
+def test_a_body_is_read_to_its_end_or_its_limit(messages, read, closes):
   count, said = heard(messages, built=refuses)
   assert count == read
-  assert [message["type"] for message in said] == [
-      "http.response.start",
-      "http.response.body",
-  ]
+  first, *rest = said
+  assert first["status"] == 400
+  assert ((b"connection", b"close") in first.get("headers", ())) == closes
+  assert b"".join(one.get("body", b"") for one in rest) == b"no"
+  assert [one.get("more_body", False) for one in rest][-1] is False
+
+
+def test_what_the_application_read_is_not_waited_for():
+  async def reads(scope, receive, send):
+    while (await receive())["more_body"]:
+      pass
+    await refuses(scope, receive, send)
+
+  body = [part(b"a"), part(b"", more=False)]
+  assert heard(body, built=reads) == (
+      2,
+      [
+          {"type": "http.response.start", "status": 400},
+          {"type": "http.response.body", "body": b"no"},
+      ],
+  )
 
 
 def test_nothing_is_read_of_who_is_answered():
   async def answers(scope, receive, send):
     await send({"type": "http.response.start", "status": 200})
+    await send({"type": "http.response.body", "body": b"yes"})
 
   assert heard([part(b"a")] * 2, built=answers)[0] == 0
+
+
+def test_what_is_no_request_passes_through():
+  async def lives(scope, receive, send):
+    await send({"type": "lifespan.startup.complete", "status": 400})
+
+  count, said = heard([part(b"a")], built=lives, kind="lifespan")
+  assert (count, len(said)) == (0, 1)

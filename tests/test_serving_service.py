@@ -1,8 +1,10 @@
 """Clients that leave, stall or come too many; a server that ends."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import logging
 import socket
 import threading
 import time
@@ -22,6 +24,7 @@ from served import (
 )
 
 from mgrpo_jax.sampler import device
+from mgrpo_jax.serving import connection, listen
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +148,53 @@ def test_shutting_down_finishes_what_is_under_way():
     assert served.ask("GET", "/healthz")[0] == 200
     thread.join()
     assert text_of(results[0]) == "z" * 30
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /healthz HT", b"whole"])
+def test_a_connection_on_which_no_request_comes_is_closed(sent, monkeypatch):
+  monkeypatch.setattr(connection, "_LOOK", 0.3)
+  monkeypatch.setattr(listen, "_KEEP_ALIVE", 60)
+  with serve(speaker(saying("x"))) as served:
+    with socket.create_connection(("127.0.0.1", served.port), 10) as client:
+      if sent == b"whole":
+        client.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert client.recv(1000).startswith(b"HTTP/1.1 200")
+        client.sendall(b"G")  # which ends uvicorn's own patience
+      else:
+        client.sendall(sent)
+      while client.recv(1000):
+        pass
+
+
+def test_a_request_that_takes_long_keeps_its_connection(monkeypatch):
+  monkeypatch.setattr(connection, "_LOOK", 0.1)
+  with serve(speaker(saying("x" * 9, pause=0.3))) as served:
+    assert served.complete()["choices"][0]["message"]["content"] == "x" * 9
+
+
+def test_who_is_cut_short_by_the_end_is_told(caplog):
+  slow = speaker(saying("z" * 100, pause=0.3))
+  with serve(slow, drain=1.0) as served:
+    body = {"model": "tiny", "messages": HELLO}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+      whole, streamed = (
+          pool.submit(
+              served.ask,
+              "POST",
+              "/v1/chat/completions",
+              body | {"stream": kind},
+          )
+          for kind in (False, True)
+      )
+      until(lambda: served.service.gate.inside == 2)
+      served.stop()
+      status, headers, answer = whole.result()
+      assert (status, headers["retry-after"]) == (503, "1")
+      assert "ends" in json.loads(answer)["error"]["message"]
+      last = streamed.result()[2].decode().split("\n\n")[-2]
+      told = json.loads(last.removeprefix("data: "))
+      assert told["error"]["message"] == "the server is shutting down"
+  assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
 
 
 def test_shutting_down_does_not_wait_for_ever():

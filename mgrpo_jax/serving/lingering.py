@@ -1,4 +1,4 @@
-"""Who is refused may finish sending, and so learns why.
+"""Who is refused may go on sending for a while, and so learns why.
 
 Closed while it sends, a connection is reset, and what was answered is lost.
 """
@@ -13,15 +13,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mgrpo_jax.serving.limits import Limits
 
+_AT_HAND = 0.1  # seconds in which a small body is there
+_LONGEST = 5.0  # seconds for which more of it is read
 _DISCARDED = 64  # bodies' worth that are read from who sends too much
+_CLOSE = (b"connection", b"close")
 
 
 class Lingering:
-  """An application that reads a body to its end before it answers an error.
+  """An application that goes on reading from whom it does not serve.
 
-  It waits for no more than the limit of a body's time, from the request's
-  beginning, and for 64 times that of its bytes. Who asks whether to send
-  (Expect: 100-continue) is told at once.
+  What it answers with a status of 300 up is sent at once, or a moment later to
+  who is about to finish. Who is not is told that the connection will be closed,
+  and is read for five seconds more, or for 64 times as much as a body may have;
+  nothing of that is kept.
   """
 
   def __init__(self, built: ASGIApp, limits: Limits) -> None:
@@ -40,20 +44,34 @@ class Lingering:
       await self._built(scope, receive, send)
       return
     body = _Body(scope, receive)
-    end = asyncio.get_running_loop().time() + self._limits.read_deadline
+    lingers = False
 
     async def tell(message: Message) -> None:
-      if message.get("status", 0) >= 400:
-        await self._discard(body, end)
-      await send(message)
+      nonlocal lingers
+      if message.get("status", 0) >= 300:
+        if not body.asks:
+          await self._discard(body, _AT_HAND)
+        lingers = body.coming
+        if lingers:
+          headers = [*message.get("headers", ()), _CLOSE]
+          message = {**message, "headers": headers}
+      last = "body" in message and not message.get("more_body")
+      if not (lingers and last):
+        await send(message)
+        return
+      await send({**message, "more_body": True})
+      try:
+        await self._discard(body, _LONGEST)
+      finally:
+        await send({"type": "http.response.body"})
 
     await self._built(scope, body.receive, tell)
 
-  async def _discard(self, body: _Body, end: float) -> None:
-    """Reads what is left of a body, until a moment of the loop's time."""
+  async def _discard(self, body: _Body, within: float) -> None:
+    """Reads what is left of a body, for no more than some seconds."""
     most = self._limits.max_body_bytes * _DISCARDED
     with contextlib.suppress(TimeoutError):
-      async with asyncio.timeout_at(end):
+      async with asyncio.timeout(within):
         while body.coming and body.size <= most:
           await body.receive()
 
@@ -62,14 +80,18 @@ class _Body:
   """What a client sends.
 
   Attributes:
-    coming: whether there is more, which it sends unasked.
+    asks: whether it waits for a word before it sends (Expect: 100-continue).
+    coming: whether there is more of it.
     size: bytes that have come.
   """
 
   def __init__(self, scope: Scope, receive: Receive) -> None:
     """Has received nothing yet."""
-    expected = Headers(scope=scope).get("expect", "")
-    self.coming = expected.lower() != "100-continue"
+    headers = Headers(scope=scope)
+    expected = ",".join(headers.getlist("expect")).lower().split(",")
+    self.asks = "100-continue" in (word.strip() for word in expected)
+    length = headers.get("content-length", "0")
+    self.coming = length != "0" or "transfer-encoding" in headers
     self.size = 0
     self._receive = receive
 

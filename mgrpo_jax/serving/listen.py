@@ -13,8 +13,9 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from mgrpo_jax.serving import app
-from mgrpo_jax.serving.limits import Gate
+from mgrpo_jax.serving.connection import Connection
 from mgrpo_jax.serving.service import Service
+from mgrpo_jax.serving.under_way import UnderWay
 
 _LOOK = 0.05  # seconds between two looks at who is still being served
 _KEEP_ALIVE = 5  # seconds that an idle connection stays open
@@ -48,7 +49,10 @@ def bind(host: str, port: int) -> socket.socket:
 
   Raises:
     OSError: it cannot be had.
+    ValueError: there is no such port.
   """
+  if not 0 <= port < 2**16:
+    raise ValueError(f"--port={port}: allowed: 0 to 65535")
   family = socket.AF_INET6 if ":" in host else socket.AF_INET
   return socket.create_server((host, port), family=family, backlog=_BACKLOG)
 
@@ -71,7 +75,7 @@ def settings(
   return uvicorn.Config(
       built,
       lifespan="off",
-      http="h11",
+      http=Connection,
       ws="none",
       log_config=None,
       log_level="warning",
@@ -112,14 +116,16 @@ async def listen(
     event = hurry if stopping.is_set() else stopping
     loop.call_soon_threadsafe(event.set)
 
-  server = _Server(settings(app.build(service), max_connections), stop)
+  requests = UnderWay(app.build(service))
+  server = _Server(settings(requests, max_connections), stop)
   serving = asyncio.create_task(server.serve(sockets=[where]))
   told = asyncio.create_task(stopping.wait())
   try:
     await asyncio.wait({serving, told}, return_when=asyncio.FIRST_COMPLETED)
     service.gate.close()
-    await _drained(service.gate, hurry, drain)
+    await _drained(requests, hurry, drain)
     server.should_exit = True
+    await requests.close()
     await serving
   finally:
     told.cancel()
@@ -128,8 +134,10 @@ async def listen(
       await serving
 
 
-async def _drained(gate: Gate, hurry: asyncio.Event, limit: float) -> None:
-  """Waits until nobody is served any more, but not for ever."""
+async def _drained(
+    requests: UnderWay, hurry: asyncio.Event, limit: float
+) -> None:
+  """Waits until no request is under way, but not for ever."""
   end = time.monotonic() + limit
-  while gate.inside and time.monotonic() < end and not hurry.is_set():
+  while requests and time.monotonic() < end and not hurry.is_set():
     await asyncio.sleep(_LOOK)

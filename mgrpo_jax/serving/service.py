@@ -232,6 +232,10 @@ class Endpoint:
         await self._pour(reply, send, seen)
     except LeftError:
       raise
+    except asyncio.CancelledError:  # the server ends, or the client is gone
+      told = RequestError(503, "the server is shutting down")
+      await self._push(send, response.event(told.body()), more=False)
+      raise
     except Exception as error:
       told = self._service.error(error)
       seen.status = told.status
