@@ -199,9 +199,10 @@ METRICS: Mapping[str, Metric] = dict((
     _metric("tokens_per_second", "phase", "tokens/s", "higher",
             "tokens generated or trained on in the phase, per second of it"),
     _metric("seconds", "phase", "s", "lower",
-            "wall time of a phase; `step` is all of it but checkpoints,"
-            " `update` in step ends when all is dispatched, so that what is"
-            " left of it is in the next rollouts and whatever reads weights"),
+            "wall time of a phase; `step` is all of it but checkpoints;"
+            " `update` ends when all is dispatched where max_staleness is 0, so"
+            " that the rest is in the next rollouts and whatever reads weights,"
+            " and when all is applied where it is not"),
     _metric("compilations", "", "programs", "lower",
             "XLA programs compiled or read from the cache so far"),
     _metric("compile_seconds", "", "s", "lower", "spent compiling so far"),

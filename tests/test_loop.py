@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -21,12 +22,13 @@ from mgrpo_jax.policy.load import load
 from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.report import records
 from mgrpo_jax.report.writer import read_metrics
-from mgrpo_jax.run import open_run
+from mgrpo_jax.run import Run, open_run
 from mgrpo_jax.sampler import device
 from mgrpo_jax.testing.setup import small_setup
 from mgrpo_jax.work import Budget, Work
 
 MAX_GAP = 1e-4  # nats, float32 on a CPU
+UPDATE = 0.05  # seconds, at least
 
 
 def small(**changes):
@@ -59,7 +61,15 @@ def equal(one, other):
 def finished(tmp_path_factory):
   directory = tmp_path_factory.mktemp("run") / "run"
   setup = small(whole_every=2)
-  return directory, setup, train(directory, setup)
+  update = Run.update
+
+  def slowly(*args):
+    time.sleep(UPDATE)
+    return update(*args)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Run, "update", slowly)
+    return directory, setup, train(directory, setup)
 
 
 def test_the_run_directory_is_complete(finished):
@@ -149,6 +159,7 @@ def test_every_phase_of_a_step_is_timed(finished):
   for row in read_metrics(directory / "metrics.jsonl"):
     phases = ("wait", "reward", "align", "update", "publish")
     assert 0 < sum(row[f"seconds/{p}"] for p in phases) <= row["seconds/step"]
+    assert row["seconds/update"] >= UPDATE
 
 
 def test_every_update_has_its_own_learning_rate(finished):

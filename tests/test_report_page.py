@@ -152,15 +152,30 @@ def test_lines_have_one_colour_a_name_and_keep_gaps_out():
 
 
 def test_phases_have_colours_of_their_own_whatever_else_was_counted():
-  phases = ("rollout", "wait", "reward", "align", "update", "publish")
+  phases = (
+      "rollout", "step", "wait", "reward", "align", "update", "publish",
+      "evaluate",
+  )  # fmt: skip
   row = {"step": 0, "stage": "a", "reward/main": 0.5, "accuracy/dev": 0.5}
   row |= {f"events/{name}": 1.0 for name in ("calls", "timeouts", "retries")}
+  row |= {f"tokens_per_second/{name}": 1.0 for name in phases[:2]}
   row |= {f"seconds/{phase}": 1.0 for phase in phases}
   (chart,) = [c for c in curves.CHARTS if c.name == "seconds"]
   lines = curves.series([row], chart)
   assert {line.label: line.colour for line in lines} == {
       phase: number for number, phase in enumerate(phases)
   }
+
+
+def test_roles_and_policies_share_their_colours_with_nothing_else():
+  row = {
+      "step": 0, "stage": "a", "reward/planner": 0.5, "reward/reader": 0.5,
+      "nll/planner": 1.0, "nll/shared": 1.0, "accuracy/dev": 0.5,
+      "seconds/reader": 1.0, "seconds/rollout": 1.0,
+  }  # fmt: skip
+  colours = curves.palette([row])
+  assert [colours[k] for k in ("planner", "reader", "shared")] == [0, 1, 2]
+  assert (colours["dev"], colours["rollout"]) == (0, 0)
 
 
 def test_smoothing_never_mixes_stages():

@@ -213,8 +213,8 @@ def palette(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     rows: of `writer.read_metrics`, ascending.
 
   Returns:
-    Key -> index. Roles and policies count from 0; so do splits, and phases,
-    which never share a chart with them.
+    Key -> index. Roles and policies count from 0 together; every other kind of
+    key, as splits or phases, counts from 0 as well, for charts are of one kind.
   """
   kinds: dict[str, dict[str, None]] = {"team": {}}
   for family, metric in metrics.METRICS.items():

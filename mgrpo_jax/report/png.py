@@ -12,7 +12,7 @@ from mgrpo_jax import atomic
 from mgrpo_jax.report import curves
 from mgrpo_jax.report.text import spell
 
-COLOURS = ("#2f5d8a", "#b5562b", "#4d7a4a", "#7b5a9e", "#a3487c", "#5a6a72")
+COLOURS = ("#2f5d8a", "#b5562b", "#4d7a4a", "#7e66b3", "#471f38", "#63757b")
 DPI = 160
 _GREY = "#77736a"
 _DASHES = ("-", "-.", ":", (0, (5, 1)))

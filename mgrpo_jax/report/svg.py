@@ -15,6 +15,7 @@ from mgrpo_jax.report.text import escape
 WIDTH, HEIGHT = 460, 212
 LEFT, RIGHT, TOP, BOTTOM = 46, 92, 20, 24
 PALETTE = 6  # colours the style sheet defines
+_PATTERNS = 4  # of lines, one whole: it defines three that are broken
 _LABEL_GAP = 13.0
 
 
@@ -27,7 +28,8 @@ def chart(
 
   Args:
     plot: the chart.
-    lines: its lines, at least one.
+    lines: its lines, at least one. Past the palette's end colours come again,
+      in lines that are broken another way.
     stages: the run's stages, at least one.
 
   Returns:
@@ -205,7 +207,8 @@ def _stage_marks(stages: Sequence[curves.Stage], scale: _Scale) -> list[str]:
 def _line(line: curves.Series, scale: _Scale) -> str:
   """A line; thin single steps below it where it is smoothed."""
   colour = f"c{line.colour % PALETTE}"
-  dash = " dashed" if line.dashed else ""
+  again = line.colour // PALETTE % _PATTERNS
+  dash = " dashed" if line.dashed else f" again{again}" if again else ""
   xs = scale.x(line.steps)
   parts = []
   if len(xs) == 1:
