@@ -117,8 +117,6 @@ def placed(
         f"--listen={host}: is every address of this machine; --reached_as must"
         " name the one that other jobs use"
     )
-  if not 0 <= port < 2**16:
-    raise ValueError(f"--port={port}: allowed: 0 to 65535")
   try:
     bound = listen.bind(host, port)
   except OSError as error:

@@ -2,10 +2,10 @@ r"""Serves a scripted policy that looks capitals up, for `bench.framework`.
 
     python -m experiments.bench.capitals [--port=8000]
 
-It calls the tool that the client offers for the country it was last asked of,
-and says what came back, in the hermes protocol and ChatML. So whatever goes
-wrong between a client and this server is the interface's, not a model's. Ends
-at SIGINT or SIGTERM.
+It calls the tool `capital`, which the client must offer, for the country that
+it was last asked of, and says what came back, in the hermes protocol and
+ChatML. So whatever goes wrong between a client and this server is the
+interface's, not a model's. Ends at SIGINT or SIGTERM.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from mgrpo_jax.agents.hermes import HERMES
 from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.sampler.interface import OnTokens, Until
 from mgrpo_jax.serving import listen
+from mgrpo_jax.serving.errors import RequestError
 from mgrpo_jax.serving.limits import Limits
 from mgrpo_jax.serving.policy import Speaker, policy
 from mgrpo_jax.serving.service import Service
@@ -34,7 +35,8 @@ NAME = "main"
 _CONTEXT = 8192  # bytes, which are its tokens
 _TOKENIZER = ByteTokenizer(("<|im_start|>", "<|im_end|>"))
 _CHAT = chatml(_TOKENIZER, default_system="")
-_ASKED = re.compile(r"(?:capital|that) of (\w+)")
+_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
+_ASKED = re.compile(r"(?:capital|that) of ([A-Z]\w*(?: [A-Z]\w*)*)")
 _RESULT = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
 _LIMITS = Limits(
     max_body_bytes=1_000_000,
@@ -51,21 +53,23 @@ def said(conversation: str) -> str:
   """What the policy says next.
 
   Args:
-    conversation: ChatML; its last question asks for the capital of a country.
+    conversation: ChatML; the last question of its user asks for the capital of
+      a country.
 
   Returns:
     A call of the tool, or what the tool told.
 
   Raises:
-    ValueError: there is no such question.
+    RequestError: there is no such question.
   """
-  questions = list(_ASKED.finditer(conversation))
-  if not questions:
-    raise ValueError("asks for no capital")
-  results = _RESULT.findall(conversation, questions[-1].end())
+  turns = [t for t in _TURN.finditer(conversation) if not _RESULT.search(t[1])]
+  asked = _ASKED.findall(turns[-1][1]) if turns else []
+  if not asked:
+    raise RequestError(400, "messages: the last question asks for no capital")
+  results = _RESULT.findall(conversation, turns[-1].end())
   if results:
     return f"It is {results[-1]}."
-  call = {"name": "capital", "arguments": {"country": questions[-1][1]}}
+  call = {"name": "capital", "arguments": {"country": asked[-1]}}
   return f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
 
 
@@ -82,7 +86,7 @@ async def generate(
   """Says it; arguments and result are those of `Engine.generate`.
 
   Raises:
-    ValueError: see `said`.
+    RequestError: see `said`.
   """
   del seed, session, tenant
   written = _CHAT.write(said(_TOKENIZER.decode(tokens)))
@@ -114,6 +118,7 @@ async def serve(port: int) -> None:
 
   Raises:
     OSError: the port cannot be had.
+    ValueError: there is no such port.
   """
   speaker = Speaker(
       name=NAME,
@@ -141,7 +146,7 @@ def main() -> None:
   )
   parser.add_argument("--port", type=int, default=8000)
   arguments = parser.parse_args()
-  with cli.user_errors(OSError):
+  with cli.user_errors(OSError, ValueError):
     asyncio.run(serve(arguments.port))
 
 

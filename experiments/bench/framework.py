@@ -1,6 +1,6 @@
 r"""OpenAI's client and an agent framework against a server, with a tool.
 
-    python -m experiments.bench.capitals
+    python -m experiments.bench.capitals &
     python -m venv /tmp/framework
     /tmp/framework/bin/pip install "pydantic-ai-slim[openai]"
     /tmp/framework/bin/python -m experiments.bench.framework \
