@@ -818,8 +818,9 @@ def test_listeners_may_cancel_their_call():
     ("mine", "seen"),
     [
         (KeyError, KeyError),
-        (asyncio.CancelledError, asyncio.CancelledError),
+        (asyncio.CancelledError, RuntimeError),
         (StopIteration, RuntimeError),
+        (GeneratorExit, RuntimeError),
     ],
 )
 def test_listeners_that_fail_fail_alone(listener, mine, seen):

@@ -94,7 +94,9 @@ def test_what_a_visit_brought_is_told_though_the_next_fails(when):
   assert [line for line in device.log if "told" in line] == ["told 0"]
 
 
-@pytest.mark.parametrize("error", [SystemExit, asyncio.CancelledError])
+@pytest.mark.parametrize(
+    "error", [SystemExit, asyncio.CancelledError, StopIteration]
+)
 def test_whatever_ends_the_thread_is_told(error):
   failure = played(Device(before=1, error=error), 3)
   assert isinstance(failure, EngineError) and error.__name__ in str(failure)
@@ -105,7 +107,7 @@ def test_a_rehearsal_learns_whatever_ends_the_thread():
   over = threading.Event()
   worker.start(print, lambda failure: over.set())
   rehearsal = worker.rehearse(Visit(orders="it", busy=[]))
-  assert isinstance(rehearsal.exception(60), SystemExit)
+  assert isinstance(rehearsal.exception(60), EngineError)
   assert over.wait(60)
 
 

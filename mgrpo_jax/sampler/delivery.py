@@ -6,7 +6,6 @@ does that matter: what was drawn beyond it is dropped.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Iterator, Sequence
 
@@ -32,12 +31,17 @@ def deliver(
     schedule: that reported the visit.
     guard: held by whoever uses the schedule.
     context: tokens that a stream can have.
+
+  Raises:
+    KeyboardInterrupt: a caller's function did, and all others were told; so for
+      SystemExit.
   """
+  ends: list[BaseException] = []
   for one in news:
     request = one.request
     if request.future.done():
       continue
-    with _failing_alone(request):
+    with _failing_alone(request, ends):
       kept, named = _heard(one)
       if request.future.done() or not (named or one.last):
         continue  # the caller left on hearing it, or there is more to come
@@ -46,6 +50,8 @@ def deliver(
           schedule.end(one, kept)
       stopped = named or one.stopped
       request.future.set_result(completion(request, stopped, context))
+  if ends:
+    raise ends[0]
 
 
 def completion(request: Request, stopped: bool, context: int) -> Completion:
@@ -89,14 +95,24 @@ def _heard(news: News) -> tuple[int, bool]:
 
 
 @contextlib.contextmanager
-def _failing_alone(request: Request) -> Iterator[None]:
-  """Fails a request with what its caller's function raises; others go on."""
+def _failing_alone(
+    request: Request, ends: list[BaseException]
+) -> Iterator[None]:
+  """Fails a request with what its caller's function raises; others go on.
+
+  Args:
+    request: whose function it is.
+    ends: to which is added what is to end the program.
+  """
   try:
     yield
-  except (Exception, asyncio.CancelledError) as raised:
+  except BaseException as raised:
     error: BaseException = raised
-    if isinstance(raised, StopIteration):  # which no future takes
-      error = RuntimeError("a caller's function raised StopIteration")
+    if not isinstance(raised, Exception) or isinstance(raised, StopIteration):
+      # No future takes it, or no task survives it.
+      error = RuntimeError(f"a caller's function raised {raised!r}")
       error.__cause__ = raised
     if not request.future.done():
       request.future.set_exception(error)
+    if isinstance(raised, KeyboardInterrupt | SystemExit):
+      ends.append(raised)

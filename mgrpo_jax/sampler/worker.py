@@ -140,10 +140,8 @@ class Worker:
     try:
       while (work := self._next()) is not None:
         self._make(work)
-    except Exception as error:
-      failure = error
     except BaseException as error:  # whatever it is, nobody may wait for ever
-      failure = EngineError(f"the thread that samples ended: {error!r}")
+      failure = _ordinary(error)
     self._tell_news()
     with self.guard:
       self._closing = True
@@ -184,7 +182,7 @@ class Worker:
       )
     except BaseException as error:  # raised here, told to who waits there
       if work.future is not None:
-        work.future.set_exception(error)
+        work.future.set_exception(_ordinary(error))
       raise
     ended = time.perf_counter()
     with self.guard:
@@ -200,6 +198,15 @@ class Worker:
     """Tells what the last visit brought, once."""
     if news := self.untold():
       self._tell(news)
+
+
+def _ordinary(error: BaseException) -> Exception:
+  """An error, or one in its place that every future takes and no task is."""
+  if isinstance(error, Exception) and not isinstance(error, StopIteration):
+    return error
+  told = EngineError(f"a visit raised {error!r}")
+  told.__cause__ = error
+  return told
 
 
 def _fail(future: Future[None]) -> None:
