@@ -6,6 +6,7 @@ import dataclasses
 import http.client
 import logging
 import socket
+import threading
 import time
 import types
 
@@ -110,14 +111,21 @@ def test_what_was_read_to_its_end_is_answered_at_once():
       assert time.monotonic() - began < 3
 
 
-def test_who_asks_whether_to_send_is_not_invited():
+@pytest.mark.parametrize(
+    "more",
+    ["expect: x, 100-Continue\r\n", "expect: x\r\nexpect: 100-continue\r\n"],
+)
+def test_who_asks_whether_to_send_is_not_invited(more):
   with serve(speaker(saying("x")), token=TOKEN) as served:
     with connected(served) as client:
-      more = "expect: x, 100-Continue\r\n"
+      began = time.monotonic()
       client.sendall(head(token="wrong", more=more))
       answer = client.recv(1000)
       assert answer.startswith(b"HTTP/1.1 401")
       assert b"connection: close" in answer.lower()
+      while client.recv(1000):
+        pass
+      assert time.monotonic() - began < 3  # not invited, it is not waited for
 
 
 def test_who_sent_all_keeps_its_connection():
@@ -147,6 +155,44 @@ def test_who_never_ends_is_cut_off(sent):
         while time.monotonic() - began < 20:
           client.sendall(sent)
           time.sleep(0.01)
+
+
+def test_nonsense_after_a_refusal_ends_the_connection_quietly(caplog):
+  with serve(speaker(saying("x")), token=TOKEN) as served:
+    with connected(served) as client:
+      first = head(token="wrong").replace(
+          b"content-length: 1000000", b"transfer-encoding: chunked"
+      )
+      client.sendall(first + b"5\r\nabcde\r\n")
+      assert status(client) == 401
+      client.sendall(b"zz\r\n")
+      while client.recv(1000):
+        pass
+  assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
+
+
+def test_who_is_refused_does_not_hold_the_end():
+  with serve(speaker(saying("x")), token=TOKEN, drain=60) as served:
+    closing = threading.Event()
+
+    def refused():
+      """Comes again and again, and stays each time."""
+      with contextlib.suppress(OSError):
+        while True:
+          with connected(served) as client:
+            client.sendall(head(token="wrong") + b" ")
+            client.recv(1000)
+            closing.wait(1.5)
+
+    threads = [threading.Thread(target=refused) for _ in range(2)]
+    for thread in threads:
+      thread.start()
+    time.sleep(0.3)
+    began = time.monotonic()
+    served.stop()
+    for thread in threads:
+      thread.join(60)
+    assert time.monotonic() - began < 10
 
 
 def test_a_redirection_lingers_too():

@@ -1,8 +1,10 @@
 """Clients that leave, stall or come too many; a server that ends."""
 
+import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import http.client
 import json
 import logging
 import socket
@@ -25,6 +27,7 @@ from served import (
 
 from mgrpo_jax.sampler import device
 from mgrpo_jax.serving import connection, listen
+from mgrpo_jax.serving.under_way import UnderWay
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +167,46 @@ def test_a_connection_on_which_no_request_comes_is_closed(sent, monkeypatch):
         client.sendall(sent)
       while client.recv(1000):
         pass
+
+
+def test_who_asks_again_and_again_keeps_its_connection(monkeypatch):
+  monkeypatch.setattr(connection, "_LOOK", 0.3)
+  with serve(speaker(saying("x"))) as served:
+    one = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    with contextlib.closing(one):
+      for _ in range(10):
+        one.request("GET", "/healthz")
+        assert one.getresponse().read() and one.sock is not None
+        time.sleep(0.2)
+
+
+def test_nothing_is_begun_once_all_is_closed():
+  said = []
+
+  async def built(scope, receive, send):
+    raise AssertionError("asked")
+
+  async def send(message):
+    said.append(message.get("status"))
+
+  async def run():
+    requests = UnderWay(built)
+    await requests.close()
+    await requests({"type": "http"}, None, send)
+
+  asyncio.run(run())
+  assert said == [503, None]
+
+
+def test_a_cancellation_of_another_kind_is_not_the_end():
+  async def built(scope, receive, send):
+    raise asyncio.CancelledError
+
+  async def run():
+    await UnderWay(built)({"type": "http"}, None, None)
+
+  with pytest.raises(asyncio.CancelledError):
+    asyncio.run(run())
 
 
 def test_a_request_that_takes_long_keeps_its_connection(monkeypatch):

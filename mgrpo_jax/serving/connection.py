@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 _LOOK = 10.0  # seconds between two looks; who is idle at both is cut off
@@ -34,6 +35,13 @@ class Connection(H11Protocol):
     if self._look_task is not None:
       self._look_task.cancel()
     super().connection_lost(exc)
+
+  def send_400_response(self, msg: str) -> None:
+    """Tells of a malformed request, unless an answer to it is on its way."""
+    if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+      super().send_400_response(msg)
+    else:
+      self.transport.close()
 
   def _look(self) -> None:
     """Closes it if no request has come since the last look."""

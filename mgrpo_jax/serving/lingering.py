@@ -60,8 +60,9 @@ class Lingering:
         await send(message)
         return
       await send({**message, "more_body": True})
+      invited = body.size > 0 or not body.asks
       try:
-        await self._discard(body, _LONGEST)
+        await self._discard(body, _LONGEST if invited else _AT_HAND)
       finally:
         await send({"type": "http.response.body"})
 

@@ -14,11 +14,13 @@ from starlette.types import ASGIApp
 
 from mgrpo_jax.serving import app
 from mgrpo_jax.serving.connection import Connection
+from mgrpo_jax.serving.limits import Gate
 from mgrpo_jax.serving.service import Service
 from mgrpo_jax.serving.under_way import UnderWay
 
 _LOOK = 0.05  # seconds between two looks at who is still being served
 _KEEP_ALIVE = 5  # seconds that an idle connection stays open
+_GRACE = 1.0  # seconds for who is refused or reads the end of an answer
 _LAST_WORDS = 2  # seconds in which answers must be out, sampling being over
 _BACKLOG = 256
 
@@ -123,9 +125,9 @@ async def listen(
   try:
     await asyncio.wait({serving, told}, return_when=asyncio.FIRST_COMPLETED)
     service.gate.close()
-    await _drained(requests, hurry, drain)
+    await _drained(service.gate, hurry, drain)
     server.should_exit = True
-    await requests.close()
+    await requests.close(0.0 if hurry.is_set() else _GRACE)
     await serving
   finally:
     told.cancel()
@@ -134,10 +136,8 @@ async def listen(
       await serving
 
 
-async def _drained(
-    requests: UnderWay, hurry: asyncio.Event, limit: float
-) -> None:
-  """Waits until no request is under way, but not for ever."""
+async def _drained(gate: Gate, hurry: asyncio.Event, limit: float) -> None:
+  """Waits until nobody is served any more, but not for ever."""
   end = time.monotonic() + limit
-  while requests and time.monotonic() < end and not hurry.is_set():
+  while gate.inside and time.monotonic() < end and not hurry.is_set():
     await asyncio.sleep(_LOOK)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+from collections.abc import Awaitable
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -43,21 +43,30 @@ class UnderWay:
     self._tasks.add(task)
     try:
       if not self._closed:
-        with contextlib.suppress(asyncio.CancelledError):
-          await self._built(scope, receive, tell)
+        await self._until_closed(self._built(scope, receive, tell))
       if not begun:
         await told(_ENDS)(scope, receive, send)
     finally:
       self._tasks.discard(task)
 
-  def __len__(self) -> int:
-    """How many there are."""
-    return len(self._tasks)
+  async def close(self, grace: float = 0.0) -> None:
+    """Cuts short what is under way, and whatever comes later.
 
-  async def close(self) -> None:
-    """Cuts short what is under way, and whatever comes later."""
+    Args:
+      grace: seconds that what is under way may still take.
+    """
+    if self._tasks and grace:
+      await asyncio.wait(self._tasks.copy(), timeout=grace)
     self._closed = True
     for task in self._tasks:
       task.cancel()
     if self._tasks:
       await asyncio.wait(self._tasks.copy(), timeout=_LAST)
+
+  async def _until_closed(self, answering: Awaitable[None]) -> None:
+    """Waits for an answer; it may be cancelled once all is closed."""
+    try:
+      await answering
+    except asyncio.CancelledError:
+      if not self._closed:
+        raise
