@@ -89,14 +89,16 @@ def test_names_in_colour_can_be_read(theme):
     assert contrast(pair[theme], panel) >= 4.5, pair[theme]
 
 
-def test_lines_that_share_a_colour_are_broken_in_other_ways():
-  row = {"step": 0, "stage": "a"} | {f"seconds/p{i}": 1.0 for i in range(24)}
+@pytest.mark.parametrize("families", [("seconds",), ("old_kl", "kl")])
+def test_lines_that_share_a_colour_are_broken_in_other_ways(families):
+  row = {"step": 0, "stage": "a"}
+  row |= {f"{name}/p{i}": 1.0 for name in families for i in range(24)}
   rows = [row, row | {"step": 1}]
-  (chart,) = [c for c in curves.CHARTS if c.name == "seconds"]
+  (chart,) = [c for c in curves.CHARTS if c.families == families]
   lines = curves.series(rows, chart)
   drawn, _ = svg.chart(chart, lines, curves.stages(rows))
   kinds = re.findall(r'<path class="(line [^"]+)"', drawn)
-  assert len(kinds) == len(set(kinds)) == 24
+  assert len(kinds) == len(set(kinds)) == 24 * len(families)
   style = (REPORT / "page.css").read_text()
   patterns = re.findall(r"\.again(\d) \{ stroke-dasharray: ([^;]+);", style)
   assert [number for number, _ in patterns] == ["1", "2", "3"]

@@ -76,12 +76,13 @@ def draw(
     colour = COLOURS[line.colour % len(COLOURS)]
     if line.smoothed is not line.values:
       axes.plot(line.steps, line.values, color=colour, alpha=0.22, lw=0.8)
+    again = line.colour // len(COLOURS) % len(_DASHES)
     axes.plot(
         line.steps,
         line.smoothed,
         color=colour,
-        lw=1.8,
-        ls="--" if line.dashed else _DASHES[line.colour // len(COLOURS) % 4],
+        lw=1.2 if line.dashed else 1.8,
+        ls="--" if line.dashed and not again else _DASHES[again],
         marker="o" if len(line.steps) < 2 else None,
         label=None if line.dashed else _literal(line.label),
     )

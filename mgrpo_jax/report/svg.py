@@ -208,7 +208,7 @@ def _line(line: curves.Series, scale: _Scale) -> str:
   """A line; thin single steps below it where it is smoothed."""
   colour = f"c{line.colour % PALETTE}"
   again = line.colour // PALETTE % _PATTERNS
-  dash = " dashed" if line.dashed else f" again{again}" if again else ""
+  dash = " dashed" * line.dashed + f" again{again}" * (again > 0)
   xs = scale.x(line.steps)
   parts = []
   if len(xs) == 1:
