@@ -13,7 +13,7 @@ import types
 import pytest
 from served import LIMITS, saying, serve, speaker
 
-from mgrpo_jax.serving import internal, listen
+from mgrpo_jax.serving import internal, lingering, listen
 from mgrpo_jax.serving.lingering import Lingering
 
 TOKEN = "0123456789abcdef"
@@ -229,9 +229,8 @@ def test_servers_between_jobs_linger_as_well():
   assert asyncio.run(run()) == 401
 
 
-def heard(messages, *, built, max_body_bytes=10, kind="http"):
+def heard(messages, *, built, kind="http"):
   """How many of a client's messages are read, and what it is answered."""
-  limits = dataclasses.replace(LIMITS, max_body_bytes=max_body_bytes)
   scope = {"type": kind, "headers": [(b"transfer-encoding", b"chunked")]}
   left, said = list(messages), []
 
@@ -241,7 +240,7 @@ def heard(messages, *, built, max_body_bytes=10, kind="http"):
   async def send(message):
     said.append(message)
 
-  asyncio.run(Lingering(built, limits)(scope, receive, send))
+  asyncio.run(Lingering(built)(scope, receive, send))
   return len(messages) - len(left), said
 
 
@@ -262,7 +261,10 @@ async def refuses(scope, receive, send):
         ([part(b"a" * 64)] * 20, 11, True),  # the first beyond 640 bytes
     ],
 )
-def test_a_body_is_read_to_its_end_or_its_limit(messages, read, closes):
+def test_a_body_is_read_to_its_end_or_its_limit(
+    messages, read, closes, monkeypatch
+):
+  monkeypatch.setattr(lingering, "_DISCARDED", 640)
   count, said = heard(messages, built=refuses)
   assert count == read
   first, *rest = said

@@ -71,7 +71,7 @@ def build(service: Service) -> ASGIApp:
       ],
       exception_handlers={RequestError: refuse, HTTPException: _other},
   )
-  return Lingering(routes, service.limits)
+  return Lingering(routes)
 
 
 def _weights(service: Service, weights: Weights | None) -> list[Route]:

@@ -84,7 +84,7 @@ def build(answers: Mapping[str, Answer], token: str) -> ASGIApp:
       ],
       exception_handlers={RequestError: refuse},
   )
-  return Lingering(routes, _LIMITS)
+  return Lingering(routes)
 
 
 @contextlib.asynccontextmanager

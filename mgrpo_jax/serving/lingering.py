@@ -11,11 +11,9 @@ import contextlib
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mgrpo_jax.serving.limits import Limits
-
 _AT_HAND = 0.1  # seconds in which a small body is there
 _LONGEST = 5.0  # seconds for which more of it is read
-_DISCARDED = 64  # bodies' worth that are read from who sends too much
+_DISCARDED = 64 << 20  # bytes that are read from who sends too much
 _CLOSE = (b"connection", b"close")
 
 
@@ -24,19 +22,13 @@ class Lingering:
 
   What it answers with a status of 300 up is sent at once, or a moment later to
   who is about to finish. Who is not is told that the connection will be closed,
-  and is read for five seconds more, or for 64 times as much as a body may have;
-  nothing of that is kept.
+  and is read for five seconds more, or until 64 MiB have come; nothing of that
+  is kept.
   """
 
-  def __init__(self, built: ASGIApp, limits: Limits) -> None:
-    """Wraps an application.
-
-    Args:
-      built: the application.
-      limits: on a body's size and time.
-    """
+  def __init__(self, built: ASGIApp) -> None:
+    """Wraps an application."""
     self._built = built
-    self._limits = limits
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     """Answers one request."""
@@ -70,10 +62,9 @@ class Lingering:
 
   async def _discard(self, body: _Body, within: float) -> None:
     """Reads what is left of a body, for no more than some seconds."""
-    most = self._limits.max_body_bytes * _DISCARDED
     with contextlib.suppress(TimeoutError):
       async with asyncio.timeout(within):
-        while body.coming and body.size <= most:
+        while body.coming and body.size <= _DISCARDED:
           await body.receive()
 
 
