@@ -173,7 +173,6 @@ def test_nonsense_after_a_refusal_ends_the_connection_quietly(caplog):
 
 def test_who_is_refused_does_not_hold_the_end():
   with serve(speaker(saying("x")), token=TOKEN, drain=60) as served:
-    closing = threading.Event()
 
     def refused():
       """Comes again and again, and stays each time."""
@@ -182,7 +181,7 @@ def test_who_is_refused_does_not_hold_the_end():
           with connected(served) as client:
             client.sendall(head(token="wrong") + b" ")
             client.recv(1000)
-            closing.wait(1.5)
+            time.sleep(1.5)
 
     threads = [threading.Thread(target=refused) for _ in range(2)]
     for thread in threads:
