@@ -41,7 +41,9 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["mgrpo_jax", "mgrpo_jax.*"]),
-    package_data={"mgrpo_jax": ["report/*.html", "report/*.css"]},
+    package_data={
+        "mgrpo_jax": ["policy/*.cc", "report/*.html", "report/*.css"]
+    },
     install_requires=[
         "absl-py>=2.1",
         "blake3>=1.0",

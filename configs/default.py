@@ -97,9 +97,11 @@ def _add_devices(config: ml_collections.ConfigDict) -> None:
   # Tokens of a row with logits at once, >= 1; the backward pass computes them
   # again, unless these are all (row_targets, row_tokens where imitating).
   config.execution.logit_columns = 64
-  # Whether the sampler keeps kernels outputs first: faster on CPUs, where few
-  # tokens meet large kernels (not the quickstart's); rounds otherwise.
-  config.execution.outputs_first = False
+  # How the sampler keeps kernels: as trained; turned, outputs first; or tiled,
+  # in tiles of its own products, which a compiler of C++ builds at first use.
+  # Both are faster on CPUs, where few tokens meet large kernels (not the
+  # quickstart's), and round otherwise; tiled is fastest, for float32 only.
+  config.execution.kernels = "trained"
 
 
 def _add_external(config: ml_collections.ConfigDict) -> None:

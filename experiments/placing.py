@@ -12,7 +12,7 @@ from experiments import checks
 from mgrpo_jax import sharding
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.hosts import spread
-from mgrpo_jax.policy import attention, paged
+from mgrpo_jax.policy import attention, paged, products
 from mgrpo_jax.policy.config import DTYPES, Execution, TransformerConfig
 from mgrpo_jax.policy.params import param_specs
 from mgrpo_jax.sharding import Meshes
@@ -226,7 +226,7 @@ def execution(config: ml_collections.ConfigDict, name: str) -> Execution:
         remat=checks.pick(REMATS, one.remat, f"{key}.remat"),
         scan_layers=one.scan_layers,
         logit_columns=one.logit_columns,
-        outputs_first=one.outputs_first,
+        kernels=one.kernels,
     )
 
 
@@ -285,11 +285,8 @@ def executed(
         execution=execution(config, name),
     )
   check_sharing(config, name, sizes)
-  if where.sampler is not None and sizes.execution.outputs_first:
-    raise ValueError(
-        f"config.policies.{name}.execution.outputs_first: True, allowed: False"
-        " where the policy's sampler has devices of its own"
-    )
+  with checks.inside(f"policies.{name}.execution.kernels"):
+    products.check(sizes, where.sampler)
   check_decoding(sizes, config, name)
   for key, mesh in (("mesh", where.learner), ("sampler_tensor", where.sampler)):
     if mesh is not None:

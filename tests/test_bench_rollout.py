@@ -198,7 +198,7 @@ def ours(tmp_path_factory):
   )
   save_directory(folder / "policy", policy)
   sizes = {"context": 16, "block": 8, "prefill_tokens": 16}
-  sizes |= {"prefill_buckets": [8], "outputs_first": False}
+  sizes |= {"prefill_buckets": [8], "kernels": "trained"}
   step = {
       "ids": [[1, 2, 3], [4, 5, 6]],
       "completions": 2,

@@ -1,4 +1,4 @@
-"""Kernels kept outputs first: the same numbers, in another order of storage."""
+"""Kernels turned or in tiles: the same numbers, in another order of storage."""
 
 import asyncio
 import dataclasses
@@ -16,23 +16,36 @@ from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.sampler.engine import Engine
 
 FAMILIES = sorted(tiny_llama.FAMILIES)
+ARRANGED = ("turned", "tiled")
 AXES = [("batch", "length")] * 3  # with no mesh they mean nothing
 
 
-def configs(family):
+def configs(family, kernels="turned"):
   """A family as it is trained, and as a sampler on a CPU may run it."""
   kept = tiny_llama.config(**tiny_llama.FAMILIES[family])
-  turned = dataclasses.replace(kept, execution=Execution(outputs_first=True))
-  return kept, turned
+  arranged = dataclasses.replace(kept, execution=Execution(kernels=kernels))
+  return kept, arranged
 
 
+def turned_back(held):
+  """The matrix, outputs first, that was turned or cut into tiles."""
+  if isinstance(held, products.Turned):
+    return held.matrix
+  assert held.tiles.dtype == np.float32
+  side_by_side = np.concatenate(held.tiles, axis=1).T
+  number = sum(int(np.prod(shape)) for shape in held.outputs)
+  assert not side_by_side[number:].any()
+  return side_by_side[:number]
+
+
+@pytest.mark.parametrize("kernels", ARRANGED)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_turned_kernels_hold_the_same_numbers(family):
-  _, config = configs(family)
+def test_arranged_kernels_hold_the_same_numbers(family, kernels):
+  _, config = configs(family, kernels)
   weights = tiny_llama.weights(config)
-  turned = products.turn(weights, config=config)
+  arranged = products.arrange(weights, config=config)
   for one, specs, layer in zip(
-      turned.layers,
+      arranged.layers,
       params.param_specs(config).layers,
       weights.layers,
       strict=True,
@@ -45,33 +58,37 @@ def test_turned_kernels_hold_the_same_numbers(family):
     for names in joined:
       held = getattr(one, names[0])
       assert all(getattr(one, name) is None for name in names[1:])
+      matrix = turned_back(held)
       start = 0
       for name, outputs in zip(names, held.outputs, strict=True):
         kernel, inputs = getattr(layer, name), getattr(specs, name).inputs
         assert outputs == kernel.shape[inputs:]
         stop = start + int(np.prod(outputs))
-        back = np.asarray(held.matrix[start:stop]).T.reshape(kernel.shape)
+        back = np.asarray(matrix[start:stop]).T.reshape(kernel.shape)
         np.testing.assert_array_equal(back, kernel)
         start = stop
-      assert start == len(held.matrix)
+      assert start == len(matrix)
 
 
+@pytest.mark.parametrize("kernels", ARRANGED)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_turned_head_holds_the_same_numbers(family):
-  _, config = configs(family)
+def test_an_arranged_head_holds_the_same_numbers(family, kernels):
+  _, config = configs(family, kernels)
   weights = tiny_llama.weights(config)
-  head = products.turn(weights, config=config).unembedding
+  head = products.arrange(weights, config=config).unembedding
   assert head.outputs == ((config.vocab_size,),)
-  if config.tied_embeddings:
+  if not config.tied_embeddings:
+    np.testing.assert_array_equal(turned_back(head).T, weights.unembedding)
+  elif kernels == "turned":
     assert head.matrix is weights.embedding
   else:
-    np.testing.assert_array_equal(head.matrix.T, weights.unembedding)
+    np.testing.assert_array_equal(turned_back(head), weights.embedding)
 
 
-def logits(family, **changes):
-  """Of random tokens, as trained and with kernels turned."""
+def logits(family, kernels="turned", **changes):
+  """Of random tokens, as trained and with kernels arranged."""
   kept, config = (
-      dataclasses.replace(one, **changes) for one in configs(family)
+      dataclasses.replace(one, **changes) for one in configs(family, kernels)
   )
   weights = tiny_llama.weights(kept)
   rng = np.random.default_rng(0)
@@ -80,13 +97,14 @@ def logits(family, **changes):
   segments = np.ones((3, 7), np.int32)
   apply = jax.jit(transformer.apply, static_argnames="config")
   plain = apply(weights, tokens, positions, segments, config=kept)
-  turned = products.turn(weights, config=config)
-  return plain, apply(turned, tokens, positions, segments, config=config)
+  arranged = products.arrange(weights, config=config)
+  return plain, apply(arranged, tokens, positions, segments, config=config)
 
 
+@pytest.mark.parametrize("kernels", ARRANGED)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_turned_layers_compute_the_same_logits(family):
-  plain, found = logits(family)
+def test_arranged_layers_compute_the_same_logits(family, kernels):
+  plain, found = logits(family, kernels)
   # Sums of at most 24 terms of size 1, associated otherwise, in a few layers.
   np.testing.assert_allclose(found, plain, rtol=1e-4, atol=1e-4)
 
@@ -192,10 +210,11 @@ def compiled_decode(config, weights, cache):
   )
 
 
+@pytest.mark.parametrize("kernels", ARRANGED)
 @pytest.mark.parametrize("lower", [compiled_prefill, compiled_decode])
-def test_angles_are_computed_once_for_all_layers(lower):
-  _, config = configs("llama")
-  weights = products.turn(tiny_llama.weights(config), config=config)
+def test_angles_are_computed_once_for_all_layers(lower, kernels):
+  _, config = configs("llama", kernels)
+  weights = products.arrange(tiny_llama.weights(config), config=config)
   cache = caching.init(config, num_slots=2, length=16, block=8, num_rows=2)
   program = lower(config, weights, cache).compile().as_text()
   assert config.num_layers > 1
@@ -221,9 +240,10 @@ def sampled(config, mesh=None):
   return asyncio.run(ask())
 
 
+@pytest.mark.parametrize("kernels", ARRANGED)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe"])
-def test_an_engine_that_turns_kernels_samples_the_same(family):
-  kept, config = configs(family)
+def test_an_engine_that_arranges_kernels_samples_the_same(family, kernels):
+  kept, config = configs(family, kernels)
   for one, other in zip(sampled(kept), sampled(config), strict=True):
     np.testing.assert_array_equal(one.tokens, other.tokens)
     np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
@@ -252,14 +272,15 @@ def test_a_wide_embedding_is_rounded_where_it_is_looked_up():
   weights = jax.tree.map(
       lambda one: jnp.asarray(one, jnp.bfloat16), tiny_llama.weights(config)
   )
-  turned = products.turn(weights, config=config)
+  turned = products.arrange(weights, config=config)
   assert turned.embedding.dtype == jnp.float32
   rows = transformer.embed(turned, np.array([[3, 5]]), config=config)
   assert rows.dtype == jnp.bfloat16
   np.testing.assert_array_equal(rows[0], weights.embedding[np.array([3, 5])])
 
 
-def test_a_mesh_is_not_turned():
+@pytest.mark.parametrize("kernels", ARRANGED)
+def test_kernels_on_a_mesh_are_not_arranged(kernels):
   mesh = jax.make_mesh((2,), ("tensor",))
-  with pytest.raises(ValueError, match="outputs_first is for samplers without"):
-    sampled(configs("llama")[1], mesh)
+  with pytest.raises(ValueError, match=f"'{kernels}' are for samplers without"):
+    sampled(configs("llama", kernels)[1], mesh)

@@ -39,7 +39,7 @@ def forward(
   """Multiplies tokens with every kernel.
 
   Args:
-    weights: of the policy, turned where the config says so.
+    weights: of the policy, arranged where the config says so.
     rows: tokens.
     config: sizes.
 

@@ -82,7 +82,7 @@ def engine(case: str, count: int, sizes: Mapping[str, Any]) -> dict[str, Any]:
       "prefill_buckets": BUCKETS.get(case, [PROMPT - 1]),
       "decode_steps": 8,
       "decode_rows": count if agents else 0,
-      "outputs_first": True,
+      "kernels": "tiled",
       "dtype": "float32",
       **sizes,
   }

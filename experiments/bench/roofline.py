@@ -9,13 +9,12 @@ each length of their streams, a step of the compiled program, beside
   memory    the weights' bytes, and the cache's, at the rate at which a sum
             reads as many
   products  the layers' and the head's, with nothing between them; kernels kept
-            inputs first, as they are trained, and outputs first
+            as they are trained, turned and in tiles
   drawing   what `sampling.sample` takes alone for as many rows
 
-All are measured in turn in one run. No program that leaves the products to the
-compiler can be faster than `products`; `memory` is what this machine does, not
-its limit.
-Steps are those of the engine, with `execution.outputs_first` and without.
+All are measured in turn in one run. No program with such products can be faster
+than `products`; `memory` is what this machine does, not its limit.
+Steps are those of the engine, with each of `execution.kernels`.
 """
 
 from __future__ import annotations
@@ -34,9 +33,8 @@ import numpy as np
 from experiments import cli
 from experiments.bench import alone, decode
 from mgrpo_jax.policy import params, products, sampling
-from mgrpo_jax.policy.config import Execution, TransformerConfig
+from mgrpo_jax.policy.config import KERNELS, Execution, TransformerConfig
 
-ORDERS = ("inputs first", "outputs first")
 _BLOCK, _STEPS = 64, 8
 
 
@@ -116,11 +114,14 @@ def measure(
   kept = decode.POLICIES["smollm2"]
   weights = jax.jit(params.init, static_argnums=1)(jax.random.key(0), kept)
   runs = {"memory": of_memory(weights)}
-  for first in (False, True):
-    config = dataclasses.replace(kept, execution=Execution(outputs_first=first))
-    used_weights = products.turn(weights, config=config) if first else weights
+  for kernels in KERNELS:
+    config = dataclasses.replace(kept, execution=Execution(kernels=kernels))
+    products.check(config, mesh=None)
+    used_weights = weights
+    if kernels != "trained":
+      used_weights = products.arrange(weights, config=config)
     for count in rows:
-      name = f"{ORDERS[first]} {count}"
+      name = f"{kernels} {count}"
       runs[f"products {name}"] = alone.forward(
           used_weights, alone.Rows(layers=count, head=count), config
       )
@@ -155,17 +156,17 @@ def table(
   config = decode.POLICIES["smollm2"]
   number = params.num_params(config)
   middle = {name: statistics.median(one) for name, one in seconds.items()}
-  head = "| rows | context | order | memory | products | GFLOP/s | drawing |"
+  head = "| rows | context | kernels | memory | products | GFLOP/s | drawing |"
   lines = [f"{head} a step | tokens/s | products' share |", "|---" * 10 + "|"]
   a_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-  for count, length, order in itertools.product(rows, used, ORDERS):
-    multiplied = middle[f"products {order} {count}"]
-    step = middle[f"step {order} {count} {length}"]
+  for count, length, kernels in itertools.product(rows, used, KERNELS):
+    multiplied = middle[f"products {kernels} {count}"]
+    step = middle[f"step {kernels} {count} {length}"]
     read = 1 + count * length * a_token / number  # times the weights
     cells = [
         f"{count}",
         f"{length}",
-        order,
+        kernels,
         f"{1e3 * middle['memory'] * read:.0f}",
         f"{1e3 * multiplied:.0f}",
         f"{2 * number * count / multiplied / 1e9:.0f}",

@@ -12,6 +12,7 @@ from mgrpo_jax.policy.rotary import Scaling
 DTYPES = ("float32", "bfloat16")
 LANES = 128  # numbers that a TPU's vector registers hold side by side
 ACTIVATIONS = ("silu", "gelu_tanh")
+KERNELS = ("trained", "turned", "tiled")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,11 +69,13 @@ class Execution:
       time of one layer; loops cannot fuse across layers.
     logit_columns: tokens of each row whose logits exist at once, >= 1; the
       backward pass computes them again unless these are all of a row's.
-    outputs_first: whether samplers keep kernels turned, see `products`; faster
-      on CPUs where few tokens meet large kernels, and rounds otherwise.
+    kernels: how samplers keep them, one of `KERNELS`: as `trained`, `turned`
+      or in tiles, see `products`. The latter two are faster on CPUs where few
+      tokens meet large kernels, and round otherwise; `tiled` is fastest, in
+      float32 alone, and needs a compiler of C++.
 
   Raises:
-    ValueError: if logit_columns is out of range.
+    ValueError: if logit_columns is out of range, or kernels no such name.
   """
 
   attention: Callable[..., Any] = attention.blockwise
@@ -80,12 +83,16 @@ class Execution:
   remat: Callable[..., Any] | None = None
   scan_layers: bool = False
   logit_columns: int = 64
-  outputs_first: bool = False
+  kernels: str = "trained"
 
   def __post_init__(self) -> None:
-    """Checks the number."""
+    """Checks number and name."""
     if self.logit_columns < 1:
       raise ValueError(f"logit_columns must be >= 1, got {self.logit_columns}")
+    if self.kernels not in KERNELS:
+      raise ValueError(
+          f"kernels must be one of {KERNELS}, got {self.kernels!r}"
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -208,7 +215,8 @@ class TransformerConfig:
     Of activations, but for samplers on CPUs: those turn a whole block into
     float32 and back to write a token of less into it.
     """
-    return "float32" if self.execution.outputs_first else self.dtype
+    trained = self.execution.kernels == "trained"
+    return self.dtype if trained else "float32"
 
   @property
   def key_order(self) -> Literal["dc", "cd"]:

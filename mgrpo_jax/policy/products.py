@@ -1,11 +1,12 @@
-"""Products of tokens with kernels, in either of the orders kernels are kept in.
+"""Products of tokens with kernels, in any of the orders kernels are kept in.
 
 Kernels are [*inputs, *outputs], and that is how they are trained and saved. On
 CPUs XLA multiplies few tokens with large kernels 1.3 to 1.6 times faster where
 the outputs come first and the tokens are columns (measured, see
 experiments/README.md). So a sampler on a CPU may keep kernels turned, and those
 that meet the same tokens joined. In bfloat16 it is faster by far where tokens
-are rows and sums float32, which CPUs with units for it give as they are.
+are rows and sums float32, which CPUs with units for it give as they are. In
+float32 it may also keep them in tiles, for products that are not XLA's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -23,8 +24,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mgrpo_jax import sharding
+from mgrpo_jax.policy import tiles
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import Layer, Params, ParamSpec, param_specs
+from mgrpo_jax.policy.tiles import Tiled
 
 FEW = 128  # tokens, at most, that are multiplied as columns
 # The same for logits: turning those of more costs as much as it gains.
@@ -43,28 +46,61 @@ class Turned:
   outputs: tuple[tuple[int, ...], ...] = flax.struct.field(pytree_node=False)
 
 
-def turn(params: Params, *, config: TransformerConfig) -> Params:
-  """Turns the kernels of every layer, those of experts excepted, and the head.
+Arranged = Turned | Tiled
+_Keep = Callable[[Sequence[Array], Sequence[tuple[int, ...]]], Arranged]
+
+
+def check(config: TransformerConfig, mesh: jax.sharding.Mesh | None) -> None:
+  """Checks that a sampler can keep kernels as its execution says.
+
+  Args:
+    config: sizes, dtype and execution.
+    mesh: that it samples on, None for one device.
+
+  Raises:
+    ValueError: it cannot; says why.
+  """
+  kernels = config.execution.kernels
+  if kernels == "trained":
+    return
+  if mesh is not None:
+    raise ValueError(f"kernels {kernels!r} are for samplers without a mesh")
+  if kernels == "tiled":
+    if config.dtype != "float32":
+      raise ValueError(f"kernels 'tiled' are for float32, not {config.dtype}")
+    if (platform := jax.local_devices()[0].platform) != "cpu":
+      raise ValueError(f"kernels 'tiled' are for a CPU, not a {platform}")
+    tiles.load()
+
+
+def arrange(params: Params, *, config: TransformerConfig) -> Params:
+  """Turns the kernels of every layer and the head, or cuts them into tiles.
+
+  Those of experts stay as they are.
 
   Args:
     params: weights, on the default device.
-    config: their sizes.
+    config: their sizes; its execution says how kernels are kept.
 
   Returns:
     The same numbers; `multiply_each` takes either. Where kernels were joined,
-    the first of them holds all and the others are None. A tied head shares the
-    embedding's memory in float32; else the embedding is made float32, for CPUs
-    would do so with all of it to look a token up.
+    the first of them holds all and the others are None. A tied head that is
+    turned shares the embedding's memory in float32; else the embedding is made
+    float32, for CPUs would do so with all of it to look a token up.
   """
   specs = param_specs(config)
+  kept = _turn if config.execution.kernels == "turned" else tiles.arrange
   layers = tuple(
-      _turn_layer(layer, spec)
+      _arrange_layer(layer, spec, kept)
       for layer, spec in zip(params.layers, specs.layers, strict=True)
   )
-  if config.tied_embeddings:
+  head: Arranged
+  if not config.tied_embeddings:
+    head = _arrange([params.unembedding], [specs.unembedding], kept)
+  elif kept is _turn:
     head = Turned(matrix=params.embedding, outputs=((config.vocab_size,),))
   else:
-    head = _turn([params.unembedding], [specs.unembedding])
+    head = kept([params.embedding.T], ((config.vocab_size,),))
   return dataclasses.replace(
       params,
       embedding=jnp.asarray(params.embedding, jnp.float32),
@@ -73,30 +109,43 @@ def turn(params: Params, *, config: TransformerConfig) -> Params:
   )
 
 
-def _turn_layer(layer: Layer, specs: Layer) -> Layer:
-  """Turns what contracts inputs, but for a sparse layer's feed-forward."""
+def _arrange_layer(layer: Layer, specs: Layer, kept: _Keep) -> Layer:
+  """Arranges what contracts inputs, but for a sparse layer's feed-forward."""
   joined = [("query", "key", "value"), ("output",)]
   if layer.router is None:
     joined += [("gate", "up"), ("down",)]
-  turned: dict[str, Turned | None] = {}
+  arranged: dict[str, Arranged | None] = {}
   for first, *others in joined:
     names = (first, *others)
-    turned |= dict.fromkeys(others)
-    turned[first] = _turn(
+    arranged |= dict.fromkeys(others)
+    arranged[first] = _arrange(
         [getattr(layer, name) for name in names],
         [getattr(specs, name) for name in names],
+        kept,
     )
-  return dataclasses.replace(layer, **turned)
+  return dataclasses.replace(layer, **arranged)
 
 
-def _turn(kernels: Sequence[Array], specs: Sequence[ParamSpec]) -> Turned:
-  """Turns kernels of the same inputs."""
+def _arrange(
+    kernels: Sequence[Array], specs: Sequence[ParamSpec], kept: _Keep
+) -> Arranged:
+  """Arranges kernels of the same inputs."""
   outputs = tuple(spec.shape[spec.inputs :] for spec in specs)
   matrices = [
-      kernel.reshape(-1, math.prod(shape)).T
+      kernel.reshape(-1, math.prod(shape))
       for kernel, shape in zip(kernels, outputs, strict=True)
   ]
-  return Turned(matrix=jnp.concatenate(matrices), outputs=outputs)
+  return kept(matrices, outputs)
+
+
+def _turn(
+    matrices: Sequence[Array], outputs: Sequence[tuple[int, ...]]
+) -> Turned:
+  """Turns kernels of the same inputs."""
+  return Turned(
+      matrix=jnp.concatenate([matrix.T for matrix in matrices]),
+      outputs=tuple(outputs),
+  )
 
 
 def multiply_each(
@@ -115,8 +164,8 @@ def multiply_each(
     The products, in the dtype of both.
   """
   first = weights[0]
-  if isinstance(first, Turned):
-    return multiply_turned(x, first, dtype=x.dtype)
+  if isinstance(first, Arranged):
+    return multiply_arranged(x, first, dtype=x.dtype)
   return [
       multiply(x, weight, *names)
       for weight, names in zip(weights, axes, strict=True)
@@ -125,7 +174,7 @@ def multiply_each(
 
 def multiply(
     x: Float[Array, "N T *inputs"],
-    weight: Float[Array, "*shape"] | Turned,
+    weight: Float[Array, "*shape"] | Arranged,
     *axes: str,
 ) -> Float[Array, "N T *outputs"]:
   """Multiplies tokens with a kernel.
@@ -135,14 +184,14 @@ def multiply(
 
   Args:
     x: tokens.
-    weight: [*inputs, *outputs], or turned.
+    weight: [*inputs, *outputs], or arranged.
     *axes: logical names of the result's dimensions.
 
   Returns:
     The products, in the dtype of both.
   """
-  if isinstance(weight, Turned):
-    (product,) = multiply_turned(x, weight, dtype=x.dtype)
+  if isinstance(weight, Arranged):
+    (product,) = multiply_arranged(x, weight, dtype=x.dtype)
     return product
   product = jnp.tensordot(
       x.reshape(-1, *x.shape[2:]),
@@ -154,28 +203,33 @@ def multiply(
   return jnp.reshape(product, shape, out_sharding=sharding.out(*axes))
 
 
-def multiply_turned(
+def multiply_arranged(
     x: Float[Array, "N T *inputs"],
-    weight: Turned,
+    weight: Arranged,
     *,
     dtype: DTypeLike,
     few: int = FEW,
 ) -> list[Float[Array, "N T *outputs"]]:
-  """Multiplies tokens with kernels that are kept outputs first.
+  """Multiplies tokens with kernels that are kept turned, or in tiles.
 
   Args:
     x: tokens.
     weight: the kernels.
     dtype: of the products; they are summed in float32.
-    few: tokens, at most, that are multiplied as columns, in float32.
+    few: tokens, at most, that turned kernels meet as columns, in float32.
 
   Returns:
     A product for each kernel.
   """
   rows = x.reshape(x.shape[0] * x.shape[1], -1)
-  as_columns = rows.dtype == jnp.float32 and len(rows) <= few
-  multiplied = _tokens_last if as_columns else _tokens_first
-  product = multiplied(weight.matrix, rows).astype(dtype)
+  as_columns = False
+  if isinstance(weight, Tiled):
+    product = tiles.multiply(rows, weight)
+  elif as_columns := rows.dtype == jnp.float32 and len(rows) <= few:
+    product = _tokens_last(weight.matrix, rows)
+  else:
+    product = _tokens_first(weight.matrix, rows)
+  product = product.astype(dtype)
   ends = itertools.accumulate(map(math.prod, weight.outputs))
   parts = jnp.split(product, list(ends)[:-1], axis=0 if as_columns else 1)
   return [

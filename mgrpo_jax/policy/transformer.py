@@ -22,7 +22,7 @@ from mgrpo_jax import sharding
 from mgrpo_jax.policy import experts, products, rotary
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import Layer, Params
-from mgrpo_jax.policy.products import Turned
+from mgrpo_jax.policy.products import Arranged
 from mgrpo_jax.policy.rotary import Rotation
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
@@ -135,7 +135,7 @@ def embed(
     The residual stream before the first layer, in `config.dtype`.
   """
   table = params.embedding
-  if not config.execution.outputs_first:  # else it is wide, see `products.turn`
+  if config.execution.kernels == "trained":  # else `products.arrange` did
     table = sharding.constrain(
         jnp.asarray(table, config.dtype), "vocab", "hidden"
     )
@@ -298,7 +298,7 @@ def unembed(
 
 def unembedding(
     params: Params, *, config: TransformerConfig
-) -> Float[Array, "rows columns"] | Turned:
+) -> Float[Array, "rows columns"] | Arranged:
   """Gathers the kernel of the last product, once for many uses.
 
   Args:
@@ -307,9 +307,9 @@ def unembedding(
 
   Returns:
     Float32, [V, E] where tied and [E, V] where not; for `logits`. As it is
-    where it was turned.
+    where it was arranged.
   """
-  if isinstance(params.unembedding, Turned):
+  if isinstance(params.unembedding, Arranged):
     return params.unembedding
   if config.tied_embeddings:
     return sharding.gather(params.embedding, "vocab", "hidden")
@@ -317,7 +317,7 @@ def unembedding(
 
 
 def logits(
-    kernel: Float[Array, "rows columns"] | Turned,
+    kernel: Float[Array, "rows columns"] | Arranged,
     hidden: Float[Array, "N T E"],
     *,
     config: TransformerConfig,
@@ -325,15 +325,15 @@ def logits(
   """Multiplies normed hidden states with the kernel from `unembedding`.
 
   Args:
-    kernel: [V, E] where tied, [E, V] where not; or turned.
+    kernel: [V, E] where tied, [E, V] where not; or arranged.
     hidden: output of `hidden_states`.
     config: sizes.
 
   Returns:
     Float32 logits.
   """
-  if isinstance(kernel, Turned):
-    (product,) = products.multiply_turned(
+  if isinstance(kernel, Arranged):
+    (product,) = products.multiply_arranged(
         hidden, kernel, dtype=jnp.float32, few=products.FEW_FOR_LOGITS
     )
     return product
@@ -379,12 +379,12 @@ def _for_compute(
 
 
 def _weight(
-    value: Float[Array, "*shape"] | Turned | None,
+    value: Float[Array, "*shape"] | Arranged | None,
     *axes: str,
     config: TransformerConfig,
 ) -> Any:
   """Casts a parameter for compute, then gathers its fully sharded axis."""
-  if value is None or isinstance(value, Turned):  # the sampler has cast it
+  if value is None or isinstance(value, Arranged):  # the sampler has cast it
     return value
   return sharding.gather(jnp.asarray(value, config.dtype), *axes)
 

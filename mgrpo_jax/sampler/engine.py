@@ -23,6 +23,7 @@ from typing import Any, Self
 
 import jax
 
+from mgrpo_jax.policy import products
 from mgrpo_jax.policy import sampling as drawing
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import Params
@@ -88,8 +89,9 @@ class Engine:
     Raises:
       EngineError: another process has other sizes or weights, or is lost.
       ValueError: if a size is out of range, naming it, if the mesh does not
-        divide the parameters, naming one, if kernels were to be turned on
-        it, or if there is a crew for one process, or none for several.
+        divide the parameters, naming one, if kernels cannot be kept as
+        the config says, or if there is a crew for one process, or none for
+        several.
     """
     sizes = Sizes(
         num_slots=num_slots,
@@ -100,8 +102,7 @@ class Engine:
         decode_steps=decode_steps,
         decode_rows=decode_rows,
     )
-    if mesh is not None and config.execution.outputs_first:
-      raise ValueError("execution.outputs_first is for samplers without a mesh")
+    products.check(config, mesh)
     self._config = config
     self._context = context
     self._resident = lead.home(

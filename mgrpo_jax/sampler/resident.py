@@ -93,8 +93,8 @@ class Resident:
       spread = functools.partial(_spread, dtype=self._config.dtype)
       return jax.tree.map(spread, params, self._place)
     used = jax.tree.map(lambda w: jnp.asarray(w, self._config.dtype), params)
-    if self._config.execution.outputs_first:
-      used = products.turn(used, config=self._config)
+    if self._config.execution.kernels != "trained":
+      used = products.arrange(used, config=self._config)
     return jax.device_put(used, self._place)
 
   def visit(

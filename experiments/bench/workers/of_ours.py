@@ -3,7 +3,7 @@
     python -m experiments.bench.workers.of_ours SOURCE ENGINE [STEP]
 
 SOURCE is what `policy.load` takes, ENGINE the sizes of `Engine` as JSON, with
-`outputs_first` of its policy's execution and the `dtype` it computes in, STEP
+`kernels` of its policy's execution and the `dtype` it computes in, STEP
 the settings of a GRPO step, see `step.Steps`. Compiled before it says that it
 is ready, and how long that took.
 """
@@ -129,7 +129,7 @@ def main() -> None:
   )
   config = dataclasses.replace(
       loaded.config,
-      execution=Execution(outputs_first=sizes.pop("outputs_first")),
+      execution=Execution(kernels=sizes.pop("kernels")),
   )
   engine = Engine(config, loaded.params, 0, **sizes)
   asyncio.run(_warm(engine))

@@ -1,0 +1,203 @@
+"""Products of a CPU's own: exact, alike for all, and built where they run."""
+
+import concurrent.futures
+import os
+import pathlib
+import stat
+import sys
+
+import commands
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_llama
+
+from mgrpo_jax.policy import products, tiles
+from mgrpo_jax.policy.config import Execution
+from mgrpo_jax.sampler.engine import Engine
+
+multiply = jax.jit(tiles.multiply)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+  """An empty one, and a process that has built nothing yet."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  tiles.load.cache_clear()
+  yield tmp_path / "mgrpo_jax"
+  tiles.load.cache_clear()
+
+
+def whole_numbers(rng, *shape):
+  """Of which sums of products are exact in float32, in any order."""
+  return rng.integers(-8, 9, shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("outputs", [1, 15, 16, 31, 33, 192, 960])
+@pytest.mark.parametrize("inputs", [0, 1, 7, 64, 577])
+def test_products_are_exact_for_all_shapes(inputs, outputs):
+  rng = np.random.default_rng((inputs, outputs))
+  kernel = whole_numbers(rng, inputs, outputs)
+  kept = tiles.arrange([kernel], [(outputs,)])
+  for number in (0, 1, 2, 3, 5, 6, 7, 11, 12, 13, 25, 64, 101):
+    rows = whole_numbers(rng, number, inputs)
+    found = multiply(rows, kept)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, rows @ kernel)
+
+
+@pytest.mark.parametrize("number", [2, 5, 7, 12, 13, 32, 100])
+def test_a_token_has_the_same_products_whoever_stands_beside_it(number):
+  rng = np.random.default_rng(number)
+  kept = tiles.arrange([rng.normal(size=(576, 192))], [(192,)])
+  rows = rng.normal(size=(number, 576)).astype(np.float32)
+  together = np.asarray(multiply(rows, kept))
+  for row in range(number):
+    np.testing.assert_array_equal(
+        multiply(rows[row : row + 1], kept)[0], together[row]
+    )
+
+
+def test_what_is_not_finite_stays_in_its_row_and_column():
+  rng = np.random.default_rng(0)
+  kernel = whole_numbers(rng, 20, 40)
+  kernel[3, 7] = np.inf
+  rows = np.abs(whole_numbers(rng, 9, 20)) + 1
+  rows[4, 11] = np.nan
+  with jax.debug_nans(False):
+    found = np.asarray(multiply(rows, tiles.arrange([kernel], [(40,)])))
+  expected = rows @ kernel
+  np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+  np.testing.assert_array_equal(np.isinf(found), np.isinf(expected))
+  assert np.isnan(found[4]).all() and np.isinf(np.delete(found[:, 7], 4)).all()
+
+
+def test_many_programs_at_once_all_come_to_their_end():
+  """More than there are threads, so some find their helpers busy."""
+  rng = np.random.default_rng(0)
+  kernel = whole_numbers(rng, 300, 500)
+  kept = tiles.arrange([kernel], [(500,)])
+
+  @jax.jit
+  def several(rows):
+    return [tiles.multiply(rows + i, kept) for i in range(8)]
+
+  rows = whole_numbers(rng, 24, 300)
+  expected = [(rows + i) @ kernel for i in range(8)]
+  several(rows)
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:
+    for found in pool.map(lambda _: several(rows), range(200), timeout=120):
+      for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+  rows = np.ones((2, 5), np.float32)
+  kept = tiles.Tiled(
+      tiles=np.ones((1, 4, tiles.load()), np.float32), outputs=((3,),)
+  )
+  with pytest.raises(Exception, match="tokens, tiles and products differ"):
+    jax.block_until_ready(multiply(rows, kept))
+
+
+def test_a_program_is_built_once_for_all_processes(cache):
+  build = "from mgrpo_jax.policy import tiles; print(tiles.load())"
+  first = commands.python("-c", build)
+  assert first.returncode == 0, first.stderr
+  (made,) = cache.iterdir()
+  assert made.suffix == ".so"
+  assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+  before = made.stat()
+  os.environ["CXX"] = "false"
+  try:
+    again = commands.python("-c", build)
+  finally:
+    del os.environ["CXX"]
+  assert (again.returncode, again.stdout) == (0, first.stdout)
+  assert made.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def broken(folder, text):
+  """A compiler that says so and fails."""
+  file = folder / "compile"
+  file.write_text(f"#!{sys.executable}\n{text}\n")
+  file.chmod(0o755)
+  return str(file)
+
+
+def test_without_a_compiler_it_says_what_to_do(cache, monkeypatch):
+  monkeypatch.delenv("CXX", raising=False)
+  monkeypatch.setenv("PATH", str(cache))
+  assert tiles.compiler() is None
+  with pytest.raises(ValueError, match="no compiler of C.*install one"):
+    tiles.load()
+  assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("import sys; sys.exit('a.cc:3: error: bad')", "failed: a.cc:3: error"),
+        ("raise SystemExit(7)", "failed: code 7"),
+    ],
+)
+def test_a_compiler_that_fails_is_quoted(cache, monkeypatch, text, match):
+  monkeypatch.setenv("CXX", broken(cache.parent, text))
+  with pytest.raises(ValueError, match=match):
+    tiles.load()
+  assert not list(cache.iterdir())
+
+
+def test_a_compiler_that_is_not_there_is_named(cache, monkeypatch):
+  monkeypatch.setenv("CXX", "no_such_compiler -O3")
+  assert tiles.compiler() == ["no_such_compiler", "-O3"]
+  with pytest.raises(ValueError, match="no_such_compiler failed"):
+    tiles.load()
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch, cache):
+  file = tmp_path / "file"
+  file.touch()
+  monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+  with pytest.raises(ValueError, match="XDG_CACHE_HOME"):
+    tiles.load()
+
+
+def test_tiles_are_for_float32_alone():
+  config = tiny_llama.config(
+      dtype="bfloat16", execution=Execution(kernels="tiled")
+  )
+  with pytest.raises(ValueError, match="'tiled' are for float32"):
+    Engine(config, tiny_llama.weights(config), 0, num_slots=2, context=16,
+           block=8, prefill_tokens=8, prefill_buckets=(8,), decode_steps=2,
+           decode_rows=0)  # fmt: skip
+  with pytest.raises(ValueError, match="kernels must be one of"):
+    Execution(kernels="outputs_first")
+
+
+def test_a_recipe_that_cannot_be_followed_ends_in_one_line(tmp_path, cache):
+  os.environ["CXX"] = "no_such_compiler"
+  try:
+    result = commands.command(
+        "train",
+        "--config=configs/quickstart.py:smoke",
+        "--config.policies.researcher.execution.kernels=tiled",
+        f"--workdir={tmp_path / 'run'}",
+    )
+  finally:
+    del os.environ["CXX"]
+  line = commands.refused(result)
+  assert "config.policies.researcher.execution.kernels: no_such_comp" in line
+  assert not pathlib.Path(tmp_path / "run").exists()
+
+
+def test_arranging_is_for_whole_teams_of_kernels():
+  rng = np.random.default_rng(0)
+  kernels = [whole_numbers(rng, 12, number) for number in (20, 7)]
+  kept = tiles.arrange(kernels, [(4, 5), (7,)])
+  x = whole_numbers(rng, 2, 3, 12)
+  found = products.multiply_each(x, (kept, None), [(), ()])
+  assert [one.shape for one in found] == [(2, 3, 4, 5), (2, 3, 7)]
+  for one, kernel in zip(found, kernels, strict=True):
+    np.testing.assert_array_equal(one.reshape(2, 3, -1), x @ kernel)
