@@ -208,12 +208,21 @@ def test_both_end_where_process_0_alone_cannot_begin(job):
 
 def test_a_launcher_that_is_told_ends_soon_and_goes_on(tmp_path, beside):
   steps = tmp_path / "bucket" / "steps"
-  for _ in range(2):
+  logs = [
+      tmp_path / "jobs" / f"{policy}.{process}.log"
+      for policy in ("main", POLICY)
+      for process in range(2)
+  ]
+  for number in range(2):
     before = {int(one.stem) for one in steps.glob("*.json")} or {-1}
     training = commands.train_spread(f"--workdir={tmp_path}", "--launch=local")
     try:
       wait_for(steps / f"{max(before) + 1}.json", training)  # amid the next
       training.terminate()
-      assert codes([training], seconds=40) == [143]  # kills after 60
+      # Who compiles hears of it afterwards; after 60 s he is killed.
+      assert codes([training], seconds=90) == [143]
     finally:
       commands.end(training)
+    for log in logs:  # of all that ran here, and none was killed
+      said = log.read_text().count("interrupted; the same command continues")
+      assert said == number + 1, log.read_text()
