@@ -206,8 +206,9 @@ def reinforced(objective, batch, row):
   mask, weight = batch["loss_mask"], batch["weight"][..., None]
   lengths = mask.sum(2, keepdims=True)
   trajectories = weight.sum(1, keepdims=True)
+  tokens = (weight * lengths).sum(1, keepdims=True)
   share = (
-      weight / (weight * lengths).sum(1, keepdims=True),
+      weight / np.where(tokens > 0, tokens, 1),  # of none, none has a share
       weight / np.maximum(lengths, 1) / trajectories,
       weight / trajectories,
       weight / MAX_TOKENS / trajectories,
