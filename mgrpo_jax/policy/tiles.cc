@@ -104,7 +104,11 @@ class Product {
   // Waits for those that others have taken.
   void Wait() const {
     for (int spins = 0; done_.load(std::memory_order_acquire) < number_;) {
-      if (++spins > kSpins) std::this_thread::yield();
+      if (spins < kSpins) {
+        ++spins;
+      } else {
+        std::this_thread::yield();
+      }
     }
   }
 
@@ -145,6 +149,7 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> tokens,
       out->dimensions()[1] != number * kColumns) {
     return ffi::Error::InvalidArgument("tokens, tiles and products differ");
   }
+  if (rows == 0) return ffi::Error::Success();
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
   auto product = std::make_shared<Product>(
       tokens.typed_data(), tiles.typed_data(), out->typed_data(), rows, inputs,
