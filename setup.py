@@ -42,7 +42,12 @@ setuptools.setup(
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["mgrpo_jax", "mgrpo_jax.*"]),
     package_data={
-        "mgrpo_jax": ["policy/*.cc", "report/*.html", "report/*.css"]
+        "mgrpo_jax": [
+            "policy/native/*.cc",
+            "policy/native/*.h",
+            "report/*.html",
+            "report/*.css",
+        ]
     },
     install_requires=[
         "absl-py>=2.1",

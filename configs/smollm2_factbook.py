@@ -16,7 +16,7 @@ and its second stage. What was measured stands in experiments/README.md.
 import ml_collections
 
 from configs import default, quickstart
-from mgrpo_jax.policy import tiles
+from mgrpo_jax.policy.native import build
 
 ARMS = ("full", "gpu", "cpu_imitation", "cpu_reinforce")
 
@@ -104,7 +104,7 @@ def shorten(config: ml_collections.ConfigDict, stage: str) -> None:
   """Cuts the recipe to three optimizer steps of one stage, for a CPU."""
   config.curriculum = (stage,)
   for policy in config.policies.values():
-    policy.execution.kernels = "tiled" if tiles.compiler() else "turned"
+    policy.execution.kernels = "tiled" if build.compiler() else "turned"
   config.stages[stage].steps = 3
   config.tasks.per_step = 2
   config.rollout.per_task = 4

@@ -13,7 +13,12 @@ from mgrpo_jax import sharding
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.hosts import spread
 from mgrpo_jax.policy import attention, paged, products
-from mgrpo_jax.policy.config import DTYPES, Execution, TransformerConfig
+from mgrpo_jax.policy.config import (
+    DTYPES,
+    CacheAttention,
+    Execution,
+    TransformerConfig,
+)
 from mgrpo_jax.policy.params import param_specs
 from mgrpo_jax.sharding import Meshes
 
@@ -21,9 +26,9 @@ ATTENTIONS: Mapping[str, Callable[..., Any]] = {
     "blockwise": attention.blockwise,
     "splash": attention.splash,
 }
-DECODE_ATTENTIONS: Mapping[str, Callable[..., Any] | None] = {
+DECODE_ATTENTIONS: Mapping[str, CacheAttention | None] = {
     "blocks": None,
-    "paged": paged.attend,
+    "paged": paged.ATTENTION,
 }
 REMATS: Mapping[str, Callable[..., Any] | None] = {
     "none": None,
@@ -243,11 +248,11 @@ def check_decoding(
   Raises:
     ValueError: it cannot, naming the key and what it would need.
   """
-  if sizes.execution.decode_attention is None:
+  if (attention := sizes.execution.decode_attention) is None:
     return
   engine = config.engine
   with checks.inside(f"policies.{name}.execution.decode_attention"):
-    paged.check(
+    attention.check(
         sizes,
         num_slots=engine.num_slots,
         num_rows=engine.decode_rows or engine.num_slots,

@@ -15,7 +15,7 @@ CONFIGS = {
     order: tiny_config(
         num_kv_heads=2, execution=Execution(decode_attention=kernel)
     )
-    for order, kernel in (("dc", None), ("cd", paged.attend))
+    for order, kernel in (("dc", None), ("cd", paged.ATTENTION))
 }
 WRITE = jax.jit(caching.write)
 

@@ -18,7 +18,7 @@ CONFIGS = {
         head_dim=4,
         execution=Execution(decode_attention=kernel),
     )
-    for order, kernel in (("dc", None), ("cd", paged.attend))
+    for order, kernel in (("dc", None), ("cd", paged.ATTENTION))
 }
 SIZE, BLOCKS = 8, 3
 LENGTHS = (0, 17, 24, 6)  # tokens cached; SIZE * BLOCKS at most

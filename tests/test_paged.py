@@ -17,7 +17,10 @@ from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.sampler.engine import Engine
 from mgrpo_jax.testing.sizes import tiny_config
 
-SIMULATED = functools.partial(paged.attend, interpret=True)
+SIMULATED = dataclasses.replace(
+    paged.ATTENTION,
+    attend=functools.partial(paged.attend_stream, interpret=True),
+)
 SIZES = {
     "num_slots": 2,
     "context": 48,
@@ -63,7 +66,9 @@ def test_the_kernel_attends_as_blocks_do(slots, heads, group, length, head_dim):
       0, slots, heads, group, length, head_dim
   )
   wanted = by_blocks(query, keys, values, lengths)
-  actual = SIMULATED(query, (Block(keys, values, "cd"),), lengths, window=0)
+  actual = paged.attend(
+      query, (Block(keys, values, "cd"),), lengths, window=0, interpret=True
+  )
   some = np.asarray(lengths) > 0
   for name in ("peak", "total"):
     one, other = getattr(wanted, name), getattr(actual, name)
@@ -129,7 +134,7 @@ def test_what_the_kernel_cannot_do_is_said_before_anything_is_made(
 ):
   config = tiny_config(
       **{"dtype": "bfloat16"} | changes,
-      execution=Execution(decode_attention=paged.attend),
+      execution=Execution(decode_attention=paged.ATTENTION),
   )
   with pytest.raises(ValueError, match=hint):
     Engine(config, None, 0, **SIZES | sizes)
@@ -137,7 +142,7 @@ def test_what_the_kernel_cannot_do_is_said_before_anything_is_made(
 
 def test_the_kernel_is_for_one_device():
   config = tiny_config(
-      dtype="bfloat16", execution=Execution(decode_attention=paged.attend)
+      dtype="bfloat16", execution=Execution(decode_attention=paged.ATTENTION)
   )
   mesh = sharding.sampler_mesh(jax.devices()[:2])
   with pytest.raises(ValueError, match="a sampler of one device, not 2"):

@@ -1,32 +1,19 @@
-"""Products of a CPU's own: exact, alike for all, and built where they run."""
+"""Products of a CPU's own: exact, and alike for all."""
 
 import concurrent.futures
-import os
-import pathlib
-import stat
-import sys
 
-import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_llama
 
-from mgrpo_jax.policy import products, tiles
+from mgrpo_jax.policy import products
 from mgrpo_jax.policy.config import Execution
+from mgrpo_jax.policy.native import tiles
 from mgrpo_jax.sampler.engine import Engine
 
 multiply = jax.jit(tiles.multiply)
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-  """An empty one, and a process that has built nothing yet."""
-  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  tiles.load.cache_clear()
-  yield tmp_path / "mgrpo_jax"
-  tiles.load.cache_clear()
 
 
 def whole_numbers(rng, *shape):
@@ -95,73 +82,10 @@ def test_many_programs_at_once_all_come_to_their_end():
 def test_shapes_that_do_not_fit_are_refused():
   rows = np.ones((2, 5), np.float32)
   kept = tiles.Tiled(
-      tiles=np.ones((1, 4, tiles.load()), np.float32), outputs=((3,),)
+      tiles=np.ones((1, 4, tiles.columns()), np.float32), outputs=((3,),)
   )
   with pytest.raises(Exception, match="tokens, tiles and products differ"):
     jax.block_until_ready(multiply(rows, kept))
-
-
-def test_a_program_is_built_once_for_all_processes(cache):
-  build = "from mgrpo_jax.policy import tiles; print(tiles.load())"
-  first = commands.python("-c", build)
-  assert first.returncode == 0, first.stderr
-  (made,) = cache.iterdir()
-  assert made.suffix == ".so"
-  assert stat.S_IMODE(cache.stat().st_mode) == 0o700
-  before = made.stat()
-  os.environ["CXX"] = "false"
-  try:
-    again = commands.python("-c", build)
-  finally:
-    del os.environ["CXX"]
-  assert (again.returncode, again.stdout) == (0, first.stdout)
-  assert made.stat().st_mtime_ns == before.st_mtime_ns
-
-
-def broken(folder, text):
-  """A compiler that says so and fails."""
-  file = folder / "compile"
-  file.write_text(f"#!{sys.executable}\n{text}\n")
-  file.chmod(0o755)
-  return str(file)
-
-
-def test_without_a_compiler_it_says_what_to_do(cache, monkeypatch):
-  monkeypatch.delenv("CXX", raising=False)
-  monkeypatch.setenv("PATH", str(cache))
-  assert tiles.compiler() is None
-  with pytest.raises(ValueError, match="no compiler of C.*install one"):
-    tiles.load()
-  assert not cache.exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "match"),
-    [
-        ("import sys; sys.exit('a.cc:3: error: bad')", "failed: a.cc:3: error"),
-        ("raise SystemExit(7)", "failed: code 7"),
-    ],
-)
-def test_a_compiler_that_fails_is_quoted(cache, monkeypatch, text, match):
-  monkeypatch.setenv("CXX", broken(cache.parent, text))
-  with pytest.raises(ValueError, match=match):
-    tiles.load()
-  assert not list(cache.iterdir())
-
-
-def test_a_compiler_that_is_not_there_is_named(cache, monkeypatch):
-  monkeypatch.setenv("CXX", "no_such_compiler -O3")
-  assert tiles.compiler() == ["no_such_compiler", "-O3"]
-  with pytest.raises(ValueError, match="no_such_compiler failed"):
-    tiles.load()
-
-
-def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch, cache):
-  file = tmp_path / "file"
-  file.touch()
-  monkeypatch.setenv("XDG_CACHE_HOME", str(file))
-  with pytest.raises(ValueError, match="XDG_CACHE_HOME"):
-    tiles.load()
 
 
 def test_tiles_are_for_float32_alone():
@@ -174,22 +98,6 @@ def test_tiles_are_for_float32_alone():
            decode_rows=0)  # fmt: skip
   with pytest.raises(ValueError, match="kernels must be one of"):
     Execution(kernels="outputs_first")
-
-
-def test_a_recipe_that_cannot_be_followed_ends_in_one_line(tmp_path, cache):
-  os.environ["CXX"] = "no_such_compiler"
-  try:
-    result = commands.command(
-        "train",
-        "--config=configs/quickstart.py:smoke",
-        "--config.policies.researcher.execution.kernels=tiled",
-        f"--workdir={tmp_path / 'run'}",
-    )
-  finally:
-    del os.environ["CXX"]
-  line = commands.refused(result)
-  assert "config.policies.researcher.execution.kernels: no_such_comp" in line
-  assert not pathlib.Path(tmp_path / "run").exists()
 
 
 def test_arranging_is_for_whole_teams_of_kernels():

@@ -10,7 +10,6 @@ from mgrpo_jax.policy import attention
 from mgrpo_jax.policy.rotary import Scaling
 
 DTYPES = ("float32", "bfloat16")
-LANES = 128  # numbers that a TPU's vector registers hold side by side
 ACTIVATIONS = ("silu", "gelu_tanh")
 KERNELS = ("trained", "turned", "tiled")
 
@@ -55,14 +54,32 @@ class Experts:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheAttention:
+  """How sampled tokens attend to their streams, in place of block by block.
+
+  Attributes:
+    attend: with the signature of `online.attend_stream`.
+    check: raises ValueError where an engine cannot use it, saying why; with the
+      signature of `paged.check`.
+    key_order: of a head's keys in the cache, see `cache.Block`.
+    lanes: the width of a head in the cache is a multiple of it.
+  """
+
+  attend: Callable[..., Any]
+  check: Callable[..., None]
+  key_order: Literal["dc", "cd"]
+  lanes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
   """How a transformer is run; changes time and memory, no value.
 
   Attributes:
     attention: over packed rows; `attention.blockwise`, or a kernel with its
       signature.
-    decode_attention: of a sampled token to its cache; None: block by block, or
-      a kernel with the signature of `paged.attend`.
+    decode_attention: of sampled tokens to their streams; None: block by block,
+      `online.attend_stream`, or a program of its own.
     remat: which intermediate results of a layer the backward pass keeps, a
       policy of `jax.checkpoint_policies`; None keeps all of them.
     scan_layers: whether equal layers run as one loop, which compiles in the
@@ -79,7 +96,7 @@ class Execution:
   """
 
   attention: Callable[..., Any] = attention.blockwise
-  decode_attention: Callable[..., Any] | None = None
+  decode_attention: CacheAttention | None = None
   remat: Callable[..., Any] | None = None
   scan_layers: bool = False
   logit_columns: int = 64
@@ -204,9 +221,9 @@ class TransformerConfig:
   @property
   def cache_dim(self) -> int:
     """Width of a head in the sampler's cache, which kernels take by lanes."""
-    if self.execution.decode_attention is None:
-      return self.head_dim
-    return -(-self.head_dim // LANES) * LANES
+    attention = self.execution.decode_attention
+    lanes = 1 if attention is None else attention.lanes
+    return -(-self.head_dim // lanes) * lanes
 
   @property
   def cache_dtype(self) -> str:
@@ -222,10 +239,11 @@ class TransformerConfig:
   def key_order(self) -> Literal["dc", "cd"]:
     """Order of a head's keys in the sampler's cache, see `cache.Block`.
 
-    Kernels fetch a token as a row, cd. Elsewhere keys are columns, dc, which
-    products of few queries read as they stand; a gain measured on CPUs.
+    A TPU's kernel fetches a token as a row, cd. Elsewhere keys are columns, dc,
+    which products of few queries read as they stand; a gain measured on CPUs.
     """
-    return "dc" if self.execution.decode_attention is None else "cd"
+    attention = self.execution.decode_attention
+    return "dc" if attention is None else attention.key_order
 
   @property
   def query_scale(self) -> float:

@@ -287,29 +287,6 @@ def _step(
   )
 
 
-def _attend_cached(
-    query: Float[Array, "R Hkv G 1 D"],
-    blocks: Blocks,
-    lengths: Int[Array, " R"],
-    *,
-    positions: Int[Array, "R 1"],
-    window: int,
-    config: TransformerConfig,
-) -> online.Partial:
-  """Attends to what each slot has cached, block by block or by a kernel."""
-  kernel = config.execution.decode_attention
-  if kernel is not None:
-    return kernel(query, blocks, lengths, window=window)
-  return online.attend_cached(
-      query,
-      blocks,
-      lengths,
-      lambda block: block,
-      positions=positions,
-      window=window,
-  )
-
-
 def _forward(
     params: Params,
     cache: KVCache,
@@ -319,10 +296,9 @@ def _forward(
     config: TransformerConfig,
 ) -> tuple[_Visit, Float[Array, "R 1 E"]]:
   """Feeds each slot's newest token through the layers."""
-  num_steps = len(visit.drawn.tokens)
   cached = _lengths(slots)
-  positions = (slots.length + visit.step)[:, None]
-  own = slots.length[:, None, None] + jnp.arange(num_steps)[None, None]
+  kernel = config.execution.decode_attention
+  attend = online.attend_stream if kernel is None else kernel.attend
   x = transformer.embed(params, visit.token[:, None], config=config)
   blocks = list(visit.own)
   for index, layer in enumerate(params.layers):
@@ -331,21 +307,17 @@ def _forward(
         transformer.project(layer, x, rotation[window > 0], config=config),
         config=config,
     )
-    query = online.heads_first(query)
     new = caching.arranged(key, value, config=config)
     blocks[index] = caching.put(blocks[index], new, visit.step)
-    part = _attend_cached(
+    mean = attend(
         query,
         cache.layers[index],
+        blocks[index],
         cached,
-        positions=positions,
+        visit.step,
         window=window,
-        config=config,
     )
-    first = online.seen_from(positions, window=window)
-    seen = (own <= positions[:, :, None]) & (own >= first[:, :, None])
-    part = online.attend(part, query, blocks[index], seen)
-    mean = paged.narrowed(online.attended(part, x.dtype), config=config)
+    mean = paged.narrowed(mean, config=config)
     x = transformer.finish(layer, x, mean, config=config)
   visit = dataclasses.replace(visit, own=tuple(blocks))
   return visit, transformer.rms_norm(x, params.final_norm, config=config)

@@ -46,6 +46,68 @@ def heads_first(
   return jnp.transpose(query, (0, 2, 3, 1, 4))
 
 
+def attend_stream(
+    query: Float[Array, "S 1 Hkv G D"],
+    cached: Blocks,
+    own: Block,
+    lengths: Int[Array, " S"],
+    step: Int[Array, ""],
+    *,
+    window: int,
+) -> Float[Array, "S 1 Hkv G D"]:
+  """Attends from each stream's newest token to the stream.
+
+  Args:
+    query: scaled.
+    cached: a layer's blocks.
+    own: of the same layer, tokens that follow those in the cache.
+    lengths: [S] int32, tokens in each slot's cache; 0 where it sees none.
+    step: [] int32, the token of `own` that the query belongs to.
+    window: tokens that a query sees, itself included; 0 for all before it.
+
+  Returns:
+    Weighted means of the values, in the dtype of the query.
+  """
+  queries = heads_first(query)
+  part = attend_cached(
+      queries,
+      cached,
+      lengths,
+      lambda block: block,
+      positions=(lengths + step)[:, None],
+      window=window,
+  )
+  part = attend_own(part, queries, own, step, window=window)
+  return attended(part, query.dtype)
+
+
+def attend_own(
+    part: Partial,
+    query: Float[Array, "S Hkv G 1 D"],
+    own: Block,
+    step: Int[Array, ""],
+    *,
+    window: int,
+) -> Partial:
+  """Adds the tokens beside the cache to an attention; see `attend_stream`.
+
+  Args:
+    part: of the cache.
+    query: scaled, see `heads_first`.
+    own: tokens that follow those in the cache.
+    step: [] int32, the token of `own` that the query belongs to.
+    window: tokens that a query sees, itself included; 0 for all before it.
+
+  Returns:
+    An attention to all of the streams.
+  """
+  at = jnp.broadcast_to(step, (len(query), 1))
+  columns = jnp.arange(own.size, dtype=jnp.int32)[None, None]
+  first = seen_from(at, window=window)[:, :, None]
+  seen = (columns <= at[:, :, None]) & (columns >= first)
+  return attend(part, query, own, seen)
+
+
 def attend_cached(
     query: Float[Array, "P Hkv G T D"],
     blocks: Blocks,

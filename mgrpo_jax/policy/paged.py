@@ -23,11 +23,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mgrpo_jax.policy import online
 from mgrpo_jax.policy.attention import MASKED
-from mgrpo_jax.policy.cache import Blocks
-from mgrpo_jax.policy.config import TransformerConfig
+from mgrpo_jax.policy.cache import Block, Blocks
+from mgrpo_jax.policy.config import CacheAttention, TransformerConfig
 from mgrpo_jax.policy.online import Partial
 
+LANES = 128  # numbers that a TPU's vector registers hold side by side
 PAGES = (128, 64, 32, 16)  # tokens of a page; the largest that divides a block
 FETCHED = 4  # pages at most that are fetched and computed together
 # Bytes of a chip's 1 MiB of scalar memory that the kernel may have: a length
@@ -89,6 +91,26 @@ def attend(
       total=total,
       values=mean.reshape(*shape, head_dim) * total[..., None],
   )
+
+
+def attend_stream(
+    query: Float[Array, "S 1 Hkv G D"],
+    cached: Blocks,
+    own: Block,
+    lengths: Int[Array, " S"],
+    step: Int[Array, ""],
+    *,
+    window: int,
+    interpret: bool = False,
+) -> Float[Array, "S 1 Hkv G D"]:
+  """Attends to each stream: the cache by the kernel, the rest without.
+
+  See `online.attend_stream`, which it replaces, and `attend`.
+  """
+  queries = online.heads_first(query)
+  part = attend(queries, cached, lengths, window=window, interpret=interpret)
+  part = online.attend_own(part, queries, own, step, window=window)
+  return online.attended(part, query.dtype)
 
 
 def widened(
@@ -255,3 +277,8 @@ def _kernel(
       ),
       interpret=pltpu.InterpretParams() if interpret else False,
   )
+
+
+ATTENTION = CacheAttention(
+    attend=attend_stream, check=check, key_order="cd", lanes=LANES
+)

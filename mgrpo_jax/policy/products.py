@@ -24,10 +24,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mgrpo_jax import sharding
-from mgrpo_jax.policy import tiles
 from mgrpo_jax.policy.config import TransformerConfig
+from mgrpo_jax.policy.native import tiles
+from mgrpo_jax.policy.native.tiles import Tiled
 from mgrpo_jax.policy.params import Layer, Params, ParamSpec, param_specs
-from mgrpo_jax.policy.tiles import Tiled
 
 FEW = 128  # tokens, at most, that are multiplied as columns
 # The same for logits: turning those of more costs as much as it gains.
@@ -70,7 +70,7 @@ def check(config: TransformerConfig, mesh: jax.sharding.Mesh | None) -> None:
       raise ValueError(f"kernels 'tiled' are for float32, not {config.dtype}")
     if (platform := jax.local_devices()[0].platform) != "cpu":
       raise ValueError(f"kernels 'tiled' are for a CPU, not a {platform}")
-    tiles.load()
+    tiles.columns()
 
 
 def arrange(params: Params, *, config: TransformerConfig) -> Params:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgrpo_jax import sharding
-from mgrpo_jax.policy import paged, products
+from mgrpo_jax.policy import products
 from mgrpo_jax.policy.cache import KVCache
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.decode import Drawn
@@ -49,8 +49,8 @@ class Resident:
     Raises:
       ValueError: the cache's kernel is not for an engine like this one.
     """
-    if config.execution.decode_attention is not None:
-      paged.check(
+    if (attention := config.execution.decode_attention) is not None:
+      attention.check(
           config,
           num_slots=sizes.num_slots,
           num_rows=sizes.rows,

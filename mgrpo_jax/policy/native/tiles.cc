@@ -4,17 +4,10 @@
 // kRows tokens meets a tile in registers: kRows × kVectors sums, to which each
 // input adds once, in order. So a token's products do not depend on how many
 // others there are, nor on which thread computes them.
-//
-// Tiles are taken from a counter by the threads that XLA has, the calling one
-// among them, so no core waits for a share that another was given, and none
-// waits for a thread that never comes.
 
-#include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <memory>
-#include <thread>
 
+#include "shares.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -31,9 +24,7 @@ constexpr int kLanes = 4, kRows = 6;
 #endif
 constexpr int kVectors = 2;
 constexpr int kColumns = kLanes * kVectors;
-constexpr int64_t kLine = 64;    // bytes fetched at a time
-constexpr int64_t kShares = 8;   // of the tiles, for each thread
-constexpr int kSpins = 1 << 12;  // looks before others may have the core
+constexpr int64_t kLine = 64;  // bytes fetched at a time
 
 typedef float Vector
     __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
@@ -82,60 +73,29 @@ void MultiplyUpTo(int64_t number, Arguments... arguments) {
   }
 }
 
-class Product {
- public:
-  Product(const float* tokens, const float* tiles, float* out, int64_t rows,
-          int64_t inputs, int64_t tiles_number, int64_t threads)
-      : tokens_(tokens), tiles_(tiles), out_(out), rows_(rows),
-        inputs_(inputs), number_(tiles_number),
-        share_(std::max<int64_t>(1, tiles_number / (threads * kShares))) {}
+struct Product {
+  const float* tokens;
+  const float* tiles;
+  float* out;
+  int64_t rows, inputs, number;  // of tokens, of each, of tiles
 
-  // Multiplies with tiles until all are taken.
-  void Work() {
-    for (;;) {
-      const int64_t first = taken_.fetch_add(share_);
-      if (first >= number_) return;
-      const int64_t last = std::min(first + share_, number_);
-      for (int64_t tile = first; tile < last; ++tile) Multiply(tile);
-      done_.fetch_add(last - first, std::memory_order_release);
-    }
-  }
-
-  // Waits for those that others have taken.
-  void Wait() const {
-    for (int spins = 0; done_.load(std::memory_order_acquire) < number_;) {
-      if (spins < kSpins) {
-        ++spins;
-      } else {
-        std::this_thread::yield();
-      }
-    }
-  }
-
- private:
   // Multiplies all tokens with a tile, in blocks of nearly equal size.
-  void Multiply(int64_t tile) const {
-    const int64_t blocks = (rows_ + kRows - 1) / kRows;
-    const int64_t size = inputs_ * kColumns;
-    const float* weights = tiles_ + tile * size;
+  void operator()(int64_t tile) const {
+    const int64_t blocks = (rows + kRows - 1) / kRows;
+    const int64_t size = inputs * kColumns;
+    const float* weights = tiles + tile * size;
     const int64_t lines =
-        tile + 1 < number_ ? size * sizeof(float) / kLine / blocks + 1 : 0;
+        tile + 1 < number ? size * sizeof(float) / kLine / blocks + 1 : 0;
     const char* next = reinterpret_cast<const char*>(weights + size);
     for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t first = block * rows_ / blocks;
-      const int64_t last = (block + 1) * rows_ / blocks;
-      const int64_t outputs = number_ * kColumns;
-      MultiplyUpTo<kRows>(last - first, tokens_ + first * inputs_, weights,
-                          out_ + first * outputs + tile * kColumns, inputs_,
+      const int64_t first = block * rows / blocks;
+      const int64_t last = (block + 1) * rows / blocks;
+      const int64_t outputs = number * kColumns;
+      MultiplyUpTo<kRows>(last - first, tokens + first * inputs, weights,
+                          out + first * outputs + tile * kColumns, inputs,
                           outputs, next + block * lines * kLine, lines);
     }
   }
-
-  const float* const tokens_;
-  const float* const tiles_;
-  float* const out_;
-  const int64_t rows_, inputs_, number_, share_;
-  std::atomic<int64_t> taken_{0}, done_{0};
 };
 
 ffi::Error Multiply(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> tokens,
@@ -150,15 +110,9 @@ ffi::Error Multiply(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> tokens,
     return ffi::Error::InvalidArgument("tokens, tiles and products differ");
   }
   if (rows == 0) return ffi::Error::Success();
-  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  auto product = std::make_shared<Product>(
-      tokens.typed_data(), tiles.typed_data(), out->typed_data(), rows, inputs,
-      number, threads);
-  for (int64_t thread = 1; thread < std::min(threads, number); ++thread) {
-    pool.Schedule([product] { product->Work(); });
-  }
-  product->Work();
-  product->Wait();
+  mgrpo::Share(pool, number,
+               Product{tokens.typed_data(), tiles.typed_data(),
+                       out->typed_data(), rows, inputs, number});
   return ffi::Error::Success();
 }
 
