@@ -104,7 +104,10 @@ def shorten(config: ml_collections.ConfigDict, stage: str) -> None:
   """Cuts the recipe to three optimizer steps of one stage, for a CPU."""
   config.curriculum = (stage,)
   for policy in config.policies.values():
-    policy.execution.kernels = "tiled" if build.compiler() else "turned"
+    policy.execution.kernels = "turned"
+    if build.compiler():
+      policy.execution.kernels = "tiled"
+      policy.execution.decode_attention = "native"
   config.stages[stage].steps = 3
   config.tasks.per_step = 2
   config.rollout.per_task = 4

@@ -19,6 +19,7 @@ from mgrpo_jax.policy.config import (
     Execution,
     TransformerConfig,
 )
+from mgrpo_jax.policy.native import streams
 from mgrpo_jax.policy.params import param_specs
 from mgrpo_jax.sharding import Meshes
 
@@ -28,6 +29,7 @@ ATTENTIONS: Mapping[str, Callable[..., Any]] = {
 }
 DECODE_ATTENTIONS: Mapping[str, CacheAttention | None] = {
     "blocks": None,
+    "native": streams.ATTENTION,
     "paged": paged.ATTENTION,
 }
 REMATS: Mapping[str, Callable[..., Any] | None] = {

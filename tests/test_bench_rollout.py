@@ -198,7 +198,8 @@ def ours(tmp_path_factory):
   )
   save_directory(folder / "policy", policy)
   sizes = {"context": 16, "block": 8, "prefill_tokens": 16}
-  sizes |= {"prefill_buckets": [8], "kernels": "trained"}
+  sizes |= {"prefill_buckets": [8]}
+  sizes |= {"kernels": "trained", "decode_attention": "blocks"}
   step = {
       "ids": [[1, 2, 3], [4, 5, 6]],
       "completions": 2,

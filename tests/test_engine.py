@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from mgrpo_jax.policy import logprobs, params
+from mgrpo_jax.policy.config import Execution
+from mgrpo_jax.policy.native import streams
 from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.sampler import device
 from mgrpo_jax.sampler import engine as engine_module
@@ -21,6 +23,13 @@ from mgrpo_jax.testing.sizes import tiny_config
 CONTEXT = 64
 STOP = 3
 CONFIG = tiny_config(num_heads=4, num_kv_heads=2, head_dim=4)
+NATIVE = dataclasses.replace(
+    CONFIG,
+    execution=Execution(kernels="tiled", decode_attention=streams.ATTENTION),
+)
+either = pytest.mark.parametrize(
+    "config", [CONFIG, NATIVE], ids=["xla", "native"]
+)
 
 
 @functools.cache
@@ -72,11 +81,11 @@ async def converse(engine, number, turns=3, pause=None):
 
 
 @functools.cache
-def alone(number):
+def alone(number, config=CONFIG):
   """What a conversation yields when nothing else goes on."""
 
   async def run():
-    async with make() as engine:
+    async with make(config=config) as engine:
       return await converse(engine, number)
 
   return asyncio.run(run())
@@ -128,8 +137,9 @@ def test_logprobs_are_the_trainers():
   np.testing.assert_allclose(got[mask], expected[mask], atol=1e-4)
 
 
+@either
 @pytest.mark.parametrize("seed", range(3))
-def test_traffic_changes_no_bit(seed):
+def test_traffic_changes_no_bit(seed, config):
   rng = np.random.default_rng(seed)
 
   async def observe(engine, results, number):
@@ -146,7 +156,7 @@ def test_traffic_changes_no_bit(seed):
 
   async def run():
     results = {}
-    async with make() as engine:
+    async with make(config=config) as engine:
       jobs = [observe(engine, results, number) for number in (1, 2, 3)]
       jobs += [
           disturb(engine, range(first, first + 4))
@@ -158,7 +168,8 @@ def test_traffic_changes_no_bit(seed):
     assert stats["evictions"] == 0 and stats["cancelled"] > 0
     return results
 
-  assert asyncio.run(run()) == {number: alone(number) for number in (1, 2, 3)}
+  expected = {number: alone(number, config) for number in (1, 2, 3)}
+  assert asyncio.run(run()) == expected
 
 
 def test_sessions_change_at_most_the_last_place():
@@ -240,11 +251,11 @@ def told(completion):
 
 
 @functools.cache
-def each_alone(decode_rows):
+def each_alone(decode_rows, config):
   async def run():
     single = []
     for number, sampling in enumerate(MIXED):
-      async with make(decode_rows=decode_rows) as engine:
+      async with make(decode_rows=decode_rows, config=config) as engine:
         single.append(
             told(await engine.generate(prompt(number, 9), sampling, number))
         )
@@ -253,13 +264,14 @@ def each_alone(decode_rows):
   return asyncio.run(run())
 
 
+@either
 @pytest.mark.parametrize("decode_rows", [0, 3])
 @pytest.mark.parametrize("cancelled", [False, True])
 def test_same_seed_same_tokens_however_neighbours_are_drawn(
-    decode_rows, cancelled
+    decode_rows, cancelled, config
 ):
   async def run():
-    async with make(decode_rows=decode_rows) as engine:
+    async with make(decode_rows=decode_rows, config=config) as engine:
       loop = asyncio.get_running_loop()
       others = [
           loop.create_task(engine.generate(prompt(90 + n, 5), draw(50), n))
@@ -277,7 +289,7 @@ def test_same_seed_same_tokens_however_neighbours_are_drawn(
       await settled(engine)
       return together
 
-  assert asyncio.run(run()) == each_alone(decode_rows)
+  assert asyncio.run(run()) == each_alone(decode_rows, config)
 
 
 def test_raw_logprobs_are_the_models_own():

@@ -83,6 +83,7 @@ def engine(case: str, count: int, sizes: Mapping[str, Any]) -> dict[str, Any]:
       "decode_steps": 8,
       "decode_rows": count if agents else 0,
       "kernels": "tiled",
+      "decode_attention": "native",
       "dtype": "float32",
       **sizes,
   }

@@ -14,7 +14,8 @@ each length of their streams, a step of the compiled program, beside
 
 All are measured in turn in one run. No program with such products can be faster
 than `products`; `memory` is what this machine does, not its limit.
-Steps are those of the engine, with each of `execution.kernels`.
+Steps are those of the engine, with each of `execution.kernels`; attention is
+`native` where they are tiled, else by blocks.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from experiments import cli
 from experiments.bench import alone, decode
 from mgrpo_jax.policy import params, products, sampling
 from mgrpo_jax.policy.config import KERNELS, Execution, TransformerConfig
+from mgrpo_jax.policy.native import streams
 
 _BLOCK, _STEPS = 64, 8
 
@@ -115,7 +117,9 @@ def measure(
   weights = jax.jit(params.init, static_argnums=1)(jax.random.key(0), kept)
   runs = {"memory": of_memory(weights)}
   for kernels in KERNELS:
-    config = dataclasses.replace(kept, execution=Execution(kernels=kernels))
+    attention = streams.ATTENTION if kernels == "tiled" else None
+    execution = Execution(kernels=kernels, decode_attention=attention)
+    config = dataclasses.replace(kept, execution=execution)
     products.check(config, mesh=None)
     used_weights = weights
     if kernels != "trained":

@@ -3,7 +3,8 @@
     python -m experiments.bench.workers.of_ours SOURCE ENGINE [STEP]
 
 SOURCE is what `policy.load` takes, ENGINE the sizes of `Engine` as JSON, with
-`kernels` of its policy's execution and the `dtype` it computes in, STEP
+`kernels` and `decode_attention` of its policy's execution, by the names that
+recipes have, and the `dtype` it computes in, STEP
 the settings of a GRPO step, see `step.Steps`. Compiled before it says that it
 is ready, and how long that took.
 """
@@ -21,6 +22,7 @@ from typing import Any
 
 from experiments.bench.workers import pipe, traffic
 from experiments.bench.workers.step import Steps
+from experiments.placing import DECODE_ATTENTIONS
 from mgrpo_jax import policy
 from mgrpo_jax.policy.config import Execution
 from mgrpo_jax.policy.sampling import Sampling
@@ -129,7 +131,10 @@ def main() -> None:
   )
   config = dataclasses.replace(
       loaded.config,
-      execution=Execution(kernels=sizes.pop("kernels")),
+      execution=Execution(
+          kernels=sizes.pop("kernels"),
+          decode_attention=DECODE_ATTENTIONS[sizes.pop("decode_attention")],
+      ),
   )
   engine = Engine(config, loaded.params, 0, **sizes)
   asyncio.run(_warm(engine))

@@ -22,16 +22,20 @@ import jax
 
 # What XLA calls each program, and the function that it is.
 MULTIPLY_TILES = "mgrpo_multiply_tiles"
-_HANDLERS = {MULTIPLY_TILES: "MgrpoMultiplyTiles"}
+ATTEND_STREAMS = "mgrpo_attend_streams"
+_HANDLERS = {
+    MULTIPLY_TILES: "MgrpoMultiplyTiles",
+    ATTEND_STREAMS: "MgrpoAttendStreams",
+}
 _FOLDER = pathlib.Path(__file__).parent
-_SOURCES = ("tiles.cc",)
+_SOURCES = ("tiles.cc", "streams.cc")
 _HEADERS = ("shares.h",)
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread")
 _COMPILERS = ("c++", "g++", "clang++")
 _TIMEOUT = 300  # seconds; it takes ten
 _ADVICE = (
     "install one (g++ or clang++), name it by the environment variable CXX, or"
-    " choose other kernels: turned"
+    " choose kernels and decode_attention that need none: turned, blocks"
 )
 
 
