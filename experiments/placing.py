@@ -12,7 +12,7 @@ from experiments import checks
 from mgrpo_jax import sharding
 from mgrpo_jax.agents.team import Team
 from mgrpo_jax.hosts import spread
-from mgrpo_jax.policy import attention, paged, products
+from mgrpo_jax.policy import arranging, attention, paged
 from mgrpo_jax.policy.config import (
     DTYPES,
     CacheAttention,
@@ -293,7 +293,7 @@ def executed(
     )
   check_sharing(config, name, sizes)
   with checks.inside(f"policies.{name}.execution.kernels"):
-    products.check(sizes, where.sampler)
+    arranging.check(sizes, where.sampler)
   check_decoding(sizes, config, name)
   for key, mesh in (("mesh", where.learner), ("sampler_tensor", where.sampler)):
     if mesh is not None:

@@ -125,6 +125,13 @@ def test_agents_get_two_slots_each_and_streams_fit():
   assert rollout.engine("step", 16, {})["context"] == 34 + 64
 
 
+def test_kernels_are_of_a_kind_that_the_dtype_has():
+  whole = rollout.engine("step", 16, {})
+  half = rollout.engine("step", 16, {"dtype": "bfloat16"})
+  assert (whole["dtype"], whole["kernels"]) == ("float32", "tiled")
+  assert (half["dtype"], half["kernels"]) == ("bfloat16", "turned")
+
+
 def test_ratios_are_taken_round_by_round():
   told = {
       "ours": [{"seconds": 1.0, "tokens": 8}, {"seconds": 2.0, "tokens": 8}],

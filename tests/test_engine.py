@@ -9,6 +9,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from compiled import needs_compiler
 
 from mgrpo_jax.policy import logprobs, params
 from mgrpo_jax.policy.config import Execution
@@ -28,7 +29,11 @@ NATIVE = dataclasses.replace(
     execution=Execution(kernels="tiled", decode_attention=streams.ATTENTION),
 )
 either = pytest.mark.parametrize(
-    "config", [CONFIG, NATIVE], ids=["xla", "native"]
+    "config",
+    [
+        pytest.param(CONFIG, id="xla"),
+        pytest.param(NATIVE, id="native", marks=needs_compiler),
+    ],
 )
 
 

@@ -8,15 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_llama
+from compiled import needs_compiler
 
+from mgrpo_jax.policy import (
+    arranging,
+    decode,
+    params,
+    products,
+    sampling,
+    transformer,
+)
 from mgrpo_jax.policy import cache as caching
-from mgrpo_jax.policy import decode, params, products, sampling, transformer
 from mgrpo_jax.policy.config import Execution
 from mgrpo_jax.policy.sampling import Sampling
 from mgrpo_jax.sampler.engine import Engine
 
 FAMILIES = sorted(tiny_llama.FAMILIES)
-ARRANGED = ("turned", "tiled")
+ARRANGED = ("turned", pytest.param("tiled", marks=needs_compiler))
 AXES = [("batch", "length")] * 3  # with no mesh they mean nothing
 
 
@@ -43,7 +51,7 @@ def turned_back(held):
 def test_arranged_kernels_hold_the_same_numbers(family, kernels):
   _, config = configs(family, kernels)
   weights = tiny_llama.weights(config)
-  arranged = products.arrange(weights, config=config)
+  arranged = arranging.arrange(weights, config=config)
   for one, specs, layer in zip(
       arranged.layers,
       params.param_specs(config).layers,
@@ -75,7 +83,7 @@ def test_arranged_kernels_hold_the_same_numbers(family, kernels):
 def test_an_arranged_head_holds_the_same_numbers(family, kernels):
   _, config = configs(family, kernels)
   weights = tiny_llama.weights(config)
-  head = products.arrange(weights, config=config).unembedding
+  head = arranging.arrange(weights, config=config).unembedding
   assert head.outputs == ((config.vocab_size,),)
   if not config.tied_embeddings:
     np.testing.assert_array_equal(turned_back(head).T, weights.unembedding)
@@ -97,7 +105,7 @@ def logits(family, kernels="turned", **changes):
   segments = np.ones((3, 7), np.int32)
   apply = jax.jit(transformer.apply, static_argnames="config")
   plain = apply(weights, tokens, positions, segments, config=kept)
-  arranged = products.arrange(weights, config=config)
+  arranged = arranging.arrange(weights, config=config)
   return plain, apply(arranged, tokens, positions, segments, config=config)
 
 
@@ -214,7 +222,7 @@ def compiled_decode(config, weights, cache):
 @pytest.mark.parametrize("lower", [compiled_prefill, compiled_decode])
 def test_angles_are_computed_once_for_all_layers(lower, kernels):
   _, config = configs("llama", kernels)
-  weights = products.arrange(tiny_llama.weights(config), config=config)
+  weights = arranging.arrange(tiny_llama.weights(config), config=config)
   cache = caching.init(config, num_slots=2, length=16, block=8, num_rows=2)
   program = lower(config, weights, cache).compile().as_text()
   assert config.num_layers > 1
@@ -272,7 +280,7 @@ def test_a_wide_embedding_is_rounded_where_it_is_looked_up():
   weights = jax.tree.map(
       lambda one: jnp.asarray(one, jnp.bfloat16), tiny_llama.weights(config)
   )
-  turned = products.arrange(weights, config=config)
+  turned = arranging.arrange(weights, config=config)
   assert turned.embedding.dtype == jnp.float32
   rows = transformer.embed(turned, np.array([[3, 5]]), config=config)
   assert rows.dtype == jnp.bfloat16

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_llama
+from compiled import needs_compiler
 
 from mgrpo_jax import sharding
 from mgrpo_jax.policy.cache import Block
@@ -16,6 +17,7 @@ from mgrpo_jax.policy.config import Execution
 from mgrpo_jax.policy.native import build, streams
 from mgrpo_jax.sampler.engine import Engine
 
+pytestmark = needs_compiler
 SIZES = {
     "num_slots": 2,
     "context": 16,

@@ -1,19 +1,31 @@
 """Products of a CPU's own: exact, and alike for all."""
 
 import concurrent.futures
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_llama
+from compiled import needs_compiler
 
 from mgrpo_jax.policy import products
 from mgrpo_jax.policy.config import Execution
-from mgrpo_jax.policy.native import tiles
+from mgrpo_jax.policy.native import build, tiles
 from mgrpo_jax.sampler.engine import Engine
 
+pytestmark = needs_compiler
 multiply = jax.jit(tiles.multiply)
+
+
+def columns():
+  """Outputs of a tile."""
+  return int(build.library().MgrpoTileColumns())
+
+
+def cut(kernels, outputs):
+  return tiles.cut(kernels, outputs, columns=columns())
 
 
 def whole_numbers(rng, *shape):
@@ -26,7 +38,7 @@ def whole_numbers(rng, *shape):
 def test_products_are_exact_for_all_shapes(inputs, outputs):
   rng = np.random.default_rng((inputs, outputs))
   kernel = whole_numbers(rng, inputs, outputs)
-  kept = tiles.arrange([kernel], [(outputs,)])
+  kept = cut([kernel], [(outputs,)])
   for number in (0, 1, 2, 3, 5, 6, 7, 11, 12, 13, 25, 64, 101):
     rows = whole_numbers(rng, number, inputs)
     found = multiply(rows, kept)
@@ -34,10 +46,25 @@ def test_products_are_exact_for_all_shapes(inputs, outputs):
     np.testing.assert_array_equal(found, rows @ kernel)
 
 
+def test_no_share_goes_beyond_the_last_tile():
+  """Three tiles a share, and one that is left over."""
+  rng = np.random.default_rng(0)
+  outputs = columns() * ((os.cpu_count() or 1) * 8 * 3 + 1)
+  kernel = whole_numbers(rng, 24, outputs)
+  rows = whole_numbers(rng, 5, 24)
+  found = multiply(rows, cut([kernel], [(outputs,)]))
+  np.testing.assert_array_equal(found, rows @ kernel)
+
+
+def test_kernels_are_kept_in_float32():
+  kept = cut([np.ones((3, 2), np.float16)], [(2,)])
+  assert kept.tiles.dtype == jnp.float32
+
+
 @pytest.mark.parametrize("number", [2, 5, 7, 12, 13, 32, 100])
 def test_a_token_has_the_same_products_whoever_stands_beside_it(number):
   rng = np.random.default_rng(number)
-  kept = tiles.arrange([rng.normal(size=(576, 192))], [(192,)])
+  kept = cut([rng.normal(size=(576, 192))], [(192,)])
   rows = rng.normal(size=(number, 576)).astype(np.float32)
   together = np.asarray(multiply(rows, kept))
   for row in range(number):
@@ -53,7 +80,7 @@ def test_what_is_not_finite_stays_in_its_row_and_column():
   rows = np.abs(whole_numbers(rng, 9, 20)) + 1
   rows[4, 11] = np.nan
   with jax.debug_nans(False):
-    found = np.asarray(multiply(rows, tiles.arrange([kernel], [(40,)])))
+    found = np.asarray(multiply(rows, cut([kernel], [(40,)])))
   expected = rows @ kernel
   np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
   np.testing.assert_array_equal(np.isinf(found), np.isinf(expected))
@@ -64,7 +91,7 @@ def test_many_programs_at_once_all_come_to_their_end():
   """More than there are threads, so some find their helpers busy."""
   rng = np.random.default_rng(0)
   kernel = whole_numbers(rng, 300, 500)
-  kept = tiles.arrange([kernel], [(500,)])
+  kept = cut([kernel], [(500,)])
 
   @jax.jit
   def several(rows):
@@ -79,13 +106,21 @@ def test_many_programs_at_once_all_come_to_their_end():
         np.testing.assert_array_equal(one, other)
 
 
-def test_shapes_that_do_not_fit_are_refused():
-  rows = np.ones((2, 5), np.float32)
+def test_tokens_that_do_not_fit_are_refused():
+  kept = cut([np.ones((4, 3), np.float32)], [(3,)])
+  for rows in (np.ones((2, 5), np.float32), np.ones((2, 4), np.float16)):
+    with pytest.raises(ValueError, match="rows must be float32 .N, 4., got"):
+      multiply(rows, kept)
+  with pytest.raises(ValueError, match="outputs .* are not those of"):
+    cut([np.ones((4, 3), np.float32)], [(2,)])
+
+
+def test_tiles_of_another_width_are_refused():
   kept = tiles.Tiled(
-      tiles=np.ones((1, 4, tiles.columns()), np.float32), outputs=((3,),)
+      tiles=np.ones((1, 4, columns() + 1), np.float32), outputs=((3,),)
   )
   with pytest.raises(Exception, match="tokens, tiles and products differ"):
-    jax.block_until_ready(multiply(rows, kept))
+    jax.block_until_ready(multiply(np.ones((2, 4), np.float32), kept))
 
 
 def test_tiles_are_for_float32_alone():
@@ -103,7 +138,7 @@ def test_tiles_are_for_float32_alone():
 def test_arranging_is_for_whole_teams_of_kernels():
   rng = np.random.default_rng(0)
   kernels = [whole_numbers(rng, 12, number) for number in (20, 7)]
-  kept = tiles.arrange(kernels, [(4, 5), (7,)])
+  kept = cut(kernels, [(4, 5), (7,)])
   x = whole_numbers(rng, 2, 3, 12)
   found = products.multiply_each(x, (kept, None), [(), ()])
   assert [one.shape for one in found] == [(2, 3, 4, 5), (2, 3, 7)]

@@ -70,10 +70,12 @@ def engine(case: str, count: int, sizes: Mapping[str, Any]) -> dict[str, Any]:
     sizes: that are to be others than the usual ones.
 
   Returns:
-    What `of_ours` is given. A rollout's root keeps its slot while a call of it
+    What `of_ours` is given; the fastest kernels and attention for a CPU with a
+    compiler of C++. A rollout's root keeps its slot while a call of it
     is sampled, so agents get two slots each, of which half are busy.
   """
   agents = case == "traffic"
+  dtype = sizes.get("dtype", "float32")
   return {
       "num_slots": 2 * count if agents else count,
       "context": context(case),
@@ -82,10 +84,10 @@ def engine(case: str, count: int, sizes: Mapping[str, Any]) -> dict[str, Any]:
       "prefill_buckets": BUCKETS.get(case, [PROMPT - 1]),
       "decode_steps": 8,
       "decode_rows": count if agents else 0,
-      "kernels": "tiled",
+      "kernels": "tiled" if dtype == "float32" else "turned",
       "decode_attention": "native",
-      "dtype": "float32",
       **sizes,
+      "dtype": dtype,
   }
 
 

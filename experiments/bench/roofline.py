@@ -33,7 +33,7 @@ import numpy as np
 
 from experiments import cli
 from experiments.bench import alone, decode
-from mgrpo_jax.policy import params, products, sampling
+from mgrpo_jax.policy import arranging, params, sampling
 from mgrpo_jax.policy.config import KERNELS, Execution, TransformerConfig
 from mgrpo_jax.policy.native import streams
 
@@ -120,10 +120,10 @@ def measure(
     attention = streams.ATTENTION if kernels == "tiled" else None
     execution = Execution(kernels=kernels, decode_attention=attention)
     config = dataclasses.replace(kept, execution=execution)
-    products.check(config, mesh=None)
+    arranging.check(config, mesh=None)
     used_weights = weights
     if kernels != "trained":
-      used_weights = products.arrange(weights, config=config)
+      used_weights = arranging.arrange(weights, config=config)
     for count in rows:
       name = f"{kernels} {count}"
       runs[f"products {name}"] = alone.forward(

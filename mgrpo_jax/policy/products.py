@@ -4,17 +4,17 @@ Kernels are [*inputs, *outputs], and that is how they are trained and saved. On
 CPUs XLA multiplies few tokens with large kernels 1.3 to 1.6 times faster where
 the outputs come first and the tokens are columns (measured, see
 experiments/README.md). So a sampler on a CPU may keep kernels turned, and those
-that meet the same tokens joined. In bfloat16 it is faster by far where tokens
-are rows and sums float32, which CPUs with units for it give as they are. In
-float32 it may also keep them in tiles, for products that are not XLA's.
+that meet the same tokens joined (`arranging`). In bfloat16 it is faster by far
+where tokens are rows and sums float32, which CPUs with units for it give as
+they are. In float32 it may also keep them in tiles, for products that are not
+XLA's.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -24,10 +24,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mgrpo_jax import sharding
-from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.native import tiles
 from mgrpo_jax.policy.native.tiles import Tiled
-from mgrpo_jax.policy.params import Layer, Params, ParamSpec, param_specs
 
 FEW = 128  # tokens, at most, that are multiplied as columns
 # The same for logits: turning those of more costs as much as it gains.
@@ -47,105 +45,6 @@ class Turned:
 
 
 Arranged = Turned | Tiled
-_Keep = Callable[[Sequence[Array], Sequence[tuple[int, ...]]], Arranged]
-
-
-def check(config: TransformerConfig, mesh: jax.sharding.Mesh | None) -> None:
-  """Checks that a sampler can keep kernels as its execution says.
-
-  Args:
-    config: sizes, dtype and execution.
-    mesh: that it samples on, None for one device.
-
-  Raises:
-    ValueError: it cannot; says why.
-  """
-  kernels = config.execution.kernels
-  if kernels == "trained":
-    return
-  if mesh is not None:
-    raise ValueError(f"kernels {kernels!r} are for samplers without a mesh")
-  if kernels == "tiled":
-    if config.dtype != "float32":
-      raise ValueError(f"kernels 'tiled' are for float32, not {config.dtype}")
-    if (platform := jax.local_devices()[0].platform) != "cpu":
-      raise ValueError(f"kernels 'tiled' are for a CPU, not a {platform}")
-    tiles.columns()
-
-
-def arrange(params: Params, *, config: TransformerConfig) -> Params:
-  """Turns the kernels of every layer and the head, or cuts them into tiles.
-
-  Those of experts stay as they are.
-
-  Args:
-    params: weights, on the default device.
-    config: their sizes; its execution says how kernels are kept.
-
-  Returns:
-    The same numbers; `multiply_each` takes either. Where kernels were joined,
-    the first of them holds all and the others are None. A tied head that is
-    turned shares the embedding's memory in float32; else the embedding is made
-    float32, for CPUs would do so with all of it to look a token up.
-  """
-  specs = param_specs(config)
-  kept = _turn if config.execution.kernels == "turned" else tiles.arrange
-  layers = tuple(
-      _arrange_layer(layer, spec, kept)
-      for layer, spec in zip(params.layers, specs.layers, strict=True)
-  )
-  head: Arranged
-  if not config.tied_embeddings:
-    head = _arrange([params.unembedding], [specs.unembedding], kept)
-  elif kept is _turn:
-    head = Turned(matrix=params.embedding, outputs=((config.vocab_size,),))
-  else:
-    head = kept([params.embedding.T], ((config.vocab_size,),))
-  return dataclasses.replace(
-      params,
-      embedding=jnp.asarray(params.embedding, jnp.float32),
-      layers=layers,
-      unembedding=head,
-  )
-
-
-def _arrange_layer(layer: Layer, specs: Layer, kept: _Keep) -> Layer:
-  """Arranges what contracts inputs, but for a sparse layer's feed-forward."""
-  joined = [("query", "key", "value"), ("output",)]
-  if layer.router is None:
-    joined += [("gate", "up"), ("down",)]
-  arranged: dict[str, Arranged | None] = {}
-  for first, *others in joined:
-    names = (first, *others)
-    arranged |= dict.fromkeys(others)
-    arranged[first] = _arrange(
-        [getattr(layer, name) for name in names],
-        [getattr(specs, name) for name in names],
-        kept,
-    )
-  return dataclasses.replace(layer, **arranged)
-
-
-def _arrange(
-    kernels: Sequence[Array], specs: Sequence[ParamSpec], kept: _Keep
-) -> Arranged:
-  """Arranges kernels of the same inputs."""
-  outputs = tuple(spec.shape[spec.inputs :] for spec in specs)
-  matrices = [
-      kernel.reshape(-1, math.prod(shape))
-      for kernel, shape in zip(kernels, outputs, strict=True)
-  ]
-  return kept(matrices, outputs)
-
-
-def _turn(
-    matrices: Sequence[Array], outputs: Sequence[tuple[int, ...]]
-) -> Turned:
-  """Turns kernels of the same inputs."""
-  return Turned(
-      matrix=jnp.concatenate([matrix.T for matrix in matrices]),
-      outputs=tuple(outputs),
-  )
 
 
 def multiply_each(

@@ -135,7 +135,7 @@ def embed(
     The residual stream before the first layer, in `config.dtype`.
   """
   table = params.embedding
-  if config.execution.kernels == "trained":  # else `products.arrange` did
+  if config.execution.kernels == "trained":  # else `arranging` did
     table = sharding.constrain(
         jnp.asarray(table, config.dtype), "vocab", "hidden"
     )

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import jax
 
-from mgrpo_jax.policy import products
+from mgrpo_jax.policy import arranging
 from mgrpo_jax.policy import sampling as drawing
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.params import Params
@@ -102,7 +102,7 @@ class Engine:
         decode_steps=decode_steps,
         decode_rows=decode_rows,
     )
-    products.check(config, mesh)
+    arranging.check(config, mesh)
     self._config = config
     self._context = context
     self._resident = lead.home(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgrpo_jax import sharding
-from mgrpo_jax.policy import products
+from mgrpo_jax.policy import arranging
 from mgrpo_jax.policy.cache import KVCache
 from mgrpo_jax.policy.config import TransformerConfig
 from mgrpo_jax.policy.decode import Drawn
@@ -94,7 +94,7 @@ class Resident:
       return jax.tree.map(spread, params, self._place)
     used = jax.tree.map(lambda w: jnp.asarray(w, self._config.dtype), params)
     if self._config.execution.kernels != "trained":
-      used = products.arrange(used, config=self._config)
+      used = arranging.arrange(used, config=self._config)
     return jax.device_put(used, self._place)
 
   def visit(

@@ -1,6 +1,6 @@
 """Compiles this folder's C++ for the machine that runs it, once.
 
-The program is kept in $XDG_CACHE_HOME/mgrpo_jax, or ~/.cache/mgrpo_jax, under a
+The library is kept in $XDG_CACHE_HOME/mgrpo_jax, or ~/.cache/mgrpo_jax, under a
 name that says of what it was made, and for what processor.
 """
 
@@ -14,19 +14,15 @@ import pathlib
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
 
 import jax
 
-# What XLA calls each program, and the function that it is.
-MULTIPLY_TILES = "mgrpo_multiply_tiles"
-ATTEND_STREAMS = "mgrpo_attend_streams"
-_HANDLERS = {
-    MULTIPLY_TILES: "MgrpoMultiplyTiles",
-    ATTEND_STREAMS: "MgrpoAttendStreams",
-}
+from mgrpo_jax.policy.native import targets
+
 _FOLDER = pathlib.Path(__file__).parent
 _SOURCES = ("tiles.cc", "streams.cc")
 _HEADERS = ("shares.h",)
@@ -45,8 +41,15 @@ def compiler() -> list[str] | None:
   Returns:
     What the environment variable CXX says, or the first of c++, g++ and clang++
     that is installed; None for none.
+
+  Raises:
+    ValueError: CXX is no command.
   """
-  if own := shlex.split(os.environ.get("CXX", "")):
+  try:
+    own = shlex.split(os.environ.get("CXX", ""))
+  except ValueError as error:
+    raise ValueError(f"CXX: {error}: {os.environ['CXX']!r}") from error
+  if own:
     return own
   found = next(filter(None, map(shutil.which, _COMPILERS)), None)
   return [found] if found else None
@@ -60,60 +63,123 @@ def library() -> ctypes.CDLL:
     The library that has them.
 
   Raises:
-    ValueError: there is no compiler, or it failed; says why.
+    ValueError: there is no compiler, it failed, or what it made cannot be kept
+      or is not safe to load; says why.
   """
-  found = ctypes.CDLL(str(_compiled()))
-  for target, handler in _HANDLERS.items():
+  found = _found()
+  for target, handler in targets.HANDLERS.items():
     capsule = jax.ffi.pycapsule(getattr(found, handler))
     jax.ffi.register_ffi_target(target, capsule, platform="cpu")
   return found
 
 
-def _compiled() -> pathlib.Path:
-  """The library for this machine, from the cache or made."""
-  target = _cache() / f"native-{_digest()}.so"
-  if target.exists():
-    return target
+def _found() -> ctypes.CDLL:
+  """The library for this machine, from its place or made."""
+  try:
+    return _kept(_place()) or _made(_place())
+  except (OSError, RuntimeError) as error:  # the latter where there is no home
+    raise ValueError(
+        f"cannot keep what is compiled: {error}; XDG_CACHE_HOME names a place"
+    ) from error
+
+
+def _place() -> pathlib.Path:
+  """Where the library for this machine is, or will be."""
+  home = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+  if not home.is_absolute():  # as the specification has it
+    home = pathlib.Path.home() / ".cache"
+  return home / "mgrpo_jax" / f"native-{_digest()}.so"
+
+
+def _kept(place: pathlib.Path) -> ctypes.CDLL | None:
+  """The library, None where there is none that can be loaded."""
+  if not place.exists():
+    return None
+  _check_owned(place.parent)
+  _check_owned(place)
+  return _loaded(place)
+
+
+def _made(place: pathlib.Path) -> ctypes.CDLL:
+  """Compiles the library; it is in its place once it was loaded."""
   command = compiler()
   if command is None:
     raise ValueError(f"there is no compiler of C++: {_ADVICE}")
+  place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+  _check_owned(place.parent)
+  with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
+    made = pathlib.Path(scratch) / place.name
+    include = f"-isystem{jax.ffi.include_dir()}"
+    sources = [str(_FOLDER / name) for name in _SOURCES]
+    _run([*command, *_FLAGS, include, *sources, "-o", str(made)])
+    found = _loaded(made) if made.is_file() else None
+    if found is None:
+      raise ValueError(
+          f"{command[0]} made nothing that can be loaded; {_ADVICE}"
+      )
+    made.chmod(0o600)
+    with made.open("rb") as file:  # whole, whatever happens to the machine
+      os.fsync(file.fileno())
+    if place.is_dir():
+      shutil.rmtree(place)
+    made.replace(place)
+  return found
+
+
+def _loaded(place: pathlib.Path) -> ctypes.CDLL | None:
+  """Loads a library, None where it is not one with all of the programs."""
   try:
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-      made = pathlib.Path(scratch) / target.name
-      include = f"-isystem{jax.ffi.include_dir()}"
-      sources = [str(_FOLDER / name) for name in _SOURCES]
-      _run([*command, *_FLAGS, include, *sources, "-o", str(made)])
-      made.replace(target)
-  except OSError as error:
+    found = ctypes.CDLL(str(place))
+  except OSError:
+    return None
+  names = (*targets.HANDLERS.values(), "MgrpoTileColumns")
+  return found if all(hasattr(found, name) for name in names) else None
+
+
+def _check_owned(path: pathlib.Path) -> None:
+  """Raises ValueError where others could have written what is loaded."""
+  status = path.stat()
+  if status.st_uid != os.geteuid() or status.st_mode & 0o022:
     raise ValueError(
-        f"cannot keep what it compiles: {error}; XDG_CACHE_HOME names a place"
-    ) from error
-  return target
+        f"{path} is another user's, or others may write to it: what lies there"
+        " is not loaded; XDG_CACHE_HOME names another place"
+    )
 
 
 def _run(command: Sequence[str]) -> None:
-  """Runs a compiler."""
+  """Runs a compiler, and ends with it whatever it has started."""
   try:
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=_TIMEOUT, check=False
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
     )
-  except (OSError, subprocess.TimeoutExpired) as error:
+  except OSError as error:
     raise ValueError(f"{command[0]} failed: {error}; {_ADVICE}") from error
-  if done.returncode:
-    said = done.stderr.strip().splitlines() or [f"code {done.returncode}"]
-    what = next((line for line in said if "error" in line), said[-1])
+  with process:
+    try:
+      said = process.communicate(timeout=_TIMEOUT)[1].strip().splitlines()
+    except subprocess.TimeoutExpired as error:
+      why = f"it took more than {_TIMEOUT} s"
+      raise ValueError(f"{command[0]} failed: {why}; {_ADVICE}") from error
+    finally:
+      if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+  if code := process.returncode:
+    last = said[-1] if said else f"code {code}"
+    what = next((line for line in said if "error" in line), last)
     raise ValueError(f"{command[0]} failed: {what}; {_ADVICE}")
 
 
-def _cache() -> pathlib.Path:
-  """Where compiled programs are kept."""
-  home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return pathlib.Path(home).expanduser() / "mgrpo_jax"
-
-
 def _digest() -> str:
-  """Names what a program depends on: its sources, headers, the machine."""
+  """Names what the library depends on: its sources, JAX's headers, the machine.
+
+  Not the compiler, which need not be there any more.
+  """
   try:
     text = pathlib.Path("/proc/cpuinfo").read_text()
   except OSError:
@@ -123,7 +189,10 @@ def _digest() -> str:
       for line in text.splitlines()
       if line.startswith(("model name", "flags", "Features"))
   }
-  parts = (platform.machine(), jax.__version__, *sorted(told), *_FLAGS)
+  parts = (
+      *(platform.machine(), *platform.libc_ver(), jax.__version__),
+      *(*sorted(told), *_FLAGS),
+  )
   digest = hashlib.sha256("\n".join(parts).encode())
   for name in (*_SOURCES, *_HEADERS):
     digest.update((_FOLDER / name).read_bytes())

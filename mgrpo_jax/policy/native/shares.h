@@ -17,8 +17,8 @@ namespace mgrpo {
 constexpr int64_t kShares = 8;   // of the work, for each thread
 constexpr int kSpins = 1 << 12;  // looks before others may have the core
 
-// Parts that are taken from a counter, so no core waits for a share that
-// another was given, and none waits for a thread that never comes.
+// Parts that are taken from a counter, so no core has less to do than others
+// while there are parts, and none waits for a thread that never comes.
 template <typename Do>
 class Shares {
  public:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from mgrpo_jax.policy.cache import Block, Blocks
 from mgrpo_jax.policy.config import CacheAttention, TransformerConfig
-from mgrpo_jax.policy.native import build
+from mgrpo_jax.policy.native import build, targets
 
 
 def attend(
@@ -44,7 +44,7 @@ def attend(
   """
   streams, _, *shape = query.shape
   call = jax.ffi.ffi_call(
-      build.ATTEND_STREAMS,
+      targets.ATTEND_STREAMS,
       jax.ShapeDtypeStruct((streams, *shape), jnp.float32),
   )
   blocks = [

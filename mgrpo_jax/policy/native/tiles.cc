@@ -14,7 +14,8 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// Sums, a row of outputs and an input fill the registers but for a few.
+// With AVX sums, a row of outputs and an input fill the registers but for a
+// few; Neon has twice as many.
 #if defined(__AVX512F__)  // 32 of 16 floats
 constexpr int kLanes = 16, kRows = 12;
 #elif defined(__AVX__)  // 16 of 8

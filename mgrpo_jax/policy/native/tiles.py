@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mgrpo_jax.policy.native import build
+from mgrpo_jax.policy.native import targets
 
 
 @flax.struct.dataclass
@@ -28,39 +28,35 @@ class Tiled:
   outputs: tuple[tuple[int, ...], ...] = flax.struct.field(pytree_node=False)
 
 
-def columns() -> int:
-  """How many outputs a tile has on this machine.
-
-  Raises:
-    ValueError: no program for them can be compiled here; says why.
-  """
-  return int(build.library().MgrpoTileColumns())
-
-
-def arrange(
+def cut(
     kernels: Sequence[Float[Array, "inputs outputs"]],
     outputs: Sequence[tuple[int, ...]],
+    *,
+    columns: int,
 ) -> Tiled:
   """Cuts kernels of the same inputs into tiles.
 
   Args:
     kernels: as matrices; taken as float32.
     outputs: shape of each one's outputs.
+    columns: outputs of a tile, of the compiled program.
 
   Returns:
     The same numbers.
 
   Raises:
-    ValueError: no program for them can be compiled here; says why.
+    ValueError: outputs are not those of the kernels.
   """
-  width = columns()
+  widths = [kernel.shape[1] for kernel in kernels]
+  if widths != list(map(math.prod, outputs)):
+    raise ValueError(f"outputs {list(outputs)} are not those of {widths}")
   matrix = jnp.concatenate(
       [jnp.asarray(kernel, jnp.float32) for kernel in kernels], axis=1
   )
-  filled = jnp.pad(matrix, ((0, 0), (0, -matrix.shape[1] % width)))
+  filled = jnp.pad(matrix, ((0, 0), (0, -matrix.shape[1] % columns)))
   inputs, number = filled.shape
-  tiles = filled.reshape(inputs, number // width, width).transpose(1, 0, 2)
-  return Tiled(tiles=tiles, outputs=tuple(outputs))
+  tiles = filled.reshape(inputs, number // columns, columns)
+  return Tiled(tiles=tiles.transpose(1, 0, 2), outputs=tuple(outputs))
 
 
 def multiply(
@@ -72,14 +68,22 @@ def multiply(
 
   Args:
     rows: float32, on a CPU and one device.
-    kernels: from `arrange`.
+    kernels: from `cut`, where `build.library` was called.
 
   Returns:
     Float32 products, one kernel's after the other's.
+
+  Raises:
+    ValueError: the tokens are not float32, or not as wide as kernels' inputs.
   """
-  number, _, width = kernels.tiles.shape
+  number, inputs, columns = kernels.tiles.shape
+  if (rows.dtype, rows.shape[1:]) != (jnp.float32, (inputs,)):
+    raise ValueError(
+        f"rows must be float32 [N, {inputs}], got {rows.dtype}"
+        f" {list(rows.shape)}"
+    )
   call = jax.ffi.ffi_call(
-      build.MULTIPLY_TILES,
-      jax.ShapeDtypeStruct((len(rows), number * width), jnp.float32),
+      targets.MULTIPLY_TILES,
+      jax.ShapeDtypeStruct((len(rows), number * columns), jnp.float32),
   )
   return call(rows, kernels.tiles)[:, : sum(map(math.prod, kernels.outputs))]
