@@ -34,7 +34,11 @@ def with_pools(setup):
 
 @contextlib.contextmanager
 def helping(directory, setup, *, seconds=0.0):
-  """Replicas of all policies, in a thread; of new ones every few seconds."""
+  """Replicas of all policies, in a thread.
+
+  With `seconds` there are new ones after so many, but not before they had work:
+  on a crowded machine that takes longer.
+  """
   over, lives = threading.Event(), []
 
   async def life(name):
@@ -49,7 +53,8 @@ def helping(directory, setup, *, seconds=0.0):
         lives.append(name)
         while not over.is_set():
           await asyncio.sleep(0.02)
-          if seconds and time.monotonic() > began + seconds:
+          worked = engine.stats()["generated"] > 0
+          if seconds and worked and time.monotonic() > began + seconds:
             break
 
   async def live():
