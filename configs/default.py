@@ -87,7 +87,7 @@ def _add_devices(config: ml_collections.ConfigDict) -> None:
   config.execution = ml_collections.ConfigDict()
   config.execution.attention = "blockwise"  # or splash: a kernel, TPU only
   # Of a sampled token to its cache: by blocks of it, or by what reads of each
-  # slot what it holds. native, CPU only: a program in float32, which a compiler
+  # slot what it holds. native, CPU only: a float32 program, which a compiler
   # of C++ builds at first use. paged, TPU only: a kernel, wants engine.context
   # a multiple of 16, engine.block as large, engine.decode_rows = 0 and layers
   # without a window. Both want sampler_tensor = 1.

@@ -98,13 +98,38 @@ def test_what_does_not_load_is_not_kept(cache, monkeypatch, copying):
 
 
 @needs_compiler
+@pytest.mark.parametrize("mode", [0o720, 0o702])
 @pytest.mark.parametrize("what", ["folder", "file"])
-def test_what_others_may_write_to_is_not_loaded(cache, copying, what):
+def test_what_others_may_write_to_is_not_loaded(cache, copying, what, mode):
   build._found()
   place = build._place()
-  (place if what == "file" else cache).chmod(0o777)
+  (place if what == "file" else cache).chmod(mode)
   with pytest.raises(ValueError, match="others may write to it"):
     build._found()
+
+
+@needs_compiler
+def test_nothing_is_made_where_others_may_write(cache, copying, monkeypatch):
+  cache.mkdir()
+  cache.chmod(0o770)
+  with pytest.raises(ValueError, match="others may write to it"):
+    build._found()
+  cache.chmod(0o700)
+  monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+  with pytest.raises(ValueError, match="is another user's"):
+    build._found()
+  assert not list(cache.iterdir())
+
+
+@needs_compiler
+def test_a_compiler_may_leave_others_at_work(cache, copying):
+  """Such as a server that keeps what it made; they end with it."""
+  file = cache.parent / "compile"
+  server = "subprocess.Popen(['sleep', '100'])"  # has its errors open
+  file.write_text(file.read_text() + server + "\n")
+  began = time.monotonic()
+  build._found()
+  assert time.monotonic() < began + 50
 
 
 def test_a_program_of_other_sources_has_another_name(tmp_path, monkeypatch):

@@ -73,7 +73,7 @@ class CacheAttention:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
-  """How a transformer is run; changes time and memory, no value.
+  """How a transformer is run; changes time and memory, and how sums round.
 
   Attributes:
     attention: over packed rows; `attention.blockwise`, or a kernel with its
@@ -88,8 +88,8 @@ class Execution:
       backward pass computes them again unless these are all of a row's.
     kernels: how samplers keep them, one of `KERNELS`: as `trained`, `turned`
       or in tiles, see `products`. The latter two are faster on CPUs where few
-      tokens meet large kernels, and round otherwise; `tiled` is fastest, in
-      float32 alone, and needs a compiler of C++.
+      tokens meet large kernels; `tiled` is for float32 alone, was the fastest
+      where it was measured (AVX2), and needs a compiler of C++.
 
   Raises:
     ValueError: if logit_columns is out of range, or kernels no such name.

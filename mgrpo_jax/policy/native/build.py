@@ -6,6 +6,7 @@ name that says of what it was made, and for what processor.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -17,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 
 import jax
@@ -29,6 +31,7 @@ _HEADERS = ("shares.h",)
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread")
 _COMPILERS = ("c++", "g++", "clang++")
 _TIMEOUT = 300  # seconds; it takes ten
+_ONE = threading.Lock()  # XLA takes a program once
 _ADVICE = (
     "install one (g++ or clang++), name it by the environment variable CXX, or"
     " choose kernels and decode_attention that need none: turned, blocks"
@@ -55,7 +58,6 @@ def compiler() -> list[str] | None:
   return [found] if found else None
 
 
-@functools.cache
 def library() -> ctypes.CDLL:
   """Compiles the programs where that was not done, and tells XLA of them.
 
@@ -66,6 +68,13 @@ def library() -> ctypes.CDLL:
     ValueError: there is no compiler, it failed, or what it made cannot be kept
       or is not safe to load; says why.
   """
+  with _ONE:
+    return _registered()
+
+
+@functools.cache
+def _registered() -> ctypes.CDLL:
+  """The library, when XLA was told of it."""
   found = _found()
   for target, handler in targets.HANDLERS.items():
     capsule = jax.ffi.pycapsule(getattr(found, handler))
@@ -120,7 +129,7 @@ def _made(place: pathlib.Path) -> ctypes.CDLL:
     made.chmod(0o600)
     with made.open("rb") as file:  # whole, whatever happens to the machine
       os.fsync(file.fileno())
-    if place.is_dir():
+    if place.is_dir() and not place.is_symlink():
       shutil.rmtree(place)
     made.replace(place)
   return found
@@ -148,28 +157,29 @@ def _check_owned(path: pathlib.Path) -> None:
 
 def _run(command: Sequence[str]) -> None:
   """Runs a compiler, and ends with it whatever it has started."""
-  try:
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-  except OSError as error:
-    raise ValueError(f"{command[0]} failed: {error}; {_ADVICE}") from error
-  with process:
+  with tempfile.TemporaryFile() as errors:
     try:
-      said = process.communicate(timeout=_TIMEOUT)[1].strip().splitlines()
+      process = subprocess.Popen(
+          command,
+          stdin=subprocess.DEVNULL,
+          stdout=subprocess.DEVNULL,
+          stderr=errors,
+          start_new_session=True,
+      )
+    except OSError as error:
+      raise ValueError(f"{command[0]} failed: {error}; {_ADVICE}") from error
+    try:
+      code = process.wait(_TIMEOUT)
     except subprocess.TimeoutExpired as error:
       why = f"it took more than {_TIMEOUT} s"
       raise ValueError(f"{command[0]} failed: {why}; {_ADVICE}") from error
     finally:
-      if process.poll() is None:
+      with contextlib.suppress(ProcessLookupError):  # all of it has ended
         os.killpg(process.pid, signal.SIGKILL)
-  if code := process.returncode:
+      process.wait()
+    errors.seek(0)
+    said = errors.read().decode(errors="replace").strip().splitlines()
+  if code:
     last = said[-1] if said else f"code {code}"
     what = next((line for line in said if "error" in line), last)
     raise ValueError(f"{command[0]} failed: {what}; {_ADVICE}")

@@ -237,7 +237,7 @@ struct Attention {
 
   template <int queries>
   void Attend(int64_t head, int64_t first) const {
-    const int64_t length = lengths[head / heads];
+    const int64_t length = std::max<int64_t>(0, lengths[head / heads]);
     const int64_t at = (head * group + first) * dim;
     Seen<queries> seen{query + at, out + at, dim, {}, {}};
     std::fill(seen.peak, seen.peak + queries, kMasked);
@@ -291,8 +291,12 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> query,
                       window};
   const auto wrong = ffi::Error::InvalidArgument(
       "queries, lengths, blocks and step do not belong together");
-  if (static_cast<int64_t>(lengths.dimensions()[0]) != streams) return wrong;
-  for (size_t i = 0; i + 1 < blocks.size(); i += 2) {
+  if (static_cast<int64_t>(lengths.dimensions()[0]) != streams ||
+      out->element_count() != query.element_count() ||
+      blocks.size() % 2 != 0) {
+    return wrong;
+  }
+  for (size_t i = 0; i < blocks.size(); i += 2) {
     auto keys = blocks.get<ffi::BufferR4<ffi::F32>>(i);
     auto values = blocks.get<ffi::BufferR4<ffi::F32>>(i + 1);
     if (!keys.has_value()) return keys.error();

@@ -41,7 +41,18 @@ def attend(
 
   Returns:
     Weighted means of the values, in the dtype of the query.
+
+  Raises:
+    ValueError: keys lie otherwise, or a block has another dtype.
   """
+  for block in (*cached, own):
+    if block.order != "dc" or {block.keys.dtype, block.values.dtype} != {
+        jnp.dtype(jnp.float32)
+    }:
+      raise ValueError(
+          "blocks must be float32, keys in the order dc, got"
+          f" {block.keys.dtype}, {block.values.dtype} and {block.order}"
+      )
   streams, _, *shape = query.shape
   call = jax.ffi.ffi_call(
       targets.ATTEND_STREAMS,
@@ -80,8 +91,8 @@ def check(
   del num_slots, num_rows, context, block
   if config.cache_dtype != "float32":
     raise ValueError(
-        "native attention is for a cache in float32, not"
-        f" {config.cache_dtype}"
+        "native attention is for a cache in float32 (dtype float32, or kernels"
+        f" that are not trained), not {config.cache_dtype}"
     )
   if devices > 1:
     raise ValueError(
