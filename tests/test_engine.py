@@ -256,7 +256,7 @@ def told(completion):
 
 
 @functools.cache
-def each_alone(decode_rows, config):
+def each_alone(decode_rows, config=CONFIG):
   async def run():
     single = []
     for number, sampling in enumerate(MIXED):
