@@ -4,9 +4,9 @@
 
 SOURCE is what `policy.load` takes, ENGINE the sizes of `Engine` as JSON, with
 `kernels` and `decode_attention` of its policy's execution, by the names that
-recipes have, and the `dtype` it computes in, STEP
-the settings of a GRPO step, see `step.Steps`. Compiled before it says that it
-is ready, and how long that took.
+recipes have, and the `dtype` it computes in, STEP the settings of a GRPO step,
+see `step.Steps`. Compiled before it says that it is ready, and how long that
+took.
 """
 
 from __future__ import annotations
