@@ -19,6 +19,19 @@ SHOW = (
 )
 
 
+STARTED = "child = subprocess.Popen(['sleep', '600'])"
+
+
+def assert_ended(number):
+  """A process has ended, or does so in a moment."""
+  child = pathlib.Path(f"/proc/{number}/stat")
+  for _ in range(100):
+    if not child.exists() or child.read_text().split()[2] == "Z":
+      return
+    time.sleep(0.05)
+  raise AssertionError("what the compiler had started lives on")
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
   """An empty one."""
@@ -125,11 +138,14 @@ def test_nothing_is_made_where_others_may_write(cache, copying, monkeypatch):
 def test_a_compiler_may_leave_others_at_work(cache, copying):
   """Such as a server that keeps what it made; they end with it."""
   file = cache.parent / "compile"
-  server = "subprocess.Popen(['sleep', '100'])"  # has its errors open
-  file.write_text(file.read_text() + server + "\n")
+  told = cache.parent / "told"
+  # It has the compiler's errors open.
+  server = f"{STARTED}\nopen({str(told)!r}, 'w').write(str(child.pid))\n"
+  file.write_text(file.read_text() + server)
   began = time.monotonic()
   build._found()
   assert time.monotonic() < began + 50
+  assert_ended(told.read_text())
 
 
 def test_a_program_of_other_sources_has_another_name(tmp_path, monkeypatch):
@@ -199,7 +215,7 @@ def test_a_compiler_that_hangs_is_ended_with_what_it_started(
 ):
   told = tmp_path / "told"
   text = (
-      "child = subprocess.Popen(['sleep', '600'])\n"
+      f"{STARTED}\n"
       f"open({str(told)!r}, 'w').write(str(child.pid))\n"
       "time.sleep(600)"
   )
@@ -207,12 +223,7 @@ def test_a_compiler_that_hangs_is_ended_with_what_it_started(
   monkeypatch.setattr(build, "_TIMEOUT", 3)
   with pytest.raises(ValueError, match="it took more than 3 s"):
     build._found()
-  child = pathlib.Path(f"/proc/{told.read_text()}/stat")
-  for _ in range(100):
-    if not child.exists() or child.read_text().split()[2] == "Z":
-      return
-    time.sleep(0.05)
-  raise AssertionError("what the compiler had started lives on")
+  assert_ended(told.read_text())
 
 
 @pytest.mark.parametrize(

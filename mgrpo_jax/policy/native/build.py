@@ -85,7 +85,8 @@ def _registered() -> ctypes.CDLL:
 def _found() -> ctypes.CDLL:
   """The library for this machine, from its place or made."""
   try:
-    return _kept(_place()) or _made(_place())
+    place = _place()
+    return _kept(place) or _made(place)
   except (OSError, RuntimeError) as error:  # the latter where there is no home
     raise ValueError(
         f"cannot keep what is compiled: {error}; XDG_CACHE_HOME names a place"
