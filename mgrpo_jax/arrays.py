@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import pathlib
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import tensorstore as ts
 
-from mgrpo_jax import atomic, attempts, chunks, readings, zarr
+from mgrpo_jax import atomic, attempts, chunks, disk, readings, zarr
 from mgrpo_jax.chunks import Grid, Parts, Pile
 from mgrpo_jax.keys import check_key
 
@@ -48,6 +49,7 @@ class Arrays:
       kvstore: ts.KvStore,
       wait: Wait,
       clear: Callable[[str, Iterable[str]], object],
+      root: pathlib.Path | None,
   ) -> None:
     """Begins with nothing open.
 
@@ -55,10 +57,12 @@ class Arrays:
       kvstore: where they lie.
       wait: for every operation.
       clear: removes what lies in some folders of a folder.
+      root: its folder, where it is one of the local disk.
     """
     self._kvstore = kvstore
     self._wait = wait
     self._clear = clear
+    self._root = root
 
   def write(
       self, folder: str, arrays: Mapping[str, np.ndarray | Parts]
@@ -121,7 +125,7 @@ class Arrays:
         starts[key] = functools.partial(zarr.write, target, piece)
         sizes[key] = piece.nbytes
         copies[key] = piece.nbytes if isinstance(piece, Pile) else 0
-    self._all("write", starts, sizes, copies=copies)
+    self._all("write", starts, sizes, self._hasten, copies)
 
   def read(
       self,
@@ -179,6 +183,11 @@ class Arrays:
       found[name] = Parts(grid=grid, pieces=mine)
       seen(name, found[name])
     return found
+
+  def _hasten(self, key: str, _: None) -> None:
+    """Has a chunk that is written go on to the disk, where there is one."""
+    if self._root is not None:
+      disk.hasten(str(self._root / key))
 
   def _create(self, folder: str, grids: Mapping[str, Grid]) -> dict[str, Any]:
     """Makes arrays, or opens them where they are made."""

@@ -1,12 +1,16 @@
-"""Files of a local disk, read straight to where their bytes are wanted.
+"""Files of a local disk: read straight to their place, on the disk soon.
 
 What nobody has read or written lately comes past the page cache: that takes
 files in pages of 4 KiB until it knows them, so that of many files of a few MB
 this disk gave half as much a second. What lies in the page cache, as what was
 published a moment ago does, is copied from there.
+
+What is written stays in the page cache for half a minute before a system begins
+to move it to the disk, which then is busy while whoever needs it there waits.
 """
 
 import concurrent.futures
+import contextlib
 import errno
 import fcntl
 import functools
@@ -23,7 +27,7 @@ _AT_ONCE = 8  # files; enough to keep a disk busy
 
 @functools.cache
 def threads() -> concurrent.futures.Executor:
-  """Returns this process's threads that read files."""
+  """Returns this process's threads that read files and have them written."""
   return concurrent.futures.ThreadPoolExecutor(
       _AT_ONCE, thread_name_prefix="disk"
   )
@@ -52,6 +56,29 @@ def read(path: str, into: np.ndarray, *, size: int) -> None:
       if not got:
         raise OSError(errno.EIO, "the file ended", path)
       done += got
+
+
+def hasten(path: str) -> None:
+  """Has a file that was just written begin its way to the disk.
+
+  Nobody waits for that, here or in `threads`. What has not arrived stays in
+  the page cache, so that readers find most of the file there.
+
+  Args:
+    path: of the file; one that is gone, or is no file, is left alone.
+  """
+  if hasattr(os, "posix_fadvise"):
+    threads().submit(_begin_to_write, path)
+
+
+def _begin_to_write(path: str) -> None:
+  """Asks for a file's memory back, which first has to be on the disk."""
+  with contextlib.suppress(OSError, ValueError):
+    descriptor = _open(path)
+    try:
+      os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+      os.close(descriptor)
 
 
 def _open(path: str) -> int:

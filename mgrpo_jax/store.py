@@ -78,7 +78,7 @@ class Store:
     if url.startswith("file://"):
       self._local = pathlib.Path(kvstore.path)
     self._removal = removal.Removal(bulk, self._local)
-    self.arrays = Arrays(bulk, self._wait, self._clear)
+    self.arrays = Arrays(bulk, self._wait, self._clear, self._local)
     self._asking = threading.Lock()
     self._can_swap: bool | None = whole is None or None  # None: not asked yet
 

@@ -1,9 +1,11 @@
-"""Files are read as they are, whichever way the bytes come."""
+"""Files are read as they are, whichever way the bytes come and go."""
 
+import concurrent.futures
 import errno
 import fcntl
 import os
 import stat
+import threading
 
 import numpy as np
 import pytest
@@ -153,3 +155,38 @@ def test_where_nobody_can_say_what_is_cached_files_are_read(make, monkeypatch):
   into = memory(data.size)
   disk.read(path, into, size=data.size)
   np.testing.assert_array_equal(into, data)
+
+
+def hastened(path):
+  """Waits until what was asked of a file is done: no thread is left at it."""
+  disk.hasten(str(path))
+  together = threading.Barrier(disk._AT_ONCE)
+  waits = [disk.threads().submit(together.wait) for _ in range(disk._AT_ONCE)]
+  concurrent.futures.wait(waits)
+
+
+def test_a_file_on_its_way_to_the_disk_is_as_it_was(make):
+  path, data = make(3 << 20, cached=True)
+  hastened(path)
+  into = memory(data.size)
+  disk.read(path, into, size=data.size)
+  np.testing.assert_array_equal(into, data)
+
+
+def test_only_files_are_hastened(tmp_path, monkeypatch):
+  """What came in a file's place, or went, holds nobody and fails nothing."""
+  os.mkfifo(tmp_path / "pipe")
+  (tmp_path / "file").write_bytes(b"1")
+  asked = []
+  monkeypatch.setattr(os, "posix_fadvise", lambda *given: asked.append(given))
+  before = os.listdir("/proc/self/fd")
+  for name in ("pipe", ".", "gone", "file"):
+    hastened(tmp_path / name)
+  assert [given[1:] for given in asked] == [(0, 0, os.POSIX_FADV_DONTNEED)]
+  assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_where_nobody_can_be_asked_nothing_is_hastened(tmp_path, monkeypatch):
+  monkeypatch.delattr(os, "posix_fadvise")
+  monkeypatch.delattr(os, "POSIX_FADV_DONTNEED")
+  hastened(tmp_path / "file")

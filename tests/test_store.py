@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mgrpo_jax import atomic, chunks, store
+from mgrpo_jax import atomic, chunks, disk, store
 from mgrpo_jax.keys import check_key, check_name
 from mgrpo_jax.testing import object_servers
 
@@ -161,6 +161,22 @@ def test_large_arrays_are_cut_into_chunks(tmp_path, monkeypatch):
   assert len(files) == 13  # ceil(1001 / (1000 // 12))
   assert max(p.stat().st_size for p in files) <= 1000
   np.testing.assert_array_equal(bucket.read_arrays("v", ["w"])["w"], array)
+
+
+def test_chunks_go_on_to_the_disk_as_they_are_written(bucket, monkeypatch):
+  """Whoever publishes does not wait for it; who needs them there, less."""
+  hastened = []
+  monkeypatch.setattr(disk, "hasten", hastened.append)
+  monkeypatch.setattr(chunks, "MAX_BYTES", 64)
+  arrays = {"a/b": np.arange(40), "c": np.float32(3)}
+  bucket.write_arrays("folder", arrays)
+  written = [f"folder/a/b/c/{n}" for n in range(5)] + ["folder/c/c"]
+  assert {*written} <= {*bucket.list()}
+  if bucket.url.startswith("file://"):
+    root = pathlib.Path(bucket.url.removeprefix("file://").replace("%20", " "))
+    assert sorted(hastened) == sorted(str(root / key) for key in written)
+  else:
+    assert not hastened
 
 
 def test_discarded_folders_vanish_with_their_directories(tmp_path):
