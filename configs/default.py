@@ -86,11 +86,12 @@ def _add_devices(config: ml_collections.ConfigDict) -> None:
   config.sampler_tensor = 1  # devices that the sampler's heads are split over
   config.execution = ml_collections.ConfigDict()
   config.execution.attention = "blockwise"  # or splash: a kernel, TPU only
-  # Of a sampled token to its cache: by blocks of it, or by what reads of each
+  # Of new tokens to their cache: by blocks of it, or by what reads of each
   # slot what it holds. native, CPU only: a float32 program, which a compiler
-  # of C++ builds at first use. paged, TPU only: a kernel, wants engine.context
-  # a multiple of 16, engine.block as large, engine.decode_rows = 0 and layers
-  # without a window. Both want sampler_tensor = 1.
+  # of C++ builds at first use. paged, TPU only: a kernel, for sampled tokens,
+  # wants engine.context a multiple of 16, engine.block as large,
+  # engine.decode_rows = 0 and layers without a window. Both want
+  # sampler_tensor = 1.
   config.execution.decode_attention = "blocks"
   # What of a layer is kept for the backward pass and not computed again: none
   # keeps all; dots its products, attention what was attended to, layer nothing.

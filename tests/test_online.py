@@ -1,5 +1,7 @@
 """Attention to a cache against NumPy, in both orders of its keys."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,25 +67,10 @@ def test_scores_are_softmax_over_what_is_seen(order):
   )
   for window in (0, 1, 5, 13):
 
-    @jax.jit
-    def attend(query, blocks, lengths, positions, window=window):
-      query = online.heads_first(query)
-      part = online.attend_cached(
-          query,
-          blocks,
-          lengths,
-          lambda array: array[picked],
-          positions=positions,
-          window=window,
-      )
-      first = online.seen_from(positions, window=window)
-      seen = (positions[:, :, None] >= positions[:, None]) & (
-          positions[:, None] >= first[:, :, None]
-      )
-      part = online.attend(part, query, of(order, *own), seen)
-      return online.attended(part, jnp.float32)
-
-    found = attend(query, blocks, lengths, positions)
+    attend = jax.jit(functools.partial(online.attend_streams, window=window))
+    found = attend(
+        query, blocks, of(order, *own), lengths, jnp.int32(0), slots=picked
+    )
     for row, time, head, one in np.ndindex(*found.shape[:-1]):
       cut = lengths[row]
       keys, values = (

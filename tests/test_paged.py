@@ -19,7 +19,7 @@ from mgrpo_jax.testing.sizes import tiny_config
 
 SIMULATED = dataclasses.replace(
     paged.ATTENTION,
-    attend=functools.partial(paged.attend_stream, interpret=True),
+    attend=functools.partial(paged.attend_streams, interpret=True),
 )
 SIZES = {
     "num_slots": 2,

@@ -37,7 +37,10 @@ def program(window):
 
 @dataclasses.dataclass(frozen=True)
 class Streams:
-  """S streams of Hkv heads, G queries each; C tokens in each of B blocks."""
+  """S streams of Hkv heads, G queries each; C tokens in each of B blocks.
+
+  `steps` tokens of each are beside the cache, `new` of which attend.
+  """
 
   slots: int
   heads: int
@@ -46,11 +49,13 @@ class Streams:
   size: int
   blocks: int
   steps: int
+  new: int = 1
 
   def drawn(self, seed=0):
     """Queries, and keys and values of all blocks, the last beside the cache."""
     rng = np.random.default_rng(seed)
-    query = rng.normal(size=(self.slots, 1, self.heads, self.group, self.dim))
+    shape = (self.slots, self.new, self.heads, self.group, self.dim)
+    query = rng.normal(size=shape)
     sides = [
         rng.normal(size=(2, self.slots, self.heads, size, self.dim))
         for size in [self.size] * self.blocks + [self.steps]
@@ -70,32 +75,32 @@ def block(side):
   return Block(np.swapaxes(keys, 2, 3), values, "dc")
 
 
-def attend(query, sides, lengths, step, *, window=0):
+def attend(query, sides, lengths, step, *, window=0, slots=None):
   *cached, own = map(block, sides)
-  return np.asarray(
-      program(window)(query, tuple(cached), own, lengths, np.int32(step))
-  )
+  arguments = (query, tuple(cached), own, lengths, np.int32(step))
+  return np.asarray(program(window)(*arguments, slots=slots))
 
 
-def expected(query, sides, lengths, step, *, window=0):
-  """The same in float64, stream by stream."""
+def expected(query, sides, lengths, step, *, window=0, slots=None):
+  """The same in float64, token by token."""
   found = np.empty(query.shape)
-  for slot, head in np.ndindex(query.shape[0], query.shape[2]):
+  for row, token, head in np.ndindex(query.shape[:3]):
+    slot = row if slots is None else slots[row]
     keys, values = (
         np.concatenate(
             [
                 np.concatenate([one[k, slot, head] for one in sides[:-1]])[
-                    : lengths[slot]
+                    : lengths[row]
                 ],
-                sides[-1][k, slot, head, : step + 1],
+                sides[-1][k, row, head, : step + token + 1],
             ]
         ).astype(np.float64)[-window:]
         for k in (0, 1)
     )
-    scores = query[slot, 0, head] @ keys.T
+    scores = query[row, token, head] @ keys.T
     weights = np.exp(scores - np.max(scores, axis=1, keepdims=True))
     weights /= np.sum(weights, axis=1, keepdims=True)
-    found[slot, 0, head] = weights @ values
+    found[row, token, head] = weights @ values
   return found
 
 
@@ -110,22 +115,57 @@ def expected(query, sides, lengths, step, *, window=0):
         Streams(4, 3, 4, 65, 100, 2, 9),  # blocks of more than a piece
         Streams(3, 1, 2, 33, 1, 4, 1),
         Streams(2, 1, 16, 1, 200, 1, 65),
+        Streams(3, 3, 3, 64, 64, 2, 33, new=33),  # prefill
+        Streams(4, 2, 5, 12, 7, 3, 11, new=4),
+        Streams(1, 1, 1, 8, 16, 1, 130, new=130),
     ],
     ids=str,
 )
 def test_means_are_those_of_softmax_over_what_is_seen(shape, window):
   query, *sides = shape.drawn()
   lengths = shape.lengths()
-  for step in {0, shape.steps // 2, shape.steps - 1}:
-    found = attend(query, sides, lengths, step, window=window)
+  picked = np.random.default_rng(2).permutation(shape.slots).astype(np.int32)
+  latest = shape.steps - shape.new
+  for step, slots in ((0, None), (latest // 2, picked), (latest, None)):
+    more = {"window": window, "slots": slots}
+    found = attend(query, sides, lengths, step, **more)
     assert found.shape == query.shape and found.dtype == np.float32
     np.testing.assert_allclose(
         found,
-        expected(query, sides, lengths, step, window=window),
+        expected(query, sides, lengths, step, **more),
         # Scores of some tens round in the sixth place, and exp keeps that.
         rtol=2e-5,
         atol=2e-5,
     )
+
+
+@pytest.mark.parametrize("window", [0, 9])
+def test_tokens_attend_together_as_they_do_one_by_one(window):
+  shape = Streams(4, 2, 3, 24, 16, 2, 20, new=18)
+  query, *sides = shape.drawn()
+  lengths, slots = shape.lengths(), np.array([3, 1, 0, 2], np.int32)
+  more = {"window": window, "slots": slots}
+  together = attend(query, sides, lengths, 2, **more)
+  for token in range(shape.new):
+    alone = query[:, token : token + 1]
+    found = attend(alone, sides, lengths, 2 + token, **more)
+    np.testing.assert_array_equal(found[:, 0], together[:, token])
+
+
+def test_rows_may_be_fewer_than_slots_and_none():
+  shape = Streams(5, 2, 3, 16, 8, 2, 6, new=6)
+  query, *sides = shape.drawn()
+  lengths, slots = shape.lengths(), np.array([4, 0, 2], np.int32)
+  all_of_them = attend(query, sides, lengths, 0)
+  own = sides[-1][:, slots]
+  some = attend(
+      query[slots], [*sides[:-1], own], lengths[slots], 0, slots=slots
+  )
+  np.testing.assert_array_equal(some, all_of_them[slots])
+  none = attend(
+      query[:0], [*sides[:-1], own[:, :0]], lengths[:0], 0, slots=slots[:0]
+  )
+  assert none.shape == query[:0].shape
 
 
 def test_two_tokens_by_hand():
@@ -213,6 +253,26 @@ def test_many_programs_at_once_all_come_to_their_end():
     )
     for found in done:
       np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    "slots",
+    [[0, 1], [0, 1, 3], [0, 1, -1], [0, 1, 2**31 - 1], [0, 1, -(2**31)]],
+)
+def test_slots_that_are_not_there_are_refused(slots):
+  shape = Streams(3, 2, 3, 16, 8, 2, 4, new=4)
+  query, *sides = shape.drawn()
+  slots = np.array(slots, np.int32)
+  with pytest.raises(Exception, match="do not belong together"):
+    attend(query, sides, shape.lengths(), 0, slots=slots)
+
+
+@pytest.mark.parametrize("step", [1, -1, 2**31 - 4])
+def test_more_tokens_than_there_are_are_refused(step):
+  shape = Streams(3, 2, 3, 16, 8, 2, 4, new=4)
+  query, *sides = shape.drawn()
+  with pytest.raises(Exception, match="do not belong together"):
+    attend(query, sides, shape.lengths(), step)
 
 
 @pytest.mark.parametrize(

@@ -55,10 +55,10 @@ class Experts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheAttention:
-  """How sampled tokens attend to their streams, in place of block by block.
+  """How new tokens attend to their streams, in place of block by block.
 
   Attributes:
-    attend: with the signature of `online.attend_stream`.
+    attend: with the signature of `online.attend_streams`.
     check: raises ValueError where an engine cannot use it, saying why; with the
       signature of `paged.check`.
     key_order: of a head's keys in the cache, see `cache.Block`.
@@ -78,8 +78,8 @@ class Execution:
   Attributes:
     attention: over packed rows; `attention.blockwise`, or a kernel with its
       signature.
-    decode_attention: of sampled tokens to their streams; None: block by block,
-      `online.attend_stream`, or a program of its own.
+    decode_attention: of new tokens to their streams; None: block by block,
+      `online.attend_streams`, or a program of its own.
     remat: which intermediate results of a layer the backward pass keeps, a
       policy of `jax.checkpoint_policies`; None keeps all of them.
     scan_layers: whether equal layers run as one loop, which compiles in the

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -93,7 +94,7 @@ def prefill(
   width = tokens.shape[1]
   offsets = jnp.arange(width, dtype=jnp.int32)
   positions = starts[:, None] + offsets[None]
-  causal = positions[:, :, None] >= positions[:, None]
+  attend = _attention(config)
   rotation = transformer.rotations(positions, config=config)
   x = transformer.embed(params, tokens, config=config)
   own = []
@@ -103,22 +104,17 @@ def prefill(
         transformer.project(layer, x, rotation[window > 0], config=config),
         config=config,
     )
-    query = online.heads_first(query)
     own.append(caching.arranged(key, value, config=config))
-    part = online.attend_cached(
+    mean = attend(
         query,
         cache.layers[index],
+        own[-1],
         starts,
-        lambda block: block.at[slots].get(mode="promise_in_bounds"),
-        positions=positions,
+        jnp.int32(0),
         window=window,
+        slots=slots,
     )
-    near = (
-        positions[:, None]
-        >= online.seen_from(positions, window=window)[:, :, None]
-    )
-    part = online.attend(part, query, own[-1], causal & near)
-    mean = paged.narrowed(online.attended(part, x.dtype), config=config)
+    mean = paged.narrowed(mean, config=config)
     x = transformer.finish(layer, x, mean, config=config)
   return caching.write(cache, tuple(own), slots, starts, lengths)
 
@@ -187,6 +183,12 @@ def decode(
       add_tile,
       (cache, _nothing(num_steps, num_slots)),
   )
+
+
+def _attention(config: TransformerConfig) -> Callable[..., Array]:
+  """How tokens attend to their streams, see `online.attend_streams`."""
+  kernel = config.execution.decode_attention
+  return online.attend_streams if kernel is None else kernel.attend
 
 
 def _written(
@@ -297,8 +299,7 @@ def _forward(
 ) -> tuple[_Visit, Float[Array, "R 1 E"]]:
   """Feeds each slot's newest token through the layers."""
   cached = _lengths(slots)
-  kernel = config.execution.decode_attention
-  attend = online.attend_stream if kernel is None else kernel.attend
+  attend = _attention(config)
   x = transformer.embed(params, visit.token[:, None], config=config)
   blocks = list(visit.own)
   for index, layer in enumerate(params.layers):

@@ -46,35 +46,44 @@ def heads_first(
   return jnp.transpose(query, (0, 2, 3, 1, 4))
 
 
-def attend_stream(
-    query: Float[Array, "S 1 Hkv G D"],
+def attend_streams(
+    query: Float[Array, "P T Hkv G D"],
     cached: Blocks,
     own: Block,
-    lengths: Int[Array, " S"],
+    lengths: Int[Array, " P"],
     step: Int[Array, ""],
     *,
     window: int,
-) -> Float[Array, "S 1 Hkv G D"]:
-  """Attends from each stream's newest token to the stream.
+    slots: Int[Array, " P"] | None = None,
+) -> Float[Array, "P T Hkv G D"]:
+  """Attends from each stream's newest T tokens to the stream.
 
   Args:
     query: scaled.
     cached: a layer's blocks.
     own: of the same layer, tokens that follow those in the cache.
-    lengths: [S] int32, tokens in each slot's cache; 0 where it sees none.
-    step: [] int32, the token of `own` that the query belongs to.
+    lengths: [P] int32, tokens in each row's cache; 0 where it sees none.
+    step: [] int32, the token of `own` that the first query belongs to.
     window: tokens that a query sees, itself included; 0 for all before it.
+    slots: [P] int32, each row's slot of the cache; None where row p has slot p.
 
   Returns:
     Weighted means of the values, in the dtype of the query.
   """
   queries = heads_first(query)
+  fed = step + jnp.arange(query.shape[1], dtype=jnp.int32)
+
+  def rows(block: Array) -> Array:
+    if slots is None:
+      return block
+    return block.at[slots].get(mode="promise_in_bounds")
+
   part = attend_cached(
       queries,
       cached,
       lengths,
-      lambda block: block,
-      positions=(lengths + step)[:, None],
+      rows,
+      positions=lengths[:, None] + fed[None],
       window=window,
   )
   part = attend_own(part, queries, own, step, window=window)
@@ -83,25 +92,26 @@ def attend_stream(
 
 def attend_own(
     part: Partial,
-    query: Float[Array, "S Hkv G 1 D"],
+    query: Float[Array, "P Hkv G T D"],
     own: Block,
     step: Int[Array, ""],
     *,
     window: int,
 ) -> Partial:
-  """Adds the tokens beside the cache to an attention; see `attend_stream`.
+  """Adds the tokens beside the cache to an attention; see `attend_streams`.
 
   Args:
     part: of the cache.
     query: scaled, see `heads_first`.
     own: tokens that follow those in the cache.
-    step: [] int32, the token of `own` that the query belongs to.
+    step: [] int32, the token of `own` that the first query belongs to.
     window: tokens that a query sees, itself included; 0 for all before it.
 
   Returns:
     An attention to all of the streams.
   """
-  at = jnp.broadcast_to(step, (len(query), 1))
+  fed = step + jnp.arange(query.shape[3], dtype=jnp.int32)
+  at = jnp.broadcast_to(fed, (len(query), len(fed)))
   columns = jnp.arange(own.size, dtype=jnp.int32)[None, None]
   first = seen_from(at, window=window)[:, :, None]
   seen = (columns <= at[:, :, None]) & (columns >= first)

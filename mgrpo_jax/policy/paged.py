@@ -93,20 +93,25 @@ def attend(
   )
 
 
-def attend_stream(
-    query: Float[Array, "S 1 Hkv G D"],
+def attend_streams(
+    query: Float[Array, "P T Hkv G D"],
     cached: Blocks,
     own: Block,
-    lengths: Int[Array, " S"],
+    lengths: Int[Array, " P"],
     step: Int[Array, ""],
     *,
     window: int,
+    slots: Int[Array, " P"] | None = None,
     interpret: bool = False,
-) -> Float[Array, "S 1 Hkv G D"]:
-  """Attends to each stream: the cache by the kernel, the rest without.
+) -> Float[Array, "P T Hkv G D"]:
+  """Attends to each stream: one token's cache by the kernel, the rest without.
 
-  See `online.attend_stream`, which it replaces, and `attend`.
+  See `online.attend_streams`, which it replaces, and `attend`.
   """
+  if query.shape[1] > 1 or slots is not None:  # prefill
+    return online.attend_streams(
+        query, cached, own, lengths, step, window=window, slots=slots
+    )
   queries = online.heads_first(query)
   part = attend(queries, cached, lengths, window=window, interpret=interpret)
   part = online.attend_own(part, queries, own, step, window=window)
@@ -280,5 +285,5 @@ def _kernel(
 
 
 ATTENTION = CacheAttention(
-    attend=attend_stream, check=check, key_order="cd", lanes=LANES
+    attend=attend_streams, check=check, key_order="cd", lanes=LANES
 )

@@ -1,10 +1,10 @@
-// Attention of each stream's newest token to the stream, see streams.py.
+// Attention of each stream's newest tokens to the stream, see streams.py.
 //
-// A head of a stream is a part of the work. Its tokens are met in order, a piece
-// of up to kPiece at a time, by an online softmax (arXiv 1805.02867); up to
-// kQueries of the queries that share keys meet them at once, so that most models'
-// keys and values are read once. How a stream's sums are associated depends on
-// nothing but where its tokens stand.
+// A head of one of them is a part of the work. What it sees is met in order, a
+// piece of up to kPiece tokens at a time, by an online softmax (arXiv
+// 1805.02867); up to kQueries of the queries that share keys meet them at once,
+// so that most models' keys and values are read once. How a token's sums are
+// associated depends on nothing but where the tokens stand that it sees.
 
 #include <algorithm>
 #include <cstdint>
@@ -208,16 +208,17 @@ void MeetPiece(Seen<queries>& seen, const Tokens& tokens, int64_t start,
 }
 
 struct Attention {
-  const float* query;      // [S, Hkv, G, D]
-  const int32_t* lengths;  // [S]
-  float* out;              // [S, Hkv, G, D]
-  std::vector<Tokens> blocks;  // of the first head of the first stream; then own
-  int64_t heads, group, dim, step, window;
+  const float* query;      // [P, T, Hkv, G, D]
+  const int32_t* lengths;  // [P]
+  const int32_t* slots;    // [P]
+  float* out;              // [P, T, Hkv, G, D]
+  std::vector<Tokens> blocks;  // of the first head of the first slot; then own
+  int64_t count, heads, group, dim, step, window;  // count is T
 
-  // Attends for all queries that share a head of a stream.
-  void operator()(int64_t head) const {
+  // Attends for all queries that share a head of a token: part [P, Hkv, T].
+  void operator()(int64_t part) const {
     for (int64_t first = 0; first < group; first += kQueries) {
-      AttendUpTo<kQueries>(std::min<int64_t>(kQueries, group - first), head,
+      AttendUpTo<kQueries>(std::min<int64_t>(kQueries, group - first), part,
                            first);
     }
   }
@@ -225,33 +226,37 @@ struct Attention {
  private:
   // Finds the function for a number of queries, 1 to `queries`.
   template <int queries>
-  void AttendUpTo(int64_t number, int64_t head, int64_t first) const {
+  void AttendUpTo(int64_t number, int64_t part, int64_t first) const {
     if constexpr (queries > 0) {
       if (number == queries) {
-        Attend<queries>(head, first);
+        Attend<queries>(part, first);
       } else {
-        AttendUpTo<queries - 1>(number, head, first);
+        AttendUpTo<queries - 1>(number, part, first);
       }
     }
   }
 
   template <int queries>
-  void Attend(int64_t head, int64_t first) const {
-    const int64_t length = std::max<int64_t>(0, lengths[head / heads]);
-    const int64_t at = (head * group + first) * dim;
+  void Attend(int64_t part, int64_t first) const {
+    const int64_t row = part / (heads * count);
+    const int64_t head = part / count % heads, token = part % count;
+    const int64_t length = std::max<int64_t>(0, lengths[row]);
+    const int64_t at =
+        (((row * count + token) * heads + head) * group + first) * dim;
     Seen<queries> seen{query + at, out + at, dim, {}, {}};
     std::fill(seen.peak, seen.peak + queries, kMasked);
     std::fill(seen.values, seen.values + queries * dim, 0.0f);
-    const int64_t from = window ? length + step + 1 - window : 0;
+    const int64_t fed = step + token + 1;  // of its own, with itself
+    const int64_t from = window ? length + fed - window : 0;
     int64_t begin = 0;  // of the block, in the stream
     for (size_t i = 0; i < blocks.size(); ++i) {
       const bool own = i + 1 == blocks.size();
       if (own) begin = length;
       Tokens tokens = blocks[i];
-      const int64_t last =
-          own ? step + 1 : std::min(tokens.size, length - begin);
-      tokens.keys += head * dim * tokens.size;
-      tokens.values += head * dim * tokens.size;
+      const int64_t last = own ? fed : std::min(tokens.size, length - begin);
+      const int64_t of = (own ? row : slots[row]) * heads + head;
+      tokens.keys += of * dim * tokens.size;
+      tokens.values += of * dim * tokens.size;
       Meet(seen, tokens, std::max<int64_t>(0, from - begin), last);
       begin += tokens.size;
     }
@@ -274,47 +279,61 @@ struct Attention {
   }
 };
 
-ffi::Error Attend(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> query,
-                  ffi::BufferR1<ffi::S32> lengths, ffi::BufferR0<ffi::S32> step,
-                  ffi::RemainingArgs blocks, ffi::ResultBufferR4<ffi::F32> out,
+using Queries = ffi::Buffer<ffi::F32, 5>;
+
+ffi::Error Attend(ffi::ThreadPool pool, Queries query,
+                  ffi::BufferR1<ffi::S32> lengths,
+                  ffi::BufferR1<ffi::S32> slots, ffi::BufferR0<ffi::S32> step,
+                  ffi::RemainingArgs blocks, ffi::Result<Queries> out,
                   int64_t window) {
   const auto shape = query.dimensions();
-  const int64_t streams = shape[0], heads = shape[1], dim = shape[3];
+  const int64_t rows = shape[0], heads = shape[2], dim = shape[4];
   Attention attention{query.typed_data(),
                       lengths.typed_data(),
+                      slots.typed_data(),
                       out->typed_data(),
                       {},
+                      shape[1],
                       heads,
-                      shape[2],
+                      shape[3],
                       dim,
                       step.typed_data()[0],
                       window};
   const auto wrong = ffi::Error::InvalidArgument(
-      "queries, lengths, blocks and step do not belong together");
-  if (static_cast<int64_t>(lengths.dimensions()[0]) != streams ||
+      "queries, lengths, slots, blocks and step do not belong together");
+  if (static_cast<int64_t>(lengths.dimensions()[0]) != rows ||
+      static_cast<int64_t>(slots.dimensions()[0]) != rows ||
       out->element_count() != query.element_count() ||
       blocks.size() % 2 != 0) {
     return wrong;
   }
   for (size_t i = 0; i < blocks.size(); i += 2) {
+    const bool own = i + 2 == blocks.size();
     auto keys = blocks.get<ffi::BufferR4<ffi::F32>>(i);
     auto values = blocks.get<ffi::BufferR4<ffi::F32>>(i + 1);
     if (!keys.has_value()) return keys.error();
     if (!values.has_value()) return values.error();
     const auto turned = keys->dimensions(), straight = values->dimensions();
-    const int64_t size = straight[2];
+    const int64_t streams = straight[0], size = straight[2];
     if (turned[0] != streams || turned[1] != heads || turned[2] != dim ||
-        turned[3] != size || straight[0] != streams || straight[1] != heads ||
-        straight[3] != dim) {
+        turned[3] != size || straight[1] != heads || straight[3] != dim ||
+        (own && streams != rows)) {
       return wrong;
+    }
+    for (int64_t row = 0; !own && row < rows; ++row) {
+      if (attention.slots[row] < 0 || attention.slots[row] >= streams) {
+        return wrong;
+      }
     }
     attention.blocks.push_back({keys->typed_data(), values->typed_data(), size});
   }
   if (attention.blocks.empty() || attention.step < 0 ||
-      attention.step >= attention.blocks.back().size || window < 0) {
+      attention.step + attention.count > attention.blocks.back().size ||
+      window < 0) {
     return wrong;
   }
-  mgrpo::Share(pool, streams * heads, std::move(attention));
+  const int64_t parts = rows * heads * attention.count;
+  if (parts > 0) mgrpo::Share(pool, parts, std::move(attention));
   return ffi::Error::Success();
 }
 
@@ -323,9 +342,10 @@ ffi::Error Attend(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> query,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(MgrpoAttendStreams, Attend,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::BufferR4<ffi::F32>>()
+                                  .Arg<Queries>()
+                                  .Arg<ffi::BufferR1<ffi::S32>>()
                                   .Arg<ffi::BufferR1<ffi::S32>>()
                                   .Arg<ffi::BufferR0<ffi::S32>>()
                                   .RemainingArgs()
-                                  .Ret<ffi::BufferR4<ffi::F32>>()
+                                  .Ret<Queries>()
                                   .Attr<int64_t>("window"));

@@ -1,8 +1,8 @@
-"""Attention of sampled tokens to their streams, on a CPU's cores.
+"""Attention of tokens to their streams, on a CPU's cores.
 
 XLA computes it as many small products, which cost more by their number than by
 what they read, and reads whole blocks of cache. `streams.cc` shares the heads
-of all streams among the cores, and reads of each what it has (measured, see
+of all tokens among the cores, and reads for each what it sees (measured, see
 experiments/README.md).
 """
 
@@ -19,25 +19,28 @@ from mgrpo_jax.policy.native import build, targets
 
 
 def attend(
-    query: Float[Array, "S 1 Hkv G D"],
+    query: Float[Array, "P T Hkv G D"],
     cached: Blocks,
     own: Block,
-    lengths: Int[Array, " S"],
+    lengths: Int[Array, " P"],
     step: Int[Array, ""],
     *,
     window: int,
-) -> Float[Array, "S 1 Hkv G D"]:
-  """Attends to each stream; see `online.attend_stream`, which it replaces.
+    slots: Int[Array, " P"] | None = None,
+) -> Float[Array, "P T Hkv G D"]:
+  """Attends to each stream; see `online.attend_streams`, which it replaces.
 
-  A stream's numbers are the same bits whatever other streams have.
+  A token's numbers are the same bits whatever other streams have, and whatever
+  other tokens attend with it.
 
   Args:
     query: scaled, of any dtype.
     cached: a layer's blocks, float32, keys in the order dc.
     own: likewise, tokens that follow those in the cache.
-    lengths: [S] int32, tokens in each slot's cache; 0 where it sees none.
-    step: [] int32, the token of `own` that the query belongs to.
+    lengths: [P] int32, tokens in each row's cache; 0 where it sees none.
+    step: [] int32, the token of `own` that the first query belongs to.
     window: tokens that a query sees, itself included; 0 for all before it.
+    slots: [P] int32, each row's slot of the cache; None where row p has slot p.
 
   Returns:
     Weighted means of the values, in the dtype of the query.
@@ -53,17 +56,18 @@ def attend(
           "blocks must be float32, keys in the order dc, got"
           f" {block.keys.dtype}, {block.values.dtype} and {block.order}"
       )
-  streams, _, *shape = query.shape
+  if slots is None:
+    slots = jnp.arange(len(query), dtype=jnp.int32)
   call = jax.ffi.ffi_call(
       targets.ATTEND_STREAMS,
-      jax.ShapeDtypeStruct((streams, *shape), jnp.float32),
+      jax.ShapeDtypeStruct(query.shape, jnp.float32),
   )
   blocks = [
       side for block in (*cached, own) for side in (block.keys, block.values)
   ]
-  wide = query[:, 0].astype(jnp.float32)
-  mean = call(wide, lengths, step, *blocks, window=np.int64(window))
-  return mean[:, None].astype(query.dtype)
+  wide = query.astype(jnp.float32)
+  mean = call(wide, lengths, slots, step, *blocks, window=np.int64(window))
+  return mean.astype(query.dtype)
 
 
 def check(
