@@ -52,7 +52,7 @@ REQUESTS = {
     "requests_34_256": (34, 256),
     "requests_300_48": (300, 48),
 }
-BUCKETS = {"requests_300_48": [64, 256], "traffic": [32, 64, 96, 128, 256]}
+BUCKETS = {"requests_300_48": [43, 256], "traffic": [32, 64, 96, 128, 256]}
 CASES = (*REQUESTS, "traffic", "step")
 GROUP = 8  # rollouts of a task
 STEP = {"completions": 8, "new": 64, "learning_rate": 1e-6, "rows": 2}
