@@ -68,7 +68,8 @@ def hasten(path: str) -> None:
     path: of the file; one that is gone, or is no file, is left alone.
   """
   if hasattr(os, "posix_fadvise"):
-    threads().submit(_begin_to_write, path)
+    with contextlib.suppress(RuntimeError):  # Python ends, and takes no more
+      threads().submit(_begin_to_write, path)
 
 
 def _begin_to_write(path: str) -> None:

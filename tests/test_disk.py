@@ -1,10 +1,11 @@
 """Files are read as they are, whichever way the bytes come and go."""
 
-import concurrent.futures
 import errno
 import fcntl
 import os
 import stat
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -160,33 +161,63 @@ def test_where_nobody_can_say_what_is_cached_files_are_read(make, monkeypatch):
 def hastened(path):
   """Waits until what was asked of a file is done: no thread is left at it."""
   disk.hasten(str(path))
-  together = threading.Barrier(disk._AT_ONCE)
-  waits = [disk.threads().submit(together.wait) for _ in range(disk._AT_ONCE)]
-  concurrent.futures.wait(waits)
+  together = threading.Barrier(disk._AT_ONCE, timeout=60)
+  for wait in [
+      disk.threads().submit(together.wait) for _ in range(disk._AT_ONCE)
+  ]:
+    wait.result()
 
 
-def test_a_file_on_its_way_to_the_disk_is_as_it_was(make):
+def test_a_file_on_its_way_to_the_disk_is_as_it_was(make, monkeypatch):
   path, data = make(3 << 20, cached=True)
-  hastened(path)
+  asked, really = [], os.posix_fadvise
+
+  def advise(*given):
+    asked.append(given[1:])
+    really(*given)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "posix_fadvise", advise)
+    hastened(path)
+  assert asked == [(0, 0, os.POSIX_FADV_DONTNEED)]
   into = memory(data.size)
   disk.read(path, into, size=data.size)
   np.testing.assert_array_equal(into, data)
 
 
-def test_only_files_are_hastened(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["pipe", ".", "gone"])
+def test_only_files_are_hastened(tmp_path, monkeypatch, name):
   """What came in a file's place, or went, holds nobody and fails nothing."""
   os.mkfifo(tmp_path / "pipe")
-  (tmp_path / "file").write_bytes(b"1")
-  asked = []
-  monkeypatch.setattr(os, "posix_fadvise", lambda *given: asked.append(given))
-  before = os.listdir("/proc/self/fd")
-  for name in ("pipe", ".", "gone", "file"):
-    hastened(tmp_path / name)
-  assert [given[1:] for given in asked] == [(0, 0, os.POSIX_FADV_DONTNEED)]
-  assert len(os.listdir("/proc/self/fd")) == len(before)
+  monkeypatch.setattr(os, "posix_fadvise", lambda *_: pytest.fail("asked"))
+  disk._begin_to_write(str(tmp_path / name))
 
 
-def test_where_nobody_can_be_asked_nothing_is_hastened(tmp_path, monkeypatch):
+def test_no_file_stays_open(make, tmp_path):
+  path, _ = make(10, cached=True)
+  disk._begin_to_write(path)
+  held = {os.path.realpath(one.path) for one in os.scandir("/proc/self/fd")}
+  assert path not in held
+
+
+def test_where_nobody_can_be_asked_no_thread_is(monkeypatch):
   monkeypatch.delattr(os, "posix_fadvise")
-  monkeypatch.delattr(os, "POSIX_FADV_DONTNEED")
-  hastened(tmp_path / "file")
+  monkeypatch.setattr(disk, "threads", lambda: pytest.fail("a thread"))
+  disk.hasten("file")
+
+
+def test_what_is_written_as_python_ends_is_written(tmp_path):
+  """Threads, that read files or have them written, take no more by then."""
+  code = """
+import sys, threading, time
+import numpy as np
+from mgrpo_jax import store
+def write():
+  threading.main_thread().join()
+  store.open_folder(sys.argv[1]).write_arrays("v", {"w": np.ones(9)})
+  print("written")
+threading.Thread(target=write).start()
+"""
+  command = [sys.executable, "-c", code, str(tmp_path)]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+  assert (done.stdout, done.returncode) == ("written\n", 0), done.stderr

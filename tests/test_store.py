@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pathlib
+import urllib.parse
 import uuid
 from collections.abc import Iterator
 
@@ -173,7 +174,8 @@ def test_chunks_go_on_to_the_disk_as_they_are_written(bucket, monkeypatch):
   written = [f"folder/a/b/c/{n}" for n in range(5)] + ["folder/c/c"]
   assert {*written} <= {*bucket.list()}
   if bucket.url.startswith("file://"):
-    root = pathlib.Path(bucket.url.removeprefix("file://").replace("%20", " "))
+    path = urllib.parse.unquote(bucket.url.removeprefix("file://"))
+    root = pathlib.Path(path)
     assert sorted(hastened) == sorted(str(root / key) for key in written)
   else:
     assert not hastened
