@@ -12,9 +12,11 @@ import tiny_llama
 from compiled import needs_compiler
 
 from mgrpo_jax import sharding
+from mgrpo_jax.policy import cache as caching
+from mgrpo_jax.policy import decode, params
 from mgrpo_jax.policy.cache import Block
 from mgrpo_jax.policy.config import Execution
-from mgrpo_jax.policy.native import build, streams
+from mgrpo_jax.policy.native import build, streams, targets
 from mgrpo_jax.sampler.engine import Engine
 
 pytestmark = needs_compiler
@@ -257,7 +259,14 @@ def test_many_programs_at_once_all_come_to_their_end():
 
 @pytest.mark.parametrize(
     "slots",
-    [[0, 1], [0, 1, 3], [0, 1, -1], [0, 1, 2**31 - 1], [0, 1, -(2**31)]],
+    [
+        [0, 1],
+        [0, 1, 2, 0],
+        [0, 1, 3],
+        [0, 1, -1],
+        [0, 1, 2**31 - 1],
+        [0, 1, -(2**31)],
+    ],
 )
 def test_slots_that_are_not_there_are_refused(slots):
   shape = Streams(3, 2, 3, 16, 8, 2, 4, new=4)
@@ -332,6 +341,27 @@ def test_a_program_once_compiled_serves_any_lengths():
 def config(**changes):
   return tiny_llama.config(
       **{"execution": Execution(decode_attention=streams.ATTENTION)} | changes
+  )
+
+
+def test_prompts_attend_by_it():
+  small = config()
+  shapes = jax.eval_shape(
+      functools.partial(params.init, config=small), jax.random.key(0)
+  )
+  cache = jax.eval_shape(
+      functools.partial(
+          caching.init, small, num_slots=3, length=16, block=8, num_rows=3
+      )
+  )
+  whole = functools.partial(decode.prefill, config=small)
+  rows = jax.ShapeDtypeStruct((2,), jnp.int32)
+  tokens = jax.ShapeDtypeStruct((2, 5), jnp.int32)
+  made = jax.jit(whole).lower(shapes, cache, tokens, rows, rows, rows)
+  # The last layer's keys are cached; nobody looks at what it attended to.
+  assert made.as_text().count(f"@{targets.ATTEND_STREAMS}") in (
+      small.num_layers,
+      small.num_layers - 1,
   )
 
 

@@ -1,10 +1,11 @@
 // Attention of each stream's newest tokens to the stream, see streams.py.
 //
-// A head of one of them is a part of the work. What it sees is met in order, a
-// piece of up to kPiece tokens at a time, by an online softmax (arXiv
-// 1805.02867); up to kQueries of the queries that share keys meet them at once,
-// so that most models' keys and values are read once. How a token's sums are
-// associated depends on nothing but where the tokens stand that it sees.
+// A head of up to kNeighbours of a stream's tokens is a part of the work. What
+// they see is met in order, a piece of up to kPiece tokens at a time, by an
+// online softmax (arXiv 1805.02867): a piece by one of them after the other,
+// while it is near, by up to kQueries of the queries that share keys at once.
+// How a token's sums are associated depends on nothing but where the tokens
+// stand that it sees.
 
 #include <algorithm>
 #include <cstdint>
@@ -22,6 +23,7 @@ namespace ffi = xla::ffi;
 constexpr int kLanes = 8;    // one register of AVX, two of Neon
 constexpr int kPiece = 64;   // tokens
 constexpr int kQueries = 4;
+constexpr int kNeighbours = 8;
 constexpr int kVectors = 4;  // of each query, for up to 3; with 4, 2
 constexpr float kMasked = -1e30f;  // online.MASKED: no real score comes near
 
@@ -215,66 +217,81 @@ struct Attention {
   std::vector<Tokens> blocks;  // of the first head of the first slot; then own
   int64_t count, heads, group, dim, step, window;  // count is T
 
-  // Attends for all queries that share a head of a token: part [P, Hkv, T].
+  // Parts of a head of a row.
+  int64_t Parts() const { return (count + kNeighbours - 1) / kNeighbours; }
+
+  // Attends for all queries that share a head of some tokens.
   void operator()(int64_t part) const {
+    const int64_t head = part / Parts(), token = part % Parts() * kNeighbours;
     for (int64_t first = 0; first < group; first += kQueries) {
-      AttendUpTo<kQueries>(std::min<int64_t>(kQueries, group - first), part,
-                           first);
+      AttendUpTo<kQueries>(std::min<int64_t>(kQueries, group - first), head,
+                           token, first);
     }
   }
 
  private:
   // Finds the function for a number of queries, 1 to `queries`.
-  template <int queries>
-  void AttendUpTo(int64_t number, int64_t part, int64_t first) const {
+  template <int queries, typename... Arguments>
+  void AttendUpTo(int64_t number, Arguments... arguments) const {
     if constexpr (queries > 0) {
       if (number == queries) {
-        Attend<queries>(part, first);
+        Attend<queries>(arguments...);
       } else {
-        AttendUpTo<queries - 1>(number, part, first);
+        AttendUpTo<queries - 1>(number, arguments...);
       }
     }
   }
 
+  // Attends from up to kNeighbours tokens, for head [P, Hkv].
   template <int queries>
-  void Attend(int64_t part, int64_t first) const {
-    const int64_t row = part / (heads * count);
-    const int64_t head = part / count % heads, token = part % count;
+  void Attend(int64_t head, int64_t token, int64_t first) const {
+    const int64_t row = head / heads, number = head % heads;
     const int64_t length = std::max<int64_t>(0, lengths[row]);
-    const int64_t at =
-        (((row * count + token) * heads + head) * group + first) * dim;
-    Seen<queries> seen{query + at, out + at, dim, {}, {}};
-    std::fill(seen.peak, seen.peak + queries, kMasked);
-    std::fill(seen.values, seen.values + queries * dim, 0.0f);
-    const int64_t fed = step + token + 1;  // of its own, with itself
+    const int64_t near = std::min<int64_t>(kNeighbours, count - token);
+    Seen<queries> seen[kNeighbours];
+    for (int64_t n = 0; n < near; ++n) {
+      const int64_t at =
+          (((row * count + token + n) * heads + number) * group + first) * dim;
+      seen[n] = {query + at, out + at, dim, {}, {}};
+      std::fill(seen[n].peak, seen[n].peak + queries, kMasked);
+      std::fill(seen[n].values, seen[n].values + queries * dim, 0.0f);
+    }
+    const int64_t fed = step + token + 1;  // of the first's own, with itself
     const int64_t from = window ? length + fed - window : 0;
     int64_t begin = 0;  // of the block, in the stream
     for (size_t i = 0; i < blocks.size(); ++i) {
       const bool own = i + 1 == blocks.size();
       if (own) begin = length;
       Tokens tokens = blocks[i];
-      const int64_t last = own ? fed : std::min(tokens.size, length - begin);
-      const int64_t of = (own ? row : slots[row]) * heads + head;
+      const int64_t of = (own ? row : slots[row]) * heads + number;
       tokens.keys += of * dim * tokens.size;
       tokens.values += of * dim * tokens.size;
-      Meet(seen, tokens, std::max<int64_t>(0, from - begin), last);
+      const int64_t last = own ? fed : std::min(tokens.size, length - begin);
+      Meet(seen, near, tokens, from - begin, last, window != 0, own);
       begin += tokens.size;
     }
-    for (int q = 0; q < queries; ++q) {
-      for (int64_t d = 0; d < dim; ++d) {
-        seen.values[q * dim + d] /= seen.total[q];
+    for (int64_t n = 0; n < near; ++n) {
+      for (int64_t d = 0; d < queries * dim; ++d) {
+        seen[n].values[d] /= seen[n].total[d / dim];
       }
     }
   }
 
-  // Meets tokens first to last of a block.
+  // Meets tokens first to last of a block; each neighbour's begin later by one
+  // where there is a window, and end later where they are its own.
   template <int queries>
-  static void Meet(Seen<queries>& seen, const Tokens& tokens, int64_t first,
-                   int64_t last) {
-    for (int64_t start = first / kPiece * kPiece; start < last;
-         start += kPiece) {
-      MeetPiece(seen, tokens, start, std::max<int64_t>(0, first - start),
-                std::min<int64_t>(kPiece, last - start));
+  static void Meet(Seen<queries>* seen, int64_t near, const Tokens& tokens,
+                   int64_t first, int64_t last, bool begins, bool ends) {
+    const int64_t end = last + (ends ? near - 1 : 0);
+    for (int64_t start = std::max<int64_t>(0, first) / kPiece * kPiece;
+         start < end; start += kPiece) {
+      for (int64_t n = 0; n < near; ++n) {
+        const int64_t low =
+            std::max<int64_t>(0, first + (begins ? n : 0) - start);
+        const int64_t high =
+            std::min<int64_t>(kPiece, last + (ends ? n : 0) - start);
+        if (low < high) MeetPiece(seen[n], tokens, start, low, high);
+      }
     }
   }
 };
@@ -332,7 +349,7 @@ ffi::Error Attend(ffi::ThreadPool pool, Queries query,
       window < 0) {
     return wrong;
   }
-  const int64_t parts = rows * heads * attention.count;
+  const int64_t parts = rows * heads * attention.Parts();
   if (parts > 0) mgrpo::Share(pool, parts, std::move(attention));
   return ffi::Error::Success();
 }
