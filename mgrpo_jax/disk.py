@@ -26,10 +26,14 @@ _AT_ONCE = 8  # files; enough to keep a disk busy
 
 
 @functools.cache
-def threads() -> concurrent.futures.Executor:
-  """Returns this process's threads that read files and have them written."""
+def threads(purpose: str) -> concurrent.futures.Executor:
+  """Returns this process's threads that do one thing with files.
+
+  Args:
+    purpose: part of their names; none waits for another one's.
+  """
   return concurrent.futures.ThreadPoolExecutor(
-      _AT_ONCE, thread_name_prefix="disk"
+      _AT_ONCE, thread_name_prefix=f"disk_{purpose}"
   )
 
 
@@ -61,15 +65,15 @@ def read(path: str, into: np.ndarray, *, size: int) -> None:
 def hasten(path: str) -> None:
   """Has a file that was just written begin its way to the disk.
 
-  Nobody waits for that, here or in `threads`. What has not arrived stays in
-  the page cache, so that readers find most of the file there.
+  Nobody waits for that. What has not arrived stays in the page cache, so that
+  readers find most of the file there.
 
   Args:
     path: of the file; one that is gone, or is no file, is left alone.
   """
   if hasattr(os, "posix_fadvise"):
     with contextlib.suppress(RuntimeError):  # Python ends, and takes no more
-      threads().submit(_begin_to_write, path)
+      threads("hasten").submit(_begin_to_write, path)
 
 
 def _begin_to_write(path: str) -> None:

@@ -53,7 +53,7 @@ class Reading:
     self._into = part.view(source.dtype.numpy_dtype).reshape(source.shape)
     files = _files(source, self._into)
     self._left: list[Any] = [
-        disk.threads().submit(_read_file, file) for file in files or ()
+        disk.threads("read").submit(_read_file, file) for file in files or ()
     ]
     if files is None:
       self._left = [_copy(source, self._into)]

@@ -163,7 +163,7 @@ def hastened(path):
   disk.hasten(str(path))
   together = threading.Barrier(disk._AT_ONCE, timeout=60)
   for wait in [
-      disk.threads().submit(together.wait) for _ in range(disk._AT_ONCE)
+      disk.threads("hasten").submit(together.wait) for _ in range(disk._AT_ONCE)
   ]:
     wait.result()
 
@@ -202,7 +202,7 @@ def test_no_file_stays_open(make, tmp_path):
 
 def test_where_nobody_can_be_asked_no_thread_is(monkeypatch):
   monkeypatch.delattr(os, "posix_fadvise")
-  monkeypatch.setattr(disk, "threads", lambda: pytest.fail("a thread"))
+  monkeypatch.setattr(disk, "threads", lambda _: pytest.fail("a thread"))
   disk.hasten("file")
 
 
