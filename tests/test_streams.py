@@ -304,6 +304,45 @@ def test_what_does_not_belong_together_is_refused(spoil):
     attend(*arguments)
 
 
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        np.s_[:-1],
+        np.s_[:, :-1],
+        np.s_[:, :, :-1],
+        np.s_[:, :, :, :-1],
+    ],
+    ids=["slots", "heads", "size", "dim"],
+)
+def test_values_that_are_not_those_of_the_keys_are_refused(at, cut):
+  shape = Streams(3, 2, 3, 16, 8, 2, 4)
+  query, *sides = shape.drawn()
+  blocks = [block(side) for side in sides]
+  blocks[at] = dataclasses.replace(blocks[at], values=blocks[at].values[cut])
+  with pytest.raises(Exception, match="do not belong together"):
+    program(0)(query, blocks[:-1], blocks[-1], shape.lengths(), np.int32(3))
+
+
+def test_every_block_has_a_place_for_every_slot():
+  shape = Streams(3, 2, 3, 16, 8, 2, 4)
+  query, *sides = shape.drawn()
+  sides[1] = sides[1][:, :2]
+  with pytest.raises(Exception, match="do not belong together"):
+    attend(query, sides, shape.lengths(), 3)
+
+
+def test_the_exponential_is_as_exact_as_its_polynomial():
+  """Weights of scores 0 and x: e^x / (1 + e^x)."""
+  low = -np.linspace(0, 86, 20001).astype(np.float32)
+  keys, values = np.zeros((2, len(low), 1, 2, 1), np.float32)
+  keys[:, 0, 1, 0], values[:, 0, 1, 0] = low, 1
+  query, none = np.ones((len(low), 1, 1, 1, 1), np.float32), np.zeros(len(low))
+  found = attend(query, [[keys, values]], none.astype(np.int32), 1).ravel()
+  exact = np.exp(low.astype(np.float64))
+  np.testing.assert_allclose(found, exact / (1 + exact), rtol=2.3e-7)
+
+
 def test_windows_and_blocks_of_another_kind_are_refused():
   shape = Streams(3, 2, 3, 8, 8, 2, 8)
   query, *sides = shape.drawn()

@@ -4,8 +4,8 @@
 // they see is met in order, a piece of up to kPiece tokens at a time, by an
 // online softmax (arXiv 1805.02867): a piece by one of them after the other,
 // while it is near, by up to kQueries of the queries that share keys at once.
-// How a token's sums are associated depends on nothing but where the tokens
-// stand that it sees.
+// How a token's sums are associated depends on how many queries share keys and
+// on where the tokens stand that it sees, on nothing else.
 
 #include <algorithm>
 #include <cstdint>
