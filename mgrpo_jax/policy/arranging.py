@@ -72,7 +72,9 @@ def arrange(params: Params, *, config: TransformerConfig) -> Params:
   elif kept is _turn:
     head = Turned(matrix=params.embedding, outputs=((config.vocab_size,),))
   else:
-    head = kept([params.embedding.T], ((config.vocab_size,),))
+    head = _arrange_matrices(
+        (params.embedding.T,), ((config.vocab_size,),), kept
+    )
   return dataclasses.replace(
       params,
       embedding=jnp.asarray(params.embedding, jnp.float32),
@@ -81,8 +83,9 @@ def arrange(params: Params, *, config: TransformerConfig) -> Params:
   )
 
 
+@functools.cache
 def _keep(kernels: str) -> _Keep:
-  """Finds the function that keeps kernels so."""
+  """Finds the function that keeps kernels so, the same one each time."""
   if kernels == "turned":
     return _turn
   if kernels == "tiled":
@@ -113,6 +116,14 @@ def _arrange(
 ) -> Arranged:
   """Arranges kernels of the same inputs."""
   outputs = tuple(spec.shape[spec.inputs :] for spec in specs)
+  return _arrange_matrices(tuple(kernels), outputs, kept)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _arrange_matrices(
+    kernels: Sequence[Array], outputs: Sequence[tuple[int, ...]], kept: _Keep
+) -> Arranged:
+  """Arranges kernels at once: operation by operation it takes four times."""
   matrices = [
       kernel.reshape(-1, math.prod(shape))
       for kernel, shape in zip(kernels, outputs, strict=True)

@@ -93,9 +93,10 @@ class Resident:
       spread = functools.partial(_spread, dtype=self._config.dtype)
       return jax.tree.map(spread, params, self._place)
     used = jax.tree.map(lambda w: jnp.asarray(w, self._config.dtype), params)
-    if self._config.execution.kernels != "trained":
-      used = arranging.arrange(used, config=self._config)
-    return jax.device_put(used, self._place)
+    used = jax.device_put(used, self._place)
+    if self._config.execution.kernels == "trained":
+      return used
+    return arranging.arrange(used, config=self._config)
 
   def visit(
       self,
