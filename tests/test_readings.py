@@ -224,9 +224,8 @@ def test_where_one_reading_fails_the_others_are_given_up(tmp_path, monkeypatch):
   with pytest.raises(atomic.CorruptError):
     bucket.read_arrays("v", arrays, refuse)
   go.set()
-  readings.disk.threads("read").submit(len, []).result(
-      60
-  )  # after all before it
+  last = readings.disk.threads("read").submit(len, [])
+  last.result(60)  # after all before it
   assert len(asked) < 20  # those that threads had begun
 
 
@@ -277,9 +276,8 @@ def test_who_stops_reading_waits_for_no_more_files(
   with pytest.raises((KeyboardInterrupt, atomic.CorruptError)):
     bucket.read_arrays("v", ["w", "b"])
   go.set()
-  readings.disk.threads("read").submit(int).result(
-      60
-  )  # comes after all the others
+  last = readings.disk.threads("read").submit(int)
+  last.result(60)  # comes after all the others
   assert len(begun) < len(grid)
 
 

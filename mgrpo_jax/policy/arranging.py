@@ -123,7 +123,7 @@ def _arrange(
 def _arrange_matrices(
     kernels: Sequence[Array], outputs: Sequence[tuple[int, ...]], kept: _Keep
 ) -> Arranged:
-  """Arranges kernels at once: operation by operation it takes four times."""
+  """Arranges kernels in one program, not operation by operation."""
   matrices = [
       kernel.reshape(-1, math.prod(shape))
       for kernel, shape in zip(kernels, outputs, strict=True)
